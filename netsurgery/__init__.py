@@ -1,0 +1,19 @@
+"""netsurgery: structural surgery on PyTorch networks, as compiler passes over an exact dependency graph."""
+
+from netsurgery.costs import Cost as Cost
+from netsurgery.edit import Edit as Edit
+from netsurgery.errors import NetsurgeryError as NetsurgeryError
+from netsurgery.network import Group as Group
+from netsurgery.network import Member as Member
+from netsurgery.network import Network as Network
+from netsurgery.persistence import load as load
+from netsurgery.persistence import save as save
+from netsurgery.pipeline import Pass as Pass
+from netsurgery.pipeline import apply as apply
+from netsurgery.pipeline import cost as cost
+from netsurgery.pipeline import plan as plan
+from netsurgery.pipeline import trace as trace
+from netsurgery.rewriting import rewrite as rewrite
+from netsurgery.verification import verify as verify
+
+__version__ = "0.1.0"

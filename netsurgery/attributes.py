@@ -1,0 +1,54 @@
+"""Integers on modules that repeat a dimension (``in_channels``, ``num_groups``, ...) follow it through a surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+
+from netsurgery.axes import Axis
+from netsurgery.costs import Sizes
+from netsurgery.network import Network
+
+__all__ = ["follow"]
+
+_OF_INPUT = {"in_channels": 1, "in_features": -1, "num_features": 1, "num_channels": 1}
+_OF_OUTPUT = {"out_channels": 1, "out_features": -1, "embedding_dim": -1}
+_OF_OPERATION = {"groups": "g", "num_groups": "g", "normalized_shape": "*n"}
+
+
+def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
+    """Set the attributes of a model whose tensors have the new sizes; only those that held the old size change."""
+    modules = dict(model.named_modules())
+    for path, attribute, old, new in _followers(network, modules, sizes):
+        if old != new and getattr(modules[path], attribute, None) == old:
+            setattr(modules[path], attribute, new)
+
+
+def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) -> Iterator[tuple[str, str, Any, Any]]:
+    own = Sizes({})
+    for program in network.programs:
+        for path, ends in program.calls.items():
+            for node, table in zip(ends, (_OF_INPUT, _OF_OUTPUT), strict=True):
+                for attribute, dim in table.items():
+                    if type(getattr(modules[path], attribute, None)) is int and (axis := _dim(node, dim)) is not None:
+                        yield path, attribute, own(axis), sizes(axis)
+        for node in program.graph.nodes:
+            names, path = node.meta.get("names", {}), node.meta.get("module", "")
+            for attribute, name in _OF_OPERATION.items():
+                if name in names and hasattr(modules[path], attribute):
+                    value = names[name]
+                    if isinstance(value, tuple):
+                        yield path, attribute, tuple(map(own, value)), tuple(map(sizes, value))
+                    else:
+                        yield path, attribute, own(value), sizes(value)
+    for path, module in modules.items():
+        if isinstance(module, nn.PReLU):
+            axis = network.axes[f"{path}.weight" if path else "weight"][0]
+            yield path, "num_parameters", own(axis), sizes(axis)
+
+
+def _dim(node: fx.Node, dim: int) -> Axis | None:
+    dims = node.meta["dims"]
+    return dims[dim] if -len(dims) <= dim < len(dims) else None

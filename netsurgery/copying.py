@@ -1,0 +1,107 @@
+"""Copies of a model that share no state with it and hold other tensors, without ever copying its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from netsurgery.errors import TraceError
+
+__all__ = ["copy_with", "like", "named_tensors", "on_meta"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_ATOMS = (int, float, bool, str, type(None), FunctionType, type, torch.dtype, torch.Size)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers and tensors kept as plain attributes, each once, by the name it has first."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for store in (module._parameters, module._buffers, module.__dict__):
+            for key, tensor in store.items():
+                if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield (f"{path}.{key}" if path else key), tensor
+
+
+def like(old: Tensor, new: Tensor) -> Tensor:
+    """``new`` as what ``old`` is: a parameter or not, trained or not, with the attributes its owner gave it."""
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    elif old.requires_grad and old.is_leaf:
+        new.requires_grad_()
+    if old.__dict__:
+        new.__dict__.update(old.__dict__)
+    return new
+
+
+def on_meta(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A tensor without data of the same kind (and another shape, if given)."""
+    if shape is None or shape == tensor.shape:
+        data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    else:
+        data = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    return like(tensor, data)
+
+
+def _customised(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        hasattr(kind, "__deepcopy__")
+        or kind.__setstate__ is not nn.Module.__setstate__
+        or getattr(kind, "__getstate__", None) is not getattr(object, "__getstate__", None)
+        or kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__reduce__ is not object.__reduce__
+    )
+
+
+def _copier(memo: dict[int, Any]) -> Callable[[Any], Any]:
+    def duplicate(value: Any) -> Any:
+        if type(value) in _ATOMS:
+            return value
+        if id(value) in memo:
+            return memo[id(value)]
+        if type(value) in (dict, OrderedDict):
+            new = memo[id(value)] = type(value)()
+            for key, item in value.items():
+                new[key] = duplicate(item)
+            return new
+        return copy.deepcopy(value, memo)
+
+    return duplicate
+
+
+def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
+    """A deep copy of a model in which tensor ``t`` is ``tensors[id(t)]``: the old weights are never copied.
+
+    Args:
+        tensors: by ``id`` of the old tensor. Tied parameters stay tied, since they have one id.
+
+    Raises:
+        TraceError: a module is scripted, or holds something that Python cannot copy.
+    """
+    memo: dict[int, Any] = dict(tensors)
+    modules = list(model.named_modules())
+    for path, module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(f"module '{path}' is a scripted module, which cannot be rewritten: pass the original model")
+    plain = [(path, module) for path, module in modules if not _customised(module)]
+    for _, module in plain:
+        memo[id(module)] = module.__class__.__new__(module.__class__)
+    duplicate = _copier(memo)
+    for path, module in plain:
+        target = memo[id(module)].__dict__
+        for key, value in module.__dict__.items():
+            try:
+                target[key] = duplicate(value)
+            except (TypeError, RuntimeError) as error:
+                raise TraceError(f"attribute '{key}' of module '{path or type(model).__name__}' cannot be copied: {error}") from error
+    result: Module = duplicate(model)
+    return result

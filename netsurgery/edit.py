@@ -1,0 +1,123 @@
+"""An Edit: which units of each group stay. A value: comparable, serialisable, priced before it is carried out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from netsurgery.costs import Cost
+from netsurgery.errors import InputError
+from netsurgery.network import Network
+
+__all__ = ["Edit"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Units that stay, by group name, in ascending order; groups not named stay whole.
+
+    Args:
+        network: the network the edit is for.
+        keep: for each changed group the indices that stay.
+
+    Raises:
+        InputError: a name that is no group, a frozen group, indices out of range, repeated or out of order, a
+            group left without units, or tied groups left with different numbers of units.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> network = netsurgery.trace(model, (torch.randn(1, 4),))
+        >>> netsurgery.Edit(network, {"0": (0, 2, 5)}).after.params
+        23
+    """
+
+    network: Network = field(repr=False, compare=False)
+    keep: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        order = {group.name: index for index, group in enumerate(self.network.groups)}
+        for name, units in self.keep.items():
+            if name not in order:
+                raise InputError(f"'{name}' is no group of this network; print(network) lists them")
+            group = self.network[name]
+            if len(units) == group.size:
+                continue
+            if group.frozen is not None:
+                raise InputError(f"group '{name}' is frozen: {group.frozen}")
+            if not units:
+                raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
+            if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
+                raise InputError(f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {units}")
+        kept = {name: tuple(map(int, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
+        object.__setattr__(self, "keep", {n: units for n, units in kept.items() if len(units) < self.network[n].size})
+        for tied in self.network.ties:
+            counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in tied}
+            if len(set(counts.values())) > 1:
+                raise InputError(f"groups that the code splits into equal parts must keep equally many units, got {counts}")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of units that stay in each changed group."""
+        return {name: len(units) for name, units in self.keep.items()}
+
+    @property
+    def before(self) -> Cost:
+        """Cost of the network as it is."""
+        return self.network.cost()
+
+    @property
+    def after(self) -> Cost:
+        """Cost of the network after the edit."""
+        return self.network.cost(self.counts)
+
+    def diff(self) -> str:
+        """Every tensor whose shape changes, and the cost before and after."""
+        sizes = self.network.sizes(self.counts)
+        lines = []
+        for name, axes in self.network.axes.items():
+            old, new = tuple(axis.size for axis in axes), tuple(map(sizes, axes))
+            if old != new:
+                lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
+        before, after = self.before, self.after
+        lines.append(f"parameters {before.params:,} -> {after.params:,} ({_share(after.params, before.params)})")
+        lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({_share(after.macs, before.macs)})")
+        return "\n".join(lines)
+
+    def then(self, later: Edit) -> Edit:
+        """This edit followed by one made for the network it leads to.
+
+        Raises:
+            InputError: the later edit names a group or units that this edit does not leave.
+        """
+        keep = dict(self.keep)
+        for name, units in later.keep.items():
+            if name not in self.network.by_name:
+                raise InputError(f"'{name}' is no group of the first network")
+            left = keep.get(name, tuple(range(self.network[name].size)))
+            keep[name] = tuple(left[unit] for unit in units)
+        return Edit(self.network, keep)
+
+    def to_json(self) -> str:
+        """The edit as JSON: group sizes and the units that stay."""
+        groups = {n: {"size": self.network[n].size, "keep": list(units)} for n, units in self.keep.items()}
+        return json.dumps({"model": self.network.model_name, "groups": groups}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, network: Network) -> Edit:
+        """Read an edit back for the same model.
+
+        Raises:
+            InputError: it was made for a model with other groups.
+        """
+        groups = json.loads(text)["groups"]
+        for name, entry in groups.items():
+            if name not in network.by_name or network[name].size != entry["size"]:
+                found = network[name].size if name in network.by_name else "no such group"
+                raise InputError(f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here")
+        return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "-"

@@ -1,0 +1,303 @@
+"""The network as surgery sees it: a recorded graph, the dimensions of every tensor, and the groups they share.
+
+A **group** is a set of units (channels, neurons, heads) that live or die together wherever they appear. Its
+**members** are the parameter axes that carry it. A group is **frozen** when removing a unit would change what the
+network means; the reason names the operation and the line of source.
+
+``trace`` makes a Network; passes read it and return scores laid on it, or an Edit. Nothing here changes a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import Tensor, fx, nn
+
+from netsurgery.axes import Axis, Fixed, channel, find, freeze, leaves, resolve, tie
+from netsurgery.copying import named_tensors
+from netsurgery.costs import Cost, Sizes, Term, total
+from netsurgery.rules import apply_rule
+from netsurgery.tracing import Inputs, Program
+
+__all__ = ["Group", "Member", "Network", "Role", "analyse"]
+
+Role = Literal["produces", "consumes", "carries"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One occurrence of a group: axis ``axis`` of tensor ``parameter`` (its state_dict name)."""
+
+    parameter: str
+    axis: int
+    role: Role
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live or die together.
+
+    Attributes:
+        name: the module that first produces the units, in the order of the state dict.
+        size: number of units.
+        members: where they occur, in the order of the state dict.
+        frozen: why none may be removed, or None.
+        channel: the group's place in the expressions of dimensions.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    frozen: str | None
+    channel: Axis = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A traced model; see the module's docstring.
+
+    Attributes:
+        programs: the recorded runs: in eval mode and, where some parameters are only used in training, in that mode too.
+        tensors: parameters, buffers and tensor attributes of the model by name (the model's own, not copies).
+        axes: the dimensions of each of these tensors, as expressions over the groups' channels.
+        groups: every group, in the order of the state dict.
+        ties: names of groups that must keep equally many units, though not the same ones.
+        inputs: the example inputs: positional and keyword.
+        scores: importance of each unit, by group name, laid on by scoring passes.
+    """
+
+    model_name: str
+    programs: tuple[Program, ...]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    axes: Mapping[str, tuple[Axis, ...]] = field(repr=False)
+    groups: tuple[Group, ...]
+    ties: tuple[tuple[str, ...], ...]
+    inputs: Inputs = field(repr=False)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Group:
+        return self.by_name[name]
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        """The groups by name."""
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def by_channel(self) -> dict[Axis, Group]:
+        """The groups by channel."""
+        return {group.channel: group for group in self.groups}
+
+    @property
+    def graph(self) -> nx.MultiDiGraph:
+        """The dependency graph: module -> group it produces (or carries), group -> module that consumes it."""
+        graph = nx.MultiDiGraph()
+        for group in self.groups:
+            graph.add_node(group.name, kind="group", size=group.size, frozen=group.frozen)
+            for member in group.members:
+                module = f"module:{member.module}"
+                graph.add_node(module, kind="module")
+                ends = (group.name, module) if member.role == "consumes" else (module, group.name)
+                graph.add_edge(*ends, parameter=member.parameter, axis=member.axis, role=member.role)
+        return graph
+
+    @property
+    def prunable(self) -> tuple[Group, ...]:
+        """The groups that are not frozen."""
+        return tuple(group for group in self.groups if group.frozen is None)
+
+    @cached_property
+    def terms(self) -> tuple[list[Term], list[Term]]:
+        """Parameters and MACs as sums of products of dimensions: ``(module, axes)`` each."""
+        parameters = [
+            (name.rpartition(".")[0], self.axes[name]) for name, t in self.tensors.items() if isinstance(t, nn.Parameter)
+        ]
+        macs = [
+            (node.meta["module"], tuple(node.meta["macs"])) for node in self.programs[0].graph.nodes if "macs" in node.meta
+        ]
+        return parameters, macs
+
+    def sizes(self, counts: Mapping[str, int] | None = None) -> Sizes:
+        """Sizes of expressions when the named groups have ``counts`` units and all others have theirs."""
+        return Sizes({self[name].channel: count for name, count in (counts or {}).items()})
+
+    def cost(self, counts: Mapping[str, int] | None = None) -> Cost:
+        """Parameters and multiply-accumulates, now or with other numbers of units; nothing is built."""
+        return total(*self.terms, self.sizes(counts))
+
+    def with_scores(self, scores: Mapping[str, Tensor]) -> Network:
+        """The same network with scores laid on its groups."""
+        return dataclasses.replace(self, scores=dict(scores))
+
+    def with_frozen(self, reasons: Mapping[str, str]) -> Network:
+        """The same network with more groups frozen; groups tied to these are frozen with them."""
+        reasons = dict(reasons)
+        for tied in self.ties:
+            why = next((reasons[name] for name in tied if name in reasons), None)
+            reasons.update({name: why for name in tied if why is not None and name not in reasons})
+        groups = [dataclasses.replace(g, frozen=g.frozen or reasons.get(g.name)) for g in self.groups]
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    def axis_expression(self, axis: Axis) -> str:
+        """An axis in the words of the groups, such as ``conv1*7*7`` or ``conv1+conv2``."""
+        if axis.op:
+            return {"product": "*", "concat": "+"}[axis.op].join(
+                f"({text})" if term.op == "concat" and axis.op == "product" else text
+                for term, text in ((term, self.axis_expression(term)) for term in axis.terms)
+            )
+        group = self.by_channel.get(axis)
+        return group.name if group else str(axis.size)
+
+    def __str__(self) -> str:
+        from netsurgery.report import network_table
+
+        return network_table(self)
+
+
+class Analysis:
+    """Interprets recorded programs over the dimensions of a model's tensors."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        self.axes = {name: tuple(channel(n) for n in shape) for name, shape in shapes.items()}
+        self.roles: list[tuple[str, Axis, Axis, str]] = []
+        self.ties: list[tuple[list[Axis], str]] = []
+        self.used: set[str] = set()
+
+    def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
+        """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
+        self.roles.extend((name, source, axis, role) for name in node.meta["params"])
+
+    def tie(self, parts: list[Axis], reason: str) -> None:
+        """The parts must keep equal sizes."""
+        self.ties.append((parts, reason))
+
+    def interpret(self, program: Program) -> None:
+        """Give every node of a program its dimensions."""
+        for node in program.graph.nodes:
+            shape = node.meta.get("shape")
+            if node.op == "placeholder":
+                node.meta["dims"] = tuple(channel(n, f"network input {node.name}") for n in shape)
+            elif node.op == "get_attr":
+                self.used.add(node.target)
+                node.meta["params"] = (node.target,)
+                own = tuple(channel(n, f"constant made by the code {node.meta['where']}") for n in shape)
+                node.meta["dims"] = self.axes.get(node.target, own)
+            elif node.op == "output":
+                for result in node.all_input_nodes:
+                    for axis in result.meta["dims"]:
+                        freeze(axis, "network output")
+            elif "dims" not in node.meta:
+                if all("params" in source.meta for source in node.all_input_nodes):
+                    names = dict.fromkeys(name for source in node.all_input_nodes for name in source.meta["params"])
+                    node.meta["params"] = tuple(names)
+                if node.target.__name__ == "getitem":
+                    node.meta["dims"] = node.args[0].meta["dims"][node.args[1]]
+                else:
+                    apply_rule(node, self)
+
+    def settle_ties(self) -> list[list[Axis]]:
+        """Classes of channels that must keep equal counts."""
+        pairs: list[tuple[Axis, Axis]] = []
+        while True:
+            before, pairs = pairs, []
+            for parts, reason in self.ties:
+                for part in parts[1:]:
+                    pairs.extend(tie(parts[0], part, reason))
+            for a, b in before:  # what was tied stays so when it is refined
+                pairs.extend(tie(a, b, "equal parts that are built differently") if find(a) is not find(b) else [])
+            pairs = list(dict.fromkeys(pairs))
+            if pairs == before:
+                break
+        classes: dict[Axis, list[Axis]] = {}
+        for a, b in pairs:
+            if a.frozen is None and b.frozen is None:
+                _merge(classes, a, b)
+        return [members for members in {id(c): c for c in classes.values()}.values() if len(members) > 1]
+
+    def resolve(self, programs: Iterable[Program]) -> dict[Axis, Axis]:
+        """Replace every dimension by what it has become."""
+        memo: dict[Axis, Axis] = {}
+        self.axes = {name: tuple(resolve(axis, memo) for axis in dims) for name, dims in self.axes.items()}
+        for program in programs:
+            for node in program.graph.nodes:
+                for key in ("dims", "macs", "names", "expected"):
+                    if key in node.meta:
+                        node.meta[key] = _resolved(node.meta[key], memo)
+        return memo
+
+
+def _resolved(value: Any, memo: dict[Axis, Axis]) -> Any:
+    if isinstance(value, Axis):
+        return resolve(value, memo)
+    if isinstance(value, dict):
+        return {key: _resolved(item, memo) for key, item in value.items()}
+    return type(value)([_resolved(item, memo) for item in value]) if isinstance(value, list | tuple) else value
+
+
+def _merge(classes: dict[Axis, list[Axis]], a: Axis, b: Axis) -> None:
+    left, right = classes.setdefault(a, [a]), classes.setdefault(b, [b])
+    if left is not right:
+        left.extend(right)
+        classes.update(dict.fromkeys(right, left))
+
+
+def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> Network:
+    """Find the groups of a model from its recorded programs."""
+    tensors = dict(named_tensors(model))
+    analysis = Analysis({name: tensor.shape for name, tensor in tensors.items()})
+    for program in programs:
+        analysis.interpret(program)
+    for name in [name for name in tensors if name not in analysis.used]:
+        for axis in analysis.axes[name]:
+            freeze(axis, "not used in the recorded run")
+    sources = analysis.axes
+    classes = analysis.settle_ties()
+    memo = analysis.resolve(programs)
+    groups = _groups(analysis, sources, memo)
+    names = {group.channel: group.name for group in groups}
+    ties = [tuple(names[leaf] for leaf in members if leaf in names) for members in classes]
+    return Network(
+        type(model).__name__, programs, tensors, analysis.axes, groups, tuple(t for t in ties if len(t) > 1), inputs
+    )
+
+
+def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: dict[Axis, Axis]) -> tuple[Group, ...]:
+    roles: dict[tuple[str, int, Axis], str] = {}
+    strength = {"window": 0, "carries": 1, "consumes": 2, "produces": 3}
+    for name, source, axis, role in analysis.roles:
+        places = [i for i, own in enumerate(sources.get(name, ())) if own is source] or range(len(sources.get(name, ())))
+        for leaf in leaves(resolve(axis, memo)):
+            for place in places:
+                key = (name, place, leaf)
+                if strength[role] > strength.get(roles.get(key, ""), -1):
+                    roles[key] = role
+    members: dict[Axis, list[tuple[str, int, str]]] = {}
+    for name, dims in analysis.axes.items():
+        for place, axis in enumerate(dims):
+            for leaf in dict.fromkeys(leaves(axis)):
+                members.setdefault(leaf, []).append((name, place, roles.get((name, place, leaf), "carries")))
+    groups: list[Group] = []
+    taken: set[str] = set()
+    for leaf, found in members.items():
+        if leaf.size == 1 and leaf.frozen is None:
+            continue
+        if isinstance(leaf.frozen, Fixed) and all(role in ("window", "consumes") for _, _, role in found):
+            continue
+        name, place, role = min(found, key=lambda m: {"produces": 0, "carries": 1}.get(m[2], 2))
+        base = (name.rpartition(".")[0] or name) + (":in" if role in ("consumes", "window") else "")
+        unique = next(n for i in range(1, len(members) + 2) if (n := base if i == 1 else f"{base}:{i}") not in taken)
+        taken.add(unique)
+        listed = tuple(Member(n, p, r if r != "window" else "carries") for n, p, r in found)  # type: ignore[arg-type]
+        groups.append(Group(unique, leaf.size, listed, leaf.frozen, leaf))
+    return tuple(groups)

@@ -1,0 +1,199 @@
+"""From a model and a list of passes to a smaller model.
+
+    model --trace--> Network --pass, pass, pass--> Edit --rewrite--> model
+
+A pass reads a Network and returns it with scores laid on, or returns an Edit; it never changes a tensor. ``plan`` runs
+the passes and makes sure that the model's own code follows the new sizes; ``rewrite`` alone cuts.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from netsurgery.check import obstacles
+from netsurgery.costs import Cost
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError, PassError, TraceError
+from netsurgery.inputs import infer_inputs
+from netsurgery.network import Network, analyse
+from netsurgery.rewriting import rewrite
+from netsurgery.tracing import as_inputs, names_used, record
+
+__all__ = ["Pass", "apply", "cost", "plan", "trace"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Pass(abc.ABC):
+    """A decision about a network. Derive a frozen dataclass: its fields are its arguments.
+
+    Attributes:
+        needs: what earlier passes must have given, such as ``{"scores"}``.
+        gives: what this pass gives: ``{"scores"}`` or ``{"edit"}``.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def run(self, network: Network) -> Network | Edit:
+        """Return the network with scores laid on it, or an Edit of it. Must be pure."""
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> Network:
+    """Record a model's run without data and find which of its dimensions belong together.
+
+    Args:
+        model: any module. Neither it nor its weights are touched or copied.
+        example_inputs: a tuple of the positional inputs, one tensor, or a dictionary of keyword inputs; only shapes
+            and dtypes count. None: inferred from the first layer.
+
+    Raises:
+        TraceError: the model does not run on such inputs; the message names the module and the line.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> [(group.name, group.size) for group in netsurgery.trace(model).prunable]
+        [('0', 8)]
+    """
+    network = _trace(model, example_inputs)
+    halves = {group.name: group.size - group.size // 2 for group in network.prunable}
+    while found := obstacles(model, network, halves):  # each round freezes at least one group
+        network = network.with_frozen(found)
+        halves = {group.name: halves[group.name] for group in network.prunable}
+    return network
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> Network:
+    """The network before its code was tried at other sizes."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise TraceError(f"{type(model).__name__} has uninitialised (lazy) parameters: run it once before surgery")
+    if example_inputs is None:
+        inputs, program = infer_inputs(model)
+    else:
+        inputs = as_inputs(example_inputs)
+        program = record(model, inputs)
+    programs = [program]
+    used = names_used(programs)
+    if any(name not in used for name, _ in model.named_parameters()):
+        programs.append(record(model, inputs, "train"))  # parts that only run in training, such as auxiliary heads
+    return analyse(model, tuple(programs), inputs)
+
+
+def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
+    """Decide what to remove, and carry nothing out.
+
+    Args:
+        model: any module; it stays as it is.
+        passes: run in order; the last must return an Edit.
+        example_inputs: as for ``trace``.
+
+    Returns:
+        An Edit that the model's own code is known to follow. A group whose size turns out to be hard-coded is frozen
+        and the passes are run again.
+
+    Raises:
+        PassError: the order of passes cannot work, or a pass returned something else.
+        NetsurgeryError: whatever tracing and the passes raise.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import MagnitudeScore, PruneChannels
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> print(netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.5)]).diff())
+        0.weight 8x4 -> 4x4
+        0.bias 8 -> 4
+        2.weight 2x8 -> 2x4
+        parameters 58 -> 30 (51.7%)
+        MACs 48 -> 24 (50.0%)
+    """
+    check_order(passes)
+    network = _trace(model, example_inputs)
+    while True:
+        edit = _run(passes, model, network)
+        found = obstacles(model, edit.network, edit.counts)
+        if not found:
+            return edit
+        network = network.with_frozen(found)
+
+
+def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> Edit:
+    edit: Edit | None = None
+    for index, one in enumerate(passes):
+        result = one.run(network)
+        if isinstance(result, Network) and "scores" in one.gives:
+            network = result
+        elif isinstance(result, Edit) and "edit" in one.gives:
+            edit = result if edit is None else edit.then(result)
+            if index + 1 < len(passes):  # later passes look at what this edit leaves
+                network = _trace(rewrite(model, edit), network.inputs[0] or network.inputs[1])
+        else:
+            raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
+    if edit is None:
+        raise PassError("no pass returned an Edit: add a removal such as PruneChannels(0.5)")
+    return edit
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raise PassError unless each pass finds what it needs; nothing is computed before."""
+    if not passes:
+        raise PassError("no passes given: for example [HGSRScore(), PruneChannels(0.5)]")
+    given: set[str] = set()
+    for position, one in enumerate(passes, start=1):
+        if not isinstance(one, Pass):
+            raise PassError(f"pass {position} is {one!r}, not a netsurgery.Pass: passes are instances, such as HGSRScore()")
+        if missing := sorted(one.needs - given):
+            raise PassError(
+                f"pass {position}, {one!r}, needs {', '.join(missing)}, which no pass before it gives: "
+                "put a score such as HGSRScore() or MagnitudeScore() before it"
+            )
+        given = given - {"scores"} if "edit" in one.gives else given  # scores of units that are gone mean nothing
+        given |= one.gives
+    if "edit" not in given:
+        raise PassError("no pass gives an edit: add a removal such as PruneChannels(0.5)")
+
+
+def apply(model: Model, passes: Sequence[Pass], example_inputs: Any = None, *, inplace: bool = False) -> Model:
+    """Run passes on a model and return it smaller: the user's own class, module names and state_dict keys.
+
+    Args:
+        model: any module.
+        passes: for example ``[HGSRScore(), PruneChannels(0.5)]``.
+        example_inputs: as for ``trace``.
+        inplace: change ``model`` itself instead of a copy.
+
+    Raises:
+        NetsurgeryError: as ``plan`` does; the model is then as it was.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import HGSRScore, PruneChannels
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> netsurgery.apply(model, [HGSRScore(), PruneChannels(0.5)])
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    return rewrite(model, plan(model, passes, example_inputs), inplace=inplace)
+
+
+def cost(model: nn.Module, example_inputs: Any = None) -> Cost:
+    """Parameters and multiply-accumulates of one run, in all and per module.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> netsurgery.cost(torch.nn.Linear(4, 8), torch.randn(2, 4)).macs
+        64
+    """
+    with torch.no_grad():
+        return _trace(model, example_inputs).cost()

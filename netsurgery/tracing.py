@@ -1,0 +1,297 @@
+"""Record a model's own run, on tensors without data, as a torch.fx graph of ATen operations.
+
+Nothing of the user's model is touched or run: a copy without weights is. Every node knows the module and the
+line of source it came from (``node.meta``: ``shape``, ``module``, ``where``).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from netsurgery.copying import copy_with, named_tensors, on_meta
+from netsurgery.errors import TraceError
+from netsurgery.shapes import infer
+
+__all__ = ["Inputs", "Mode", "Program", "Watcher", "as_inputs", "location", "record", "names_used", "run_guarded", "skeleton", "tensors_in"]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword inputs of a model
+Mode = Literal["eval", "train"]
+
+_RAISED_BY_MODELS = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
+)  # fmt: skip
+_LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
+
+
+@dataclass
+class Program:
+    """One recorded run.
+
+    ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant it
+    uses, and one call_function for each ATen operation. ``constants`` are the tensors the code made itself;
+    ``calls`` holds, for each module that ran, the nodes of its first input and output tensor.
+    """
+
+    graph: fx.Graph
+    mode: Mode
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+
+
+def as_inputs(example_inputs: Any) -> Inputs:
+    """Positional and keyword inputs from what a user passes: a tuple, a list, a dictionary or one tensor."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in an input or output: nested tuples, dictionaries, registered and plain objects."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type) and not callable(leaf):
+            found.extend(tensors_in(list(vars(leaf).values())))
+    return found
+
+
+@functools.cache
+def _is_library(filename: str) -> bool:
+    return filename.startswith(_LIBRARY)
+
+
+def location() -> tuple[str, int] | None:
+    """File and line of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _is_library(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+class Watcher(TorchDispatchMode):
+    """Sees each ATen operation of a run on a skeleton; ``modules`` is the stack of module paths being run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[str] = []
+        self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a real tensor, and its stand-in without data
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch.compile never sees these modes, and its wrapper costs more than the dispatch
+
+    def stand_in(self, value: Any) -> Any:
+        """Arguments with each real tensor replaced by one without data, and each device by meta."""
+        if isinstance(value, Tensor):
+            if value.device.type == "meta":
+                return value
+            if id(value) not in self.constants:
+                self.constants[id(value)] = value, torch.empty_like(value, device="meta")
+            return self.constants[id(value)][1]
+        if isinstance(value, list | tuple):
+            return type(value)([self.stand_in(item) for item in value])
+        return torch.device("meta") if isinstance(value, torch.device) else value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {key: self.stand_in(value) for key, value in kwargs.items()} if kwargs else {}
+        args = tuple([self.stand_in(value) for value in args])
+        if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
+            kwargs["device"] = torch.device("meta")
+        return self.see(func, args, kwargs)
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer one operation, its arguments without data."""
+        raise NotImplementedError
+
+    def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
+        """A module has run."""
+
+
+@functools.cache
+def _arguments(func: Any) -> frozenset[str]:
+    return frozenset(argument.name for argument in func._schema.arguments)
+
+
+class _Recorder(Watcher):
+    def __init__(self, program: Program, names: dict[int, str]):
+        super().__init__()
+        self.program, self.names = program, names
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []  # ids are only good while their tensors live
+
+    def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
+        self.nodes[id(tensor)] = node
+        self.alive.append(tensor)
+        return node
+
+    def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
+        first, last = (next((v for v in pytree.tree_leaves(x) if isinstance(v, Tensor)), None) for x in (given, out))
+        ends = self.nodes.get(id(first)), self.nodes.get(id(last))
+        if ends[0] is not None and ends[1] is not None:
+            self.program.calls.setdefault(path, ends)  # type: ignore[arg-type]
+
+    def describe(self, node: fx.Node) -> fx.Node:
+        node.meta["module"] = self.modules[-1] if self.modules else ""
+        node.meta["where"] = location()
+        return node
+
+    def node_of(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.nodes.get(id(value)) or self.attribute(value)
+        if isinstance(value, list | tuple):
+            return [self.node_of(item) for item in value]
+        return value
+
+    def attribute(self, tensor: Tensor) -> fx.Node:
+        name = self.names.get(id(tensor))
+        if name is None:
+            name = f"constant:{len(self.program.constants)}"
+            real = next((real for real, stand_in in self.constants.values() if stand_in is tensor), None)
+            if real is None:
+                raise TraceError(f"a tensor of shape {tuple(tensor.shape)} of unknown origin is used {format_where(location())}")
+            self.program.constants[name] = real
+        node = self.describe(self.program.graph.get_attr(name))
+        node.meta["shape"] = tensor.shape
+        return self.remember(tensor, node)
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nodes = tuple([self.node_of(value) for value in args]), {k: self.node_of(v) for k, v in kwargs.items()}
+        try:
+            out = infer(func, args, kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            raise TraceError(
+                f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())} "
+                f"cannot run on tensors without data: {str(error).splitlines()[0]}"
+            ) from error
+        graph = self.program.graph
+        node = self.describe(graph.create_node("call_function", func, *nodes))
+        if isinstance(out, Tensor):
+            node.meta.update(shape=out.shape, layout=(out.shape, out.stride()))
+            self.remember(out, node)
+        elif isinstance(out, list | tuple):
+            node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
+            for index, item in enumerate(out):
+                if isinstance(item, Tensor):
+                    picked = graph.create_node("call_function", operator.getitem, (node, index))
+                    picked.meta.update(shape=item.shape, module=node.meta["module"], where=node.meta["where"])
+                    self.remember(item, picked)
+        return out
+
+
+def format_where(where: tuple[str, int] | None) -> str:
+    """``at torchvision/models/resnet.py:146``, shortened to what a reader needs."""
+    if where is None:
+        return ""
+    path, line = where
+    if "site-packages" + os.sep in path:
+        path = path.split("site-packages" + os.sep, 1)[1]
+    elif not os.path.relpath(path).startswith(".."):
+        path = os.path.relpath(path)
+    return f"at {path}:{line}"
+
+
+def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        watcher.modules.append(path)
+        try:
+            out = forward(*args, **kwargs)
+            watcher.returned(path, args, out)
+            return out
+        finally:
+            watcher.modules.pop()
+
+    return run
+
+
+def skeleton(model: nn.Module, mode: Mode, shapes: dict[str, tuple[int, ...]] | None = None) -> tuple[nn.Module, dict[int, str]]:
+    """A copy of a model without weights, in eval or train mode, and the name of each of its tensors by id.
+
+    In train mode the leaf modules stay in eval (no dropout, no batch statistics): what counts is the code that
+    only runs in training, such as auxiliary heads.
+    """
+    shapes = shapes or {}
+    tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
+    bare = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
+    for module in bare.modules():
+        module.training = mode == "train" and bool(module._modules)
+    return bare, {id(tensor): name for name, tensor in tensors.values()}
+
+
+def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
+    """Run a skeleton under a watcher."""
+    for path, module in bare.named_modules():
+        module.__dict__["forward"] = _tracked(module.forward, path, watcher)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
+    try:
+        with torch.no_grad(), watcher:
+            return bare(*inputs[0], **inputs[1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
+    """Record one run of a model on inputs of the shapes of ``inputs``; their values are not looked at.
+
+    Raises:
+        TraceError: the model does not run on such inputs; the message names the module.
+    """
+    bare, names = skeleton(model, mode)
+    program = Program(fx.Graph(), mode)
+    recorder = _Recorder(program, names)
+    on_meta_inputs: Inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
+    for index, tensor in enumerate(tensors_in(on_meta_inputs)):
+        node = program.graph.placeholder(f"input_{index}")
+        node.meta.update(shape=tensor.shape, module="", where=None)
+        recorder.remember(tensor, node)
+    recorder.alive.append(bare)
+    out = run_guarded(bare, recorder, on_meta_inputs)
+    results = [recorder.node_of(tensor) for tensor in tensors_in(out)]
+    if not results:
+        raise TraceError(f"{type(model).__name__} returned no tensor ({type(out).__name__}): nothing holds its outputs fixed")
+    program.graph.output(tuple(results))
+    return program
+
+
+def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
+    """Run a skeleton; whatever its own code raises becomes a TraceError that says where."""
+    try:
+        return run_skeleton(bare, watcher, inputs)
+    except _RAISED_BY_MODELS as error:
+        raise TraceError(_explain(bare, error, inputs)) from error
+
+
+def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
+    traceback, where = error.__traceback__, None
+    while traceback is not None:
+        if not _is_library(traceback.tb_frame.f_code.co_filename):
+            where = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
+        traceback = traceback.tb_next
+    shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(inputs))
+    first = str(error).splitlines()[0] if str(error) else ""
+    return (
+        f"{type(bare).__name__} does not run on inputs of shape {shapes}: "
+        f"{type(error).__name__}: {first} {format_where(where)}. Pass example_inputs that fit the model"
+    )
+
+
+def names_used(programs: Iterable[Program]) -> set[str]:
+    """The parameters, buffers and constants that the programs read."""
+    return {str(node.target) for program in programs for node in program.graph.nodes if node.op == "get_attr"}

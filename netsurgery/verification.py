@@ -1,0 +1,266 @@
+"""Two oracles that share nothing with the rewriting: removal equals silencing, and renaming does not matter.
+
+Both replay the recorded graph of the original network on real tensors. **Silencing** zeroes each removed unit in the
+result of every operation, and takes statistics (means, norms, softmax) over what stays. **Permutation** shuffles the
+units of every group in every parameter that carries it; the output must not change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from netsurgery.axes import Axis
+from netsurgery.copying import named_tensors
+from netsurgery.edit import Edit
+from netsurgery.network import Network
+from netsurgery.rules import Op
+from netsurgery.tracing import Inputs, Program, as_inputs, tensors_in
+
+__all__ = ["permuted_difference", "replay", "silenced", "verify"]
+
+aten = torch.ops.aten
+
+
+def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any = None) -> float:
+    """Compare a rewritten model with the original in which the removed units are silenced.
+
+    Args:
+        model: the original, unchanged.
+        small: what ``rewrite`` made of it.
+        edit: the edit that was carried out.
+        example_inputs: inputs of the traced shapes; by default those of the trace, filled with random numbers.
+
+    Returns:
+        The largest absolute difference between the outputs over the largest absolute output of the silenced
+        original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
+
+    Example:
+        >>> import torch, netsurgery
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(1, 4)
+        >>> edit = netsurgery.Edit(netsurgery.trace(model, (x,)), {"0": (0, 2, 5)})
+        >>> netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (x,)) < 1e-6
+        True
+    """
+    inputs = edit.network.inputs if example_inputs is None else as_inputs(example_inputs)
+    keep = {edit.network[name].channel: units for name, units in edit.keep.items()}
+    worst = 0.0
+    for program in edit.network.programs:
+        want = silenced(edit.network, program, dict(named_tensors(model)), inputs, keep)
+        worst = max(worst, _difference(run(small, program, inputs), want))
+    return worst
+
+
+def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
+    """Permute the units of every prunable group in every tensor that carries it; return the relative change of the output."""
+    inputs = network.inputs if example_inputs is None else as_inputs(example_inputs)
+    generator = torch.Generator().manual_seed(seed)
+    order = {g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable}
+    tensors = dict(named_tensors(model))
+    shuffled = dict(tensors)
+    for name, axes in network.axes.items():
+        for dim, axis in enumerate(axes):
+            labels = _spread(axis, lambda leaf: order.get(leaf, torch.arange(leaf.size)))
+            shuffled[name] = shuffled[name].detach().index_select(dim, labels.to(tensors[name].device))
+    return max(_difference(replay(p, shuffled, inputs), replay(p, tensors, inputs)) for p in network.programs)
+
+
+def _spread(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
+    """Old position for each new position along an axis, when each channel's units are listed in another order."""
+    if not axis.op:
+        return units(axis)
+    parts = [_spread(term, units) for term in axis.terms]
+    if axis.op == "concat":
+        old = torch.arange(axis.size).split([term.size for term in axis.terms])
+        return torch.cat([block[part] for block, part in zip(old, parts, strict=True)])
+    grid = torch.arange(axis.size).reshape([term.size for term in axis.terms])
+    for dim, part in enumerate(parts):
+        grid = grid.index_select(dim, part)
+    return grid.flatten()
+
+
+def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
+    """The outputs of a model in the mode a program was recorded in; its own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = program.mode == "train" and bool(module._modules)
+        with torch.no_grad():
+            return tensors_in(model(*inputs[0], **inputs[1]))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        scale = b.abs().max().item() if b.numel() else 0.0
+        difference = (a - b).abs().max().item() if b.numel() else 0.0
+        relative = difference / scale if scale else difference
+        worst = max(worst, float("inf") if relative != relative else relative)
+    return worst
+
+
+def replay(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Inputs, after: Callable[[Any, Any, Any], Any] | None = None
+) -> list[Tensor]:
+    """Run a recorded program on real tensors.
+
+    Args:
+        after: called with each node, its real arguments and its result; returns the result to go on with.
+    """
+    given = iter(tensors_in(inputs))
+    values: dict[Any, Any] = {}
+    device = next((t.device for t in tensors_in(inputs)), torch.device("cpu"))
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given).clone()
+            elif node.op == "get_attr":
+                source = tensors[node.target] if node.target in tensors else program.constants[node.target].to(device)
+                values[node] = source.detach().clone()
+            elif node.op == "output":
+                return [values[result] for result in node.args[0]]
+            else:
+                args, kwargs = torch.fx.node.map_aggregate(
+                    (node.args, node.kwargs), functools.partial(_value, values, device)
+                )
+                values[node] = node.target(*args, **kwargs)
+            if after is not None and node.op != "output":
+                values[node] = after(node, values, values[node])
+    raise AssertionError("a recorded graph ends in its output")
+
+
+def _value(values: Mapping[Any, Any], device: torch.device, item: Any) -> Any:
+    if isinstance(item, torch.fx.Node):
+        return values[item]
+    return device if isinstance(item, torch.device) else item
+
+
+def silenced(
+    network: Network,
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    keep: Mapping[Axis, tuple[int, ...]],
+) -> list[Tensor]:
+    """Outputs of the original network with every unit not in ``keep`` contributing nothing."""
+
+    @functools.cache
+    def mask(axis: Axis) -> Tensor:
+        if not axis.op:
+            stays = torch.zeros(axis.size, dtype=torch.bool)
+            stays[list(keep.get(axis, range(axis.size)))] = True
+            return stays
+        parts = [mask(term) for term in axis.terms]
+        if axis.op == "concat":
+            return torch.cat(parts)
+        return functools.reduce(lambda a, b: torch.kron(a.to(torch.uint8), b.to(torch.uint8)).bool(), parts)
+
+    def stays(dims: tuple[Axis, ...], device: torch.device) -> Tensor | None:
+        """Which entries of a tensor stay, or None where all do."""
+        masks = [mask(axis).to(device) for axis in dims]
+        if all(bool(one.all()) for one in masks):
+            return None
+        shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(dims))]) for dim, one in enumerate(masks)]
+        return functools.reduce(torch.logical_and, shaped)
+
+    def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
+        special = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
+        if special is not None:
+            op = Op(node, network)
+            entries = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
+            if entries is not None:
+                out = special({k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()}, entries)
+        if isinstance(out, Tensor) and out.dim() and out.numel():
+            entries = stays(node.meta["dims"], out.device)
+            if entries is not None and not _is_view(node):
+                out = out.masked_fill_(~entries, 0) if _is_inplace(node) else out.masked_fill(~entries, 0)
+        return out
+
+    return replay(program, tensors, inputs, silence)
+
+
+def _first(values: Mapping[Any, Any], op: Op) -> Tensor:
+    return values[op.inputs[0]]  # type: ignore[no-any-return]
+
+
+def _aliases(node: Any) -> list[bool]:
+    """For each argument that the result shares memory with: whether it is written to."""
+    schema = getattr(node.target, "_schema", None)
+    return [argument.alias_info.is_write for argument in schema.arguments if argument.alias_info] if schema else []
+
+
+def _is_inplace(node: Any) -> bool:
+    return any(_aliases(node))
+
+
+def _is_view(node: Any) -> bool:
+    """A view of silenced memory is silenced; only expand makes units of its own."""
+    return bool(_aliases(node)) and not _is_inplace(node) and node.target.overloadpacket is not aten.expand
+
+
+def _masked_mean(x: Tensor, stays: Tensor, dims: list[int]) -> Tensor:
+    full = stays.expand_as(x)
+    return (x * full).sum(dims, keepdim=True) / full.sum(dims, keepdim=True)
+
+
+def _normalise(x: Tensor, stays: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = x - _masked_mean(x, stays, dims)
+    return centred * torch.rsqrt(_masked_mean(centred**2, stays, dims) + eps)
+
+
+def _dims(arguments: dict[str, Any]) -> list[int]:
+    ndim, dim = arguments["self"].dim(), arguments.get("dim")
+    return list(range(ndim)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
+
+
+def _mean(a: dict[str, Any], stays: Tensor) -> Tensor:
+    mean = _masked_mean(a["self"], stays, _dims(a))
+    return mean if a.get("keepdim") else mean.squeeze(tuple(_dims(a)))
+
+
+def _extreme(sign: float, a: dict[str, Any], stays: Tensor) -> Tensor:
+    return sign * (sign * a["self"]).masked_fill(~stays, float("-inf")).amax(_dims(a), a.get("keepdim", False))
+
+
+def _softmax(function: Any, a: dict[str, Any], stays: Tensor) -> Tensor:
+    filled = a["self"].masked_fill(~stays, float("-inf"))
+    return torch.nan_to_num(function(filled, a["dim"]), nan=0.0, neginf=0.0)
+
+
+def _layer_norm(a: dict[str, Any], stays: Tensor) -> Any:
+    x = a["input"]
+    out = _normalise(x, stays, list(range(x.dim() - len(a["normalized_shape"]), x.dim())), a["eps"])
+    out = out if a["weight"] is None else out * a["weight"]
+    return [out if a["bias"] is None else out + a["bias"], None, None]
+
+
+def _group_norm(a: dict[str, Any], stays: Tensor) -> Any:
+    x, blocks = a["input"], (a["N"], a["group"], -1)
+    out = _normalise(x.reshape(blocks), stays.expand_as(x).reshape(blocks), [2], a["eps"])
+    out = torch.nan_to_num(out).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    out = out if a["weight"] is None else out * a["weight"].reshape(shape)
+    return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
+
+
+_STATISTICS: dict[Any, Callable[[dict[str, Any], Tensor], Any]] = {
+    aten.mean: _mean,
+    aten.amax: functools.partial(_extreme, 1.0),
+    aten.amin: functools.partial(_extreme, -1.0),
+    aten._softmax: functools.partial(_softmax, F.softmax),
+    aten._safe_softmax: functools.partial(_softmax, F.softmax),
+    aten._log_softmax: functools.partial(_softmax, F.log_softmax),
+    aten.native_layer_norm: _layer_norm,
+    aten.native_group_norm: _group_norm,
+}

@@ -1,0 +1,9 @@
+"""Passes to compose: scores, and removals that need them."""
+
+if __name__ != "netsurgery.passes":
+    raise ImportError("import this package as netsurgery.passes")
+
+from netsurgery.passes.removal import PruneChannels as PruneChannels
+from netsurgery.passes.scores import HGSRScore as HGSRScore
+from netsurgery.passes.scores import MagnitudeScore as MagnitudeScore
+from netsurgery.passes.scores import RandomScore as RandomScore

@@ -1,0 +1,232 @@
+"""Which units to remove, given scores: by ratio, or until a budget of parameters or MACs is met."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError
+from netsurgery.network import Group, Network
+from netsurgery.pipeline import Pass
+
+__all__ = ["PruneChannels"]
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Groups that lose equally many units at once: usually one, several where the code splits into equal parts."""
+
+    groups: tuple[Group, ...]
+    order: tuple[list[int], ...]  # of each group, its units from the least important to the most
+    scores: Tensor  # of the k-th removal, ascending: normalised, averaged over the groups
+    most: int  # units that may be removed
+    step: int  # removed counts leave a multiple of this
+
+
+@dataclass(frozen=True)
+class PruneChannels(Pass):
+    """Remove the units with the lowest scores.
+
+    Args:
+        ratio: share of the units to remove, in [0, 1): of every group (scope "layer") or of all together ("global").
+        params: instead of a ratio, the parameters to keep: a float is a share, an int a number.
+        macs: instead of a ratio, the multiply-accumulates to keep: likewise.
+        scope: "layer" removes the same share from each group; "global" ranks all units together.
+        multiple_of: the number of units that stay in a group is a multiple of this, or the group stays whole.
+        min_channels: at least so many units stay in each group.
+        max_ratio: at most this share of each group is removed.
+        include: name patterns of modules (``layer3.*``); only units that a matching module produces or carries go.
+        exclude: likewise; no unit goes that a matching module produces or carries. A pattern also matches what is inside.
+        normalize: how scores of different groups are made comparable when the scope is global: divided by their
+            "mean", "max" or "sum" in the group, or "none".
+
+    Budgets are met within one unit of the last group touched (one ``multiple_of`` step), priced from the expressions.
+
+    Raises:
+        InputError: a number out of range, both or neither of ratio and budget, a pattern that matches no module, scores
+            that are not finite, nothing that can be pruned, or a budget that cannot be met.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import MagnitudeScore, PruneChannels
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> netsurgery.plan(model, [MagnitudeScore(), PruneChannels(params=0.6)]).after.params
+        30
+    """
+
+    ratio: float | None = None
+    params: float | int | None = None
+    macs: float | int | None = None
+    scope: Literal["layer", "global"] = "layer"
+    multiple_of: int = 1
+    min_channels: int = 1
+    max_ratio: float = 1.0
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    normalize: Literal["mean", "max", "sum", "none"] = "mean"
+
+    needs: ClassVar[frozenset[str]] = frozenset({"scores"})
+    gives: ClassVar[frozenset[str]] = frozenset({"edit"})
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("ratio", "params", "macs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InputError(f"PruneChannels takes one of ratio, params and macs, got {' and '.join(given) or 'none'}")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise InputError(f"PruneChannels(ratio={self.ratio}): the share to remove must be in [0, 1)")
+        for name in ("params", "macs"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value <= 1 if isinstance(value, float) else value > 0):
+                raise InputError(f"PruneChannels({name}={value}): a share to keep in (0, 1], or a positive whole number")
+        if self.scope not in ("layer", "global"):
+            raise InputError(f"PruneChannels(scope='{self.scope}'): 'layer' or 'global'")
+        if self.normalize not in ("mean", "max", "sum", "none"):
+            raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'mean', 'max', 'sum' or 'none'")
+        if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= self.max_ratio <= 1:
+            raise InputError("PruneChannels: multiple_of and min_channels are at least 1, max_ratio is in [0, 1]")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+
+    def run(self, network: Network) -> Edit:
+        """Choose the units that stay."""
+        bundles = self._bundles(network)
+        if self.ratio is not None and self.scope == "layer":
+            removed = [self._allowed(bundle, int(bundle.groups[0].size * self.ratio + 1e-9)) for bundle in bundles]
+            return _edit(network, bundles, removed)
+        ranked = sorted(self._events(bundles))
+        if self.ratio is not None:
+            units = sum(group.size for bundle in bundles for group in bundle.groups)
+            wanted = int(units * self.ratio + 1e-9)
+            return _edit(network, bundles, self._after(bundles, ranked, _first(ranked, lambda n: self._units(bundles, ranked, n) >= wanted)))
+        return self._budget(network, bundles, ranked)
+
+    def _budget(self, network: Network, bundles: list[_Bundle], ranked: list[tuple[float, int, int]]) -> Edit:
+        what = "params" if self.params is not None else "macs"
+        limit = getattr(self, what)
+        whole = getattr(network.cost(), what)
+        limit = limit * whole if isinstance(limit, float) else limit
+
+        def price(n: int) -> int:
+            counts = _counts(bundles, self._after(bundles, ranked, n))
+            return int(getattr(network.cost(counts), what))
+
+        if price(len(ranked)) > limit:
+            raise InputError(
+                f"PruneChannels({what}={getattr(self, what)}): {network.model_name} keeps at least {price(len(ranked)):,} of {whole:,} "
+                f"{what} with these settings: raise the budget or loosen exclude, min_channels and max_ratio"
+            )
+        return _edit(network, bundles, self._after(bundles, ranked, _first(ranked, lambda n: price(n) <= limit)))
+
+    def _bundles(self, network: Network) -> list[_Bundle]:
+        free = self._selected(network)
+        tied = {name: names for names in network.ties for name in names}
+        bundles, done = [], set[str]()
+        for name in free:
+            together = tuple(tied.get(name, (name,)))
+            if name in done or not all(other in free for other in together):
+                continue
+            done.update(together)
+            groups = tuple(network[other] for other in together)
+            scores = [self._checked(network, group) for group in groups]
+            ordered = [score.sort(stable=True) for score in scores]
+            mean = torch.stack([self._normalised(sorted_) for sorted_, _ in ordered]).mean(0)
+            most = min(groups[0].size - self.min_channels, int(groups[0].size * self.max_ratio + 1e-9))
+            order = tuple(indices.tolist() for _, indices in ordered)
+            bundles.append(_Bundle(groups, order, mean, max(0, most), self.multiple_of))
+        if not any(bundle.most for bundle in bundles):
+            locked = "; ".join(f"{g.name}: {g.frozen}" for g in network.groups if g.frozen)[:500]
+            raise InputError(f"nothing of {network.model_name} can be pruned with these settings. Locked: {locked}")
+        return bundles
+
+    def _selected(self, network: Network) -> dict[str, Group]:
+        modules = {module for name in network.tensors for module in _prefixes(name.rpartition(".")[0])}
+
+        def matches(pattern: str, module: str) -> bool:
+            return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in _prefixes(module))
+
+        for pattern in (*self.include, *self.exclude):
+            if not any(fnmatch.fnmatchcase(module, pattern) for module in modules):
+                raise InputError(f"pattern '{pattern}' matches no module with parameters in {network.model_name}")
+
+        def hit(group: Group, patterns: Sequence[str]) -> bool:
+            owners = [member.module for member in group.members if member.role != "consumes"]
+            return any(matches(pattern, owner) for pattern in patterns for owner in owners)
+
+        return {
+            group.name: group
+            for group in network.prunable
+            if (not self.include or hit(group, self.include)) and not hit(group, self.exclude)
+        }
+
+    def _checked(self, network: Network, group: Group) -> Tensor:
+        score = network.scores.get(group.name)
+        if score is None or score.shape != (group.size,):
+            found = "none" if score is None else f"shape {tuple(score.shape)}"
+            raise InputError(f"group '{group.name}' has {group.size} units but scores of {found}: the scoring pass must score every unit")
+        score = score.detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(score).all()):
+            where = ", ".join(f"{m.parameter}" for m in group.members[:3])
+            raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {torch.where(~torch.isfinite(score))[0][:5].tolist()}: look at {where}")
+        return score
+
+    def _normalised(self, score: Tensor) -> Tensor:
+        if self.scope == "layer":
+            return torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
+        scale = {"mean": score.mean(), "max": score.max(), "sum": score.sum(), "none": torch.ones(())}[self.normalize]
+        return score / scale if scale > 0 else score
+
+    def _events(self, bundles: list[_Bundle]) -> list[tuple[float, int, int]]:
+        """Removals in reach: score of the unit, its bundle, and how many of the bundle are then gone."""
+        return [(float(bundle.scores[k - 1]), index, k) for index, bundle in enumerate(bundles) for k in range(1, bundle.most + 1)]
+
+    def _after(self, bundles: list[_Bundle], ranked: list[tuple[float, int, int]], n: int) -> list[int]:
+        """Units removed from each bundle by the first ``n`` removals."""
+        removed = [0] * len(bundles)
+        for _, index, k in ranked[:n]:
+            removed[index] = k
+        return [self._allowed(bundle, k) for bundle, k in zip(bundles, removed, strict=True)]
+
+    def _allowed(self, bundle: _Bundle, removed: int) -> int:
+        """The largest number of removals up to ``removed`` that leaves an allowed number of units."""
+        size = bundle.groups[0].size
+        removed = min(removed, bundle.most)
+        while removed > 0 and (size - removed) % bundle.step:
+            removed -= 1
+        return removed
+
+    def _units(self, bundles: list[_Bundle], ranked: list[tuple[float, int, int]], n: int) -> int:
+        return sum(k * len(bundle.groups) for bundle, k in zip(bundles, self._after(bundles, ranked, n), strict=True))
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _first(ranked: Sequence[object], enough: Callable[[int], bool]) -> int:
+    """The smallest number of removals that is enough (all of them if none is)."""
+    low, high = 0, len(ranked)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low
+
+
+def _counts(bundles: list[_Bundle], removed: list[int]) -> dict[str, int]:
+    return {g.name: g.size - k for bundle, k in zip(bundles, removed, strict=True) for g in bundle.groups}
+
+
+def _edit(network: Network, bundles: list[_Bundle], removed: list[int]) -> Edit:
+    keep: Mapping[str, tuple[int, ...]] = {
+        group.name: tuple(sorted(order[k:]))
+        for bundle, k in zip(bundles, removed, strict=True)
+        for group, order in zip(bundle.groups, bundle.order, strict=True)
+    }
+    return Edit(network, keep)
