@@ -124,7 +124,7 @@ class _Checker(Watcher):
                 axis = expected[name]
                 if isinstance(value, int) and value >= 0 and value != self.sizes(axis):
                     self.blame([axis], node, f"{name}={value} is fixed by the code")
-            elif name not in sized and isinstance(value, int | float) and value != then[name]:
+            elif name not in sized and _is_number(value) and value != then[name]:
                 touched = [axis for source in node.all_input_nodes for axis in _flat(source.meta["dims"])]
                 self.blame(touched, node, f"the code computes {name}={then[name]} from a size")
 
@@ -133,6 +133,10 @@ class _Checker(Watcher):
         dtype = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
         return out if isinstance(node.meta["shape"], list) else out[0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, list) and all(isinstance(item, int | float) for item in value))
 
 
 def _flat(dims: Any) -> list[Axis]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
@@ -51,15 +52,14 @@ def on_meta(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     return like(tensor, data)
 
 
-def _customised(module: nn.Module) -> bool:
-    kind = type(module)
-    return (
-        hasattr(kind, "__deepcopy__")
-        or kind.__setstate__ is not nn.Module.__setstate__
-        or getattr(kind, "__getstate__", None) is not getattr(object, "__getstate__", None)
-        or kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
-    )
+_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+_USUAL = (nn.Module, nn.modules.conv._ConvNd)  # a convolution's __setstate__ only mends old pickles
+
+
+@functools.cache
+def _customised(kind: type[nn.Module]) -> bool:
+    """Whether a class has its own say in how it is copied."""
+    return any(all(getattr(kind, hook, None) is not getattr(usual, hook, None) for usual in _USUAL) for hook in _HOOKS)
 
 
 def _copier(memo: dict[int, Any]) -> Callable[[Any], Any]:
@@ -73,6 +73,11 @@ def _copier(memo: dict[int, Any]) -> Callable[[Any], Any]:
             for key, item in value.items():
                 new[key] = duplicate(item)
             return new
+        if type(value) is tuple:
+            items = tuple([duplicate(item) for item in value])
+            return value if all(new is old for new, old in zip(items, value, strict=True)) else items
+        if type(value) is set and not value:
+            return set()
         return copy.deepcopy(value, memo)
 
     return duplicate
@@ -92,7 +97,7 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
     for path, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(f"module '{path}' is a scripted module, which cannot be rewritten: pass the original model")
-    plain = [(path, module) for path, module in modules if not _customised(module)]
+    plain = [(path, module) for path, module in modules if not _customised(type(module))]
     for _, module in plain:
         memo[id(module)] = module.__class__.__new__(module.__class__)
     duplicate = _copier(memo)

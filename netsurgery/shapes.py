@@ -1,7 +1,8 @@
-"""What an ATen operation returns for tensors without data. torch knows it; the two most frequent are answered faster here."""
+"""What an ATen operation returns for tensors without data. torch knows it; the most frequent ones are answered faster here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,4 +15,61 @@ aten = torch.ops.aten
 
 def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of ``func`` on meta tensors."""
-    return func(*args, **kwargs)
+    shortcut = _SHORTCUTS.get(func)
+    found = shortcut(*args) if shortcut is not None and not kwargs and isinstance(args[0], Tensor) else None
+    return func(*args, **kwargs) if found is None else found
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int,
+) -> Tensor | None:  # fmt: skip
+    """The output of a plain convolution, or None where torch should answer (or complain)."""
+    n = weight.dim() - 2
+    if transposed or x.dim() != n + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        return None
+    if n == 2 and not (x.is_contiguous() and weight.is_contiguous()):
+        return None  # torch chooses the memory format
+    shape = [x.shape[0], weight.shape[0]]
+    for i in range(n):
+        s, p, d = (v[i] if len(v) > 1 else v[0] for v in (stride, padding, dilation))
+        shape.append((x.shape[i + 2] + 2 * p - d * (weight.shape[i + 2] - 1) - 1) // s + 1)
+    return torch.empty(shape, dtype=x.dtype, device="meta") if min(shape) > 0 else None
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool, *_: Any
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The outputs of a batch norm in eval mode; its saved statistics are empty, as on a CPU."""
+    if training or any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean, var)):
+        return None
+    return torch.empty_like(x), torch.empty(0, device="meta"), torch.empty(0, device="meta")
+
+
+def _like_first(x: Tensor, *others: Any) -> Tensor | None:
+    """The output of a pointwise operation that keeps shape and dtype of its first argument."""
+    for other in others:
+        if isinstance(other, Tensor) and not (
+            other.dtype == x.dtype and other.dim() == x.dim() and all(n in (1, m) for n, m in zip(other.shape, x.shape, strict=True))
+        ):
+            return None
+    return torch.empty_like(x) if x.dtype.is_floating_point else None
+
+
+def _first(x: Tensor, *others: Any) -> Tensor | None:
+    """The output of a pointwise operation in place."""
+    return x if all(other.shape == x.shape for other in others if isinstance(other, Tensor)) else None
+
+
+_SHORTCUTS: dict[Any, Callable[..., Any]] = {
+    aten.convolution.default: _convolution,
+    aten.native_batch_norm.default: _batch_norm,
+    **dict.fromkeys([aten.relu_.default, aten.silu_.default, aten.hardtanh_.default, aten.hardswish_.default, aten.add_.Tensor], _first),
+    **dict.fromkeys(
+        [aten.relu.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.hardswish.default,
+         aten.tanh.default, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor],
+        _like_first,
+    ),
+}  # fmt: skip

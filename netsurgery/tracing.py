@@ -141,7 +141,10 @@ class _Recorder(Watcher):
         return node
 
     def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
-        first, last = (next((v for v in pytree.tree_leaves(x) if isinstance(v, Tensor)), None) for x in (given, out))
+        first, last = (
+            x if isinstance(x, Tensor) else next((v for v in pytree.tree_leaves(x) if isinstance(v, Tensor)), None)
+            for x in (given[0] if given else None, out)
+        )
         ends = self.nodes.get(id(first)), self.nodes.get(id(last))
         if ends[0] is not None and ends[1] is not None:
             self.program.calls.setdefault(path, ends)  # type: ignore[arg-type]
