@@ -87,9 +87,10 @@ class _Checker(Watcher):
         node = next(self.nodes, None)
         if node is None or node.target is not func:
             raise _LeftPath(f"{func} runs where {node.target if node else 'nothing'} ran when it was traced")
-        self.compare_arguments(node, func, args, kwargs)
         dims = node.meta["dims"] if isinstance(node.meta["shape"], list) else [node.meta["dims"]]
         predicted = [None if axes is None else tuple(map(self.sizes, axes)) for axes in dims]
+        if self.arguments_differ(node, func, args, kwargs):
+            return self.substitute(node, args, predicted)
         try:
             out = infer(func, args, kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -108,12 +109,13 @@ class _Checker(Watcher):
             if self.sizes(axis) != got
         ]
         if wrong:
-            hard_coded = [axis for axis, got in wrong if got == axis.size]
-            self.blame(hard_coded or [axis for axis, _ in wrong], node, f"size {wrong[0][1]} is fixed by the code")
+            wrong = [(axis, got) for axis, got in wrong if got == axis.size] or wrong  # the size before the surgery
+            self.blame([axis for axis, _ in wrong], node, f"size {wrong[0][1]} is fixed by the code")
             return self.substitute(node, args, predicted)
         return out
 
-    def compare_arguments(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def arguments_differ(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an argument is another than it should be at these sizes; the groups that it concerns are blamed."""
         names = [argument.name for argument in func._schema.arguments]
         now = {**dict(zip(names, args, strict=False)), **kwargs}
         then = Op(node, None).arguments
@@ -124,9 +126,12 @@ class _Checker(Watcher):
                 axis = expected[name]
                 if isinstance(value, int) and value >= 0 and value != self.sizes(axis):
                     self.blame([axis], node, f"{name}={value} is fixed by the code")
+                    return True
             elif name not in sized and _is_number(value) and value != then[name]:
                 touched = [axis for source in node.all_input_nodes for axis in _flat(source.meta["dims"])]
                 self.blame(touched, node, f"the code computes {name}={then[name]} from a size")
+                return True
+        return False
 
     def substitute(self, node: fx.Node, args: tuple[Any, ...], predicted: list[tuple[int, ...] | None]) -> Any:
         """Go on with tensors of the predicted sizes, to find all obstacles in one run."""

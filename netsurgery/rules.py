@@ -258,10 +258,10 @@ pattern(
     "b c *s, c, c, c, c -> b c *s, c, c", operands="input weight bias running_mean running_var",
 )  # fmt: skip
 pattern(
-    [aten.native_layer_norm], "*b *n, *n, *n -> *b *n", operands="input weight bias", star_n="normalized_shape", sized=("normalized_shape",)
+    [aten.native_layer_norm], "*b *n, *n, *n -> *b *n, *b *o, *b *o", operands="input weight bias", star_n="normalized_shape", sized=("normalized_shape",)
 )  # fmt: skip
 pattern(
-    [aten.native_group_norm], "b (g c) *s, (g c), (g c) -> b (g c) *s", operands="input weight bias", g="group",
+    [aten.native_group_norm], "b (g c) *s, (g c), (g c) -> b (g c) *s, b g, b g", operands="input weight bias", g="group",
     sized=("N", "C", "HxW", "group"),
 )  # fmt: skip
 pattern([aten.native_channel_shuffle, aten.channel_shuffle], "b (g c) *s -> b (c g) *s", operands="self", g="groups")
