@@ -44,46 +44,57 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
     for program in network.programs:
         bare, names = skeleton(model, program.mode, shapes)
         follow(bare, network, sizes)
-        checker = _Checker(program, sizes, changed)
+        kinds = {path: type(module) for path, module in model.named_modules()}
+        checker = _Checker(program, network, kinds, sizes, changed)
         inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), network.inputs)
         try:
             run_guarded(bare, checker, inputs)
         except TraceError as error:
-            checker.blame_module(network, str(error))
+            if not checker.blamed:  # what follows from a size already found wrong says nothing new
+                checker.blame_module(f"the code refuses other sizes ({str(error.__cause__ or error).splitlines()[0]})")
         found.update({name: why for name, why in checker.blamed.items() if name not in found})
     return found
 
 
 class _Checker(Watcher):
-    def __init__(self, program: Program, sizes: Sizes, changed: Mapping[Axis, str]):
+    def __init__(
+        self, program: Program, network: Network, kinds: Mapping[str, type], sizes: Sizes, changed: Mapping[Axis, str]
+    ):
         super().__init__()
         self.nodes = iter([n for n in program.graph.nodes if n.op == "call_function" and n.target.__name__ != "getitem"])
+        self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
         self.blamed: dict[str, str] = {}
-        self.module_paths: list[str] = []
+        self.innermost: list[str] = []  # module paths around the last operation
 
     def blame(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:
+        """Blame the changed groups in some axes, or else those of the module that an operation runs in."""
         names = [self.changed[leaf] for axis in axes for leaf in leaves(axis) if leaf in self.changed]
         reason = Op(node, None).reason(why)
-        if not names:
-            raise RewriteError(f"the model's code does not follow the new sizes, {reason}; exclude the groups around it")
-        self.blamed.update(dict.fromkeys(names, reason))
+        if names:
+            self.blamed.update(dict.fromkeys(names, reason))
+        else:
+            self.blame_module(reason)
 
-    def blame_module(self, network: Network, error: str) -> None:
-        """The code itself raised: blame the groups of the innermost module that holds a changed one."""
-        if self.blamed:
-            return  # what follows from a size already found wrong says nothing new
-        for path in reversed(self.module_paths):
-            prefix = f"{path}." if path else ""
-            members = ((g, m) for g in network.groups if g.channel in self.changed for m in g.members)
-            names = [g.name for g, m in members if m.parameter.startswith(prefix)]
-            if names:
-                self.blamed.update(dict.fromkeys(names, f"the code of {path or 'the model'} refuses other sizes: {error}"))
-                return
-        raise RewriteError(f"the model's code does not follow the new sizes: {error}")
+    def blame_module(self, reason: str) -> None:
+        """Blame the groups of the innermost module that holds a changed one, and of its siblings that run the same code.
+
+        Raises:
+            RewriteError: no module does.
+        """
+        groups = [group for group in self.network.groups if group.channel in self.changed]
+        for path in reversed(self.innermost):
+            if not any(_within(member.module, path) for group in groups for member in group.members):
+                continue
+            same = [other for other, kind in self.kinds.items() if kind is self.kinds[path] and kind is not nn.Sequential]
+            for place in [path, *same]:
+                names = [g.name for g in groups if any(_within(member.module, place) for member in g.members)]
+                self.blamed.update(dict.fromkeys(names, f"{reason} in {place or 'the model'}"))
+            return
+        raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.module_paths = list(self.modules)
+        self.innermost = list(self.modules)
         node = next(self.nodes, None)
         if node is None or node.target is not func:
             raise _LeftPath(f"{func} runs where {node.target if node else 'nothing'} ran when it was traced")
@@ -138,6 +149,10 @@ class _Checker(Watcher):
         dtype = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
         return out if isinstance(node.meta["shape"], list) else out[0]
+
+
+def _within(module: str, path: str) -> bool:
+    return not path or module == path or module.startswith(f"{path}.")
 
 
 def _is_number(value: Any) -> bool:

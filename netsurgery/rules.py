@@ -346,7 +346,7 @@ def same(op: Op) -> Any:
     return [op.dims(op.inputs[0]) for _ in op.shapes()]
 
 
-@rule(aten.as_strided_, sized=("size",))
+@rule(aten.as_strided_, sized=("size", "stride"))
 def restride(op: Op) -> Any:
     """only where it changes the strides of dimensions of size one"""
     (source,) = op.inputs
