@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from netsurgery.axes import Axis
+from netsurgery.copying import named_modules
 from netsurgery.costs import Sizes
 from netsurgery.network import Network
 
@@ -20,9 +21,9 @@ _OF_OPERATION = {"groups": "g", "num_groups": "g", "normalized_shape": "*n"}
 
 def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
     """Set the attributes of a model whose tensors have the new sizes; only those that held the old size change."""
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     for path, attribute, old, new in _followers(network, modules, sizes):
-        if old != new and getattr(modules[path], attribute, None) == old:
+        if old != new and modules[path].__dict__[attribute] == old:
             setattr(modules[path], attribute, new)
 
 
@@ -32,12 +33,12 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
         for path, ends in program.calls.items():
             for node, table in zip(ends, (_OF_INPUT, _OF_OUTPUT), strict=True):
                 for attribute, dim in table.items():
-                    if type(getattr(modules[path], attribute, None)) is int and (axis := _dim(node, dim)) is not None:
+                    if type(modules[path].__dict__.get(attribute)) is int and (axis := _dim(node, dim)) is not None:
                         yield path, attribute, own(axis), sizes(axis)
         for node in program.graph.nodes:
             names, path = node.meta.get("names", {}), node.meta.get("module", "")
             for attribute, name in _OF_OPERATION.items():
-                if name in names and hasattr(modules[path], attribute):
+                if name in names and attribute in modules[path].__dict__:
                     value = names[name]
                     if isinstance(value, tuple):
                         yield path, attribute, tuple(map(own, value)), tuple(map(sizes, value))

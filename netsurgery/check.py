@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
+from netsurgery.copying import named_modules
 from netsurgery.costs import Sizes
 from netsurgery.errors import RewriteError, TraceError
 from netsurgery.network import Network
@@ -44,7 +45,7 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
     for program in network.programs:
         bare, names = skeleton(model, program.mode, shapes)
         follow(bare, network, sizes)
-        kinds = {path: type(module) for path, module in model.named_modules()}
+        kinds = {path: type(module) for path, module in named_modules(model).items()}
         checker = _Checker(program, network, kinds, sizes, changed)
         inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), network.inputs)
         try:
@@ -127,20 +128,19 @@ class _Checker(Watcher):
 
     def arguments_differ(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an argument is another than it should be at these sizes; the groups that it concerns are blamed."""
-        names = [argument.name for argument in func._schema.arguments]
-        now = {**dict(zip(names, args, strict=False)), **kwargs}
-        then = Op(node, None).arguments
         expected: dict[str, Axis] = node.meta.get("expected", {})
-        sized = SIZED.get(node.target.overloadpacket, frozenset()) | expected.keys()  # type: ignore[union-attr]
-        for name, value in now.items():
+        sized = SIZED.get(node.target.overloadpacket, frozenset())  # type: ignore[union-attr]
+        values = [(a.name, now, then) for a, now, then in zip(func._schema.arguments, args, node.args, strict=False)]
+        for name, now, then in values + [(name, now, node.kwargs.get(name)) for name, now in kwargs.items()]:
+            if isinstance(now, Tensor) or now is None:
+                continue
             if name in expected:
-                axis = expected[name]
-                if isinstance(value, int) and value >= 0 and value != self.sizes(axis):
-                    self.blame([axis], node, f"{name}={value} is fixed by the code")
+                if isinstance(now, int) and now >= 0 and now != self.sizes(expected[name]):
+                    self.blame([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
-            elif name not in sized and _is_number(value) and value != then[name]:
+            elif name not in sized and now != then and _is_number(now):
                 touched = [axis for source in node.all_input_nodes for axis in _flat(source.meta["dims"])]
-                self.blame(touched, node, f"the code computes {name}={then[name]} from a size")
+                self.blame(touched, node, f"the code computes {name}={then} from a size")
                 return True
         return False
 

@@ -14,17 +14,33 @@ from torch import Tensor, nn
 
 from netsurgery.errors import TraceError
 
-__all__ = ["copy_with", "like", "named_tensors", "on_meta"]
+__all__ = ["copy_with", "like", "named_modules", "named_tensors", "on_meta"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_ATOMS = (int, float, bool, str, type(None), FunctionType, type, torch.dtype, torch.Size)
+_ATOMS = frozenset([int, float, bool, str, type(None), FunctionType, type, torch.dtype, torch.Size])
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by the path it has first, as ``model.named_modules()`` gives them, but quickly."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        seen.add(id(module))
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers and tensors kept as plain attributes, each once, by the name it has first."""
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in named_modules(model).items():
         for store in (module._parameters, module._buffers, module.__dict__):
             for key, tensor in store.items():
                 if isinstance(tensor, Tensor) and id(tensor) not in seen:
@@ -71,7 +87,7 @@ def _copier(memo: dict[int, Any]) -> Callable[[Any], Any]:
         if type(value) in (dict, OrderedDict):
             new = memo[id(value)] = type(value)()
             for key, item in value.items():
-                new[key] = duplicate(item)
+                new[key] = memo[id(item)] if id(item) in memo else duplicate(item)
             return new
         if type(value) is tuple:
             items = tuple([duplicate(item) for item in value])
@@ -93,17 +109,20 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
         TraceError: a module is scripted, or holds something that Python cannot copy.
     """
     memo: dict[int, Any] = dict(tensors)
-    modules = list(model.named_modules())
-    for path, module in modules:
+    modules = named_modules(model)
+    for path, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(f"module '{path}' is a scripted module, which cannot be rewritten: pass the original model")
-    plain = [(path, module) for path, module in modules if not _customised(type(module))]
+    plain = [(path, module) for path, module in modules.items() if not _customised(type(module))]
     for _, module in plain:
         memo[id(module)] = module.__class__.__new__(module.__class__)
     duplicate = _copier(memo)
     for path, module in plain:
         target = memo[id(module)].__dict__
         for key, value in module.__dict__.items():
+            if type(value) in _ATOMS:
+                target[key] = value
+                continue
             try:
                 target[key] = duplicate(value)
             except (TypeError, RuntimeError) as error:

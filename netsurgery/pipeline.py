@@ -9,13 +9,16 @@ the passes and makes sure that the model's own code follows the new sizes; ``rew
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from netsurgery.check import obstacles
+from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, PassError, TraceError
@@ -70,11 +73,25 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     return network
 
 
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_few_collections()
 def _trace(model: nn.Module, example_inputs: Any) -> Network:
     """The network before its code was tried at other sizes."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+    parameters = {name: tensor for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters.values()):
         raise TraceError(f"{type(model).__name__} has uninitialised (lazy) parameters: run it once before surgery")
     if example_inputs is None:
         inputs, program = infer_inputs(model)
@@ -83,11 +100,12 @@ def _trace(model: nn.Module, example_inputs: Any) -> Network:
         program = record(model, inputs)
     programs = [program]
     used = names_used(programs)
-    if any(name not in used for name, _ in model.named_parameters()):
+    if any(name not in used for name in parameters):
         programs.append(record(model, inputs, "train"))  # parts that only run in training, such as auxiliary heads
     return analyse(model, tuple(programs), inputs)
 
 
+@_few_collections()
 def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
     """Decide what to remove, and carry nothing out.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -49,9 +49,14 @@ class Op:
     def dims(self, node: fx.Node) -> Dims:
         return node.meta["dims"]  # type: ignore[no-any-return]
 
-    def reason(self, why: str) -> str:
+    @functools.cached_property
+    def place(self) -> str:
         module = f" in {self.node.meta['module']}" if self.node.meta["module"] else ""
-        return f"{why}: {self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
+        return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
+
+    def reason(self, why: str) -> str:
+        """Why something is frozen, with the operation, the module and the line."""
+        return f"{why}: {self.place}"
 
     def freeze(self, axis: Axis, why: str) -> None:
         freeze(axis, self.reason(why))
@@ -71,8 +76,9 @@ class Op:
         """A new dimension that holds no channel."""
         return channel(size, Fixed(self.reason("holds no units")))
 
-    def fixed_outputs(self) -> list[Dims | None]:
-        return [None if shape is None else tuple(self.fixed(n) for n in shape) for shape in self.shapes()]
+    def all_fixed(self, shape: Iterable[int]) -> Dims:
+        """Dimensions that hold no channel."""
+        return tuple([self.fixed(n) for n in shape])
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -184,10 +190,10 @@ def relate(op: Op, pattern: str, operands: list[fx.Node | None], known: dict[str
     names = _Names(op, known or {})
     present = [(tokens, node) for tokens, node in zip(left, operands, strict=True) if node is not None]
     origins = [names.read(tokens, op.dims(node)) for tokens, node in present]
-    outputs: list[Any] = op.fixed_outputs()
-    for index, (tokens, shape) in enumerate(zip(right, op.shapes(), strict=False)):
-        if shape is not None and prod(shape):
-            outputs[index] = names.write(tokens, shape)
+    outputs: list[Any] = [
+        None if shape is None else names.write(right[i], shape) if i < len(right) and prod(shape) else op.all_fixed(shape)
+        for i, shape in enumerate(op.shapes())
+    ]
     written = {name for tokens in right for token in tokens for name in token}
     uses = [{name for name, _ in origin} for origin in origins]
     fed = {name for mine, (_, node) in zip(uses, present, strict=True) if "params" not in node.meta for name in mine}
@@ -388,7 +394,7 @@ def view(op: Op) -> Any:
     """blocks of equal size: their products are the same dimension"""
     dims, shape = list(op.dims(op["self"])), list(op.shapes()[0] or ())
     if 0 in shape:
-        return op.fixed_outputs()
+        return [op.all_fixed(shape)]
     out = [channel(n) for n in shape]
     i = j = 0
     while i < len(dims) or j < len(out):

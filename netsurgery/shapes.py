@@ -20,6 +20,10 @@ def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs) if found is None else found
 
 
+def _same(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
+
+
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
     transposed: bool, output_padding: list[int], groups: int,
@@ -45,17 +49,21 @@ def _batch_norm(
     """The outputs of a batch norm in eval mode; its saved statistics are empty, as on a CPU."""
     if training or any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean, var)):
         return None
-    return torch.empty_like(x), torch.empty(0, device="meta"), torch.empty(0, device="meta")
+    return _same(x), torch.empty(0, device="meta"), torch.empty(0, device="meta")
 
 
-def _like_first(x: Tensor, *others: Any) -> Tensor | None:
-    """The output of a pointwise operation that keeps shape and dtype of its first argument."""
+def _pointwise(x: Tensor, *others: Any) -> Tensor | None:
+    """The output of a pointwise operation that keeps the dtype, where one argument has the shape of the result."""
+    largest = x
     for other in others:
-        if isinstance(other, Tensor) and not (
-            other.dtype == x.dtype and other.dim() == x.dim() and all(n in (1, m) for n, m in zip(other.shape, x.shape, strict=True))
-        ):
+        if isinstance(other, Tensor):
+            if other.dtype != x.dtype or other.dim() != x.dim():
+                return None
+            largest = other if other.numel() > largest.numel() else largest
+    for one in (x, *others):
+        if isinstance(one, Tensor) and not all(n in (1, m) for n, m in zip(one.shape, largest.shape, strict=True)):
             return None
-    return torch.empty_like(x) if x.dtype.is_floating_point else None
+    return _same(largest) if x.dtype.is_floating_point else None
 
 
 def _first(x: Tensor, *others: Any) -> Tensor | None:
@@ -63,13 +71,38 @@ def _first(x: Tensor, *others: Any) -> Tensor | None:
     return x if all(other.shape == x.shape for other in others if isinstance(other, Tensor)) else None
 
 
+def _mean(x: Tensor, dim: list[int] | None = None, keepdim: bool = False) -> Tensor | None:
+    if not dim or not x.dtype.is_floating_point:
+        return None
+    gone = {d % x.dim() for d in dim}
+    shape = [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, _: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    own = torch.Size(shape)
+    if x.shape[x.dim() - len(shape) :] != own or any(t is not None and t.shape != own for t in (weight, bias)):
+        return None
+    statistics = torch.empty((*x.shape[: x.dim() - len(shape)], *[1] * len(shape)), dtype=x.dtype, device="meta")
+    return torch.empty(x.shape, dtype=x.dtype, device="meta"), statistics, torch.empty_like(statistics)
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    if bias.dim() != 1 or a.shape[1] != b.shape[0] or bias.shape[0] != b.shape[1] or a.dtype != b.dtype:
+        return None
+    return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
+
+
 _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.addmm.default: _addmm,
+    aten.mean.dim: _mean,
     **dict.fromkeys([aten.relu_.default, aten.silu_.default, aten.hardtanh_.default, aten.hardswish_.default, aten.add_.Tensor], _first),
     **dict.fromkeys(
         [aten.relu.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.hardswish.default,
          aten.tanh.default, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor],
-        _like_first,
+        _pointwise,
     ),
 }  # fmt: skip

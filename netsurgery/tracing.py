@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from netsurgery.copying import copy_with, named_tensors, on_meta
+from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
 from netsurgery.shapes import infer
 
@@ -133,6 +133,7 @@ class _Recorder(Watcher):
         super().__init__()
         self.program, self.names = program, names
         self.nodes: dict[int, fx.Node] = {}
+        self.parts: dict[int, tuple[fx.Node, int]] = {}  # results among several, by id: a node once they are used
         self.alive: list[Any] = []  # ids are only good while their tensors live
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
@@ -145,9 +146,10 @@ class _Recorder(Watcher):
             x if isinstance(x, Tensor) else next((v for v in pytree.tree_leaves(x) if isinstance(v, Tensor)), None)
             for x in (given[0] if given else None, out)
         )
-        ends = self.nodes.get(id(first)), self.nodes.get(id(last))
-        if ends[0] is not None and ends[1] is not None:
-            self.program.calls.setdefault(path, ends)  # type: ignore[arg-type]
+        if path not in self.program.calls and first is not None and last is not None:
+            ends = [self.nodes.get(id(tensor)) or self.part(tensor) for tensor in (first, last)]
+            if ends[0] is not None and ends[1] is not None:
+                self.program.calls[path] = ends[0], ends[1]
 
     def describe(self, node: fx.Node) -> fx.Node:
         node.meta["module"] = self.modules[-1] if self.modules else ""
@@ -156,10 +158,18 @@ class _Recorder(Watcher):
 
     def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.nodes.get(id(value)) or self.attribute(value)
+            return self.nodes.get(id(value)) or self.part(value) or self.attribute(value)
         if isinstance(value, list | tuple):
             return [self.node_of(item) for item in value]
         return value
+
+    def part(self, tensor: Tensor) -> fx.Node | None:
+        if id(tensor) not in self.parts:
+            return None
+        whole, index = self.parts[id(tensor)]
+        node = self.program.graph.create_node("call_function", operator.getitem, (whole, index))
+        node.meta.update(shape=tensor.shape, module=whole.meta["module"], where=whole.meta["where"])
+        return self.remember(tensor, node)
 
     def attribute(self, tensor: Tensor) -> fx.Node:
         name = self.names.get(id(tensor))
@@ -191,9 +201,8 @@ class _Recorder(Watcher):
             node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    picked = graph.create_node("call_function", operator.getitem, (node, index))
-                    picked.meta.update(shape=item.shape, module=node.meta["module"], where=node.meta["where"])
-                    self.remember(item, picked)
+                    self.parts[id(item)] = node, index
+                    self.alive.append(item)
         return out
 
 
@@ -210,7 +219,6 @@ def format_where(where: tuple[str, int] | None) -> str:
 
 
 def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callable[..., Any]:
-    @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         watcher.modules.append(path)
         try:
@@ -220,6 +228,7 @@ def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callab
         finally:
             watcher.modules.pop()
 
+    run.__wrapped__ = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
     return run
 
 
@@ -232,14 +241,14 @@ def skeleton(model: nn.Module, mode: Mode, shapes: dict[str, tuple[int, ...]] | 
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
     bare = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
-    for module in bare.modules():
+    for module in named_modules(bare).values():
         module.training = mode == "train" and bool(module._modules)
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
 
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     """Run a skeleton under a watcher."""
-    for path, module in bare.named_modules():
+    for path, module in named_modules(bare).items():
         module.__dict__["forward"] = _tracked(module.forward, path, watcher)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
