@@ -14,7 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 
-__all__ = ["Axis", "Fixed", "channel", "concat", "cut", "find", "freeze", "leaves", "product", "resolve", "tie", "unify"]
+__all__ = [
+    "Axis",
+    "Fixed",
+    "channel",
+    "concat",
+    "cut",
+    "find",
+    "freeze",
+    "leaves",
+    "product",
+    "resolve",
+    "tie",
+    "unify",
+]
 
 
 class Axis:
@@ -218,7 +231,10 @@ def tie(a: Axis, b: Axis, reason: str) -> list[tuple[Axis, Axis]]:
 
     The finer structure of one is imposed on the other; what still differs in size is frozen.
     """
-    live = [[part for part in _parts(axis) if any(leaf.frozen is None and leaf.size > 1 for leaf in leaves(part))] for axis in (a, b)]
+    live = [
+        [part for part in _parts(axis) if any(leaf.frozen is None and leaf.size > 1 for leaf in leaves(part))]
+        for axis in (a, b)
+    ]
     first, second = map(concat, live)
     if first.size != second.size:
         freeze(a, reason)
@@ -261,5 +277,3 @@ def resolve(axis: Axis, memo: dict[Axis, Axis]) -> Axis:
         else:
             memo[axis] = axis
     return memo[axis]
-
-

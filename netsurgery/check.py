@@ -1,7 +1,7 @@
 """Does the model's own code follow the new sizes? Run it without data and compare every operation with the prediction.
 
 Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute a number from one
-(``x / x.shape[1]``). Such an operation is found here, before anything is changed, and the groups it concerns are frozen.
+(``x / x.shape[1]``). Such an operation is found here, before anything is changed, and its groups are frozen.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
     shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
     found: dict[str, str] = {}
     for program in network.programs:
-        bare, names = skeleton(model, program.mode, shapes)
+        bare, _ = skeleton(model, program.mode, shapes)
         follow(bare, network, sizes)
         kinds = {path: type(module) for path, module in named_modules(model).items()}
         checker = _Checker(program, network, kinds, sizes, changed)
@@ -62,7 +62,9 @@ class _Checker(Watcher):
         self, program: Program, network: Network, kinds: Mapping[str, type], sizes: Sizes, changed: Mapping[Axis, str]
     ):
         super().__init__()
-        self.nodes = iter([n for n in program.graph.nodes if n.op == "call_function" and n.target.__name__ != "getitem"])
+        self.nodes = iter(
+            [n for n in program.graph.nodes if n.op == "call_function" and n.target.__name__ != "getitem"]
+        )
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
         self.blamed: dict[str, str] = {}
@@ -78,7 +80,7 @@ class _Checker(Watcher):
             self.blame_module(reason)
 
     def blame_module(self, reason: str) -> None:
-        """Blame the groups of the innermost module that holds a changed one, and of its siblings that run the same code.
+        """Blame the groups of the innermost module that holds a changed one, and of all that run the same code.
 
         Raises:
             RewriteError: no module does.
@@ -87,7 +89,9 @@ class _Checker(Watcher):
         for path in reversed(self.innermost):
             if not any(_within(member.module, path) for group in groups for member in group.members):
                 continue
-            same = [other for other, kind in self.kinds.items() if kind is self.kinds[path] and kind is not nn.Sequential]
+            same = [
+                other for other, kind in self.kinds.items() if kind is self.kinds[path] and kind is not nn.Sequential
+            ]
             for place in [path, *same]:
                 names = [g.name for g in groups if any(_within(member.module, place) for member in g.members)]
                 self.blamed.update(dict.fromkeys(names, f"{reason} in {place or 'the model'}"))
@@ -156,7 +160,9 @@ def _within(module: str, path: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, list) and all(isinstance(item, int | float) for item in value))
+    return isinstance(value, int | float) or (
+        isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    )
 
 
 def _flat(dims: Any) -> list[Axis]:

@@ -73,7 +73,7 @@ _USUAL = (nn.Module, nn.modules.conv._ConvNd)  # a convolution's __setstate__ on
 
 
 @functools.cache
-def _customised(kind: type[nn.Module]) -> bool:
+def _customised(kind: Any) -> bool:
     """Whether a class has its own say in how it is copied."""
     return any(all(getattr(kind, hook, None) is not getattr(usual, hook, None) for usual in _USUAL) for hook in _HOOKS)
 
@@ -112,8 +112,10 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
     modules = named_modules(model)
     for path, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(f"module '{path}' is a scripted module, which cannot be rewritten: pass the original model")
-    plain = [(path, module) for path, module in modules.items() if not _customised(type(module))]
+            raise TraceError(
+                f"module '{path}' is a scripted module, which cannot be rewritten: pass the original model"
+            )
+    plain = [(path, module) for path, module in modules.items() if not _customised(type(module))]  # type: ignore[arg-type]  # classes are hashable
     for _, module in plain:
         memo[id(module)] = module.__class__.__new__(module.__class__)
     duplicate = _copier(memo)
@@ -126,6 +128,8 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
             try:
                 target[key] = duplicate(value)
             except (TypeError, RuntimeError) as error:
-                raise TraceError(f"attribute '{key}' of module '{path or type(model).__name__}' cannot be copied: {error}") from error
+                raise TraceError(
+                    f"attribute '{key}' of module '{path or type(model).__name__}' cannot be copied: {error}"
+                ) from error
     result: Module = duplicate(model)
     return result

@@ -49,13 +49,17 @@ class Edit:
             if not units:
                 raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
             if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
-                raise InputError(f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {units}")
+                raise InputError(
+                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {units}"
+                )
         kept = {name: tuple(map(int, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
         object.__setattr__(self, "keep", {n: units for n, units in kept.items() if len(units) < self.network[n].size})
         for tied in self.network.ties:
             counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in tied}
             if len(set(counts.values())) > 1:
-                raise InputError(f"groups that the code splits into equal parts must keep equally many units, got {counts}")
+                raise InputError(
+                    f"groups that the code splits into equal parts must keep equally many units, got {counts}"
+                )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -115,7 +119,9 @@ class Edit:
         for name, entry in groups.items():
             if name not in network.by_name or network[name].size != entry["size"]:
                 found = network[name].size if name in network.by_name else "no such group"
-                raise InputError(f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here")
+                raise InputError(
+                    f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here"
+                )
         return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
 
 

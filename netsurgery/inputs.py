@@ -1,4 +1,4 @@
-"""Example inputs for a model that was given without any: inferred from its first layer, confirmed by a run without data."""
+"""Example inputs for a model given without any: inferred from its first layer, confirmed by a run without data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def infer_inputs(model: nn.Module) -> tuple[Inputs, Program]:
             error = error or problem
     tried = f" The first that was tried failed: {error}" if error else ""
     raise TraceError(
-        f"no example input could be inferred for {type(model).__name__}: pass example_inputs=(tensor, ...) of the shapes it takes.{tried}"
+        f"no example input could be inferred for {type(model).__name__}: "
+        f"pass example_inputs=(tensor, ...) of the shapes it takes.{tried}"
     ) from error
 
 

@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import networkx as nx
-import torch
 from torch import Tensor, fx, nn
 
 from netsurgery.axes import Axis, Fixed, channel, find, freeze, leaves, resolve, tie
@@ -68,7 +67,7 @@ class Network:
     """A traced model; see the module's docstring.
 
     Attributes:
-        programs: the recorded runs: in eval mode and, where some parameters are only used in training, in that mode too.
+        programs: the recorded runs: in eval mode and, where parameters are only used in training, in that mode too.
         tensors: parameters, buffers and tensor attributes of the model by name (the model's own, not copies).
         axes: the dimensions of each of these tensors, as expressions over the groups' channels.
         groups: every group, in the order of the state dict.
@@ -121,10 +120,14 @@ class Network:
     def terms(self) -> tuple[list[Term], list[Term]]:
         """Parameters and MACs as sums of products of dimensions: ``(module, axes)`` each."""
         parameters = [
-            (name.rpartition(".")[0], self.axes[name]) for name, t in self.tensors.items() if isinstance(t, nn.Parameter)
+            (name.rpartition(".")[0], self.axes[name])
+            for name, t in self.tensors.items()
+            if isinstance(t, nn.Parameter)
         ]
         macs = [
-            (node.meta["module"], tuple(node.meta["macs"])) for node in self.programs[0].graph.nodes if "macs" in node.meta
+            (node.meta["module"], tuple(node.meta["macs"]))
+            for node in self.programs[0].graph.nodes
+            if "macs" in node.meta
         ]
         return parameters, macs
 
@@ -276,7 +279,9 @@ def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: d
     roles: dict[tuple[str, int, Axis], str] = {}
     strength = {"window": 0, "carries": 1, "consumes": 2, "produces": 3}
     for name, source, axis, role in analysis.roles:
-        places = [i for i, own in enumerate(sources.get(name, ())) if own is source] or range(len(sources.get(name, ())))
+        places = [i for i, own in enumerate(sources.get(name, ())) if own is source] or range(
+            len(sources.get(name, ()))
+        )
         for leaf in leaves(resolve(axis, memo)):
             for place in places:
                 key = (name, place, leaf)

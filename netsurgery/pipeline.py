@@ -167,7 +167,9 @@ def check_order(passes: Sequence[Pass]) -> None:
     given: set[str] = set()
     for position, one in enumerate(passes, start=1):
         if not isinstance(one, Pass):
-            raise PassError(f"pass {position} is {one!r}, not a netsurgery.Pass: passes are instances, such as HGSRScore()")
+            raise PassError(
+                f"pass {position} is {one!r}, not a netsurgery.Pass: passes are instances, such as HGSRScore()"
+            )
         if missing := sorted(one.needs - given):
             raise PassError(
                 f"pass {position}, {one!r}, needs {', '.join(missing)}, which no pass before it gives: "

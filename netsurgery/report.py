@@ -20,7 +20,9 @@ __all__ = ["cost_table", "network_table", "prunable_share"]
 def _columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     )
 
@@ -29,7 +31,11 @@ def prunable_share(network: Network) -> float:
     """Share of the parameters that lose entries when units are removed from groups that are not frozen."""
     free = {group.channel for group in network.prunable}
     counted = [(axes, network.tensors[name]) for name, axes in network.axes.items()]
-    sizes = [(prod(t.shape), any(leaf in free for axis in axes for leaf in leaves(axis))) for axes, t in counted if isinstance(t, nn.Parameter)]
+    sizes = [
+        (prod(t.shape), any(leaf in free for axis in axes for leaf in leaves(axis)))
+        for axes, t in counted
+        if isinstance(t, nn.Parameter)
+    ]
     return sum(n for n, is_free in sizes if is_free) / max(1, sum(n for n, _ in sizes))
 
 
@@ -37,7 +43,9 @@ def network_table(network: Network) -> str:
     """One row for each group: name, size, where it occurs, and why it is locked if it is."""
     rows = [("group", "units", "produced by", "consumed by", "locked")]
     for group in network.groups:
-        by_role = {role: [m.module for m in group.members if m.role == role] for role in ("produces", "carries", "consumes")}
+        by_role = {
+            role: [m.module for m in group.members if m.role == role] for role in ("produces", "carries", "consumes")
+        }
         made = by_role["produces"] or by_role["carries"]
         rows.append((group.name, str(group.size), _list(made), _list(by_role["consumes"]), group.frozen or ""))
     cost = network.cost()
@@ -45,8 +53,9 @@ def network_table(network: Network) -> str:
         "x".join(map(str, node.meta["shape"])) for node in network.programs[0].graph.nodes if node.op == "placeholder"
     )
     head = (
-        f"{network.model_name} on {inputs}: {cost.params:,} parameters, {cost.macs:,} MACs, {len(network.groups)} groups, "
-        f"{len(network.groups) - len(network.prunable)} locked, {100 * prunable_share(network):.1f}% of the parameters prunable"
+        f"{network.model_name} on {inputs}: {cost.params:,} parameters, {cost.macs:,} MACs, "
+        f"{len(network.groups)} groups, {len(network.groups) - len(network.prunable)} locked, "
+        f"{100 * prunable_share(network):.1f}% of the parameters prunable"
     )
     return head + "\n" + _columns(rows, right=(1,))
 
@@ -58,5 +67,8 @@ def _list(modules: Sequence[str], most: int = 3) -> str:
 
 def cost_table(cost: Cost) -> str:
     """One row for each module, and the sum."""
-    rows = [("module", "parameters", "MACs"), *((p or "(top)", f"{n:,}", f"{m:,}") for p, (n, m) in cost.modules.items())]
+    rows = [
+        ("module", "parameters", "MACs"),
+        *((p or "(top)", f"{n:,}", f"{m:,}") for p, (n, m) in cost.modules.items()),
+    ]
     return _columns([*rows, ("total", f"{cost.params:,}", f"{cost.macs:,}")], right=(1, 2))

@@ -28,7 +28,7 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
 
     Returns:
         The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
-        ``in_channels`` in step. Everything else (training mode, hooks, requires_grad, dtype, device, memory format, ties) stays.
+        ``in_channels`` in step. Training mode, hooks, requires_grad, dtype, device, memory format and ties stay.
 
     Raises:
         RewriteError: the model's tensors are not those of the edit's network.

@@ -35,7 +35,8 @@ class Op:
 
     def __init__(self, node: fx.Node, analysis: Any):
         self.node, self.analysis = node, analysis
-        self.name = node.target._schema.name.replace("::", ".") if node.op == "call_function" else node.op
+        target: Any = node.target
+        self.name = target._schema.name.replace("::", ".")
         self.arguments = arguments(node)
 
     def __getitem__(self, name: str) -> Any:
@@ -83,7 +84,8 @@ class Op:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a recorded operation by name, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    target: Any = node.target
+    schema = target._schema.arguments
     values = dict(zip((a.name for a in schema), node.args, strict=False))
     return {a.name: values.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
 
@@ -180,18 +182,24 @@ class _Names:
         return tuple(out)
 
 
-def relate(op: Op, pattern: str, operands: list[fx.Node | None], known: dict[str, int] | None = None, macs: str = "") -> list[Any]:
+def relate(
+    op: Op, pattern: str, operands: list[fx.Node | None], known: dict[str, int] | None = None, macs: str = ""
+) -> list[Any]:
     """Apply a pattern to the operands of an operation (None: absent) and return the dimensions of its outputs.
 
-    ``known`` gives sizes of names inside products and lengths of starred names; ``macs`` names the dimensions whose product
-    is the number of multiply-accumulates.
+    ``known`` gives sizes of names inside products and lengths of starred names; the product of the dimensions named in
+    ``macs`` is the number of multiply-accumulates.
     """
     left, right = (_parse(side.strip()) for side in pattern.split("->"))
     names = _Names(op, known or {})
     present = [(tokens, node) for tokens, node in zip(left, operands, strict=True) if node is not None]
     origins = [names.read(tokens, op.dims(node)) for tokens, node in present]
     outputs: list[Any] = [
-        None if shape is None else names.write(right[i], shape) if i < len(right) and prod(shape) else op.all_fixed(shape)
+        None
+        if shape is None
+        else names.write(right[i], shape)
+        if i < len(right) and 0 not in shape
+        else op.all_fixed(shape)
         for i, shape in enumerate(op.shapes())
     ]
     written = {name for tokens in right for token in tokens for name in token}
@@ -215,7 +223,9 @@ def relate(op: Op, pattern: str, operands: list[fx.Node | None], known: dict[str
     return outputs
 
 
-def pattern(operators: list[Any], notation: str, *, operands: str, macs: str = "", sized: tuple[str, ...] = (), **known: str) -> None:
+def pattern(
+    operators: list[Any], notation: str, *, operands: str, macs: str = "", sized: tuple[str, ...] = (), **known: str
+) -> None:
     """Register a notation: ``operands`` names the tensor arguments, ``known`` the arguments that give sizes."""
 
     def run(op: Op) -> Any:
@@ -264,14 +274,17 @@ pattern(
     "b c *s, c, c, c, c -> b c *s, c, c", operands="input weight bias running_mean running_var",
 )  # fmt: skip
 pattern(
-    [aten.native_layer_norm], "*b *n, *n, *n -> *b *n, *b *o, *b *o", operands="input weight bias", star_n="normalized_shape", sized=("normalized_shape",)
+    [aten.native_layer_norm], "*b *n, *n, *n -> *b *n, *b *o, *b *o", operands="input weight bias",
+    star_n="normalized_shape", sized=("normalized_shape",),
 )  # fmt: skip
 pattern(
-    [aten.native_group_norm], "b (g c) *s, (g c), (g c) -> b (g c) *s, b g, b g", operands="input weight bias", g="group",
-    sized=("N", "C", "HxW", "group"),
+    [aten.native_group_norm], "b (g c) *s, (g c), (g c) -> b (g c) *s, b g, b g", operands="input weight bias",
+    g="group", sized=("N", "C", "HxW", "group"),
 )  # fmt: skip
 pattern([aten.native_channel_shuffle, aten.channel_shuffle], "b (g c) *s -> b (c g) *s", operands="self", g="groups")
-pattern([aten.pixel_shuffle], "*b (c p q) h w -> *b c (h p) (w q)", operands="self", p="upscale_factor", q="upscale_factor")
+pattern(
+    [aten.pixel_shuffle], "*b (c p q) h w -> *b c (h p) (w q)", operands="self", p="upscale_factor", q="upscale_factor"
+)
 pattern(
     [aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d,
      aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_nearest_exact2d,
@@ -316,8 +329,8 @@ def pointwise(op: Op) -> Any:
 
 
 @rule(
-    aten.copy, aten.copy_, aten.masked_fill, aten.masked_fill_, aten.fill_, aten.rsub, aten._prelu_kernel, aten.hardswish,
-    aten.hardswish_, aten.mish_, aten.log_sigmoid_forward,
+    aten.copy, aten.copy_, aten.masked_fill, aten.masked_fill_, aten.fill_, aten.rsub, aten._prelu_kernel,
+    aten.hardswish, aten.hardswish_, aten.mish_, aten.log_sigmoid_forward,
 )  # fmt: skip
 def broadcasting(op: Op) -> Any:
     """like pointwise, though not tagged so"""
@@ -343,9 +356,9 @@ def _broadcast(op: Op, inputs: list[fx.Node]) -> Any:
 
 
 @rule(
-    aten.clone, aten.detach, aten.detach_, aten.alias, aten._to_copy, aten.contiguous, aten.lift_fresh, aten.native_dropout,
-    aten.bernoulli, aten.bernoulli_, aten.zero_, aten._conj, aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like,
-    aten.rand_like, aten.randn_like,
+    aten.clone, aten.detach, aten.detach_, aten.alias, aten._to_copy, aten.contiguous, aten.lift_fresh,
+    aten.native_dropout, aten.bernoulli, aten.bernoulli_, aten.zero_, aten.empty_like, aten.zeros_like, aten.ones_like,
+    aten.full_like, aten.rand_like, aten.randn_like,
 )  # fmt: skip
 def same(op: Op) -> Any:
     """the output has the dimensions of the input"""
@@ -357,7 +370,9 @@ def restride(op: Op) -> Any:
     """only where it changes the strides of dimensions of size one"""
     (source,) = op.inputs
     strides = [(n, stride) for n, stride in zip(op["size"], op["stride"], strict=True) if n != 1]
-    if source.meta["shape"] == op.shapes()[0] and strides == [(n, s) for n, s in zip(*source.meta["layout"], strict=True) if n != 1]:
+    if source.meta["shape"] == op.shapes()[0] and strides == [
+        (n, s) for n, s in zip(*source.meta["layout"], strict=True) if n != 1
+    ]:
         return [op.dims(source)]
     return unknown(op)
 
@@ -422,7 +437,11 @@ def expand(op: Op) -> Any:
     """dimensions align from the right; a repeated one has units of its own, all alike"""
     shape, dims = op.shapes()[0] or (), op.dims(op["self"])
     padded = [None] * (len(shape) - len(dims)) + list(dims)
-    return [tuple(axis if axis is not None and axis.size == n else channel(n) for axis, n in zip(padded, shape, strict=True))]
+    return [
+        tuple(
+            axis if axis is not None and axis.size == n else channel(n) for axis, n in zip(padded, shape, strict=True)
+        )
+    ]
 
 
 @rule(aten.permute, aten.transpose, aten.transpose_, aten.t, aten.t_, aten.numpy_T)
@@ -457,7 +476,7 @@ def squeeze(op: Op) -> Any:
 @rule(aten.cat)
 def cat(op: Op) -> Any:
     """parts in order along one dimension, the others are the same"""
-    tensors = [op.dims(node) for node in op["tensors"] if op.dims(node) and prod(a.size for a in op.dims(node))]
+    tensors = [op.dims(node) for node in op["tensors"] if all(axis.size for axis in op.dims(node))]
     at = op["dim"] % len(tensors[0])
     for dims in tensors[1:]:
         for i, (a, b) in enumerate(zip(tensors[0], dims, strict=True)):
@@ -478,7 +497,14 @@ def stack(op: Op) -> Any:
     return [tuple(out)]
 
 
-@rule(aten.split, aten.chunk, aten.split_with_sizes, aten.split_copy, aten.split_with_sizes_copy, sized=("split_size", "split_sizes"))
+@rule(
+    aten.split,
+    aten.chunk,
+    aten.split_with_sizes,
+    aten.split_copy,
+    aten.split_with_sizes_copy,
+    sized=("split_size", "split_sizes"),
+)
 def split(op: Op) -> Any:
     """consecutive parts; parts of equal size keep equal sizes, as chunk would make them"""
     dims = op.dims(op["self"])

@@ -1,4 +1,4 @@
-"""What an ATen operation returns for tensors without data. torch knows it; the most frequent ones are answered faster here."""
+"""What an ATen operation returns for tensors without data. torch knows; the most frequent are answered faster here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,13 @@ def _convolution(
 
 
 def _batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool, *_: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The outputs of a batch norm in eval mode; its saved statistics are empty, as on a CPU."""
     if training or any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean, var)):
@@ -79,7 +85,9 @@ def _mean(x: Tensor, dim: list[int] | None = None, keepdim: bool = False) -> Ten
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
-def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, _: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def _layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, _: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
     own = torch.Size(shape)
     if x.shape[x.dim() - len(shape) :] != own or any(t is not None and t.shape != own for t in (weight, bias)):
         return None
@@ -99,10 +107,13 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.addmm.default: _addmm,
     aten.mean.dim: _mean,
-    **dict.fromkeys([aten.relu_.default, aten.silu_.default, aten.hardtanh_.default, aten.hardswish_.default, aten.add_.Tensor], _first),
     **dict.fromkeys(
-        [aten.relu.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.hardswish.default,
-         aten.tanh.default, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor],
+        [aten.relu_.default, aten.silu_.default, aten.hardtanh_.default, aten.hardswish_.default, aten.add_.Tensor],
+        _first,
+    ),
+    **dict.fromkeys(
+        [aten.relu.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default,
+         aten.hardswish.default, aten.tanh.default, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor],
         _pointwise,
     ),
 }  # fmt: skip

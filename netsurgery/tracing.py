@@ -23,7 +23,19 @@ from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
 from netsurgery.shapes import infer
 
-__all__ = ["Inputs", "Mode", "Program", "Watcher", "as_inputs", "location", "record", "names_used", "run_guarded", "skeleton", "tensors_in"]
+__all__ = [
+    "Inputs",
+    "Mode",
+    "Program",
+    "Watcher",
+    "as_inputs",
+    "location",
+    "names_used",
+    "record",
+    "run_guarded",
+    "skeleton",
+    "tensors_in",
+]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword inputs of a model
 Mode = Literal["eval", "train"]
@@ -88,7 +100,7 @@ class Watcher(TorchDispatchMode):
     """Sees each ATen operation of a run on a skeleton; ``modules`` is the stack of module paths being run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.modules: list[str] = []
         self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a real tensor, and its stand-in without data
 
@@ -177,7 +189,9 @@ class _Recorder(Watcher):
             name = f"constant:{len(self.program.constants)}"
             real = next((real for real, stand_in in self.constants.values() if stand_in is tensor), None)
             if real is None:
-                raise TraceError(f"a tensor of shape {tuple(tensor.shape)} of unknown origin is used {format_where(location())}")
+                raise TraceError(
+                    f"a tensor of shape {tuple(tensor.shape)} of unknown origin is used {format_where(location())}"
+                )
             self.program.constants[name] = real
         node = self.describe(self.program.graph.get_attr(name))
         node.meta["shape"] = tensor.shape
@@ -232,7 +246,9 @@ def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callab
     return run
 
 
-def skeleton(model: nn.Module, mode: Mode, shapes: dict[str, tuple[int, ...]] | None = None) -> tuple[nn.Module, dict[int, str]]:
+def skeleton(
+    model: nn.Module, mode: Mode, shapes: dict[str, tuple[int, ...]] | None = None
+) -> tuple[nn.Module, dict[int, str]]:
     """A copy of a model without weights, in eval or train mode, and the name of each of its tensors by id.
 
     In train mode the leaf modules stay in eval (no dropout, no batch statistics): what counts is the code that
@@ -277,7 +293,9 @@ def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
     out = run_guarded(bare, recorder, on_meta_inputs)
     results = [recorder.node_of(tensor) for tensor in tensors_in(out)]
     if not results:
-        raise TraceError(f"{type(model).__name__} returned no tensor ({type(out).__name__}): nothing holds its outputs fixed")
+        raise TraceError(
+            f"{type(model).__name__} returned no tensor ({type(out).__name__}): nothing holds its outputs fixed"
+        )
     program.graph.output(tuple(results))
     return program
 

@@ -58,7 +58,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
 
 
 def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
-    """Permute the units of every prunable group in every tensor that carries it; return the relative change of the output."""
+    """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
     inputs = network.inputs if example_inputs is None else as_inputs(example_inputs)
     generator = torch.Generator().manual_seed(seed)
     order = {g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable}
@@ -180,7 +180,10 @@ def silenced(
             op = Op(node, network)
             entries = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
             if entries is not None:
-                out = special({k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()}, entries)
+                out = special(
+                    {k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()},
+                    entries,
+                )
         if isinstance(out, Tensor) and out.dim() and out.numel():
             entries = stays(node.meta["dims"], out.device)
             if entries is not None and not _is_view(node):
@@ -230,7 +233,8 @@ def _mean(a: dict[str, Any], stays: Tensor) -> Tensor:
 
 
 def _extreme(sign: float, a: dict[str, Any], stays: Tensor) -> Tensor:
-    return sign * (sign * a["self"]).masked_fill(~stays, float("-inf")).amax(_dims(a), a.get("keepdim", False))
+    x: Tensor = sign * a["self"]
+    return sign * x.masked_fill(~stays, float("-inf")).amax(_dims(a), a.get("keepdim", False))
 
 
 def _softmax(function: Any, a: dict[str, Any], stays: Tensor) -> Tensor:

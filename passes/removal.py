@@ -42,7 +42,7 @@ class PruneChannels(Pass):
         min_channels: at least so many units stay in each group.
         max_ratio: at most this share of each group is removed.
         include: name patterns of modules (``layer3.*``); only units that a matching module produces or carries go.
-        exclude: likewise; no unit goes that a matching module produces or carries. A pattern also matches what is inside.
+        exclude: likewise; no unit goes that a matching module produces or carries. Patterns match what is inside too.
         normalize: how scores of different groups are made comparable when the scope is global: divided by their
             "mean", "max" or "sum" in the group, or "none".
 
@@ -83,7 +83,9 @@ class PruneChannels(Pass):
         for name in ("params", "macs"):
             value = getattr(self, name)
             if value is not None and not (0 < value <= 1 if isinstance(value, float) else value > 0):
-                raise InputError(f"PruneChannels({name}={value}): a share to keep in (0, 1], or a positive whole number")
+                raise InputError(
+                    f"PruneChannels({name}={value}): a share to keep in (0, 1], or a positive whole number"
+                )
         if self.scope not in ("layer", "global"):
             raise InputError(f"PruneChannels(scope='{self.scope}'): 'layer' or 'global'")
         if self.normalize not in ("mean", "max", "sum", "none"):
@@ -104,7 +106,11 @@ class PruneChannels(Pass):
         if self.ratio is not None:
             units = sum(group.size for bundle in bundles for group in bundle.groups)
             wanted = int(units * self.ratio + 1e-9)
-            return _edit(network, bundles, self._after(bundles, ranked, _first(ranked, lambda n: self._units(bundles, ranked, n) >= wanted)))
+            return _edit(
+                network,
+                bundles,
+                self._after(bundles, ranked, _first(ranked, lambda n: self._units(bundles, ranked, n) >= wanted)),
+            )
         return self._budget(network, bundles, ranked)
 
     def _budget(self, network: Network, bundles: list[_Bundle], ranked: list[tuple[float, int, int]]) -> Edit:
@@ -119,8 +125,9 @@ class PruneChannels(Pass):
 
         if price(len(ranked)) > limit:
             raise InputError(
-                f"PruneChannels({what}={getattr(self, what)}): {network.model_name} keeps at least {price(len(ranked)):,} of {whole:,} "
-                f"{what} with these settings: raise the budget or loosen exclude, min_channels and max_ratio"
+                f"PruneChannels({what}={getattr(self, what)}): {network.model_name} keeps at least "
+                f"{price(len(ranked)):,} of {whole:,} {what} with these settings: "
+                "raise the budget or loosen exclude, min_channels and max_ratio"
             )
         return _edit(network, bundles, self._after(bundles, ranked, _first(ranked, lambda n: price(n) <= limit)))
 
@@ -169,11 +176,15 @@ class PruneChannels(Pass):
         score = network.scores.get(group.name)
         if score is None or score.shape != (group.size,):
             found = "none" if score is None else f"shape {tuple(score.shape)}"
-            raise InputError(f"group '{group.name}' has {group.size} units but scores of {found}: the scoring pass must score every unit")
+            raise InputError(
+                f"group '{group.name}' has {group.size} units but scores of {found}: "
+                "the scoring pass must score every unit"
+            )
         score = score.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(score).all()):
             where = ", ".join(f"{m.parameter}" for m in group.members[:3])
-            raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {torch.where(~torch.isfinite(score))[0][:5].tolist()}: look at {where}")
+            bad = torch.where(~torch.isfinite(score))[0][:5].tolist()
+            raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {bad}: look at {where}")
         return score
 
     def _normalised(self, score: Tensor) -> Tensor:
@@ -184,7 +195,11 @@ class PruneChannels(Pass):
 
     def _events(self, bundles: list[_Bundle]) -> list[tuple[float, int, int]]:
         """Removals in reach: score of the unit, its bundle, and how many of the bundle are then gone."""
-        return [(float(bundle.scores[k - 1]), index, k) for index, bundle in enumerate(bundles) for k in range(1, bundle.most + 1)]
+        return [
+            (float(bundle.scores[k - 1]), index, k)
+            for index, bundle in enumerate(bundles)
+            for k in range(1, bundle.most + 1)
+        ]
 
     def _after(self, bundles: list[_Bundle], ranked: list[tuple[float, int, int]], n: int) -> list[int]:
         """Units removed from each bundle by the first ``n`` removals."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from netsurgery.axes import Axis
 from netsurgery.errors import InputError
 from netsurgery.kernels.hgsr import CRITERIA, Name
-from netsurgery.network import Group, Network
+from netsurgery.network import Network
 from netsurgery.pipeline import Pass
 
 __all__ = ["HGSRScore", "MagnitudeScore", "RandomScore"]
@@ -76,7 +76,7 @@ class HGSRScore(Pass):
     Args:
         criterion: one of the ten of the paper.
 
-    Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394, feature-wise grouping: an outer group is what one input channel feeds;
+    Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394, feature-wise: an outer group is what one input channel feeds;
     layers are summed. Over coupled channels (residual links, concatenations, flattened features) the sum over all
     consumers is our choice, as the source is silent.
 
@@ -103,7 +103,11 @@ class HGSRScore(Pass):
 
         def along(weight: Tensor, axis: int) -> Tensor:
             weight = _accumulated(weight)
-            kernels = torch.linalg.vector_norm(weight, norm, dim=tuple(range(2, weight.dim()))) if weight.dim() > 2 else weight.abs()
+            kernels = (
+                torch.linalg.vector_norm(weight, norm, dim=tuple(range(2, weight.dim())))
+                if weight.dim() > 2
+                else weight.abs()
+            )
             return inner(kernels).movedim(axis, 0).flatten(1).sum(1) if kernels.dim() > 1 else inner(kernels)
 
         return network.with_scores(_collect(network, "consumes", along, outer))
@@ -132,7 +136,9 @@ class MagnitudeScore(Pass):
         """Lay the scores on the network."""
 
         def along(weight: Tensor, axis: int) -> Tensor:
-            flat = _accumulated(weight).movedim(axis, 0).flatten(1) if weight.dim() > 1 else _accumulated(weight)[:, None]
+            flat = (
+                _accumulated(weight).movedim(axis, 0).flatten(1) if weight.dim() > 1 else _accumulated(weight)[:, None]
+            )
             return flat.abs().pow(self.p).sum(1) if self.p != 2 else torch.linalg.vecdot(flat, flat)
 
         sums = _collect(network, "produces", along, lambda x: x)

@@ -63,7 +63,9 @@ def model() -> nn.Module:
 
 def test_golden_diff(model: nn.Module) -> None:
     edit = netsurgery.plan(model, HALF, (X,))
-    assert edit.diff() == """\
+    assert (
+        edit.diff()
+        == """\
 stem.weight 8x3x3x3 -> 2x3x3x3
 stem.bias 8 -> 2
 block.conv1.weight 8x8x3x3 -> 2x2x3x3
@@ -78,6 +80,7 @@ block.norm.bias 8 -> 2
 head.weight 5x128 -> 5x32
 parameters 1,773 -> 303 (17.1%)
 MACs 35,840 -> 4,352 (12.1%)"""
+    )
 
 
 def test_result_is_the_users_model(model: nn.Module) -> None:
@@ -211,7 +214,9 @@ def test_inputs_that_cannot_be_inferred_are_asked_for() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return self.fc(x) + y
 
-    with pytest.raises(TraceError, match=r"no example input could be inferred for Odd: pass example_inputs=\(tensor, \.\.\.\)"):
+    with pytest.raises(
+        TraceError, match=r"no example input could be inferred for Odd: pass example_inputs=\(tensor, \.\.\.\)"
+    ):
         netsurgery.trace(Odd())
     x = torch.zeros(1, 3)
     for inputs in ((x, x), {"x": x, "y": x}):
@@ -274,7 +279,11 @@ def test_impossible_edits(keep: dict, message: str) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.block, self.head = nn.Conv2d(3, 4, 1), nn.ModuleDict({"conv1": nn.Conv2d(4, 8, 1)}), nn.Linear(8, 2)
+            self.stem, self.block, self.head = (
+                nn.Conv2d(3, 4, 1),
+                nn.ModuleDict({"conv1": nn.Conv2d(4, 8, 1)}),
+                nn.Linear(8, 2),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.block["conv1"](self.stem(x).relu()).mean((2, 3)))
@@ -286,7 +295,7 @@ def test_impossible_edits(keep: dict, message: str) -> None:
 
 def test_an_edit_for_another_model(model: nn.Module) -> None:
     edit = netsurgery.plan(model, HALF, (X,))
-    with pytest.raises(RewriteError, match="the edit is for another model: stem.weight"):
+    with pytest.raises(RewriteError, match=r"the edit is for another model: stem.weight"):
         netsurgery.rewrite(nn.Linear(3, 2), edit)
 
 

@@ -13,8 +13,8 @@ from netsurgery.passes import HGSRScore, MagnitudeScore, RandomScore
 # METHODS: the criteria on [[1, 4], [9, 16]] (rows: outputs), feature-wise
 VECTORS = {
     "l1": 30, "group_lasso": 25.548, "hierarchical_sqrt_group_lasso": 7.634, "hierarchical_sq_group_lasso": 500,
-    "exclusive_sparsity": 500, "hierarchical_sqrt_exclusive": 25.548, "hierarchical_sq_exclusive": 80708, "group_l12": 7.634,
-    "hierarchical_sqrt_group_l12": 4.449, "hierarchical_sq_group_l12": 52,
+    "exclusive_sparsity": 500, "hierarchical_sqrt_exclusive": 25.548, "hierarchical_sq_exclusive": 80708,
+    "group_l12": 7.634, "hierarchical_sqrt_group_l12": 4.449, "hierarchical_sq_group_l12": 52,
 }  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def test_hgsr_against_loops(criterion: str) -> None:
         want = {
             "l1": sum(k), "group_lasso": sum(v**2 for v in k) ** 0.5, "hierarchical_sqrt_group_lasso": sum(k) ** 0.5,
             "hierarchical_sq_group_lasso": sum(k) ** 2, "exclusive_sparsity": sum(k) ** 2,
-            "hierarchical_sqrt_exclusive": sum(v**2 for v in k) ** 0.5, "hierarchical_sq_exclusive": sum(v**2 for v in k) ** 2,
+            "hierarchical_sqrt_exclusive": sum(v**2 for v in k) ** 0.5,
+            "hierarchical_sq_exclusive": sum(v**2 for v in k) ** 2,
             "group_l12": sum(k) ** 0.5, "hierarchical_sqrt_group_l12": sum(v**0.5 for v in k) ** 0.5,
             "hierarchical_sq_group_l12": sum(v**0.5 for v in k) ** 2,
         }[criterion]  # fmt: skip
@@ -65,7 +66,12 @@ def test_coupled_units_sum_over_all_consumers() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.d = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 5, 1), nn.Linear(4 * 9, 2)
+            self.a, self.b, self.c, self.d = (
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(4, 4, 1),
+                nn.Conv2d(4, 5, 1),
+                nn.Linear(4 * 9, 2),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.a(x)
@@ -76,7 +82,9 @@ def test_coupled_units_sum_over_all_consumers() -> None:
     network = netsurgery.trace(net, torch.zeros(1, 3, 3, 3))
     scores = HGSRScore("l1").run(network).scores["a"]
     want = (
-        net.b.weight.abs().sum((0, 2, 3)) + net.c.weight.abs().sum((0, 2, 3)) + net.d.weight.abs().view(2, 4, 9).sum((0, 2))
+        net.b.weight.abs().sum((0, 2, 3))
+        + net.c.weight.abs().sum((0, 2, 3))
+        + net.d.weight.abs().view(2, 4, 9).sum((0, 2))
     )
     assert torch.allclose(scores, want.detach())
     want = torch.stack([net.a.weight.flatten(1).norm(dim=1), net.b.weight.flatten(1).norm(dim=1)]).norm(dim=0)
@@ -87,7 +95,9 @@ def test_grouped_convolutions_are_scored_within_their_group() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 2, 1))
     network = netsurgery.trace(net, torch.zeros(1, 3, 5, 5))
     scores = HGSRScore("l1").run(network).scores
-    weight = net[1].weight.detach().abs()  # (6, 2, 3, 3): outputs of group 0 read inputs 0 and 1, of group 1 inputs 2 and 3
+    weight = (
+        net[1].weight.detach().abs()
+    )  # (6, 2, 3, 3): outputs of group 0 read inputs 0 and 1, of group 1 inputs 2 and 3
     assert [(g.name, g.size) for g in network.prunable] == [("0", 2), ("0:2", 2), ("1", 3)]
     assert torch.allclose(scores["0:2"], weight.sum((0, 2, 3)))  # unit i of each group: inputs i and 2 + i
     by_group = MagnitudeScore(p=1).run(network).scores["0"]

@@ -18,7 +18,8 @@ def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 24, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 36, 10),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 24, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(24 * 36, 10),
     )  # fmt: skip
 
 
@@ -55,7 +56,11 @@ def test_ratio_of_all_units_together() -> None:
 def test_lowest_scores_go() -> None:
     scores = (("0", tuple(range(16))), ("3", tuple(range(32, 0, -1))), ("5", tuple([1.0] * 24)))
     edit = netsurgery.plan(model(), [Given(scores), PruneChannels(0.5)], (X,))
-    assert edit.keep == {"0": tuple(range(8, 16)), "3": tuple(range(16)), "5": tuple(range(12, 24))}  # ties: the first go
+    assert edit.keep == {
+        "0": tuple(range(8, 16)),
+        "3": tuple(range(16)),
+        "5": tuple(range(12, 24)),
+    }  # ties: the first go
 
 
 @pytest.mark.parametrize("what", ["params", "macs"])
@@ -92,7 +97,7 @@ def test_patterns() -> None:
     assert counts(RandomScore(), PruneChannels(0.5, include="1")) == {"0": 8, "3": 32, "5": 24}  # the norm carries them
     with pytest.raises(InputError, match="pattern 'stem' matches no module with parameters in Sequential"):
         counts(RandomScore(), PruneChannels(0.5, exclude=["stem"]))
-    with pytest.raises(InputError, match="nothing of Sequential can be pruned.*8: network output"):
+    with pytest.raises(InputError, match=r"nothing of Sequential can be pruned.*8: network output"):
         counts(RandomScore(), PruneChannels(0.5, exclude=["*"]))
 
 
@@ -127,7 +132,10 @@ def test_arguments_are_checked_at_once(arguments: dict, message: str) -> None:
 def test_scores_are_checked() -> None:
     good = {"3": tuple([1.0] * 32), "5": tuple([1.0] * 24)}
     for bad, message in (
-        ((1.0, float("nan")) * 8, r"scores of group '0' are NaN or infinite at units \[1, 3, 5, 7, 9\]: look at 0.weight"),
+        (
+            (1.0, float("nan")) * 8,
+            r"scores of group '0' are NaN or infinite at units \[1, 3, 5, 7, 9\]: look at 0.weight",
+        ),
         ((1.0,) * 15, r"has 16 units but scores of shape \(15,\)"),
         (None, "has 16 units but scores of none"),
     ):
