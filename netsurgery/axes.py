@@ -231,6 +231,8 @@ def tie(a: Axis, b: Axis, reason: str) -> list[tuple[Axis, Axis]]:
 
     The finer structure of one is imposed on the other; what still differs in size is frozen.
     """
+    if find(a) is find(b):
+        return []
     live = [
         [part for part in _parts(axis) if any(leaf.frozen is None and leaf.size > 1 for leaf in leaves(part))]
         for axis in (a, b)

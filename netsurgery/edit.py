@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from netsurgery.costs import Cost
 from netsurgery.errors import InputError
 from netsurgery.network import Network
@@ -104,9 +106,12 @@ class Edit:
         return Edit(self.network, keep)
 
     def to_json(self) -> str:
-        """The edit as JSON: group sizes and the units that stay."""
+        """The edit as JSON: group sizes and the units that stay, and the inputs the network was traced with."""
         groups = {n: {"size": self.network[n].size, "keep": list(units)} for n, units in self.keep.items()}
-        return json.dumps({"model": self.network.model_name, "groups": groups}, indent=1)
+        positional, keyword = self.network.inputs
+        kinds = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in positional if isinstance(t, Tensor)]
+        inputs = kinds if len(kinds) == len(positional) and not keyword else None
+        return json.dumps({"model": self.network.model_name, "inputs": inputs, "groups": groups})
 
     @classmethod
     def from_json(cls, text: str, network: Network) -> Edit:

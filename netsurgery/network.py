@@ -18,7 +18,7 @@ from typing import Any, Literal
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from netsurgery.axes import Axis, Fixed, channel, find, freeze, leaves, resolve, tie
+from netsurgery.axes import Axis, Fixed, channel, freeze, leaves, resolve, tie
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost, Sizes, Term, total
 from netsurgery.rules import apply_rule
@@ -211,15 +211,13 @@ class Analysis:
 
     def settle_ties(self) -> list[list[Axis]]:
         """Classes of channels that must keep equal counts."""
-        pairs: list[tuple[Axis, Axis]] = []
+        pairs: dict[tuple[Axis, Axis], str] = {}
         while True:
-            before, pairs = pairs, []
-            for parts, reason in self.ties:
-                for part in parts[1:]:
-                    pairs.extend(tie(parts[0], part, reason))
-            for a, b in before:  # what was tied stays so when it is refined
-                pairs.extend(tie(a, b, "equal parts that are built differently") if find(a) is not find(b) else [])
-            pairs = list(dict.fromkeys(pairs))
+            wanted = [(parts[0], part, reason) for parts, reason in self.ties for part in parts[1:]]
+            wanted += [(a, b, reason) for (a, b), reason in pairs.items()]  # what was tied stays so when it is refined
+            before, pairs = pairs, {}
+            for one, other, reason in wanted:
+                pairs.update(dict.fromkeys(tie(one, other, reason), reason))
             if pairs == before:
                 break
         classes: dict[Axis, list[Axis]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from netsurgery.axes import leaves
 
 if TYPE_CHECKING:
     from netsurgery.costs import Cost
-    from netsurgery.network import Network
+    from netsurgery.network import Group, Network
 
 __all__ = ["cost_table", "network_table", "prunable_share"]
 
@@ -39,15 +39,27 @@ def prunable_share(network: Network) -> float:
     return sum(n for n, is_free in sizes if is_free) / max(1, sum(n for n, _ in sizes))
 
 
+def _together(groups: Iterable[Group]) -> list[list[Group]]:
+    """Groups row by row: the locked pieces of one layer share a row."""
+    rows: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        base, _, piece = group.name.rpartition(":")
+        layer = base if piece.isdigit() else group.name
+        rows.setdefault((layer, "locked" if group.frozen else group.name), []).append(group)
+    return list(rows.values())
+
+
 def network_table(network: Network) -> str:
     """One row for each group: name, size, where it occurs, and why it is locked if it is."""
     rows = [("group", "units", "produced by", "consumed by", "locked")]
-    for group in network.groups:
-        by_role = {
-            role: [m.module for m in group.members if m.role == role] for role in ("produces", "carries", "consumes")
-        }
-        made = by_role["produces"] or by_role["carries"]
-        rows.append((group.name, str(group.size), _list(made), _list(by_role["consumes"]), group.frozen or ""))
+    for groups in _together(network.groups):
+        members = [member for group in groups for member in group.members]
+        by_role = {role: [m.module for m in members if m.role == role] for role in ("produces", "carries", "consumes")}
+        made = _list(by_role["produces"] or by_role["carries"])
+        reasons = list(dict.fromkeys(group.frozen for group in groups if group.frozen))
+        locked = (reasons[0] if reasons else "") + (f" (and {len(reasons) - 1} more reasons)" if reasons[1:] else "")
+        name = groups[0].name + (f" and {len(groups) - 1} more" if groups[1:] else "")
+        rows.append((name, str(sum(group.size for group in groups)), made, _list(by_role["consumes"]), locked))
     cost = network.cost()
     inputs = ", ".join(
         "x".join(map(str, node.meta["shape"])) for node in network.programs[0].graph.nodes if node.op == "placeholder"

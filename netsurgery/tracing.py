@@ -204,7 +204,7 @@ class _Recorder(Watcher):
         except (RuntimeError, NotImplementedError) as error:
             raise TraceError(
                 f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())} "
-                f"cannot run on tensors without data: {str(error).splitlines()[0]}"
+                f"cannot run on tensors without data of shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
             ) from error
         graph = self.program.graph
         node = self.describe(graph.create_node("call_function", func, *nodes))
@@ -230,6 +230,10 @@ def format_where(where: tuple[str, int] | None) -> str:
     elif not os.path.relpath(path).startswith(".."):
         path = os.path.relpath(path)
     return f"at {path}:{line}"
+
+
+def _shapes(value: Any) -> str:
+    return ", ".join("x".join(map(str, tensor.shape)) or "()" for tensor in tensors_in(value))
 
 
 def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callable[..., Any]:
@@ -314,10 +318,9 @@ def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
         if not _is_library(traceback.tb_frame.f_code.co_filename):
             where = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
         traceback = traceback.tb_next
-    shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(inputs))
     first = str(error).splitlines()[0] if str(error) else ""
     return (
-        f"{type(bare).__name__} does not run on inputs of shape {shapes}: "
+        f"{type(bare).__name__} does not run on inputs of shape {_shapes(inputs)}: "
         f"{type(error).__name__}: {first} {format_where(where)}. Pass example_inputs that fit the model"
     )
 

@@ -39,6 +39,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     Returns:
         The largest absolute difference between the outputs over the largest absolute output of the silenced
         original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
+        Where an output is zero everywhere, as with a head that starts at zero, it proves nothing.
 
     Example:
         >>> import torch, netsurgery

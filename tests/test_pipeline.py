@@ -184,12 +184,12 @@ def test_save_and_load(model: nn.Module, tmp_path) -> None:
     edit = netsurgery.plan(model, HALF, (X,))
     small = netsurgery.rewrite(model, edit).eval()
     netsurgery.save(tmp_path / "small", small, edit)
-    again = netsurgery.load(tmp_path / "small", Small(), (X,)).eval()
+    again = netsurgery.load(tmp_path / "small", Small()).eval()
     assert torch.equal(small(X), again(X))
     with pytest.raises(InputError, match=r"holds no edit.json"):
         netsurgery.load(tmp_path, Small(), (X,))
     with pytest.raises(InputError, match="another model"):
-        netsurgery.load(tmp_path / "small", nn.Linear(3, 4))
+        netsurgery.load(tmp_path / "small", nn.Linear(3, 4), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(

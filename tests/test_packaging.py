@@ -1,0 +1,122 @@
+"""What is installed, under which names, and who may import whom."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+ON_TOP = {"__init__", "cli", "demo"}  # the public face and what users run may use everything
+
+
+def packages() -> dict[str, str]:
+    """Folders with an `__init__.py` by the name they are imported under; the symlinks in `netsurgery/` are followed."""
+    found = {}
+    stack = [ROOT / "netsurgery"]
+    while stack:
+        folder = stack.pop()
+        if (folder / "__init__.py").exists():
+            name = ".".join(folder.relative_to(ROOT).parts)
+            found[name] = folder.resolve().relative_to(ROOT).as_posix()
+        stack += [child for child in folder.iterdir() if child.is_dir() and child.name != "__pycache__"]
+    return found
+
+
+def modules(package: str) -> Iterator[Path]:
+    """The package's own files, without those of the packages linked into it."""
+    return (path for path in (ROOT / package).rglob("*.py") if path.resolve().is_relative_to(ROOT / package))
+
+
+def imported(path: Path, package: str) -> set[str]:
+    """Absolute names of all that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base += [node.module] if node.module else []
+            names |= {".".join([*base, alias.name]) for alias in node.names}
+    return names
+
+
+def within(names: set[str], package: str) -> set[str]:
+    return {name for name in names if f"{name}.".startswith(f"{package}.")}
+
+
+def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_package_list_names_every_folder() -> None:
+    assert sorted(SETUP["packages"]) == sorted(packages())
+    assert SETUP["package-dir"] == packages()
+
+
+@pytest.mark.parametrize("name", ["passes", "kernels"])
+def test_the_symlinks_are_relative(name: str) -> None:
+    assert (ROOT / "netsurgery" / name).readlink() == Path("..") / name
+
+
+@pytest.mark.parametrize("name", ["passes", "kernels"])
+def test_importing_under_the_wrong_name_is_refused(name: str) -> None:
+    ran = run(f"import {name}")
+    assert ran.returncode != 0
+    assert ran.stderr.splitlines()[-1].startswith("ImportError:")
+    assert f"netsurgery.{name}" in ran.stderr.splitlines()[-1]
+
+
+def test_kernels_import_nothing_of_the_core() -> None:
+    for path in modules("kernels"):
+        names = within(imported(path, "netsurgery.kernels"), "netsurgery")
+        assert names == within(names, "netsurgery.kernels"), path
+
+
+def test_the_core_imports_nothing_of_passes() -> None:
+    for path in modules("netsurgery"):
+        if path.stem not in ON_TOP:
+            names = imported(path, "netsurgery")
+            assert not within(names, "netsurgery.passes") | within(names, "passes"), path
+
+
+def test_the_core_works_without_triton_and_loads_nothing_heavy() -> None:
+    ran = run(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import netsurgery, netsurgery.passes, netsurgery.kernels\n"
+        "print([name for name in ('torchvision', 'sklearn', 'matplotlib', 'timm') if name in sys.modules])"
+    )
+    assert ran.stderr == ""
+    assert ran.stdout == "[]\n"
+
+
+def test_importing_the_core_does_not_import_triton() -> None:
+    assert run("import sys, netsurgery; print('triton' in sys.modules)").stdout == "False\n"
+
+
+def test_the_wheel_and_the_sdist_hold_each_file_once(tmp_path: Path) -> None:
+    tree, dist = tmp_path / "tree", tmp_path / "dist"
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".*", "*.egg-info", "build", "dist"))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, tree]
+    subprocess.run(build, capture_output=True, check=True)
+    expected = {
+        f"{name.replace('.', '/')}/{p.name}" for name, at in packages().items() for p in (ROOT / at).glob("*.py")
+    }
+    expected.add("netsurgery/py.typed")
+    (wheel,) = dist.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted(name for name in names if ".dist-info/" not in name) == sorted(expected)
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        files = [name.partition("/")[2] for name in archive.getnames()]
+    assert len(files) == len(set(files))
+    assert not [name for name in files if name.startswith(("netsurgery/passes", "netsurgery/kernels"))]
+    assert {"passes/__init__.py", "kernels/__init__.py", "netsurgery/py.typed", "LICENSE"} <= set(files)
