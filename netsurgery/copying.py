@@ -122,8 +122,12 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
     for path, module in plain:
         target = memo[id(module)].__dict__
         for key, value in module.__dict__.items():
-            if type(value) in _ATOMS:
+            kind = type(value)
+            if kind in _ATOMS:
                 target[key] = value
+                continue
+            if kind is OrderedDict and not value:  # most attributes of most modules: no hooks
+                target[key] = OrderedDict()
                 continue
             try:
                 target[key] = duplicate(value)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, find
 
 __all__ = ["Cost", "Sizes", "Term", "total"]
 
@@ -34,13 +34,14 @@ class Cost:
 
 
 class Sizes:
-    """Sizes of resolved axes when some channels have other counts than their own."""
+    """Sizes of axes when some channels have other counts than their own."""
 
     def __init__(self, counts: Mapping[Axis, int]):
         self.counts = counts
         self.memo: dict[Axis, int] = {}
 
     def __call__(self, axis: Axis) -> int:
+        axis = find(axis)
         if not axis.op:
             return self.counts.get(axis, axis.size)
         found = self.memo.get(axis)

@@ -226,24 +226,11 @@ class Analysis:
                 _merge(classes, a, b)
         return [members for members in {id(c): c for c in classes.values()}.values() if len(members) > 1]
 
-    def resolve(self, programs: Iterable[Program]) -> dict[Axis, Axis]:
-        """Replace every dimension by what it has become."""
+    def resolve(self) -> dict[Axis, Axis]:
+        """Replace every dimension of a tensor by what it has become."""
         memo: dict[Axis, Axis] = {}
         self.axes = {name: tuple(resolve(axis, memo) for axis in dims) for name, dims in self.axes.items()}
-        for program in programs:
-            for node in program.graph.nodes:
-                for key in ("dims", "macs", "names", "expected"):
-                    if key in node.meta:
-                        node.meta[key] = _resolved(node.meta[key], memo)
         return memo
-
-
-def _resolved(value: Any, memo: dict[Axis, Axis]) -> Any:
-    if isinstance(value, Axis):
-        return resolve(value, memo)
-    if isinstance(value, dict):
-        return {key: _resolved(item, memo) for key, item in value.items()}
-    return type(value)([_resolved(item, memo) for item in value]) if isinstance(value, list | tuple) else value
 
 
 def _merge(classes: dict[Axis, list[Axis]], a: Axis, b: Axis) -> None:
@@ -264,7 +251,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
             freeze(axis, "not used in the recorded run")
     sources = analysis.axes
     classes = analysis.settle_ties()
-    memo = analysis.resolve(programs)
+    memo = analysis.resolve()
     groups = _groups(analysis, sources, memo)
     names = {group.channel: group.name for group in groups}
     ties = [tuple(names[leaf] for leaf in members if leaf in names) for members in classes]

@@ -37,7 +37,14 @@ class Op:
         self.node, self.analysis = node, analysis
         target: Any = node.target
         self.name = target._schema.name.replace("::", ".")
-        self.arguments = arguments(node)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, defaults included."""
+        target: Any = self.node.target
+        schema = target._schema.arguments
+        values = dict(zip((a.name for a in schema), self.node.args, strict=False))
+        return {a.name: values.get(a.name, self.node.kwargs.get(a.name, a.default_value)) for a in schema}
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -80,14 +87,6 @@ class Op:
     def all_fixed(self, shape: Iterable[int]) -> Dims:
         """Dimensions that hold no channel."""
         return tuple([self.fixed(n) for n in shape])
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a recorded operation by name, defaults included."""
-    target: Any = node.target
-    schema = target._schema.arguments
-    values = dict(zip((a.name for a in schema), node.args, strict=False))
-    return {a.name: values.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
 
 
 def rule(*operators: Any, sized: tuple[str, ...] = ()) -> Callable[[Rule], Rule]:

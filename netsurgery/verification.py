@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, find
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.network import Network
@@ -158,6 +158,8 @@ def silenced(
 
     @functools.cache
     def mask(axis: Axis) -> Tensor:
+        if find(axis) is not axis:
+            return mask(find(axis))
         if not axis.op:
             stays = torch.zeros(axis.size, dtype=torch.bool)
             stays[list(keep.get(axis, range(axis.size)))] = True
