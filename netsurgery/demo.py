@@ -71,7 +71,7 @@ def fit(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, lr: float, s
     for _ in range(epochs):
         for picked in torch.randperm(len(x), generator=order).chunk(batches):
             optimizer.zero_grad()
-            F.cross_entropy(model(x[picked]), y[picked]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(model(x[picked]), y[picked]).backward()
             optimizer.step()
             schedule.step()
         step()

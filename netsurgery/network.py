@@ -99,6 +99,11 @@ class Network:
         return {group.channel: group for group in self.groups}
 
     @property
+    def ir(self) -> fx.Graph:
+        """The recorded ATen operations of the run in eval mode; ``node.meta`` has ``module``, ``where`` and ``dims``."""
+        return self.programs[0].graph
+
+    @property
     def graph(self) -> nx.MultiDiGraph:
         """The dependency graph: module -> group it produces (or carries), group -> module that consumes it."""
         graph = nx.MultiDiGraph()

@@ -25,7 +25,7 @@ from netsurgery.errors import InputError, PassError, TraceError
 from netsurgery.inputs import infer_inputs
 from netsurgery.network import Network, analyse
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import as_inputs, names_used, record
+from netsurgery.tracing import Inputs, Program, as_inputs, names_used, record
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
 
@@ -52,7 +52,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
     Args:
-        model: any module. Neither it nor its weights are touched or copied.
+        model: any module. Neither it nor its weights are touched or copied; a copy without weights runs, hooks included.
         example_inputs: a tuple of the positional inputs, one tensor, or a dictionary of keyword inputs; only shapes
             and dtypes count. None: inferred from the first layer.
 
@@ -101,8 +101,16 @@ def _trace(model: nn.Module, example_inputs: Any) -> Network:
     programs = [program]
     used = names_used(programs)
     if any(name not in used for name in parameters):
-        programs.append(record(model, inputs, "train"))  # parts that only run in training, such as auxiliary heads
+        programs.append(_record_training(model, inputs))
     return analyse(model, tuple(programs), inputs)
+
+
+def _record_training(model: nn.Module, inputs: Inputs) -> Program:
+    """The run in training mode, for what only runs there, such as auxiliary heads."""
+    try:
+        return record(model, inputs, "train")
+    except TraceError as error:
+        raise TraceError(f"some parameters are not used in eval mode, and in training mode {error}") from error
 
 
 @_few_collections()

@@ -139,7 +139,7 @@ class MagnitudeScore(Pass):
             flat = (
                 _accumulated(weight).movedim(axis, 0).flatten(1) if weight.dim() > 1 else _accumulated(weight)[:, None]
             )
-            return flat.abs().pow(self.p).sum(1) if self.p != 2 else torch.linalg.vecdot(flat, flat)
+            return torch.linalg.vector_norm(flat, self.p, dim=1).pow(self.p)
 
         sums = _collect(network, "produces", along, lambda x: x)
         return network.with_scores({name: score.pow(1 / self.p) for name, score in sums.items()})

@@ -311,6 +311,31 @@ def test_graph_of_dependencies(model: nn.Module) -> None:
     assert edge == {"parameter": "head.weight", "axis": 1, "role": "consumes"}
 
 
+def test_recorded_operations_know_where_they_come_from(model: nn.Module) -> None:
+    network = netsurgery.trace(model, (X,))
+    (node,) = [node for node in network.ir.nodes if node.target is torch.ops.aten.native_group_norm.default]
+    assert node.meta["module"] == "block.norm" and node.meta["where"][0] == __file__
+    assert [network.axis_expression(axis) for axis in node.meta["dims"][0]] == ["2", "stem*stem:2", "4", "4"]
+
+
+def test_what_only_training_runs_must_be_recordable() -> None:
+    class NeedsTargets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.loss = nn.Linear(3, 4), nn.Linear(4, 1)
+            self.b = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+            if self.training and target is None:
+                raise ValueError("give me targets")
+            return self.b(self.a(x)) if target is None else self.loss(self.a(x))
+
+    with pytest.raises(
+        TraceError, match=r"some parameters are not used in eval mode, and in training mode .*give me targets"
+    ):
+        netsurgery.trace(NeedsTargets(), torch.zeros(1, 3))
+
+
 def test_gradients_and_training_go_on(model: nn.Module) -> None:
     small = netsurgery.apply(model, HALF, (X,))
     small(X).sum().backward()
