@@ -10,10 +10,10 @@ network means; the reason names the operation and the line of source.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -100,7 +100,7 @@ class Network:
 
     @property
     def ir(self) -> fx.Graph:
-        """The recorded ATen operations of the run in eval mode; ``node.meta`` has ``module``, ``where`` and ``dims``."""
+        """The operations of the run in eval mode; ``node.meta`` has ``module``, ``where``, ``shape`` and ``dims``."""
         return self.programs[0].graph
 
     @property

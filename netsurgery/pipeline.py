@@ -52,7 +52,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
     Args:
-        model: any module. Neither it nor its weights are touched or copied; a copy without weights runs, hooks included.
+        model: any module. It is neither touched nor run; a copy without weights is, with its hooks.
         example_inputs: a tuple of the positional inputs, one tensor, or a dictionary of keyword inputs; only shapes
             and dtypes count. None: inferred from the first layer.
 
