@@ -245,6 +245,17 @@ def _softmax(function: Any, a: dict[str, Any], stays: Tensor) -> Tensor:
     return torch.nan_to_num(function(filled, a["dim"]), nan=0.0, neginf=0.0)
 
 
+def _batch_norm(a: dict[str, Any], stays: Tensor) -> Any:
+    """In eval mode the statistics are given; otherwise they are taken here, as weight standardisation does."""
+    x = a["input"]
+    if not a["training"]:
+        return aten.native_batch_norm(*a.values())
+    out = torch.nan_to_num(_normalise(x, stays, [d for d in range(x.dim()) if d != 1], a["eps"]))
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    out = out if a["weight"] is None else out * a["weight"].reshape(shape)
+    return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
+
+
 def _layer_norm(a: dict[str, Any], stays: Tensor) -> Any:
     x = a["input"]
     out = _normalise(x, stays, list(range(x.dim() - len(a["normalized_shape"]), x.dim())), a["eps"])
@@ -268,6 +279,7 @@ _STATISTICS: dict[Any, Callable[[dict[str, Any], Tensor], Any]] = {
     aten._softmax: functools.partial(_softmax, F.softmax),
     aten._safe_softmax: functools.partial(_softmax, F.softmax),
     aten._log_softmax: functools.partial(_softmax, F.log_softmax),
+    aten.native_batch_norm: _batch_norm,
     aten.native_layer_norm: _layer_norm,
     aten.native_group_norm: _group_norm,
 }
