@@ -110,8 +110,18 @@ class _Checker(Watcher):
         try:
             out = infer(func, args, kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
+            asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), ())
+            wrong = [
+                (axis, n)
+                for axes in dims[:1]
+                if axes is not None and len(asked) == len(axes) and isinstance(node.meta["shape"], torch.Size)
+                for axis, n in zip(axes, asked, strict=True)
+                if n == axis.size != self.sizes(axis)
+            ]
             touched = [axis for source in [node, *node.all_input_nodes] for axis in _flat(source.meta["dims"])]
-            self.blame(touched, node, f"fails at other sizes ({str(error).splitlines()[0]})")
+            self.blame(
+                [axis for axis, _ in wrong] or touched, node, f"fails at other sizes ({str(error).splitlines()[0]})"
+            )
             return self.substitute(node, args, predicted)
         actual = [t.shape if isinstance(t, Tensor) else None for t in (out if isinstance(out, list | tuple) else [out])]
         if len(actual) != len(predicted):

@@ -37,6 +37,7 @@ class Edit:
 
     network: Network = field(repr=False, compare=False)
     keep: Mapping[str, tuple[int, ...]]
+    checked: bool = field(default=False, repr=False, compare=False)  # whether the model's code is known to follow
 
     def __post_init__(self) -> None:
         order = {group.name: index for index, group in enumerate(self.network.groups)}

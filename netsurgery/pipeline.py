@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -147,7 +148,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
         edit = _run(passes, model, network)
         found = obstacles(model, edit.network, edit.counts)
         if not found:
-            return edit
+            return dataclasses.replace(edit, checked=True)
         network = network.with_frozen(found)
 
 

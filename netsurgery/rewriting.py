@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis
+from netsurgery.check import obstacles
 from netsurgery.copying import copy_with, like, named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
@@ -31,7 +32,8 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
         ``in_channels`` in step. Training mode, hooks, requires_grad, dtype, device, memory format and ties stay.
 
     Raises:
-        RewriteError: the model's tensors are not those of the edit's network.
+        RewriteError: the model's tensors are not those of the edit's network, or its code does not follow the new sizes
+            (an edit that ``plan`` made has been checked already).
 
     Example:
         >>> import torch, netsurgery
@@ -46,6 +48,9 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
         if name not in tensors or tuple(tensors[name].shape) != tuple(axis.size for axis in axes):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise RewriteError(f"the edit is for another model: {name} is {[a.size for a in axes]} there, {found} here")
+    if not edit.checked and (refused := obstacles(model, network, edit.counts)):
+        group, why = next(iter(refused.items()))
+        raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
     places = _Positions({network[name].channel: units for name, units in edit.keep.items()})
     if inplace:
         cut = {name: _cut(tensors[name], axes, places) for name, axes in network.axes.items() if places.changes(axes)}

@@ -355,8 +355,8 @@ def _broadcast(op: Op, inputs: list[fx.Node]) -> Any:
 
 
 @rule(
-    aten.clone, aten.detach, aten.detach_, aten.alias, aten._to_copy, aten.contiguous, aten.lift_fresh,
-    aten.native_dropout, aten.bernoulli, aten.bernoulli_, aten.zero_, aten.empty_like, aten.zeros_like, aten.ones_like,
+    aten.clone, aten.detach_, aten._to_copy, aten.contiguous, aten.native_dropout, aten.bernoulli, aten.bernoulli_,
+    aten.zero_, aten.empty_like, aten.zeros_like, aten.ones_like,
     aten.full_like, aten.rand_like, aten.randn_like,
 )  # fmt: skip
 def same(op: Op) -> Any:

@@ -96,6 +96,9 @@ def location() -> tuple[str, int] | None:
     return None
 
 
+TRANSPARENT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
+
+
 class Watcher(TorchDispatchMode):
     """Sees each ATen operation of a run on a skeleton; ``modules`` is the stack of module paths being run."""
 
@@ -125,7 +128,13 @@ class Watcher(TorchDispatchMode):
         args = tuple([self.stand_in(value) for value in args])
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
             kwargs["device"] = torch.device("meta")
+        if func in TRANSPARENT:  # torch inserts these or not as it likes
+            return self.same(args[0], func(*args, **kwargs))
         return self.see(func, args, kwargs)
+
+    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+        """Note that ``other`` is ``tensor`` under another name."""
+        return other
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one operation, its arguments without data."""
@@ -152,6 +161,10 @@ class _Recorder(Watcher):
         self.nodes[id(tensor)] = node
         self.alive.append(tensor)
         return node
+
+    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+        self.remember(other, self.node_of(tensor))
+        return other
 
     def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
         first, last = (
@@ -188,11 +201,7 @@ class _Recorder(Watcher):
         if name is None:
             name = f"constant:{len(self.program.constants)}"
             real = next((real for real, stand_in in self.constants.values() if stand_in is tensor), None)
-            if real is None:
-                raise TraceError(
-                    f"a tensor of shape {tuple(tensor.shape)} of unknown origin is used {format_where(location())}"
-                )
-            self.program.constants[name] = real
+            self.program.constants[name] = tensor if real is None else real
         node = self.describe(self.program.graph.get_attr(name))
         node.meta["shape"] = tensor.shape
         return self.remember(tensor, node)

@@ -8,19 +8,23 @@ units of every group in every parameter that carries it; the output must not cha
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.axes import Axis, find
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
+from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.rules import Op
-from netsurgery.tracing import Inputs, Program, as_inputs, tensors_in
+from netsurgery.tracing import TRANSPARENT, Inputs, Program, as_inputs, format_where, tensors_in
 
 __all__ = ["permuted_difference", "replay", "silenced", "verify"]
 
@@ -51,6 +55,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     """
     inputs = edit.network.inputs if example_inputs is None else as_inputs(example_inputs)
     keep = {edit.network[name].channel: units for name, units in edit.keep.items()}
+    _look_up_constants(model, edit.network, inputs)
     worst = 0.0
     for program in edit.network.programs:
         want = silenced(edit.network, program, dict(named_tensors(model)), inputs, keep)
@@ -61,6 +66,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
 def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
     """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
     inputs = network.inputs if example_inputs is None else as_inputs(example_inputs)
+    _look_up_constants(model, network, inputs)
     generator = torch.Generator().manual_seed(seed)
     order = {g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable}
     tensors = dict(named_tensors(model))
@@ -111,6 +117,52 @@ def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     return worst
 
 
+class _Observer(TorchDispatchMode):
+    """Looks up the values of tensors that the code makes, where the run without data could not see them."""
+
+    def __init__(self, program: Program):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.program = program
+        self.nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+        self.position = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in TRANSPARENT and self.position < len(self.nodes):
+            node = self.nodes[self.position]
+            self.position += 1
+            if node.target is func:
+                pairs = zip(pytree.tree_leaves(list(node.args)), pytree.tree_leaves(list(args)), strict=False)
+                self.program.constants.update(
+                    (str(wanted.target), value.detach().clone())
+                    for wanted, value in pairs
+                    if isinstance(wanted, torch.fx.Node) and wanted.target in self.program.constants
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _look_up_constants(model: nn.Module, network: Network, inputs: Inputs) -> None:
+    """Give every constant of the recorded programs its value.
+
+    Raises:
+        InputError: the model does other operations on real tensors than on tensors without data.
+    """
+    for program in network.programs:
+        if not any(value.is_meta for value in program.constants.values()):
+            continue
+        with _Observer(program):
+            run(model, program, inputs)
+        for node in program.graph.nodes:
+            if node.op == "get_attr" and (value := program.constants.get(node.target)) is not None and value.is_meta:
+                place = format_where(node.meta["where"])
+                raise InputError(
+                    f"cannot replay the model: the values of a tensor that its code makes {place} are not known"
+                )
+
+
 def replay(
     program: Program, tensors: Mapping[str, Tensor], inputs: Inputs, after: Callable[[Any, Any, Any], Any] | None = None
 ) -> list[Tensor]:
@@ -127,7 +179,8 @@ def replay(
             if node.op == "placeholder":
                 values[node] = next(given).clone()
             elif node.op == "get_attr":
-                source = tensors[node.target] if node.target in tensors else program.constants[node.target].to(device)
+                source = tensors[node.target] if node.target in tensors else program.constants[node.target]
+                source = source.to(device)
                 values[node] = source.detach().clone()
             elif node.op == "output":
                 return [values[result] for result in node.args[0]]
@@ -212,6 +265,8 @@ def _is_inplace(node: Any) -> bool:
 
 def _is_view(node: Any) -> bool:
     """A view of silenced memory is silenced; only expand makes units of its own."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
     return bool(_aliases(node)) and not _is_inplace(node) and node.target.overloadpacket is not aten.expand
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, leaves, product
 from netsurgery.errors import InputError
 from netsurgery.kernels.hgsr import CRITERIA, Name
-from netsurgery.network import Network
+from netsurgery.network import Group, Network
 from netsurgery.pipeline import Pass
 
 __all__ = ["HGSRScore", "MagnitudeScore", "RandomScore"]
@@ -38,30 +39,51 @@ def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
     return found
 
 
-def _collect(
-    network: Network, role: str, along: Callable[[Tensor, int], Tensor], outer: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """For each group the sum over its members in a role of ``outer(sums of along(weight, axis) over each unit)``.
+class _Sums:
+    """Scores by group name, added up from values along axes."""
 
-    A group without members in that role is scored by those in another: produces, consumes, carries.
-    """
-    chosen: dict[str, str] = {}
-    for group in network.prunable:
-        roles = {member.role for member in group.members if network.tensors[member.parameter].is_floating_point()}
-        chosen[group.name] = next(r for r in (role, "produces", "consumes", "carries") if r in roles)
+    def __init__(self, network: Network):
+        self.network = network
+        self.found: dict[str, Tensor] = {}
+
+    def add(self, axis: Axis, values: Tensor) -> None:
+        for channel, units in per_unit(axis, values).items():
+            group = self.network.by_channel.get(channel)
+            if group is not None and group.frozen is None:
+                self.found[group.name] = self.found[group.name] + units if group.name in self.found else units
+
+
+def _blocks(axes: tuple[Axis, ...], carried: Callable[[Axis], bool]) -> Axis:
+    """The groups of a grouped convolution: the leading factors of its outputs that its inputs have too."""
+    factors = axes[0].terms if axes and axes[0].op == "product" else axes[:1]
+    return product(itertools.takewhile(lambda factor: all(map(carried, leaves(factor))), factors))
+
+
+def _collect(
+    network: Network, groups: Iterable[Group], order: tuple[str, ...], along: Callable[[Tensor, int], Tensor]
+) -> dict[str, Tensor]:
+    """For each group the sum of ``along(weight, axis)`` over its members in a role: the first in order that it has."""
     scores: dict[str, Tensor] = {}
     memo: dict[tuple[str, int], dict[Axis, Tensor]] = {}
-    for group in network.prunable:
-        for member in group.members:
-            weight = network.tensors[member.parameter]
-            if member.role != chosen[group.name] or not weight.is_floating_point():
+    for group in groups:
+        members = [m for m in group.members if network.tensors[m.parameter].is_floating_point()]
+        role = next(r for r in (*order, "consumes") if any(m.role == r for m in members))
+        for member in members:
+            if member.role != role:
                 continue
             key = member.parameter, member.axis
             if key not in memo:
-                memo[key] = per_unit(network.axes[member.parameter][member.axis], along(weight, member.axis))
-            term = outer(memo[key][group.channel])
+                values = along(_accumulated(network.tensors[member.parameter]), member.axis)
+                memo[key] = per_unit(network.axes[member.parameter][member.axis], values)
+            term = memo[key][group.channel]
             scores[group.name] = scores[group.name] + term if group.name in scores else term
     return scores
+
+
+def _outer_sums(values: Tensor, axis: int) -> Tensor:
+    """Sums over all axes but one."""
+    sums: Tensor = values.movedim(axis, 0).flatten(1).sum(1) if values.dim() > 1 else values
+    return sums
 
 
 def _accumulated(weight: Tensor) -> Tensor:
@@ -71,14 +93,14 @@ def _accumulated(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HGSRScore(Pass):
-    """Each unit's own term of the hierarchical group sparse criterion, over all layers that consume the unit.
+    """Each unit's own terms of the hierarchical group sparse criterion: of the channels that layers read from it.
 
     Args:
         criterion: one of the ten of the paper.
 
     Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394, feature-wise: an outer group is what one input channel feeds;
-    layers are summed. Over coupled channels (residual links, concatenations, flattened features) the sum over all
-    consumers is our choice, as the source is silent.
+    layers are summed. A unit that is several channels (groups, flattened features), or that several layers read, has
+    the sum of their terms; that is our choice, as the source is silent.
 
     Example:
         >>> import torch, netsurgery
@@ -99,18 +121,35 @@ class HGSRScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        scores = _Sums(network)
+        roles = {(m.parameter, m.axis, g.channel): m.role for g in network.groups for m in g.members}
+        for name, axes in network.axes.items():
+            read = [
+                axis
+                for axis in range(len(axes))
+                if any(roles.get((name, axis, c)) == "consumes" for c in leaves(axes[axis]))
+            ]
+            blocks = _blocks(axes, lambda leaf: roles.get((name, 0, leaf)) == "carries")  # noqa: B023
+            if read or (len(axes) > 2 and blocks.size > 1):
+                self._add_terms(scores, network.tensors[name], axes, read[0] if read else 1, blocks)
+        missing = [group for group in network.prunable if group.name not in scores.found]  # nothing reads them
+        rest = _collect(network, missing, ("produces", "carries"), lambda w, axis: _outer_sums(w.abs(), axis))
+        return network.with_scores({**scores.found, **rest})
+
+    def _add_terms(self, scores: _Sums, weight: Tensor, axes: tuple[Axis, ...], axis: int, blocks: Axis) -> None:
+        """Add the term of each channel that a weight reads along ``axis`` to the units it belongs to."""
         norm, inner, outer, _ = CRITERIA[self.criterion]
-
-        def along(weight: Tensor, axis: int) -> Tensor:
-            weight = _accumulated(weight)
-            kernels = (
-                torch.linalg.vector_norm(weight, norm, dim=tuple(range(2, weight.dim())))
-                if weight.dim() > 2
-                else weight.abs()
-            )
-            return inner(kernels).movedim(axis, 0).flatten(1).sum(1) if kernels.dim() > 1 else inner(kernels)
-
-        return network.with_scores(_collect(network, "consumes", along, outer))
+        weight = _accumulated(weight)
+        windows = tuple(range(2, weight.dim()))
+        kernels = torch.linalg.vector_norm(weight, norm, dim=windows) if windows else weight.abs()
+        if axis == 0:
+            scores.add(axes[0], outer(inner(kernels).sum(1)))
+        else:  # of a grouped convolution, each group of outputs reads channels of its own
+            terms = outer(
+                inner(kernels).reshape(blocks.size, -1, kernels.shape[1]).sum(1)
+            )  # (groups, inputs of a group)
+            scores.add(axes[1], terms.sum(0))
+            scores.add(blocks, terms.sum(1))
 
 
 @dataclass(frozen=True)
@@ -136,12 +175,11 @@ class MagnitudeScore(Pass):
         """Lay the scores on the network."""
 
         def along(weight: Tensor, axis: int) -> Tensor:
-            flat = (
-                _accumulated(weight).movedim(axis, 0).flatten(1) if weight.dim() > 1 else _accumulated(weight)[:, None]
-            )
-            return torch.linalg.vector_norm(flat, self.p, dim=1).pow(self.p)
+            flat = weight.movedim(axis, 0).flatten(1) if weight.dim() > 1 else weight[:, None]
+            norms: Tensor = torch.linalg.vector_norm(flat, self.p, dim=1)
+            return norms.pow(self.p)
 
-        sums = _collect(network, "produces", along, lambda x: x)
+        sums = _collect(network, network.prunable, ("produces", "carries"), along)
         return network.with_scores({name: score.pow(1 / self.p) for name, score in sums.items()})
 
 
