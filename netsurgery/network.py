@@ -285,9 +285,8 @@ def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: d
     groups: list[Group] = []
     taken: set[str] = set()
     for leaf, found in members.items():
-        if leaf.size == 1 and leaf.frozen is None:
-            continue
-        if isinstance(leaf.frozen, Fixed) and all(role in ("window", "consumes") for _, _, role in found):
+        only_read = all(role in ("window", "consumes") for _, _, role in found)
+        if (leaf.size == 1 and leaf.frozen is None) or (isinstance(leaf.frozen, Fixed) and (leaf.size == 1 or only_read)):
             continue
         name, place, role = min(found, key=lambda m: {"produces": 0, "carries": 1}.get(m[2], 2))
         base = (name.rpartition(".")[0] or name) + (":in" if role in ("consumes", "window") else "")
