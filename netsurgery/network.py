@@ -286,7 +286,9 @@ def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: d
     taken: set[str] = set()
     for leaf, found in members.items():
         only_read = all(role in ("window", "consumes") for _, _, role in found)
-        if (leaf.size == 1 and leaf.frozen is None) or (isinstance(leaf.frozen, Fixed) and (leaf.size == 1 or only_read)):
+        if isinstance(leaf.frozen, Fixed) and (leaf.size == 1 or only_read):
+            continue
+        if leaf.size == 1 and leaf.frozen is None:
             continue
         name, place, role = min(found, key=lambda m: {"produces": 0, "carries": 1}.get(m[2], 2))
         base = (name.rpartition(".")[0] or name) + (":in" if role in ("consumes", "window") else "")

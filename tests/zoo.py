@@ -1,7 +1,6 @@
 """The convolutional classifiers of torchvision, built with random weights that leave every layer alive."""
 
 import functools
-import os
 
 import torch
 import torchvision
@@ -43,12 +42,8 @@ def names() -> tuple[str, ...]:
 
 
 def slow_names() -> tuple[str, ...]:
-    """The names behind the mark ``slow``: all of them, or slice i of n where NETSURGERY_SLICE is "i/n" (i from 1)."""
-    slow = [name for name in names() if name not in REPRESENTATIVES]
-    part, parts = (int(number) for number in os.environ.get("NETSURGERY_SLICE", "1/1").split("/"))
-    if not 1 <= part <= parts:
-        raise ValueError(f"NETSURGERY_SLICE is {part}/{parts}: the first number runs from 1 to the second")
-    return tuple(slow[part - 1 :: parts])
+    """The names behind the mark ``slow``."""
+    return tuple(name for name in names() if name not in REPRESENTATIVES)
 
 
 def image_size(name: str) -> int:
