@@ -43,8 +43,9 @@ def between(run: Run, after: int = 8, **layers: nn.Module | nn.Parameter | Tenso
 
 
 def pruned(model: nn.Module, inputs: tuple[Tensor, ...] = (X,)) -> set[tuple[str, int]]:
-    """The parameters, and their axes, that some of four random removals made smaller; each of these was exact."""
+    """The parameters, and their axes, that some of five random removals made smaller; each of these was exact."""
     edits = [check(model, inputs, 1e-10, seed)[1] for seed in range(4)]
+    edits.append(check(model, inputs, 1e-10, share=7 / 8)[1])  # one unit of eight: rounding may hide a wrong size
     groups = [edit.network[name] for edit in edits for name in edit.keep]
     return {(member.parameter, member.axis) for group in groups for member in group.members}
 
@@ -286,6 +287,20 @@ def test_frozen_weights_stay_frozen_and_are_pruned():
     small, edit = check(model, (X,), 1e-10, share=0.5)
     assert edit.keep
     assert [name for name, p in small.named_parameters() if p.requires_grad] == ["one.bias"]
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_gradients_are_cut_like_their_weights(inplace):
+    model = between(lambda net, x: net.one(net.a(x)), one=nn.BatchNorm2d(8))
+    for parameter in model.parameters():
+        parameter.grad = 3 * parameter.detach()
+    model.b.bias.grad = None
+    network = netsurgery.trace(model, (X,))
+    small = netsurgery.rewrite(model, netsurgery.Edit(network, {"a": (1, 4, 6)}), inplace=inplace)
+    assert small.b.bias.grad is None
+    small.b.bias.grad = 3 * small.b.bias.detach()
+    for parameter in small.parameters():
+        torch.testing.assert_close(parameter.grad, 3 * parameter.detach())
 
 
 @pytest.mark.parametrize("training", [True, False])

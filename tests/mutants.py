@@ -1,0 +1,345 @@
+"""Plant one fault at a time in a copy of the package and see the tests turn red: `python tests/mutants.py [WORD ...]`
+
+Each fault is a replacement of text that must be there exactly once; with words, only the faults whose name has one of
+them are planted. The script fails if any fault survives, or if its text is not found.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: The quickest first: pytest stops at the first failure.
+TESTS = (
+    "test_by_hand.py",
+    "test_scores.py",
+    "test_selection.py",
+    "test_pipeline.py",
+    "test_silent.py",
+    "test_random_networks.py",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in ``file``, ``old`` becomes ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    # rewriting: which positions stay
+    Mutant(
+        "the last n inputs instead of the chosen ones",
+        "netsurgery/rewriting.py",
+        "new = new.index_select(dim, positions.to(tensor.device))",
+        "new = new.index_select(dim, positions if dim != 1 else torch.arange(axis.size)[-len(positions) :])",
+    ),
+    Mutant(
+        "the first n units in norms and biases",
+        "netsurgery/rewriting.py",
+        "new = new.index_select(dim, positions.to(tensor.device))",
+        "new = new.index_select(dim, positions if tensor.dim() > 1 else torch.arange(len(positions)))",
+    ),
+    Mutant(
+        "a bias one unit off",
+        "netsurgery/rewriting.py",
+        "new = new.index_select(dim, positions.to(tensor.device))",
+        "new = new.index_select(dim, positions if tensor.dim() > 1 else (positions + 1) % axis.size)",
+    ),
+    Mutant(
+        "the wrong depthwise filters",
+        "netsurgery/rewriting.py",
+        "new = new.index_select(dim, positions.to(tensor.device))",
+        "new = new.index_select(dim, positions.flip(0) if dim == 0 and new.dim() == 4 == 3 + new.shape[1] else positions)",
+    ),
+    Mutant(
+        "running_var cut out of running_mean",
+        "netsurgery/rewriting.py",
+        "result = copy_with(model, {id(t): _copy(t, network.axes[name], places) for name, t in tensors.items()})",
+        "result = copy_with(model, {id(t): _copy(tensors[name.replace('running_var', 'running_mean')], "
+        "network.axes[name], places) for name, t in tensors.items()})",
+    ),
+    Mutant(
+        "concatenations one position off",
+        "netsurgery/rewriting.py",
+        "torch.cat([start + part for start, part in zip(starts, full, strict=True)])",
+        "torch.cat([start + part - int(start > 0) for start, part in zip(starts, full, strict=True)])",
+    ),
+    Mutant(
+        "the stride of a flattened map",
+        "netsurgery/rewriting.py",
+        "out = (out[:, None] * part.size + places).flatten()",
+        "out = (out[:, None] * len(places) + places).flatten()",
+    ),
+    Mutant(
+        "products in the wrong order",
+        "netsurgery/rewriting.py",
+        "out = (out[:, None] * part.size + places).flatten()",
+        "out = (out[:, None] * part.size + places).T.flatten()",
+    ),
+    Mutant(
+        "gradients left uncut",
+        "netsurgery/rewriting.py",
+        "new.grad = _cut(tensor.grad, axes, places)",
+        "new.grad = tensor.grad[: len(new)]",
+    ),
+    Mutant(
+        "an edit made by hand goes unchecked",
+        "netsurgery/rewriting.py",
+        "if not edit.checked and (refused",
+        "if False and (refused",
+    ),
+    # copying: what the model keeps
+    Mutant(
+        "requires_grad lost",
+        "netsurgery/copying.py",
+        "nn.Parameter(new, requires_grad=old.requires_grad)",
+        "nn.Parameter(new)",
+    ),
+    Mutant(
+        "tied weights untied",
+        "netsurgery/rewriting.py",
+        "    follow(result, network, network.sizes(edit.counts))\n",
+        "    follow(result, network, network.sizes(edit.counts))\n"
+        "    for module in () if inplace else result.modules():\n"
+        "        module._parameters = {k: p if p is None else like(p, p.data.clone()) for k, p in module._parameters.items()}\n",
+    ),
+    Mutant(
+        "train mode lost",
+        "netsurgery/rewriting.py",
+        "    follow(result, network, network.sizes(edit.counts))\n",
+        "    follow(result, network, network.sizes(edit.counts))\n    result.eval()\n",
+    ),
+    Mutant(
+        "hooks lost",
+        "netsurgery/copying.py",
+        "if kind is OrderedDict and not value:",
+        "if kind is OrderedDict:",
+    ),
+    # attributes
+    Mutant(
+        "the groups of a convolution not updated",
+        "netsurgery/attributes.py",
+        '_OF_OPERATION = {"groups": "g", "num_groups": "g", ',
+        '_OF_OPERATION = {"num_groups": "g", ',
+    ),
+    Mutant(
+        "in_channels not updated",
+        "netsurgery/attributes.py",
+        '_OF_INPUT = {"in_channels": 1, ',
+        "_OF_INPUT = {",
+    ),
+    # the algebra
+    Mutant(
+        "a cut one position off",
+        "netsurgery/axes.py",
+        "left, right = channel(at), channel(axis.size - at)",
+        "left, right = channel(max(1, at - 1)), channel(axis.size - max(1, at - 1))",
+    ),
+    Mutant(
+        "frozen units forgotten when channels meet",
+        "netsurgery/axes.py",
+        "    if leaf.frozen is not None:\n        freeze(axis, leaf.frozen)\n    leaf.bound = axis",
+        "    leaf.bound = axis",
+    ),
+    Mutant(
+        "factors taken from the wrong end",
+        "netsurgery/axes.py",
+        "_bind(axis, product([outer, last]))",
+        "_bind(axis, product([last, outer]))",
+    ),
+    # rules
+    Mutant(
+        "add unifies nothing",
+        "netsurgery/rules.py",
+        "                else:\n                    op.unify(known, axis)\n        results",
+        "        results",
+    ),
+    Mutant(
+        "split parts swapped",
+        "netsurgery/rules.py",
+        "        parts.append(part)\n        out.append((*dims[:at], part, *dims[at + 1 :]))\n",
+        "        parts.append(part)\n        out.insert(0, (*dims[:at], part, *dims[at + 1 :]))\n",
+    ),
+    Mutant(
+        "parts of a chunk not kept equal",
+        "netsurgery/rules.py",
+        'op.analysis.tie(parts, op.reason("equal parts that are built differently"))',
+        "pass",
+    ),
+    Mutant(
+        "cat in reverse order",
+        "netsurgery/rules.py",
+        "concat(dims[at] for dims in tensors)",
+        "concat(dims[at] for dims in tensors[::-1])",
+    ),
+    Mutant(
+        "permute as its inverse",
+        "netsurgery/rules.py",
+        'return [tuple(dims[d] for d in op["dims"])]',
+        'return [tuple(dims[list(op["dims"]).index(d)] for d in range(len(dims)))]',
+    ),
+    Mutant(
+        "the axes of a transposed convolution swapped",
+        "netsurgery/rules.py",
+        '("(g i) o *k", "*s") if op["transposed"]',
+        '("(g o) i *k", "*s") if op["transposed"]',
+    ),
+    Mutant(
+        "channel shuffle passes through",
+        "netsurgery/rules.py",
+        '"b (g c) *s -> b (c g) *s"',
+        '"b (g c) *s -> b (g c) *s"',
+    ),
+    Mutant(
+        "flip passes through",
+        "netsurgery/rules.py",
+        'op.freeze(dims[at], "order reversed")',
+        "pass",
+    ),
+    Mutant(
+        "unknown operations pass through",
+        "netsurgery/rules.py",
+        'op.freeze(axis, "no rule for this operation")',
+        "pass",
+    ),
+    Mutant(
+        "strided slices pass through",
+        "netsurgery/rules.py",
+        'op.freeze(dims[at], "strided slice")',
+        "pass",
+    ),
+    Mutant(
+        "the network's output is not frozen",
+        "netsurgery/network.py",
+        'freeze(axis, "network output")',
+        "pass",
+    ),
+    Mutant(
+        "ties not kept by edits",
+        "netsurgery/edit.py",
+        "if len(set(counts.values())) > 1:",
+        "if False:",
+    ),
+    # does the code follow?
+    Mutant(
+        "the start of a slice goes unchecked",
+        "netsurgery/check.py",
+        "if isinstance(now, int) and now >= 0 and now != self.sizes(expected[name]):",
+        "if False:",
+    ),
+    Mutant(
+        "a number computed from a size goes unchecked",
+        "netsurgery/check.py",
+        "elif name not in sized and now != then and _is_number(now):",
+        "elif False:",
+    ),
+    Mutant(
+        "hard-coded sizes go unchecked",
+        "netsurgery/check.py",
+        "        if wrong:\n            wrong = [",
+        "        if False:\n            wrong = [",
+    ),
+    # scores and selection
+    Mutant(
+        "the sign of a score",
+        "netsurgery/passes/removal.py",
+        "ordered = [score.sort(stable=True) for score in scores]",
+        "ordered = [score.sort(stable=True, descending=True) for score in scores]",
+    ),
+    Mutant(
+        "budgets one removal short",
+        "netsurgery/passes/removal.py",
+        "_first(ranked, lambda n: price(n) <= limit)",
+        "max(0, _first(ranked, lambda n: price(n) <= limit) - 1)",
+    ),
+    Mutant(
+        "a unit more than the ratio says",
+        "netsurgery/passes/removal.py",
+        "int(bundle.groups[0].size * self.ratio + 1e-9)",
+        "int(bundle.groups[0].size * self.ratio + 1)",
+    ),
+    Mutant(
+        "scores of a product summed along the wrong factor",
+        "netsurgery/passes/scores.py",
+        "for d in range(grid.dim()) if d != dim]) for dim in range(grid.dim())",
+        "for d in range(grid.dim()) if d != dim]) for dim in reversed(range(grid.dim()))",
+    ),
+    # the oracles themselves
+    Mutant(
+        "statistics of silenced norms taken over everything",
+        "netsurgery/verification.py",
+        "    full = stays.expand_as(x)\n",
+        "    full = torch.ones_like(stays).expand_as(x)\n",
+    ),
+    Mutant(
+        "nothing is silenced",
+        "netsurgery/verification.py",
+        "            stays[list(keep.get(axis, range(axis.size)))] = True\n",
+        "            stays[:] = True\n",
+    ),
+)
+
+
+def package(into: Path, mutant: Mutant) -> None:
+    """Copy the package and its tests, with one fault in it."""
+    for name in ("netsurgery", "passes", "kernels", "tests", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, into / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, into / name)
+    file = into / mutant.file
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise LookupError(f"{mutant.name}: {mutant.file} holds its text {text.count(mutant.old)} times, not once")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """The test that fails under a fault, or None if the fault survives."""
+    with tempfile.TemporaryDirectory() as folder:
+        package(Path(folder), mutant)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": folder,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "NETSURGERY_EXAMPLES": "40",
+        }
+        environment.pop("PYTEST_ADDOPTS", None)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        tests = [f"tests/{name}" for name in TESTS]
+        run = subprocess.run([*command, *tests], cwd=folder, env=environment, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].partition(" - ")[0].rpartition("/")[2] if failed else run.stdout[-500:] + run.stderr[-500:]
+
+
+def main(words: list[str]) -> int:
+    """Plant the faults; the number of those that survive."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    survivors = 0
+    for mutant in chosen:
+        start = time.perf_counter()
+        test = caught_by(mutant)
+        survivors += test is None
+        taken = time.perf_counter() - start
+        print(f"{'SURVIVES' if test is None else 'caught'}  {mutant.name}: {test or '-'} ({taken:.0f} s)", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} faults caught")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
