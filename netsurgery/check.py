@@ -6,7 +6,8 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from netsurgery.errors import RewriteError, TraceError
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
-from netsurgery.tracing import Program, Watcher, run_guarded, skeleton
+from netsurgery.tracing import Program, Watcher, run_guarded, skeleton, tensors_in
 
 __all__ = ["obstacles"]
 
@@ -43,13 +44,14 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
     shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
     found: dict[str, str] = {}
     for program in network.programs:
-        bare, _ = skeleton(model, program.mode, shapes)
+        bare, names = skeleton(model, program.mode, shapes)
         follow(bare, network, sizes)
         kinds = {path: type(module) for path, module in named_modules(model).items()}
         checker = _Checker(program, network, kinds, sizes, changed)
         inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), network.inputs)
+        checker.begin(names, inputs, bare)
         try:
-            run_guarded(bare, checker, inputs)
+            checker.finish(run_guarded(bare, checker, inputs))
         except TraceError as error:
             if not checker.blamed:  # what follows from a size already found wrong says nothing new
                 checker.blame_module(f"the code refuses other sizes ({str(error.__cause__ or error).splitlines()[0]})")
@@ -62,13 +64,14 @@ class _Checker(Watcher):
         self, program: Program, network: Network, kinds: Mapping[str, type], sizes: Sizes, changed: Mapping[Axis, str]
     ):
         super().__init__()
-        self.nodes = iter(
-            [n for n in program.graph.nodes if n.op == "call_function" and n.target.__name__ != "getitem"]
-        )
+        self.program = program
+        self.nodes = iter([n for n in program.graph.nodes if n.op == "call_function" and not _is_part(n)])
+        self.sources: dict[int, Any] = {}  # by id of a tensor: what it was in the recorded run
+        self.alive: list[Any] = []  # ids are only good while their tensors live
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
         self.blamed: dict[str, str] = {}
-        self.innermost: list[str] = []  # module paths around the last operation
+        self.innermost = [""]  # module paths around the last operation
 
     def blame(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:
         """Blame the changed groups in some axes, or else those of the module that an operation runs in."""
@@ -98,47 +101,104 @@ class _Checker(Watcher):
             return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
+    def begin(self, names: Mapping[int, str], inputs: Any, model: nn.Module) -> None:
+        """Note what the tensors are that the run starts from."""
+        self.sources.update(names)
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        self.sources.update((id(t), node) for t, node in zip(tensors_in(inputs), placeholders, strict=True))
+        self.alive.extend((inputs, model))
+
+    def finish(self, outputs: Any) -> None:
+        """Compare what the run ended with."""
+        *_, output = self.program.graph.nodes
+        results = [self.sources.get(id(tensor)) for tensor in tensors_in(outputs)]
+        if not self.blamed and (next(self.nodes, None) is not None or results != [*map(_source, output.args[0])]):
+            self.blame_module("the code does other things at other sizes")
+
+    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+        self.alive.append(other)
+        if id(tensor) in self.reals:
+            self.reals[id(other)] = self.reals[id(tensor)]
+        elif id(tensor) in self.sources:
+            self.sources[id(other)] = self.sources[id(tensor)]
+        return other
+
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.innermost = list(self.modules)
+        self.innermost = ["", *self.modules]
         node = next(self.nodes, None)
         if node is None or node.target is not func:
             raise _LeftPath(f"{func} runs where {node.target if node else 'nothing'} ran when it was traced")
+        out = self.answer(node, func, args, kwargs)
+        parts = out if isinstance(out, list | tuple) else [out]
+        self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
+        self.alive.append(out)
+        return out
+
+    def answer(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operation; where it is another than predicted, the predicted one."""
         dims = node.meta["dims"] if isinstance(node.meta["shape"], list) else [node.meta["dims"]]
         predicted = [None if axes is None else tuple(map(self.sizes, axes)) for axes in dims]
-        if self.arguments_differ(node, func, args, kwargs):
+        if self.tensors_differ(node, args) or self.arguments_differ(node, func, args, kwargs):
             return self.substitute(node, args, predicted)
         try:
             out = infer(func, args, kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
-            asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), ())
-            wrong = [
-                (axis, n)
-                for axes in dims[:1]
-                if axes is not None and len(asked) == len(axes) and isinstance(node.meta["shape"], torch.Size)
-                for axis, n in zip(axes, asked, strict=True)
-                if n == axis.size != self.sizes(axis)
-            ]
+            asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
+            hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
             touched = [axis for source in [node, *node.all_input_nodes] for axis in _flat(source.meta["dims"])]
-            self.blame(
-                [axis for axis, _ in wrong] or touched, node, f"fails at other sizes ({str(error).splitlines()[0]})"
-            )
+            self.blame(hard_coded or touched, node, f"fails at other sizes ({str(error).splitlines()[0]})")
             return self.substitute(node, args, predicted)
         actual = [t.shape if isinstance(t, Tensor) else None for t in (out if isinstance(out, list | tuple) else [out])]
         if len(actual) != len(predicted):
-            self.blame([axis for axes in dims for axis in axes or ()], node, "returns another number of parts")
+            self.blame(_flat(dims), node, "returns another number of parts")
             return self.substitute(node, args, predicted)
-        wrong = [
-            (axis, got)
-            for axes, shape, want in zip(dims, actual, predicted, strict=True)
-            if axes is not None and shape is not None and tuple(shape) != want
-            for axis, got in zip(axes, shape, strict=True)
-            if self.sizes(axis) != got
+        pairs = [
+            (axes, shape) for axes, shape in zip(dims, actual, strict=True) if axes is not None and shape is not None
         ]
-        if wrong:
-            wrong = [(axis, got) for axis, got in wrong if got == axis.size] or wrong  # the size before the surgery
-            self.blame([axis for axis, _ in wrong], node, f"size {wrong[0][1]} is fixed by the code")
+        if any(len(axes) != len(shape) for axes, shape in pairs):
+            self.blame(_flat(dims), node, "returns another number of dimensions")
+            return self.substitute(node, args, predicted)
+        if wrong := self.wrong(pairs):
+            size = next(n for axes, shape in pairs for a, n in zip(axes, shape, strict=True) if a is wrong[0])
+            self.blame(wrong, node, f"size {size} is fixed by the code")
             return self.substitute(node, args, predicted)
         return out
+
+    def wrong(self, pairs: list[tuple[Any, Any]], only_old: bool = False) -> list[Axis]:
+        """Axes with another size than predicted: those that have the size before the surgery, or else all of them."""
+        found = [
+            (axis, n)
+            for axes, shape in pairs
+            if len(axes) == len(shape)
+            for axis, n in zip(axes, shape, strict=True)
+            if n != self.sizes(axis)
+        ]
+        old = [axis for axis, n in found if n == axis.size]
+        return old if old or only_old else [axis for axis, _ in found]
+
+    def tensors_differ(self, node: fx.Node, args: tuple[Any, ...]) -> bool:
+        """Whether an operation reads a constant with other values; the groups that it concerns are blamed.
+
+        Raises:
+            _LeftPath: it reads other results than when it was traced.
+        """
+        for now, then in zip(_tensors(args), _tensors(node.args), strict=False):
+            source = _source(then)
+            constant = self.program.constants.get(source) if isinstance(source, str) else None
+            if constant is None:
+                if self.sources.get(id(now)) != source:
+                    raise _LeftPath(f"{node.target} reads something else than when it was traced")
+                continue
+            real = self.reals.get(id(now))
+            if real is None or constant.is_meta:  # its values cannot be seen without data
+                differs = node.target.overloadpacket is not torch.ops.aten.index  # type: ignore[union-attr]
+            else:
+                differs = real.shape != constant.shape or not torch.equal(real, constant)
+            if differs:
+                touched = [axis for other in [node, *node.all_input_nodes] for axis in _flat(other.meta["dims"])]
+                self.blame(touched, node, "a tensor that the code makes may follow a size")
+                return True
+        return False
 
     def arguments_differ(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an argument is another than it should be at these sizes; the groups that it concerns are blamed."""
@@ -149,7 +209,10 @@ class _Checker(Watcher):
             if isinstance(now, Tensor) or now is None:
                 continue
             if name in expected:
-                if isinstance(now, int) and now >= 0 and now != self.sizes(expected[name]):
+                if name == "start" and isinstance(now, int):  # as slicing reads it
+                    length = args[0].shape[node.args[1] if len(node.args) > 1 else 0]
+                    now = min(max(now + length if now < 0 else now, 0), length)
+                if isinstance(now, int) and now != self.sizes(expected[name]):
                     self.blame([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
             elif name not in sized and now != then and _is_number(now):
@@ -165,6 +228,26 @@ class _Checker(Watcher):
         return out if isinstance(node.meta["shape"], list) else out[0]
 
 
+def _is_part(node: fx.Node) -> bool:
+    return node.target is operator.getitem
+
+
+def _source(node: fx.Node) -> Any:
+    """What a recorded node stands for: a name, a result, or one of several results."""
+    if node.op == "get_attr":
+        return node.target
+    return (node.args[0], node.args[1]) if _is_part(node) else node
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    """Tensors, or nodes in their place, among arguments."""
+    for item in value:
+        if isinstance(item, Tensor | fx.Node):
+            yield item
+        elif isinstance(item, list | tuple):
+            yield from _tensors(item)
+
+
 def _within(module: str, path: str) -> bool:
     return not path or module == path or module.startswith(f"{path}.")
 
@@ -178,4 +261,4 @@ def _is_number(value: Any) -> bool:
 def _flat(dims: Any) -> list[Axis]:
     if isinstance(dims, Axis):
         return [dims]
-    return [axis for item in dims if item is not None for axis in _flat(item)]
+    return [axis for item in dims or () if item is not None for axis in _flat(item)]

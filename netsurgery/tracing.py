@@ -106,6 +106,7 @@ class Watcher(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.modules: list[str] = []
         self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a real tensor, and its stand-in without data
+        self.reals: dict[int, Tensor] = {}  # by id of the stand-in
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -117,7 +118,8 @@ class Watcher(TorchDispatchMode):
             if value.device.type == "meta":
                 return value
             if id(value) not in self.constants:
-                self.constants[id(value)] = value, torch.empty_like(value, device="meta")
+                stand_in = torch.empty_like(value, device="meta")
+                self.constants[id(value)], self.reals[id(stand_in)] = (value, stand_in), value
             return self.constants[id(value)][1]
         if isinstance(value, list | tuple):
             return type(value)([self.stand_in(item) for item in value])
@@ -200,8 +202,7 @@ class _Recorder(Watcher):
         name = self.names.get(id(tensor))
         if name is None:
             name = f"constant:{len(self.program.constants)}"
-            real = next((real for real, stand_in in self.constants.values() if stand_in is tensor), None)
-            self.program.constants[name] = tensor if real is None else real
+            self.program.constants[name] = self.reals.get(id(tensor), tensor)
         node = self.describe(self.program.graph.get_attr(name))
         node.meta["shape"] = tensor.shape
         return self.remember(tensor, node)
