@@ -45,9 +45,25 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
                     else:
                         yield path, attribute, own(value), sizes(value)
     for path, module in modules.items():
-        if isinstance(module, nn.PReLU):
-            axis = network.axes[f"{path}.weight" if path else "weight"][0]
-            yield path, "num_parameters", own(axis), sizes(axis)
+        axes = network.axes.get(f"{path}.weight" if path else "weight")
+        for attribute, axis in _of_weight(module, axes) if axes else ():
+            yield path, attribute, own(axis), sizes(axis)
+
+
+def _of_weight(module: nn.Module, axes: tuple[Axis, ...]) -> Iterator[tuple[str, Axis]]:
+    """Attributes that repeat the shape of the module's own weight, however the module is called."""
+    if isinstance(module, nn.PReLU):
+        yield "num_parameters", axes[0]
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        yield "num_features", axes[0]
+    elif isinstance(module, nn.Linear):
+        yield from (("out_features", axes[0]), ("in_features", axes[1]))
+    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        yield "in_channels", axes[0]
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        yield "out_channels", axes[0]
+        if module.groups == 1:
+            yield "in_channels", axes[1]
 
 
 def _dim(node: fx.Node, dim: int) -> Axis | None:

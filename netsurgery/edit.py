@@ -10,7 +10,7 @@ from torch import Tensor
 
 from netsurgery.costs import Cost
 from netsurgery.errors import InputError
-from netsurgery.network import Network
+from netsurgery.network import Group, Network
 
 __all__ = ["Edit"]
 
@@ -41,17 +41,15 @@ class Edit:
 
     def __post_init__(self) -> None:
         order = {group.name: index for index, group in enumerate(self.network.groups)}
-        for name, units in self.keep.items():
-            if name not in order:
-                raise InputError(f"'{name}' is no group of this network; print(network) lists them")
-            group = self.network[name]
-            if len(units) == group.size:
+        for name, given in self.keep.items():
+            group, units = self.network[name], [int(unit) for unit in given]
+            if units == list(range(group.size)):
                 continue
             if group.frozen is not None:
                 raise InputError(f"group '{name}' is frozen: {group.frozen}")
             if not units:
                 raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
-            if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
+            if units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
                 raise InputError(
                     f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {units}"
                 )
@@ -99,12 +97,31 @@ class Edit:
             InputError: the later edit names a group or units that this edit does not leave.
         """
         keep = dict(self.keep)
+        names = self._names_in(later.network)
         for name, units in later.keep.items():
-            if name not in self.network.by_name:
-                raise InputError(f"'{name}' is no group of the first network")
-            left = keep.get(name, tuple(range(self.network[name].size)))
-            keep[name] = tuple(left[unit] for unit in units)
+            if name not in names:
+                raise InputError(f"group '{name}' of the later edit is none that this edit leaves")
+            left = keep.get(names[name], tuple(range(self.network[names[name]].size)))
+            keep[names[name]] = tuple(left[unit] for unit in units)
         return Edit(self.network, keep)
+
+    def _names_in(self, later: Network) -> dict[str, str]:
+        """For each group of the network that this edit leads to, its name here: they occur in the same places."""
+        mine: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        for group in self.network.groups:
+            if self.counts.get(group.name, group.size) > 1:
+                mine.setdefault(_places(group), []).append(group.name)
+        theirs: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        for group in later.groups:
+            if group.size > 1:
+                theirs.setdefault(_places(group), []).append(group.name)
+        return {
+            new: old
+            for places, names in theirs.items()
+            if len(names) == len(mine.get(places, ()))
+            for new, old in zip(names, mine[places], strict=True)
+            if later[new].size == self.counts.get(old, self.network[old].size)
+        }
 
     def to_json(self) -> str:
         """The edit as JSON: group sizes and the units that stay, and the inputs the network was traced with."""
@@ -129,6 +146,10 @@ class Edit:
                     f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here"
                 )
         return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
+
+
+def _places(group: Group) -> tuple[tuple[str, int], ...]:
+    return tuple((member.parameter, member.axis) for member in group.members)
 
 
 def _share(part: int, whole: int) -> str:

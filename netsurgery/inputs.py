@@ -43,10 +43,10 @@ def _candidates(model: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, nn.modules.conv._ConvNd):
             for side in _SIDES:
                 spatial = [side] * len(module.kernel_size)
-                yield torch.randn(1, module.in_channels, *spatial, **factory)  # type: ignore[call-overload]
+                yield torch.zeros(1, module.in_channels, *spatial, **factory)  # type: ignore[call-overload]
             return
         if isinstance(module, nn.Linear):
-            yield torch.randn(1, module.in_features, **factory)  # type: ignore[call-overload]
+            yield torch.zeros(1, module.in_features, **factory)  # type: ignore[call-overload]
             return
         if isinstance(module, nn.Embedding):
             yield torch.zeros(1, 16, dtype=torch.int64, device=reference.device)

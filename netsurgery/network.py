@@ -21,8 +21,9 @@ from torch import Tensor, fx, nn
 from netsurgery.axes import Axis, Fixed, channel, freeze, leaves, resolve, tie
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost, Sizes, Term, total
+from netsurgery.errors import InputError
 from netsurgery.rules import apply_rule
-from netsurgery.tracing import Inputs, Program
+from netsurgery.tracing import Inputs, Program, format_where
 
 __all__ = ["Group", "Member", "Network", "Role", "analyse"]
 
@@ -86,6 +87,8 @@ class Network:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Group:
+        if name not in self.by_name:
+            raise InputError(f"'{name}' is no group of this network; print(network) lists them")
         return self.by_name[name]
 
     @cached_property
@@ -199,7 +202,7 @@ class Analysis:
             elif node.op == "get_attr":
                 self.used.add(node.target)
                 node.meta["params"] = (node.target,)
-                own = tuple(channel(n, f"constant made by the code {node.meta['where']}") for n in shape)
+                own = tuple(channel(n, f"constant made by the code {format_where(node.meta['where'])}") for n in shape)
                 node.meta["dims"] = self.axes.get(node.target, own)
             elif node.op == "output":
                 for result in node.all_input_nodes:

@@ -145,14 +145,14 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
     check_order(passes)
     network = _trace(model, example_inputs)
     while True:
-        edit = _run(passes, model, network)
-        found = obstacles(model, edit.network, edit.counts)
+        edit, found = _run(passes, model, network)
         if not found:
             return dataclasses.replace(edit, checked=True)
         network = network.with_frozen(found)
 
 
-def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> Edit:
+def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Edit, dict[str, str]]:
+    """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any."""
     edit: Edit | None = None
     for index, one in enumerate(passes):
         result = one.run(network)
@@ -160,17 +160,22 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> Edit:
             network = result
         elif isinstance(result, Edit) and "edit" in one.gives:
             edit = result if edit is None else edit.then(result)
+            if found := obstacles(model, edit.network, edit.counts):
+                return edit, found
             if index + 1 < len(passes):  # later passes look at what this edit leaves
-                network = _trace(rewrite(model, edit), network.inputs[0] or network.inputs[1])
+                small = rewrite(model, dataclasses.replace(edit, checked=True))
+                network = _trace(small, network.inputs[0] or network.inputs[1])
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
     if edit is None:
         raise PassError("no pass returned an Edit: add a removal such as PruneChannels(0.5)")
-    return edit
+    return edit, {}
 
 
 def check_order(passes: Sequence[Pass]) -> None:
     """Raise PassError unless each pass finds what it needs; nothing is computed before."""
+    if isinstance(passes, Pass):
+        raise PassError(f"expected a list of passes, got the single pass {passes!r}: put it into [...]")
     if not passes:
         raise PassError("no passes given: for example [HGSRScore(), PruneChannels(0.5)]")
     given: set[str] = set()

@@ -25,7 +25,8 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
 
     Args:
         model: the model the edit was planned for, or one of the same shapes.
-        inplace: change ``model`` itself; its Parameter objects stay the same objects.
+        inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before must be
+            gone (``del loss``): their graphs remember the old shapes.
 
     Returns:
         The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
@@ -81,8 +82,9 @@ def _cut(tensor: Tensor, axes: tuple[Axis, ...], places: _Positions) -> Tensor:
         for dim, axis in enumerate(axes):
             if (positions := places(axis)) is not None:
                 new = new.index_select(dim, positions.to(tensor.device))
-        if new.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-            new = new.contiguous(memory_format=torch.channels_last)
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
+        if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+            new = new.contiguous(memory_format=last)
         return new.clone() if new.data_ptr() == tensor.data_ptr() else new
 
 

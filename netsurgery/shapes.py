@@ -30,7 +30,13 @@ def _convolution(
 ) -> Tensor | None:  # fmt: skip
     """The output of a plain convolution, or None where torch should answer (or complain)."""
     n = weight.dim() - 2
-    if transposed or x.dim() != n + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+    if (
+        transposed
+        or x.dtype != weight.dtype
+        or x.dim() != n + 2
+        or x.shape[1] != weight.shape[1] * groups
+        or weight.shape[0] % groups
+    ):
         return None
     if bias is not None and bias.shape[0] != weight.shape[0]:
         return None
@@ -53,7 +59,11 @@ def _batch_norm(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The outputs of a batch norm in eval mode; its saved statistics are empty, as on a CPU."""
-    if training or any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean, var)):
+    if (
+        training
+        or x.dtype.is_complex
+        or any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean, var))
+    ):
         return None
     return _same(x), torch.empty(0, device="meta"), torch.empty(0, device="meta")
 

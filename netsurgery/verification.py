@@ -45,6 +45,9 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
         Where an output is zero everywhere, as with a head that starts at zero, it proves nothing.
 
+    Raises:
+        InputError: inputs of other shapes than those of the trace.
+
     Example:
         >>> import torch, netsurgery
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -53,7 +56,8 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         >>> netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (x,)) < 1e-6
         True
     """
-    inputs = edit.network.inputs if example_inputs is None else as_inputs(example_inputs)
+    inputs = _random_like(edit.network, model) if example_inputs is None else as_inputs(example_inputs)
+    _check_shapes(edit.network, inputs)
     keep = {edit.network[name].channel: units for name, units in edit.keep.items()}
     _look_up_constants(model, edit.network, inputs)
     worst = 0.0
@@ -63,9 +67,31 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     return worst
 
 
+def _random_like(network: Network, model: nn.Module) -> Inputs:
+    """The inputs of the trace with random numbers in floating-point tensors, on the model's device."""
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def draw(t: Tensor) -> Tensor:
+        if t.dtype.is_floating_point:
+            return torch.randn(t.shape, generator=generator).to(device, t.dtype)
+        return torch.zeros(t.shape, dtype=t.dtype, device=device) if t.is_meta else t
+
+    drawn: Inputs = pytree.tree_map_only(Tensor, draw, network.inputs)
+    return drawn
+
+
+def _check_shapes(network: Network, inputs: Inputs) -> None:
+    found = [tuple(t.shape) for t in tensors_in(inputs)]
+    wanted = [tuple(t.shape) for t in tensors_in(network.inputs)]
+    if found != wanted:
+        raise InputError(f"the network was traced with inputs of shapes {wanted}, got {found}: pass such inputs")
+
+
 def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
     """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
-    inputs = network.inputs if example_inputs is None else as_inputs(example_inputs)
+    inputs = _random_like(network, model) if example_inputs is None else as_inputs(example_inputs)
+    _check_shapes(network, inputs)
     _look_up_constants(model, network, inputs)
     generator = torch.Generator().manual_seed(seed)
     order = {g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import ClassVar, Literal
 
 import torch
@@ -78,11 +79,14 @@ class PruneChannels(Pass):
         given = [name for name in ("ratio", "params", "macs") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(f"PruneChannels takes one of ratio, params and macs, got {' and '.join(given) or 'none'}")
+        for name in given:
+            if not isinstance(getattr(self, name), Real):
+                raise InputError(f"PruneChannels({name}={getattr(self, name)!r}): expected a number")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise InputError(f"PruneChannels(ratio={self.ratio}): the share to remove must be in [0, 1)")
         for name in ("params", "macs"):
             value = getattr(self, name)
-            if value is not None and not (0 < value <= 1 if isinstance(value, float) else value > 0):
+            if value is not None and not (value > 0 if _is_count(value) else 0 < value <= 1):
                 raise InputError(
                     f"PruneChannels({name}={value}): a share to keep in (0, 1], or a positive whole number"
                 )
@@ -117,7 +121,7 @@ class PruneChannels(Pass):
         what = "params" if self.params is not None else "macs"
         limit = getattr(self, what)
         whole = getattr(network.cost(), what)
-        limit = limit * whole if isinstance(limit, float) else limit
+        limit = limit if _is_count(limit) else limit * whole
 
         def price(n: int) -> int:
             counts = _counts(bundles, self._after(bundles, ranked, n))
@@ -174,8 +178,8 @@ class PruneChannels(Pass):
 
     def _checked(self, network: Network, group: Group) -> Tensor:
         score = network.scores.get(group.name)
-        if score is None or score.shape != (group.size,):
-            found = "none" if score is None else f"shape {tuple(score.shape)}"
+        if not isinstance(score, Tensor) or score.shape != (group.size,):
+            found = "none" if score is None else f"shape {tuple(torch.as_tensor(score).shape)}, {type(score).__name__}"
             raise InputError(
                 f"group '{group.name}' has {group.size} units but scores of {found}: "
                 "the scoring pass must score every unit"
@@ -218,6 +222,10 @@ class PruneChannels(Pass):
 
     def _units(self, bundles: list[_Bundle], ranked: list[tuple[float, int, int]], n: int) -> int:
         return sum(k * len(bundle.groups) for bundle, k in zip(bundles, self._after(bundles, ranked, n), strict=True))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral)
 
 
 def _prefixes(path: str) -> list[str]:

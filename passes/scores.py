@@ -67,7 +67,7 @@ def _collect(
     memo: dict[tuple[str, int], dict[Axis, Tensor]] = {}
     for group in groups:
         members = [m for m in group.members if network.tensors[m.parameter].is_floating_point()]
-        role = next(r for r in (*order, "consumes") if any(m.role == r for m in members))
+        role = next((r for r in (*order, "consumes") if any(m.role == r for m in members)), None)
         for member in members:
             if member.role != role:
                 continue

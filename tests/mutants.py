@@ -21,6 +21,7 @@ TESTS = (
     "test_scores.py",
     "test_selection.py",
     "test_pipeline.py",
+    "test_second_run.py",
     "test_silent.py",
     "test_random_networks.py",
 )
@@ -235,7 +236,7 @@ MUTANTS = (
     Mutant(
         "the start of a slice goes unchecked",
         "netsurgery/check.py",
-        "if isinstance(now, int) and now >= 0 and now != self.sizes(expected[name]):",
+        "if isinstance(now, int) and now != self.sizes(expected[name]):",
         "if False:",
     ),
     Mutant(
@@ -247,8 +248,26 @@ MUTANTS = (
     Mutant(
         "hard-coded sizes go unchecked",
         "netsurgery/check.py",
-        "        if wrong:\n            wrong = [",
-        "        if False:\n            wrong = [",
+        "if wrong := self.wrong(pairs):",
+        "if (wrong := self.wrong(pairs)) and False:",
+    ),
+    Mutant(
+        "a constant made from a size goes unchecked",
+        "netsurgery/check.py",
+        "differs = real.shape != constant.shape or not torch.equal(real, constant)",
+        "differs = False",
+    ),
+    Mutant(
+        "operations that read other tensors go unchecked",
+        "netsurgery/check.py",
+        "if self.sources.get(id(now)) != source:",
+        "if False:",
+    ),
+    Mutant(
+        "operations left out at other sizes go unchecked",
+        "netsurgery/check.py",
+        "if not self.blamed and (next(self.nodes, None) is not None or results",
+        "if not self.blamed and (False and results",
     ),
     # scores and selection
     Mutant(

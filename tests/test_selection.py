@@ -136,7 +136,7 @@ def test_scores_are_checked() -> None:
             (1.0, float("nan")) * 8,
             r"scores of group '0' are NaN or infinite at units \[1, 3, 5, 7, 9\]: look at 0.weight",
         ),
-        ((1.0,) * 15, r"has 16 units but scores of shape \(15,\)"),
+        ((1.0,) * 15, r"has 16 units but scores of shape \(15,\), Tensor"),
         (None, "has 16 units but scores of none"),
     ):
         scores = {**good, **({"0": bad} if bad else {})}
