@@ -32,8 +32,8 @@ FOLLOWS = {
     "a list made from a size": lambda m, h: m.b(h) / torch.as_tensor([h.shape[1], 2]).sum(),
     "a new tensor made from a size": lambda m, h: m.b(h) / h.new_tensor(h.shape[1]),
     "fewer operations": lambda m, h: m.b(h) * 3 if h.shape[1] >= 6 else m.b(h),
-    "other tensors": lambda m, h: m.b(h) - m.e(m.c(h)) if h.shape[1] >= 6 else m.c(h) - m.e(m.b(h)),
-    "other outputs": lambda m, h: (m.c(h), m.b(h))[h.shape[1] >= 6],
+    "other tensors": lambda m, h: (lambda p, q: p - q if h.shape[1] >= 6 else q - p)(m.b(h), m.c(h)),
+    "other results": lambda m, h: (m.e(m.c(h)), m.e(m.b(h)))[h.shape[1] >= 6],
     "an assertion": lambda m, h: m.b(h) if m.a.out_features == 8 else 1 / 0,
 }
 
