@@ -47,6 +47,19 @@ def test_code_that_follows_a_size_locks(name: str) -> None:
         netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], X)
 
 
+def test_operations_left_out_at_the_end_lock() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h) * 3 if h.shape[1] >= 6 else self.b(h)
+
+    assert "does other things at other sizes" in (netsurgery.trace(Last().double(), X)["a"].frozen or "")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_slices_from_the_end(seed: int) -> None:
     torch.manual_seed(0)
