@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.errors import InputError
+from netsurgery.kernels import CRITERIA
+from netsurgery.kernels.hgsr import Name
 from netsurgery.passes import HGSRScore, MagnitudeScore, RandomScore
 
 # METHODS: the criteria on [[1, 4], [9, 16]] (rows: outputs), feature-wise
@@ -53,6 +55,17 @@ def test_hgsr_against_loops(criterion: str) -> None:
             "hierarchical_sq_group_l12": sum(v**0.5 for v in k) ** 2,
         }[criterion]  # fmt: skip
         assert scores[i].item() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("criterion", VECTORS)
+def test_degree_of_homogeneity(criterion: Name) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    x = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    one, two = (
+        HGSRScore(criterion).run(netsurgery.trace(two_convs(w).double(), x)).scores["0"] for w in (weight, -3 * weight)
+    )
+    torch.testing.assert_close(two, 3 ** CRITERIA[criterion].degree * one)
 
 
 def test_unknown_criterion() -> None:
