@@ -26,7 +26,7 @@ from netsurgery.errors import InputError, PassError, TraceError
 from netsurgery.inputs import infer_inputs
 from netsurgery.network import Network, analyse
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import Inputs, Program, as_inputs, names_used, record
+from netsurgery.tracing import Inputs, Program, as_inputs, names_used, reads_training, record
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
 
@@ -103,6 +103,8 @@ def _trace(model: nn.Module, example_inputs: Any) -> Network:
     used = names_used(programs)
     if any(name not in used for name in parameters):
         programs.append(_record_training(model, inputs))
+    elif any(map(reads_training, model.modules())):
+        programs.extend(_other_training(model, inputs, program))
     return analyse(model, tuple(programs), inputs)
 
 
@@ -112,6 +114,15 @@ def _record_training(model: nn.Module, inputs: Inputs) -> Program:
         return record(model, inputs, "train")
     except TraceError as error:
         raise TraceError(f"some parameters are not used in eval mode, and in training mode {error}") from error
+
+
+def _other_training(model: nn.Module, inputs: Inputs, program: Program) -> list[Program]:
+    """The run in training mode, where it can be recorded on the same inputs and is another than in eval mode."""
+    try:
+        training = record(model, inputs, "train")
+    except TraceError:  # it needs targets, say; nothing that eval mode uses depends on it
+        return []
+    return [] if str(training.graph) == str(program.graph) else [training]
 
 
 @_few_collections()

@@ -260,19 +260,43 @@ def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callab
     return run
 
 
+@functools.cache
+def _is_foreign(kind: Any) -> bool:
+    """Whether a class is the user's own, and not one of torch's whose training mode is known (dropout, norms)."""
+    library = kind.__module__.startswith(("torch.", "torchvision.ops."))
+    return not library and not issubclass(kind, nn.modules.batchnorm._NormBase)
+
+
+def reads_training(module: nn.Module) -> bool:
+    """Whether the code of a module of the user's own mentions ``training``."""
+    kind: Any = type(module)
+    return _reads_training(kind)
+
+
+@functools.cache
+def _reads_training(kind: Any) -> bool:
+    methods = [f for base in kind.__mro__ if _is_foreign(base) for f in vars(base).values() if hasattr(f, "__code__")]
+    return _is_foreign(kind) and any("training" in method.__code__.co_names for method in methods)
+
+
+def trains_otherwise(module: nn.Module) -> bool:
+    """Whether a module is put into training mode to record it: those with parts, and those of the user's own."""
+    return (bool(module._modules) or reads_training(module)) and not isinstance(module, nn.modules.batchnorm._NormBase)
+
+
 def skeleton(
     model: nn.Module, mode: Mode, shapes: dict[str, tuple[int, ...]] | None = None
 ) -> tuple[nn.Module, dict[int, str]]:
     """A copy of a model without weights, in eval or train mode, and the name of each of its tensors by id.
 
-    In train mode the leaf modules stay in eval (no dropout, no batch statistics): what counts is the code that
+    In train mode torch's own layers stay in eval (no dropout, no batch statistics): what counts is the code that
     only runs in training, such as auxiliary heads.
     """
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
     bare = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
     for module in named_modules(bare).values():
-        module.training = mode == "train" and bool(module._modules)
+        module.training = mode == "train" and trains_otherwise(module)
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
 

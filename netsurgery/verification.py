@@ -24,7 +24,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.rules import Op
-from netsurgery.tracing import TRANSPARENT, Inputs, Program, as_inputs, format_where, tensors_in
+from netsurgery.tracing import TRANSPARENT, Inputs, Program, as_inputs, format_where, tensors_in, trains_otherwise
 
 __all__ = ["permuted_difference", "replay", "silenced", "verify"]
 
@@ -61,7 +61,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     keep = {edit.network[name].channel: units for name, units in edit.keep.items()}
     _look_up_constants(model, edit.network, inputs)
     worst = 0.0
-    for program in edit.network.programs:
+    for program in _repeatable(edit.network):
         want = silenced(edit.network, program, dict(named_tensors(model)), inputs, keep)
         worst = max(worst, _difference(run(small, program, inputs), want))
     return worst
@@ -79,6 +79,16 @@ def _random_like(network: Network, model: nn.Module) -> Inputs:
 
     drawn: Inputs = pytree.tree_map_only(Tensor, draw, network.inputs)
     return drawn
+
+
+def _repeatable(network: Network) -> list[Program]:
+    """The recorded programs but those in training mode that draw random numbers."""
+    seeded = torch.Tag.nondeterministic_seeded
+    return [
+        program
+        for program in network.programs
+        if program.mode == "eval" or not any(seeded in getattr(n.target, "tags", ()) for n in program.graph.nodes)
+    ]
 
 
 def _check_shapes(network: Network, inputs: Inputs) -> None:
@@ -101,7 +111,7 @@ def permuted_difference(model: nn.Module, network: Network, example_inputs: Any 
         for dim, axis in enumerate(axes):
             labels = _spread(axis, lambda leaf: order.get(leaf, torch.arange(leaf.size)))
             shuffled[name] = shuffled[name].detach().index_select(dim, labels.to(tensors[name].device))
-    return max(_difference(replay(p, shuffled, inputs), replay(p, tensors, inputs)) for p in network.programs)
+    return max(_difference(replay(p, shuffled, inputs), replay(p, tensors, inputs)) for p in _repeatable(network))
 
 
 def _spread(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
@@ -123,7 +133,7 @@ def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
-            module.training = program.mode == "train" and bool(module._modules)
+            module.training = program.mode == "train" and trains_otherwise(module)
         with torch.no_grad():
             return tensors_in(model(*inputs[0], **inputs[1]))
     finally:

@@ -68,6 +68,47 @@ def test_slices_from_the_end(seed: int) -> None:
         netsurgery.plan(model, [RandomScore(seed), PruneChannels(0.5)], X)
 
 
+class Trains(nn.Module):
+    """Does something else in training, with all parameters used in eval mode."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], inside: nn.Module | None = None):
+        super().__init__()
+        self.run = run
+        self.a, self.inside, self.b = nn.Linear(4, 8), inside or nn.Identity(), nn.Linear(8, 2)
+        self.noise = nn.Buffer(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inside(self.a(x)) * self.noise.abs()
+        return self.b(self.run(h) + self.noise if self.training else h)
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain if self.training else x + 0 * self.gain
+
+
+def test_what_only_training_does_counts() -> None:
+    network = netsurgery.trace(Trains(lambda h: h.flip(1)), torch.randn(1, 4))
+    assert "order reversed: aten.flip" in (network["a"].frozen or "")
+    for model in (Trains(torch.relu), Trains(torch.relu, Gate())):
+        x = torch.randn(3, 4)
+        edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], x)
+        assert [program.mode for program in edit.network.programs] == ["eval", "train"]
+        small = netsurgery.rewrite(model, edit)
+        assert netsurgery.verify(model, small, edit, x) < 1e-6
+        small.train()(x).sum().backward()
+
+
+def test_random_training_code_is_not_replayed() -> None:
+    model = Trains(lambda h: nn.functional.dropout(h, 0.5, training=True))
+    edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], torch.randn(3, 4))
+    assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, torch.randn(3, 4)) < 1e-6
+
+
 def test_tied_prelus_follow() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
