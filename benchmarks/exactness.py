@@ -11,23 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from models import machine, print_table
 
 import netsurgery
 from netsurgery.passes import PruneChannels, RandomScore
+from netsurgery.report import prunable_share
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import zoo
 
 HEADER = ("model", "groups", "locked", "parameters in open groups", "removed", "relative difference", "s")
-
-
-def reachable(network: netsurgery.Network, parameters: dict[str, torch.nn.Parameter]) -> float:
-    """Share of the parameters whose tensor has an axis in a group that is not locked."""
-    open_names = {member.parameter for group in network.groups if group.frozen is None for member in group.members}
-    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    return sum(sizes[name] for name in sizes if name in open_names) / sum(sizes.values())
 
 
 def row(name: str, seed: int) -> tuple[list[str], dict[str, str]]:
@@ -40,7 +33,7 @@ def row(name: str, seed: int) -> tuple[list[str], dict[str, str]]:
     difference = netsurgery.verify(model, small, edit, (x,))
     network = edit.network
     locked = {group.name: group.frozen for group in network.groups if group.frozen is not None}
-    share = reachable(network, dict(model.named_parameters()))
+    share = prunable_share(network)
     removed = 1 - edit.after.params / edit.before.params
     figures = f"{100 * share:.2f} %", f"{100 * removed:.1f} %", f"{difference:.1e}", f"{taken:.2f}"
     return [name, str(len(network.groups)), str(len(locked)), *figures], locked

@@ -145,8 +145,11 @@ class _Checker(Watcher):
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
-            touched = [axis for source in [node, *node.all_input_nodes] for axis in _flat(source.meta["dims"])]
-            self.blame(hard_coded or touched, node, f"fails at other sizes ({str(error).splitlines()[0]})")
+            self.blame(
+                hard_coded or _touched(node, *node.all_input_nodes),
+                node,
+                f"fails at other sizes ({str(error).splitlines()[0]})",
+            )
             return self.substitute(node, args, predicted)
         actual = [t.shape if isinstance(t, Tensor) else None for t in (out if isinstance(out, list | tuple) else [out])]
         if len(actual) != len(predicted):
@@ -195,7 +198,7 @@ class _Checker(Watcher):
             else:
                 differs = real.shape != constant.shape or not torch.equal(real, constant)
             if differs:
-                touched = [axis for other in [node, *node.all_input_nodes] for axis in _flat(other.meta["dims"])]
+                touched = _touched(node, *node.all_input_nodes)
                 self.blame(touched, node, "a tensor that the code makes may follow a size")
                 return True
         return False
@@ -216,8 +219,7 @@ class _Checker(Watcher):
                     self.blame([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
             elif name not in sized and now != then and _is_number(now):
-                touched = [axis for source in node.all_input_nodes for axis in _flat(source.meta["dims"])]
-                self.blame(touched, node, f"the code computes {name}={then} from a size")
+                self.blame(_touched(*node.all_input_nodes), node, f"the code computes {name}={then} from a size")
                 return True
         return False
 
@@ -256,6 +258,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) or (
         isinstance(value, list) and all(isinstance(item, int | float) for item in value)
     )
+
+
+def _touched(*nodes: fx.Node) -> list[Axis]:
+    return [axis for node in nodes for axis in _flat(node.meta["dims"])]
 
 
 def _flat(dims: Any) -> list[Axis]:
