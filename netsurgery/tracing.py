@@ -24,8 +24,10 @@ from netsurgery.errors import TraceError
 from netsurgery.shapes import infer
 
 __all__ = [
+    "Call",
     "Inputs",
     "Mode",
+    "Named",
     "Program",
     "Watcher",
     "as_inputs",
@@ -52,13 +54,38 @@ class Program:
 
     ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant it
     uses, and one call_function for each ATen operation. ``constants`` are the tensors the code made itself;
-    ``calls`` holds, for each module that ran, the nodes of its first input and output tensor.
+    ``calls`` are the runs of its modules, in the order in which they began.
     """
 
     graph: fx.Graph
     mode: Mode
     constants: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[str, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+
+    @functools.cached_property
+    def operations(self) -> list[fx.Node]:
+        """The ATen operations in order, without those that only pick one result of several."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+
+
+@dataclass
+class Call:
+    """One run of a module: operations ``begin`` to ``end``, and what went in and came out, nodes for tensors.
+
+    A parameter or buffer that was handed over stands there as ``Named``.
+    """
+
+    path: str
+    begin: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any = None
+    end: int = -1
+    next: int = -1  # the first call that began after this one ended
+
+
+class Named(str):
+    """A parameter or buffer by its name, where it was handed over as an argument."""
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -142,8 +169,13 @@ class Watcher(TorchDispatchMode):
         """Answer one operation, its arguments without data."""
         raise NotImplementedError
 
-    def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
-        """A module has run."""
+    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module."""
+        self.modules.append(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.modules.pop()
 
 
 @functools.cache
@@ -158,6 +190,7 @@ class _Recorder(Watcher):
         self.nodes: dict[int, fx.Node] = {}
         self.parts: dict[int, tuple[fx.Node, int]] = {}  # results among several, by id: a node once they are used
         self.alive: list[Any] = []  # ids are only good while their tensors live
+        self.count = 0  # operations so far
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[id(tensor)] = node
@@ -168,15 +201,24 @@ class _Recorder(Watcher):
         self.remember(other, self.node_of(tensor))
         return other
 
-    def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
-        first, last = (
-            x if isinstance(x, Tensor) else next((v for v in pytree.tree_leaves(x) if isinstance(v, Tensor)), None)
-            for x in (given[0] if given else None, out)
-        )
-        if path not in self.program.calls and first is not None and last is not None:
-            ends = [self.nodes.get(id(tensor)) or self.part(tensor) for tensor in (first, last)]
-            if ends[0] is not None and ends[1] is not None:
-                self.program.calls[path] = ends[0], ends[1]
+    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls = self.program.calls
+        call = Call(path, self.count, self.known(args), self.known(kwargs))
+        calls.append(call)
+        out = super().call(path, forward, args, kwargs)
+        call.out, call.end, call.next = self.known(out), self.count, len(calls)
+        return out
+
+    def known(self, value: Any) -> Any:
+        """Nodes in the place of tensors."""
+        if isinstance(value, Tensor):
+            found = self.nodes.get(id(value)) or self.part(value)
+            return found if found is not None else Named(self.names.get(id(value), ""))
+        if type(value) in (tuple, list):
+            return type(value)([self.known(item) for item in value])
+        if type(value) is dict:
+            return {key: self.known(item) for key, item in value.items()}
+        return value
 
     def describe(self, node: fx.Node) -> fx.Node:
         node.meta["module"] = self.modules[-1] if self.modules else ""
@@ -195,7 +237,13 @@ class _Recorder(Watcher):
             return None
         whole, index = self.parts[id(tensor)]
         node = self.program.graph.create_node("call_function", operator.getitem, (whole, index))
-        node.meta.update(shape=tensor.shape, module=whole.meta["module"], where=whole.meta["where"])
+        node.meta.update(
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            layout=(tensor.shape, tensor.stride()),
+            module=whole.meta["module"],
+            where=whole.meta["where"],
+        )
         return self.remember(tensor, node)
 
     def attribute(self, tensor: Tensor) -> fx.Node:
@@ -204,7 +252,7 @@ class _Recorder(Watcher):
             name = f"constant:{len(self.program.constants)}"
             self.program.constants[name] = self.reals.get(id(tensor), tensor)
         node = self.describe(self.program.graph.get_attr(name))
-        node.meta["shape"] = tensor.shape
+        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=(tensor.shape, tensor.stride()))
         return self.remember(tensor, node)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -216,10 +264,11 @@ class _Recorder(Watcher):
                 f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())} "
                 f"cannot run on tensors without data of shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
             ) from error
+        self.count += 1
         graph = self.program.graph
         node = self.describe(graph.create_node("call_function", func, *nodes))
         if isinstance(out, Tensor):
-            node.meta.update(shape=out.shape, layout=(out.shape, out.stride()))
+            node.meta.update(shape=out.shape, layout=(out.shape, out.stride()), dtype=out.dtype)
             self.remember(out, node)
         elif isinstance(out, list | tuple):
             node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
@@ -248,13 +297,7 @@ def _shapes(value: Any) -> str:
 
 def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        watcher.modules.append(path)
-        try:
-            out = forward(*args, **kwargs)
-            watcher.returned(path, args, out)
-            return out
-        finally:
-            watcher.modules.pop()
+        return watcher.call(path, forward, args, kwargs)
 
     run.__wrapped__ = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
     return run
@@ -325,7 +368,8 @@ def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
     on_meta_inputs: Inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
     for index, tensor in enumerate(tensors_in(on_meta_inputs)):
         node = program.graph.placeholder(f"input_{index}")
-        node.meta.update(shape=tensor.shape, module="", where=None)
+        layout = tensor.shape, tensor.stride()
+        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
         recorder.remember(tensor, node)
     recorder.alive.append(bare)
     out = run_guarded(bare, recorder, on_meta_inputs)
