@@ -34,9 +34,9 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
         for call in {call.path: call for call in reversed(program.calls)}.values():
             for value, table in zip((call.args, call.out), (_OF_INPUT, _OF_OUTPUT), strict=True):
                 node = next((v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)), None)
-                for attribute, dim in table.items() if node is not None else ():
+                for attribute, dim in table.items():
                     held = modules[call.path].__dict__.get(attribute)
-                    if type(held) is int and (axis := _dim(node, dim)) is not None:
+                    if type(held) is int and node is not None and (axis := _dim(node, dim)) is not None:
                         yield call.path, attribute, own(axis), sizes(axis)
         for node in program.graph.nodes:
             names, path = node.meta.get("names", {}), node.meta.get("module", "")

@@ -13,50 +13,108 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
+from netsurgery.adapting import Adaptation, rebuild, solve
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
 from netsurgery.copying import named_modules
 from netsurgery.costs import Sizes
-from netsurgery.errors import RewriteError, TraceError
+from netsurgery.errors import RewriteError
+from netsurgery.listening import Deaf, hear
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
-from netsurgery.tracing import Program, Watcher, run_guarded, skeleton, tensors_in
+from netsurgery.tracing import RAISED_BY_MODELS, Program, Watcher, run_guarded, skeleton, tensors_in
 
-__all__ = ["obstacles"]
+__all__ = ["adapt"]
 
 
 class _LeftPath(RuntimeError):
     """The code ran another operation than the recorded one."""
 
 
-def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> dict[str, str]:
-    """Groups that the model's code does not let have these numbers of units, each with the reason.
+def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
+    """What the model's code needs so that groups have these numbers of units, and the groups that it does not let, why.
 
     Raises:
         RewriteError: the code does not follow, and no group can be blamed for it.
     """
     changed = {network[name].channel: name for name, count in counts.items() if count != network[name].size}
     if not changed:
-        return {}
-    sizes = network.sizes(counts)
-    shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
-    found: dict[str, str] = {}
-    for program in network.programs:
-        bare, names = skeleton(model, program.mode, shapes)
-        follow(bare, network, sizes)
-        kinds = {path: type(module) for path, module in named_modules(model).items()}
-        checker = _Checker(program, network, kinds, sizes, changed)
-        inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), network.inputs)
-        checker.begin(names, inputs, bare)
-        try:
+        return Adaptation(), {}
+    attempt = _Attempt(model, network, network.sizes(counts), changed)
+    while failures := attempt.failures():
+        lost = {path: why for path, why in failures.items() if not attempt.remedy(path, why)}
+        if lost:
+            return attempt.adaptation, {name: why for failure in lost.values() for name, why in failure.items()}
+    return attempt.adaptation, {}
+
+
+class _Attempt:
+    """Tries the model's code at some sizes, and mends the modules that do not follow."""
+
+    def __init__(self, model: nn.Module, network: Network, sizes: Sizes, changed: Mapping[Axis, str]):
+        self.model, self.network, self.sizes, self.changed = model, network, sizes, changed
+        self.shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
+        self.kinds = {path: type(module) for path, module in named_modules(model).items()}
+        self.adaptation = Adaptation()
+        self.tried: set[str] = set()
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """The modules whose code does not follow: the groups concerned, and why, by path."""
+        found: dict[str, dict[str, str]] = {}
+        for program in self.network.programs:
+            bare, names = skeleton(self.model, program.mode, self.shapes)
+            follow(bare, self.network, self.sizes)
+            self.adaptation.carry_out(bare)
+            checker = _Checker(program, self.network, self.kinds, self.sizes, self.changed)
+            inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), self.network.inputs)
+            checker.begin(names, inputs, bare)
             checker.finish(run_guarded(bare, checker, inputs))
-        except TraceError as error:
-            if not checker.blamed:  # what follows from a size already found wrong says nothing new
-                checker.blame_module(f"the code refuses other sizes ({str(error.__cause__ or error).splitlines()[0]})")
-        found.update({name: why for name, why in checker.blamed.items() if name not in found})
-    return found
+            for path, why in checker.blamed.items():
+                found.setdefault(path, why)
+        return found
+
+    def remedy(self, path: str, why: dict[str, str]) -> bool:
+        """Mend a module: by its attributes first, then by a rewritten graph; False where nothing is left to try."""
+        if path in self.adaptation.code:
+            return False
+        try:
+            graphs = self.heard(path)
+            if path not in self.tried:
+                self.tried.add(path)
+                found = [solve(graph, self.model.get_submodule(path), self.sizes) for graph in graphs]
+                if found[0] and all(one == found[0] for one in found):
+                    self.adaptation.attributes[path] = found[0]
+                    return True
+            if not path:  # the user's own class stays
+                return False
+            module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
+            codes = {rebuild(graph, module, self.sizes, attributes) for graph in graphs}
+        except Deaf as reason:
+            for name in why:
+                why[name] += f" (the code of {path} {reason})"
+            return False
+        if len(codes) > 1:
+            return False
+        self.adaptation.code[path], self.adaptation.reasons[path] = codes.pop(), next(iter(why.values()))
+        return True
+
+    def heard(self, path: str) -> list[fx.Graph]:
+        """What the code of a module does, each time it runs."""
+        program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
+        if path not in program.heard:
+            bare, names = skeleton(self.model, program.mode)
+            calls = [call for call in program.calls if call.path == path]
+            try:
+                program.heard[path] = [hear(bare, names, program, call) for call in calls]
+            except Deaf as reason:
+                program.heard[path] = reason
+        found: list[fx.Graph] | Deaf = program.heard[path]
+        if isinstance(found, Deaf):
+            raise found
+        return found
 
 
 class _Checker(Watcher):
@@ -65,39 +123,75 @@ class _Checker(Watcher):
     ):
         super().__init__()
         self.program = program
-        self.nodes = iter([n for n in program.graph.nodes if n.op == "call_function" and not _is_part(n)])
+        self.position = self.calls = 0  # operations and module runs so far
         self.sources: dict[int, Any] = {}  # by id of a tensor: what it was in the recorded run
         self.alive: list[Any] = []  # ids are only good while their tensors live
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
-        self.blamed: dict[str, str] = {}
-        self.innermost = [""]  # module paths around the last operation
+        self.left_out: set[fx.Node] = set()  # copies that torch does not need here
+        self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
+
+    def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        index, self.calls = self.calls, self.calls + 1
+        call = self.program.calls[index] if index < len(self.program.calls) else None
+        if call is None or call.path != path:
+            raise _LeftPath(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
+        try:
+            out = super().call(path, forward, args, kwargs)
+            while self.position < call.end and self.leave_out(self.program.operations[self.position]):
+                pass
+            if self.position != call.end:
+                raise _LeftPath("operations are left out")
+        except RAISED_BY_MODELS as error:
+            if path not in self.blamed:  # what follows from a size already found wrong says nothing new
+                first = str(error).splitlines()[0] if str(error) else type(error).__name__
+                does = "does other things at" if isinstance(error, _LeftPath) else "refuses"
+                self.blame_module(f"the code {does} other sizes ({first})", path)
+            with _disable_current_modes():
+                out = self.predicted(call.out)
+            self.position, self.calls = call.end, call.next
+        return out
+
+    def predicted(self, out: Any) -> Any:
+        """What a module should have returned, without data, to go on and find all obstacles in one run."""
+        if isinstance(out, fx.Node):
+            shape, strides = tuple(map(self.sizes, out.meta["dims"])), out.meta["layout"][1]
+            order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
+            tensor = torch.empty_permuted(shape, order, dtype=out.meta["dtype"], device="meta")
+            self.sources[id(tensor)] = _source(out)
+            self.alive.append(tensor)
+            return tensor
+        if type(out) in (tuple, list):
+            return type(out)([self.predicted(item) for item in out])
+        return {key: self.predicted(item) for key, item in out.items()} if type(out) is dict else out
 
     def blame(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:
         """Blame the changed groups in some axes, or else those of the module that an operation runs in."""
+        path = self.modules[-1] if self.modules else ""
         names = [self.changed[leaf] for axis in axes for leaf in leaves(axis) if leaf in self.changed]
         reason = Op(node, None).reason(why)
         if names:
-            self.blamed.update(dict.fromkeys(names, reason))
+            self.blamed.setdefault(path, {}).update(dict.fromkeys(names, reason))
         else:
-            self.blame_module(reason)
+            self.blame_module(reason, path)
 
-    def blame_module(self, reason: str) -> None:
-        """Blame the groups of the innermost module that holds a changed one, and of all that run the same code.
+    def blame_module(self, reason: str, path: str) -> None:
+        """Blame the groups of the innermost module around that holds a changed one, and of all that run the same code.
 
         Raises:
             RewriteError: no module does.
         """
         groups = [group for group in self.network.groups if group.channel in self.changed]
-        for path in reversed(self.innermost):
-            if not any(_within(member.module, path) for group in groups for member in group.members):
+        parts = path.split(".") if path else []
+        for around in [".".join(parts[:n]) for n in range(len(parts), -1, -1)]:
+            if not any(_within(member.module, around) for group in groups for member in group.members):
                 continue
-            same = [
-                other for other, kind in self.kinds.items() if kind is self.kinds[path] and kind is not nn.Sequential
-            ]
-            for place in [path, *same]:
+            kind = self.kinds[around]
+            same = [other for other, own in self.kinds.items() if own is kind and kind is not nn.Sequential]
+            for place in [around, *same]:
                 names = [g.name for g in groups if any(_within(member.module, place) for member in g.members)]
-                self.blamed.update(dict.fromkeys(names, f"{reason} in {place or 'the model'}"))
+                why = dict.fromkeys(names, f"{reason} in {place or 'the model'}")
+                self.blamed.setdefault(path, {}).update(why)
             return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
@@ -112,8 +206,8 @@ class _Checker(Watcher):
         """Compare what the run ended with."""
         *_, output = self.program.graph.nodes
         results = [self.sources.get(id(tensor)) for tensor in tensors_in(outputs)]
-        if not self.blamed and (next(self.nodes, None) is not None or results != [*map(_source, output.args[0])]):
-            self.blame_module("the code does other things at other sizes")
+        if not self.blamed and results != [*map(self.origin, output.args[0])]:
+            self.blame_module("the code does other things at other sizes", "")
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
@@ -124,15 +218,43 @@ class _Checker(Watcher):
         return other
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.innermost = ["", *self.modules]
-        node = next(self.nodes, None)
-        if node is None or node.target is not func:
-            raise _LeftPath(f"{func} runs where {node.target if node else 'nothing'} ran when it was traced")
+        node = self.expected(func)
+        if node is None:
+            return self.same(args[0], infer(func, args, kwargs))
         out = self.answer(node, func, args, kwargs)
         parts = out if isinstance(out, list | tuple) else [out]
         self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
         self.alive.append(out)
         return out
+
+    def expected(self, func: Any) -> fx.Node | None:
+        """The recorded operation that this should be; None for a copy that only the memory's layout asks for here."""
+        operations = self.program.operations
+        while self.position < len(operations):
+            node = operations[self.position]
+            if node.target is func or {node.target, func} == _VIEWS:
+                self.position += 1
+                return node
+            if func is _CLONE:
+                return None
+            if not self.leave_out(node):
+                break
+        ran = operations[self.position].target if self.position < len(operations) else "nothing"
+        raise _LeftPath(f"{func} runs where {ran} ran when it was traced")
+
+    def leave_out(self, node: fx.Node) -> bool:
+        """Pass over a recorded copy that the memory's layout did not ask for here, if nothing writes to it."""
+        if node.target is not _CLONE or _is_written(node) or _is_written(node.args[0]):  # type: ignore[arg-type]
+            return False
+        self.position += 1
+        self.left_out.add(node)
+        return True
+
+    def origin(self, node: fx.Node) -> Any:
+        """What a recorded node stands for in this run."""
+        while (source := _source(node)) in self.left_out:
+            node = source.args[0]
+        return source
 
     def answer(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation; where it is another than predicted, the predicted one."""
@@ -186,7 +308,7 @@ class _Checker(Watcher):
             _LeftPath: it reads other results than when it was traced.
         """
         for now, then in zip(_tensors(args), _tensors(node.args), strict=False):
-            source = _source(then)
+            source = self.origin(then)
             constant = self.program.constants.get(source) if isinstance(source, str) else None
             if constant is None:
                 if self.sources.get(id(now)) != source:
@@ -228,6 +350,24 @@ class _Checker(Watcher):
         dtype = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
         return out if isinstance(node.meta["shape"], list) else out[0]
+
+
+_CLONE = torch.ops.aten.clone.default
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether an operation writes into a tensor or a view of it."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            if _is_part(user) and _is_written(user):
+                return True
+            continue
+        aliases = [a.alias_info for a, given in zip(schema.arguments, user.args, strict=False) if given is node]
+        if any(alias is not None and (alias.is_write or _is_written(user)) for alias in aliases):
+            return True
+    return False
 
 
 def _is_part(node: fx.Node) -> bool:

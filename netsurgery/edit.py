@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from netsurgery.adapting import Adaptation
 from netsurgery.costs import Cost
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
@@ -37,7 +38,7 @@ class Edit:
 
     network: Network = field(repr=False, compare=False)
     keep: Mapping[str, tuple[int, ...]]
-    checked: bool = field(default=False, repr=False, compare=False)  # whether the model's code is known to follow
+    adaptation: Adaptation | None = field(default=None, repr=False, compare=False)  # once the code is known to follow
 
     def __post_init__(self) -> None:
         order = {group.name: index for index, group in enumerate(self.network.groups)}
@@ -66,6 +67,14 @@ class Edit:
     def counts(self) -> dict[str, int]:
         """Number of units that stay in each changed group."""
         return {name: len(units) for name, units in self.keep.items()}
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Modules whose code hard-codes a size and is replaced by its rewritten graph, each with the reason.
+
+        Known once ``plan`` has tried the model's code; an edit made by hand is tried by ``rewrite``.
+        """
+        return dict(self.adaptation.reasons) if self.adaptation else {}
 
     @property
     def before(self) -> Cost:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis
-from netsurgery.check import obstacles
+from netsurgery.check import adapt
 from netsurgery.copying import copy_with, like, named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
@@ -49,7 +49,8 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
         if name not in tensors or tuple(tensors[name].shape) != tuple(axis.size for axis in axes):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise RewriteError(f"the edit is for another model: {name} is {[a.size for a in axes]} there, {found} here")
-    if not edit.checked and (refused := obstacles(model, network, edit.counts)):
+    adaptation, refused = (edit.adaptation, None) if edit.adaptation else adapt(model, network, edit.counts)
+    if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
     places = _Positions({network[name].channel: units for name, units in edit.keep.items()})
@@ -65,6 +66,7 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
     else:
         result = copy_with(model, {id(t): _copy(t, network.axes[name], places) for name, t in tensors.items()})
     follow(result, network, network.sizes(edit.counts))
+    adaptation.carry_out(result)
     return result
 
 

@@ -24,6 +24,7 @@ from netsurgery.errors import TraceError
 from netsurgery.shapes import infer
 
 __all__ = [
+    "RAISED_BY_MODELS",
     "Call",
     "Inputs",
     "Mode",
@@ -37,12 +38,13 @@ __all__ = [
     "run_guarded",
     "skeleton",
     "tensors_in",
+    "track",
 ]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword inputs of a model
 Mode = Literal["eval", "train"]
 
-_RAISED_BY_MODELS = (
+RAISED_BY_MODELS = (
     RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
@@ -61,6 +63,7 @@ class Program:
     mode: Mode
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    heard: dict[str, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
 
     @functools.cached_property
     def operations(self) -> list[fx.Node]:
@@ -299,7 +302,7 @@ def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callab
     def run(*args: Any, **kwargs: Any) -> Any:
         return watcher.call(path, forward, args, kwargs)
 
-    run.__wrapped__ = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
+    run.__wrapped__ = run.untracked = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
     return run
 
 
@@ -343,10 +346,16 @@ def skeleton(
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
 
+def track(bare: nn.Module, watcher: Watcher) -> None:
+    """Let a watcher know of each run of the modules of a skeleton."""
+    for path, module in named_modules(bare).items():
+        forward = module.__dict__.get("forward", module.forward)
+        module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, watcher)
+
+
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     """Run a skeleton under a watcher."""
-    for path, module in named_modules(bare).items():
-        module.__dict__["forward"] = _tracked(module.forward, path, watcher)
+    track(bare, watcher)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:
@@ -386,7 +395,7 @@ def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     """Run a skeleton; whatever its own code raises becomes a TraceError that says where."""
     try:
         return run_skeleton(bare, watcher, inputs)
-    except _RAISED_BY_MODELS as error:
+    except RAISED_BY_MODELS as error:
         raise TraceError(_explain(bare, error, inputs)) from error
 
 
