@@ -105,10 +105,9 @@ class _Attempt:
         """What the code of a module does, each time it runs."""
         program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
         if path not in program.heard:
-            bare, names = skeleton(self.model, program.mode)
-            calls = [call for call in program.calls if call.path == path]
+            module = self.model.get_submodule(path)
             try:
-                program.heard[path] = [hear(bare, names, program, call) for call in calls]
+                program.heard[path] = [hear(module, program, call) for call in program.calls if call.path == path]
             except Deaf as reason:
                 program.heard[path] = reason
         found: list[fx.Graph] | Deaf = program.heard[path]

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat
 from netsurgery.shapes import infer
-from netsurgery.tracing import Call, Named, Program, Watcher, track
+from netsurgery.tracing import Call, Named, Program, Watcher, skeleton, track
 
 __all__ = ["Deaf", "hear"]
 
@@ -233,9 +233,8 @@ class _Axes:
 class _Plain(Watcher):
     """Answers operations, and lets the ears know which submodules run."""
 
-    def __init__(self, base: str):
+    def __init__(self) -> None:
         super().__init__()
-        self.base = base
         self.ears: _Ears | None = None
         self.dims: dict[int, Any] = {}
         self.alive: list[Any] = []
@@ -261,18 +260,18 @@ class _Plain(Watcher):
         self.alive.append(out)
 
     def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if path == self.base or self.ears is None or self.ears.paused:
+        if not path or self.ears is None or self.ears.paused:
             return super().call(path, forward, args, kwargs)
         with self.ears.pause():
             out = super().call(path, forward, args, kwargs)
-        return self.ears.heard_module(path.removeprefix(f"{self.base}.") if self.base else path, args, kwargs, out)
+        return self.ears.heard_module(path, args, kwargs, out)
 
 
 class _Follower(_Plain):
     """Runs beside the recorded operations of one call, and knows the dimensions of every tensor."""
 
     def __init__(self, program: Program, call: Call):
-        super().__init__(call.path)
+        super().__init__()
         self.operations = iter(program.operations[call.begin : call.end])
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -503,27 +502,20 @@ def _plain(value: Any) -> Any:
 # Hearing ---------------------------------------------------------------------------------------------------------
 
 
-def hear(model: nn.Module, names: dict[int, str], program: Program, call: Call) -> fx.Graph:
+def hear(module: nn.Module, program: Program, call: Call) -> fx.Graph:
     """The graph of one run of a module's own code, as it was recorded.
-
-    Args:
-        model: a skeleton of the whole model, at the sizes of the recorded run.
-        names: the name of each of its tensors, by id.
-        call: the run of the module to be heard.
 
     Raises:
         Deaf: the code cannot be expressed so; the message says why.
     """
-    module = model.get_submodule(call.path)
     if found := _refused(module):
         raise Deaf(f"uses {found}")
-    prefix = f"{call.path}." if call.path else ""
-    own = {i: name.removeprefix(prefix) for i, name in names.items() if name.startswith(prefix)}
+    bare, names = skeleton(module, program.mode)
     graphs = []
     for training in (False, True):
-        watcher = _Plain(call.path) if training else _Follower(program, call)
-        track(model, watcher)
-        graphs.append(_heard(module, _Ears(own, watcher), call, training))
+        watcher = _Plain() if training else _Follower(program, call)
+        track(bare, watcher)
+        graphs.append(_heard(bare, _Ears(names, watcher), call, training))
     return _merged(*graphs)
 
 

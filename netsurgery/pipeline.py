@@ -49,6 +49,19 @@ class Pass(abc.ABC):
         """Return the network with scores laid on it, or an Edit of it. Must be pure."""
 
 
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_few_collections()
 def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
@@ -72,18 +85,6 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
         network = network.with_frozen(found)
         halves = {group.name: halves[group.name] for group in network.prunable}
     return network
-
-
-@contextlib.contextmanager
-def _few_collections() -> Iterator[None]:
-    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @_few_collections()
