@@ -109,7 +109,7 @@ class _Values:
         if "attribute" in node.meta:
             name, index = node.meta["attribute"]
             return self.attributes[name] if index is None else self.attributes[name][index]
-        if node.op == "call_function" and "value" in node.meta:
+        if node.op == "call_function" and all("value" in a.meta for a in node.all_input_nodes):
             return node.target(*map(self, node.args))  # type: ignore[operator]
         return node.meta["value"]
 

@@ -40,15 +40,46 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
     Raises:
         RewriteError: the code does not follow, and no group can be blamed for it.
     """
+    adaptation, lost = _tried(model, network, counts)
+    found: dict[str, str] = {}
+    for path, (why, vague) in lost.items():
+        found.update(_culprit(model, network, counts, path) if vague and len(why) > _MANY else why)
+    return adaptation, found
+
+
+_MANY = 4  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
+
+
+def _tried(
+    model: nn.Module, network: Network, counts: Mapping[str, int]
+) -> tuple[Adaptation, dict[str, tuple[dict[str, str], bool]]]:
+    """What the code needs; and where nothing helps the groups and why, by path, and whether they are only suspects."""
     changed = {network[name].channel: name for name, count in counts.items() if count != network[name].size}
-    if not changed:
-        return Adaptation(), {}
     attempt = _Attempt(model, network, network.sizes(counts), changed)
-    while failures := attempt.failures():
-        lost = {path: why for path, why in failures.items() if not attempt.remedy(path, why)}
-        if lost:
-            return attempt.adaptation, {name: why for failure in lost.values() for name, why in failure.items()}
+    while changed and (failures := attempt.failures()):
+        if lost := {path: found for path, found in failures.items() if not attempt.remedy(path, found[0])}:
+            return attempt.adaptation, lost
     return attempt.adaptation, {}
+
+
+def _culprit(model: nn.Module, network: Network, counts: Mapping[str, int], path: str) -> dict[str, str]:
+    """Of all changed groups one that makes the code of a module fail, with those tied to it, and why."""
+    tied = {name: names for names in network.ties for name in names}
+    together = list(dict.fromkeys(tied.get(name, (name,)) for name in counts))
+
+    def failure(n: int) -> dict[str, str] | None:
+        some = {name: counts[name] for names in together[:n] for name in names}
+        return _tried(model, network, some)[1].get(path, (None, False))[0]
+
+    low, high, why = 0, len(together), failure(len(together))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if found := failure(middle):
+            high, why = middle, found
+        else:
+            low = middle
+    reason = next(iter((why or {}).values()), "the code refuses other sizes")
+    return dict.fromkeys(together[high - 1], reason)
 
 
 class _Attempt:
@@ -61,9 +92,9 @@ class _Attempt:
         self.adaptation = Adaptation()
         self.tried: set[str] = set()
 
-    def failures(self) -> dict[str, dict[str, str]]:
-        """The modules whose code does not follow: the groups concerned, and why, by path."""
-        found: dict[str, dict[str, str]] = {}
+    def failures(self) -> dict[str, tuple[dict[str, str], bool]]:
+        """The modules whose code does not follow, by path: groups and why, and whether these are only suspects."""
+        found: dict[str, tuple[dict[str, str], bool]] = {}
         for program in self.network.programs:
             bare, names = skeleton(self.model, program.mode, self.shapes)
             follow(bare, self.network, self.sizes)
@@ -73,7 +104,7 @@ class _Attempt:
             checker.begin(names, inputs, bare)
             checker.finish(run_guarded(bare, checker, inputs))
             for path, why in checker.blamed.items():
-                found.setdefault(path, why)
+                found.setdefault(path, (why, path in checker.vague))
         return found
 
     def remedy(self, path: str, why: dict[str, str]) -> bool:
@@ -129,18 +160,17 @@ class _Checker(Watcher):
         self.sizes, self.changed = sizes, changed
         self.left_out: set[fx.Node] = set()  # copies that torch does not need here
         self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
+        self.vague: set[str] = set()  # paths where these groups are only suspects
 
     def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index, self.calls = self.calls, self.calls + 1
         call = self.program.calls[index] if index < len(self.program.calls) else None
         if call is None or call.path != path:
             raise _LeftPath(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
+        self.arrive(call.begin)
         try:
             out = super().call(path, forward, args, kwargs)
-            while self.position < call.end and self.leave_out(self.program.operations[self.position]):
-                pass
-            if self.position != call.end:
-                raise _LeftPath("operations are left out")
+            self.arrive(call.end)
         except RAISED_BY_MODELS as error:
             if path not in self.blamed:  # what follows from a size already found wrong says nothing new
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -150,6 +180,13 @@ class _Checker(Watcher):
                 out = self.predicted(call.out)
             self.position, self.calls = call.end, call.next
         return out
+
+    def arrive(self, position: int) -> None:
+        """Make sure that all operations before this one have run."""
+        while self.position < position and self.leave_out(self.program.operations[self.position]):
+            pass
+        if self.position != position:
+            raise _LeftPath(f"{self.program.operations[min(self.position, position)].target} is left out")
 
     def predicted(self, out: Any) -> Any:
         """What a module should have returned, without data, to go on and find all obstacles in one run."""
@@ -191,6 +228,7 @@ class _Checker(Watcher):
                 names = [g.name for g in groups if any(_within(member.module, place) for member in g.members)]
                 why = dict.fromkeys(names, f"{reason} in {place or 'the model'}")
                 self.blamed.setdefault(path, {}).update(why)
+            self.vague.add(path)
             return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 

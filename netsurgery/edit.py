@@ -87,13 +87,14 @@ class Edit:
         return self.network.cost(self.counts)
 
     def diff(self) -> str:
-        """Every tensor whose shape changes, and the cost before and after."""
+        """Every tensor whose shape changes, every module whose code must, and the cost before and after."""
         sizes = self.network.sizes(self.counts)
         lines = []
         for name, axes in self.network.axes.items():
             old, new = tuple(axis.size for axis in axes), tuple(map(sizes, axes))
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
+        lines.extend(f"{path}.forward rewritten" for path in self.replaced)
         before, after = self.before, self.after
         lines.append(f"parameters {before.params:,} -> {after.params:,} ({_share(after.params, before.params)})")
         lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({_share(after.macs, before.macs)})")
