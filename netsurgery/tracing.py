@@ -161,6 +161,7 @@ class _Recorder(Watcher):
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[id(tensor)] = node
+        node.meta.setdefault("dtype", tensor.dtype)
         self.alive.append(tensor)
         return node
 
