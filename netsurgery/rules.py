@@ -14,13 +14,14 @@ import torch
 from torch import fx
 
 from netsurgery.axes import Axis, channel, concat, cut, find, product
-from netsurgery.notation import BY_POSITION, Dims, Misfit, Op, relate
+from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
-__all__ = ["RULES", "SIZED", "Op", "Rule", "apply_rule", "frozen", "table"]
+__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table"]
 
 aten = torch.ops.aten
 Rule = Callable[[Op], Any]
 RULES: dict[Any, tuple[Rule, str]] = {}  # by overload, operator, or name such as "torchvision::nms"
+TAUGHT: dict[Any, tuple[Rule, str]] = {}  # by netsurgery.rule; asked first
 SIZED: dict[Any, frozenset[str]] = {}
 
 
@@ -88,7 +89,7 @@ def find_rule(target: Any) -> Rule:
     base = target._schema.name.removeprefix("aten::")
     if base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
         keys += [getattr(functional, target._overloadname, None), functional]
-    found = next((RULES[key] for key in keys if key in RULES), None)
+    found = next((book[key] for book in (TAUGHT, RULES) for key in keys if key in book), None)
     if found is None:
         pointwise = any(torch.Tag.pointwise in getattr(key, "tags", ()) for key in keys)
         found = RULES["pointwise" if pointwise else "unknown"]
@@ -107,7 +108,10 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
 
 def table() -> list[tuple[str, str]]:
     """Every rule: operator, and what it says."""
-    return sorted((str(one).replace("aten.", ""), says) for one, (_, says) in RULES.items())
+    known = {**RULES, **TAUGHT}
+    return sorted(
+        (str(getattr(one, "__qualname__", one)).replace("aten.", ""), says) for one, (_, says) in known.items()
+    )
 
 
 def frozen(op: Op, why: str) -> Any:

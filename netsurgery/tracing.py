@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
+from netsurgery.leaves import LEAVES, Leaf
 from netsurgery.shapes import infer
 
 __all__ = [
@@ -133,6 +134,11 @@ class Watcher(TorchDispatchMode):
         if func in TRANSPARENT:  # torch inserts these or not as it likes
             return self.same(args[0], func(*args, **kwargs))
         return self.see(func, args, kwargs)
+
+    def leaf(self, leaf: Leaf, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Answer the run of a module that is one operation."""
+        with _disable_current_modes():
+            return self.see(leaf, self.stand_in(leaf.bind(module, args, kwargs)), {})
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         """Note that ``other`` is ``tensor`` under another name."""
@@ -296,7 +302,10 @@ def skeleton(
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
     bare = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
-    for module in named_modules(bare).values():
+    originals = named_modules(model)
+    for path, module in named_modules(bare).items():
+        if type(module) in LEAVES:
+            module.__dict__["_leaf"] = Leaf(path, originals[path], module)
         module.training = mode == "train" and trains_otherwise(module)
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
@@ -304,7 +313,9 @@ def skeleton(
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     """Run a skeleton under a watcher."""
     for path, module in named_modules(bare).items():
-        module.__dict__["forward"] = _tracked(module.forward, path, watcher)
+        leaf = module.__dict__.get("_leaf")
+        forward = functools.partial(watcher.leaf, leaf, module) if leaf else module.forward
+        module.__dict__["forward"] = _tracked(forward, path, watcher)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:

@@ -1,4 +1,4 @@
-"""Every operation that has a rule: a small network around it, random removals, and which of its groups can lose units."""
+"""Every operation that has a rule: a network around it, random removals, and which of its groups can lose units."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ def put(h: Tensor, *index: Any) -> Tensor:
 
 
 I3 = torch.tensor([2, 0, 1])
+NEAREST = ("nearest", "nearest-exact")
 POSITIONS = torch.tensor([[0, 3, 1], [2, 2, 4]])
 
 CASES: dict[str, Case] = {
@@ -102,7 +103,7 @@ CASES: dict[str, Case] = {
     "every second feature": rows(lambda m, h: h[..., ::2] * h[..., 1::2], "a", z=lin(4, 3)),
     "every third of 8": rows(lambda m, h: h[..., ::3], "", APART, z=lin(3, 3)),
     "patch merging": Case(
-        lambda m, x: m.z(torch.cat([(h := m.a(x))[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)),
+        lambda m, x: m.z(torch.cat([m.a(x)[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)),
         {"a": lin(3, 8), "z": lin(32, 3)}, "a", (2, 4, 4, 3),
     ),
     # indices
@@ -148,8 +149,9 @@ CASES: dict[str, Case] = {
     # reductions over units: those that are gone are left out
     "reductions": rows(
         lambda m, h: torch.stack([f(h.abs() + 1) for f in (
-            lambda t: t.sum(-1), lambda t: t.mean(-1), lambda t: t.amax(-1), lambda t: -(-t).amin(-1), lambda t: t.prod(-1),
-            lambda t: t.max(-1)[0], lambda t: t.min(-1)[0], lambda t: (t > 1.2).all(-1), lambda t: (t > 1.5).any(-1),
+            lambda t: t.sum(-1), lambda t: t.mean(-1), lambda t: t.amax(-1), lambda t: -(-t).amin(-1),
+            lambda t: t.prod(-1), lambda t: t.max(-1)[0], lambda t: t.min(-1)[0],
+            lambda t: (t > 1.2).all(-1), lambda t: (t > 1.5).any(-1),
         )], -1), "a", z=lin(9, 3)
     ),
     "norms of units": rows(
@@ -167,7 +169,9 @@ CASES: dict[str, Case] = {
     ),
     "over everything": rows(lambda m, h: h * h.max() + h.min() + h.mean() + h.norm(), "a"),
     "a maximum whose place is used": rows(lambda m, h: h + h.max(-1, True)[0] + h.max(-1, True)[1], "", APART),
-    "normalize and cosine": rows(lambda m, h: F.normalize(h, dim=-1) + F.cosine_similarity(h, h * h, -1)[..., None], "a"),
+    "normalize and cosine": rows(
+        lambda m, h: F.normalize(h, dim=-1) + F.cosine_similarity(h, h * h, -1)[..., None], "a"
+    ),
     "softmax": rows(lambda m, h: h.softmax(-1) + h.log_softmax(-1).exp(), "a"),
     # contractions
     "einsum": Case(
@@ -177,17 +181,21 @@ CASES: dict[str, Case] = {
         {"a": lin(4, 12), "b": lin(4, 12), "c": lin(4, 6), "z": lin(6, 3)}, "a", ROWS,
     ),
     "einsum of relative positions": Case(
-        lambda m, x: m.z(torch.einsum("byhwc,hkc->byhwk", m.a(x)[:, None, :, None], m.t.weight.view(5, 7, -1)).flatten(1)),
-        {"a": lin(4, 8), "t": nn.Linear(8, 35), "z": lin(35, 3)}, "a", (2, 5, 4),
+        lambda m, x: m.z(torch.einsum("bhwc,hkc->bhwk", m.a(x)[:, :, None], m.t.weight.view(5, 7, -1)).flatten(1)),
+        {"a": lin(4, 8), "t": nn.Linear(8, 35), "z": lin(35, 3)}, "a",
     ),
     "added products": Case(
-        lambda m, x: m.z(torch.baddbmm(m.b(x), m.a(x), m.a(x).mT @ m.b(x)) + torch.addbmm(m.b(x)[0], m.a(x), m.a(x).mT @ m.b(x))),
+        lambda m, x: m.z(sum(f(y, h := m.a(x), h.mT @ m.b(x)) for f, y in (
+            (torch.baddbmm, m.b(x)), (torch.baddbmm, m.b(x)[:1, :1]), (torch.addbmm, m.b(x)[0]),
+        ))),
         {"a": lin(4, 8), "b": lin(4, 6), "z": lin(6, 3)}, "a b",
     ),
     "added vectors": Case(
-        lambda m, x: m.z(torch.addr(m.b(x)[0], m.a(x)[0] @ m.a(x)[0, 0], m.b(x)[0, 0]) + torch.outer(
-            torch.addmv(m.b(x)[0, :, 0], m.a(x)[0], m.a(x)[1, 1]), m.b(x)[1, 1]) * torch.vdot(m.a(x)[0, 0], m.a(x)[1, 0])),
-        {"a": lin(4, 8), "b": lin(4, 6), "z": lin(6, 3)}, "a", why=APART,
+        lambda m, x: (lambda g, h: m.z(
+            torch.addr(h[0], g[0] @ g[0, 0], h[0, 0])
+            + torch.outer(torch.addmv(x[0, :, 0], g[0], g[1, 1]), h[1, 1]) * torch.vdot(g[0, 0], g[1, 0])
+        ))(m.a(x), m.b(x)),
+        {"a": lin(4, 8), "b": lin(4, 6), "z": lin(6, 3)}, "a b",
     ),
     "bilinear": Case(
         lambda m, x: m.z(m.c(m.a(x), m.b(x))),
@@ -200,7 +208,9 @@ CASES: dict[str, Case] = {
         lambda m, h: torch.tensordot(h, h[0], ([1], [0])).sum(1) + torch.kron(h[:, 0], torch.ones(1, 1).double()), "a"
     ),
     # complex numbers
-    "fft over positions": rows(lambda m, h: torch.fft.irfft2(torch.fft.rfft2(h, dim=(0, 1)), s=(2, 5), dim=(0, 1)), "a"),
+    "fft over positions": rows(
+        lambda m, h: torch.fft.irfft2(torch.fft.rfft2(h, dim=(0, 1)), s=(2, 5), dim=(0, 1)), "a"
+    ),
     "fft in two steps": image(lambda m, h: torch.fft.ifft2(torch.fft.fft2(h) * 2).real + h, "a"),
     "fft over features": rows(lambda m, h: torch.fft.fft(h).abs(), "", APART),
     "rotary, complex": rows(
@@ -208,7 +218,9 @@ CASES: dict[str, Case] = {
             torch.view_as_complex(h.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(5, 1), torch.arange(5.0)[:, None])
         ).flatten(2), "a"
     ),
-    "complex": rows(lambda m, h: (torch.complex(h, h * 2).conj() * torch.complex(h, h)).real + torch.complex(h, h).abs(), "a"),
+    "complex": rows(
+        lambda m, h: (torch.complex(h, h * 2).conj() * torch.complex(h, h)).real + torch.complex(h, h).abs(), "a"
+    ),
     # windows
     "unfold and fold": image(lambda m, h: F.fold(F.unfold(h, 3, padding=1), (8, 8), 3, padding=1), "a"),
     "im2col into a linear layer": Case(
@@ -219,8 +231,9 @@ CASES: dict[str, Case] = {
     "pixel unshuffle": image(lambda m, h: F.pixel_unshuffle(h, 2), "a", z=conv(32, 2, 1)),
     "pixel shuffle": image(lambda m, h: F.pixel_shuffle(h, 2), "a", a=conv(3, 32, 1)),
     "grid": image(
-        lambda m, h: F.grid_sample(h, F.affine_grid(m.t.weight.view(1, 2, 3).expand(2, -1, -1), (2, 8, 5, 6), False), align_corners=False),
-        "a", t=lin(3, 2),
+        lambda m, h: F.grid_sample(
+            h, F.affine_grid(m.t.weight.expand(2, -1, -1), (2, 8, 5, 6), False), align_corners=False
+        ), "a", t=lin(3, 2),
     ),
     "unpool": image(lambda m, h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2), "a"),
     "resize": image(
@@ -231,15 +244,15 @@ CASES: dict[str, Case] = {
         ), "a"
     ),
     "resize sequences": Case(
-        lambda m, x: m.z(sum(F.interpolate(m.a(x), 9, mode=mode) for mode in ("nearest", "nearest-exact", "linear", "area"))),
+        lambda m, x: m.z(sum(F.interpolate(m.a(x), 9, mode=mode) for mode in (*NEAREST, "linear", "area"))),
         {"a": nn.Conv1d(3, 8, 1), "z": nn.Conv1d(8, 2, 1)}, "a", (2, 3, 6),
     ),
     "resize volumes": Case(
-        lambda m, x: m.z(sum(F.interpolate(m.a(x), (3, 5, 4), mode=mode) for mode in ("nearest", "nearest-exact", "trilinear", "area"))),
+        lambda m, x: m.z(sum(F.interpolate(m.a(x), (3, 5, 4), mode=mode) for mode in (*NEAREST, "trilinear", "area"))),
         {"a": nn.Conv3d(3, 8, 1), "z": nn.Conv3d(8, 2, 1)}, "a", (2, 3, 4, 4, 4),
     ),
     "pads": image(
-        lambda m, h: sum(F.pad(h, (1, 2, 2, 1), mode=mode) for mode in ("constant", "reflect", "replicate", "circular")), "a"
+        lambda m, h: sum(F.pad(h, (1, 2, 2, 1), mode) for mode in ("constant", "reflect", "replicate", "circular")), "a"
     ),
     "power pooling": image(lambda m, h: F.lp_pool2d(h, 2, 2), "a"),
     "local response norm": image(lambda m, h: F.local_response_norm(h, 3), "", "aten.avg_pool3d"),
@@ -257,39 +270,53 @@ CASES: dict[str, Case] = {
         "a:2 w", APART, b=conv(8, 36, 3, padding=1), w=conv(8, 6, 3, bias=False), z=conv(6, 2, 1),
     ),
     "regions": image(
-        lambda m, h: torchvision.ops.roi_align(h, m.r.weight.abs(), 3) + torchvision.ops.roi_pool(h, m.r.weight.abs(), 3),
+        lambda m, h: sum(f(h, m.r.weight.abs(), 3) for f in (torchvision.ops.roi_align, torchvision.ops.roi_pool)),
         "a", APART, r=lin(5, 4),
     ),
     "regions by position": image(
-        lambda m, h: torchvision.ops.ps_roi_align(h, m.r.weight.abs().cumsum(1), 2), "a", "", r=lin(5, 4), z=conv(2, 2, 1)
+        lambda m, h: torchvision.ops.ps_roi_align(h, m.r.weight.abs().cumsum(1), 2),
+        "a", r=lin(5, 4), z=conv(2, 2, 1),
     ),
     # norms
     "group norm": image(lambda m, h: m.b(h), "a a:2", b=nn.GroupNorm(4, 8)),
     "instance norm": image(lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True)),
-    "running instance norm": image(lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+    "running instance norm": image(
+        lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    ),
     "rms norm": rows(lambda m, h: F.rms_norm(h, h.shape[-1:], m.b.weight[0]), "a", b=lin(8, 1)),
     # parametrisations
     "weight norm": rows(
-        lambda m, h: m.b(h), "a b.parametrizations.weight", b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), z=lin(6, 3)
+        lambda m, h: m.b(h), "a b.parametrizations.weight", z=lin(6, 3),
+        b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)),
     ),
     "weight norm per input": rows(
-        lambda m, h: m.b(h), "a b.parametrizations.weight", b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6), dim=1), z=lin(6, 3)
+        lambda m, h: m.b(h), "a b.parametrizations.weight", z=lin(6, 3),
+        b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6), dim=1),
     ),
     "spectral norm": rows(
-        lambda m, h: m.b(h), "a b.parametrizations.weight", b=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)), z=lin(6, 3)
+        lambda m, h: m.b(h), "a b.parametrizations.weight", z=lin(6, 3),
+        b=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)),
     ),
     # in place, and pointwise
     "in place": rows(
-        lambda m, h: h.clone().index_add_(1, I3, h[:, :3]).scatter_(1, POSITIONS[:, :1, None].expand(-1, -1, h.shape[-1]), h)
-        .tril_().cumsum_(1).squeeze_().unsqueeze_(0).squeeze_(0).transpose_(0, 1).transpose_(0, 1).masked_fill_(h > 1, 2.0),
-        "", APART,
+        lambda m, h: h.clone().index_add_(1, I3, h[:, :3])
+        .scatter_(1, POSITIONS[:, :1, None].expand(-1, -1, h.shape[-1]), h)
+        .cumsum_(1).unsqueeze_(0).squeeze_(0).transpose_(0, 1).transpose_(0, 1).masked_fill_(h > 1, 2.0).relu_(), "a",
     ),
     "pointwise": rows(
         lambda m, h: torch.where(h > 0, h, 0.5) + torch.addcmul(h, h, h) + torch.lerp(h, h * h, 0.3) + h.nan_to_num()
-        + torch.addcdiv(h, h, h.exp()) + F.rrelu(h) + F.softplus(h).clamp_(0.1, 2) + F.mish(h, True) + F.glu(h, 0).repeat(2, 1, 1),
-        "a",
+        + torch.addcdiv(h, h, h.exp()) + F.rrelu(h) + F.softplus(h).clamp_(0.1, 2) + F.mish(h, True)
+        + F.glu(h, 0).repeat(2, 1, 1), "a",
     ),
-    "complements": rows(lambda m, h: h.masked_fill(h > 0, 0.5).masked_scatter(h[:, :, :1] > 1, h[:, :, :1]), "", "no rule"),
+    "no rule": rows(lambda m, h: h.masked_scatter(h[..., :1] > 1, h), "", "netsurgery.rule teaches one): aten"),
+    "a lstm cell": rows(
+        lambda m, h: torch.lstm_cell(h[:, 0], (h.new_zeros(2, m.c.weight.shape[1]),) * 2, m.b.weight, m.c.weight)[0],
+        "a b", b=lin(8, 24), c=lin(6, 24), z=lin(6, 3),
+    ),
+    "a gru cell": rows(
+        lambda m, h: torch.gru_cell(h[:, 0], h.new_zeros(2, m.c.weight.shape[1]), m.b.weight, m.c.weight, m.b.bias),
+        "a b", b=lin(8, 18), c=lin(6, 18), z=lin(6, 3),
+    ),
 }  # fmt: skip
 
 
