@@ -274,7 +274,7 @@ def aligned(op: Op, tensors: Iterable[Dims], shape: tuple[int, ...]) -> Dims:
 
 
 @rule(
-    aten.clone, aten.detach, aten._to_copy, aten.contiguous, aten.native_dropout, aten.zero, aten.empty_like,
+    aten.clone, aten.detach, aten._to_copy, aten.native_dropout, aten.zero, aten.empty_like,
     aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like,
 )  # fmt: skip
 def same(op: Op) -> Any:
@@ -481,7 +481,7 @@ def select_scatter(op: Op) -> Any:
 # Views ---------------------------------------------------------------------------------------------------------
 
 
-@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, sized=("size",))
+@rule(aten.view, aten._unsafe_view, aten._reshape_alias, sized=("size",))
 def view(op: Op) -> Any:
     """blocks of equal size: their products are the same dimension"""
     dims, shape = list(op.dims(op["self"])), list(op.shapes()[0] or ())
@@ -521,7 +521,7 @@ def expand(op: Op) -> Any:
     ]
 
 
-@rule(aten.permute, aten.transpose, aten.t, aten.numpy_T)
+@rule(aten.permute, aten.transpose, aten.t)
 def permute(op: Op) -> Any:
     """dimensions change places"""
     dims = op.dims(op["self"])
@@ -575,8 +575,8 @@ def stack(op: Op) -> Any:
 
 
 @rule(
-    aten.split, aten.chunk, aten.split_with_sizes, aten.split_copy, aten.split_with_sizes_copy, aten.unsafe_split,
-    aten.unsafe_chunk, aten.unsafe_split_with_sizes, sized=("split_size", "split_sizes"),
+    aten.split, aten.split_with_sizes, aten.unsafe_split,
+    aten.unsafe_split_with_sizes, sized=("split_size", "split_sizes"),
 )  # fmt: skip
 def split(op: Op) -> Any:
     """consecutive parts; parts of equal size keep equal sizes, as chunk would make them"""

@@ -95,7 +95,11 @@ CASES: dict[str, Case] = {
     "tril of features": rows(lambda m, h: h.mT @ h @ torch.ones(8, 8).double().tril(), "", APART),
     "diagonal": rows(lambda m, h: h + (h @ h.mT).diagonal(0, 1, 2)[..., None], "a"),
     "diagonal of features": rows(lambda m, h: (h.mT @ h).diagonal(0, 1, 2), "", APART),
-    "counting": rows(lambda m, h: h + torch.arange(5)[:, None] + torch.linspace(0, 1, 5)[:, None], "a"),
+    "counting": rows(
+        lambda m, h: h + torch.arange(5)[:, None] + torch.linspace(0, 1, 5)[:, None] + torch.eye(5)[:, :1]
+        + torch.logspace(0, 1, 5)[:, None]
+        + torch.tril_indices(5, 5).sum() + torch.triu_indices(5, 5).sum(), "a"
+    ),
     "counted features": rows(lambda m, h: h + torch.arange(8), "", APART),
     "select and unbind": rows(lambda m, h: h[:, -1] + h.unbind(1)[2], "a"),
     "meshgrid": rows(lambda m, h: h + torch.meshgrid(h[0, :, 0], h[1, 0], indexing="ij")[1], "", APART),
@@ -150,9 +154,9 @@ CASES: dict[str, Case] = {
     "reductions": rows(
         lambda m, h: torch.stack([f(h.abs() + 1) for f in (
             lambda t: t.sum(-1), lambda t: t.mean(-1), lambda t: t.amax(-1), lambda t: -(-t).amin(-1),
-            lambda t: t.prod(-1), lambda t: t.max(-1)[0], lambda t: t.min(-1)[0],
+            lambda t: t.prod(-1), lambda t: t.max(-1)[0], lambda t: t.min(-1)[0], lambda t: t.nansum(-1),
             lambda t: (t > 1.2).all(-1), lambda t: (t > 1.5).any(-1),
-        )], -1), "a", z=lin(9, 3)
+        )], -1), "a", z=lin(10, 3)
     ),
     "norms of units": rows(
         lambda m, h: torch.stack([f(h) for f in (
@@ -254,6 +258,21 @@ CASES: dict[str, Case] = {
     "pads": image(
         lambda m, h: sum(F.pad(h, (1, 2, 2, 1), mode) for mode in ("constant", "reflect", "replicate", "circular")), "a"
     ),
+    "sequences": Case(
+        lambda m, x: m.z(sum(F.pad(F.max_pool1d(m.a(x), 2), (1, 2), mode) for mode in ("reflect", "replicate"))),
+        {"a": nn.Conv1d(3, 8, 1), "z": nn.Conv1d(8, 2, 1)}, "a", (2, 3, 6),
+    ),
+    "volumes": Case(
+        lambda m, x: m.z(sum(F.grid_sample(h, x.movedim(1, -1), align_corners=False) for h in (
+            F.pad(m.a(x), (1,) * 6, "reflect"), F.pad(m.a(x), (1,) * 6, "replicate"), F.adaptive_max_pool3d(m.a(x), 3),
+            F.max_unpool3d(*F.max_pool3d(m.a(x), 2, return_indices=True), 2),
+        ))),
+        {"a": nn.Conv3d(3, 8, 1), "z": nn.Conv3d(8, 2, 1)}, "a", (2, 3, 4, 4, 4),
+    ),
+    "fractional pooling": image(
+        lambda m, h: F.fractional_max_pool2d(h, 2, 4, _random_samples=h.new_full((*h.shape[:2], 2), 0.4)), "a"
+    ),
+    "channel shuffle": image(lambda m, h: F.channel_shuffle(h, 2) + torch.native_channel_shuffle(h, 2), "a:2"),
     "power pooling": image(lambda m, h: F.lp_pool2d(h, 2, 2), "a"),
     "local response norm": image(lambda m, h: F.local_response_norm(h, 3), "", "aten.avg_pool3d"),
     # convolutions
@@ -274,12 +293,15 @@ CASES: dict[str, Case] = {
         "a", APART, r=lin(5, 4),
     ),
     "regions by position": image(
-        lambda m, h: torchvision.ops.ps_roi_align(h, m.r.weight.abs().cumsum(1), 2),
+        lambda m, h: sum(
+            f(h, m.r.weight.abs().cumsum(1), 2) for f in (torchvision.ops.ps_roi_align, torchvision.ops.ps_roi_pool)
+        ),
         "a", r=lin(5, 4), z=conv(2, 2, 1),
     ),
     # norms
     "group norm": image(lambda m, h: m.b(h), "a a:2", b=nn.GroupNorm(4, 8)),
     "instance norm": image(lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True)),
+    "layer norm": rows(lambda m, h: F.layer_norm(h, h.shape[-1:], m.b.weight[0], m.b.weight[1]), "a", b=lin(8, 2)),
     "running instance norm": image(
         lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
     ),
@@ -342,3 +364,19 @@ def test_operation(name: str) -> None:
     if case.free:
         for seed in range(2):
             check(model, (x,), 1e-9, seed)
+
+
+def test_random_numbers_have_the_units_of_what_they_fill() -> None:
+    def run(m: Any, h: Tensor) -> Tensor:
+        for fill in ("bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "log_normal_", "zero_"):
+            h = h + getattr(torch.empty_like(h), fill)()
+        for like in (torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like):
+            h = h * like(h)
+        for new in (torch.rand, torch.randn, torch.ones, h.new_ones, h.new_empty):
+            h = h - new(h.shape).geometric_(0.5)
+        h = h + torch.full_like(h, 2) * torch.randint_like(h, 3) + torch.randint(3, h.shape) - torch.full(h.shape, 0.5)
+        return F.dropout(h, 0.5, training=True).fill_(1) + h.softmax(1).mT[0].multinomial(2).sum() + torch.randperm(1)
+
+    case = rows(run, "a")
+    model = Net(case.run, **case.parts)
+    assert [group.name for group in netsurgery.trace(model, torch.rand(2, 5, 4)).prunable] == ["a"]
