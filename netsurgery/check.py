@@ -126,7 +126,7 @@ class _Checker(Watcher):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.innermost = ["", *self.modules]
         node = next(self.nodes, None)
-        if node is None or node.target != func:
+        if node is None or node.target is not func:
             raise _LeftPath(f"{func} runs where {node.target if node else 'nothing'} ran when it was traced")
         out = self.answer(node, func, args, kwargs)
         parts = out if isinstance(out, list | tuple) else [out]

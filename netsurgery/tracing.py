@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
-from netsurgery.leaves import LEAVES, Leaf
+from netsurgery.leaves import LEAVES, Leaf, leaf_of
 from netsurgery.shapes import infer
 
 __all__ = [
@@ -135,11 +135,6 @@ class Watcher(TorchDispatchMode):
             return self.same(args[0], func(*args, **kwargs))
         return self.see(func, args, kwargs)
 
-    def leaf(self, leaf: Leaf, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Answer the run of a module that is one operation."""
-        with _disable_current_modes():
-            return self.see(leaf, self.stand_in(leaf.bind(module, args, kwargs)), {})
-
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         """Note that ``other`` is ``tensor`` under another name."""
         return other
@@ -150,6 +145,15 @@ class Watcher(TorchDispatchMode):
 
     def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
         """A module has run."""
+
+
+def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Show the watcher the run of a module as one operation."""
+    watcher = _get_current_dispatch_mode()
+    if not isinstance(watcher, Watcher):
+        raise TraceError(f"{leaf!r} has no data to run on")
+    with _disable_current_modes():
+        return watcher.see(leaf, watcher.stand_in(leaf.bind(bare, args, kwargs)), {})
 
 
 @functools.cache
@@ -305,7 +309,7 @@ def skeleton(
     originals = named_modules(model)
     for path, module in named_modules(bare).items():
         if type(module) in LEAVES:
-            module.__dict__["_leaf"] = Leaf(path, originals[path], module)
+            module.__dict__["forward"] = functools.partial(_run_leaf, leaf_of(originals[path]), module)
         module.training = mode == "train" and trains_otherwise(module)
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
@@ -313,9 +317,7 @@ def skeleton(
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     """Run a skeleton under a watcher."""
     for path, module in named_modules(bare).items():
-        leaf = module.__dict__.get("_leaf")
-        forward = functools.partial(watcher.leaf, leaf, module) if leaf else module.forward
-        module.__dict__["forward"] = _tracked(forward, path, watcher)
+        module.__dict__["forward"] = _tracked(module.forward, path, watcher)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:

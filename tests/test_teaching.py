@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError, TraceError
 from netsurgery.notation import Op
+from netsurgery.passes import PruneChannels, RandomScore
 from netsurgery.rules import TAUGHT
 from oracles import check
 
@@ -222,3 +226,21 @@ def test_modules_whose_inputs_have_no_names() -> None:
 
     with pytest.raises(InputError, match=r"no rule for .*Any_: Any_.forward takes \*args or \*\*kwargs"):
         netsurgery.rule(Any_, "a -> a")
+
+
+def test_a_rule_does_not_keep_a_model_alive() -> None:
+    model = Uses().double()
+    with netsurgery.rule(Heads, **HEADS):
+        network = netsurgery.trace(model, (X,))
+        edit = netsurgery.Edit(network, {"a": (0, 3)})
+        small, gone = netsurgery.rewrite(model, edit), weakref.ref(model.heads)
+        other = copy.deepcopy(model)
+        del network, edit, model
+        gc.collect()
+        assert gone() is None
+        edit = netsurgery.plan(other, [RandomScore(), PruneChannels(0.5)], X)
+        assert isinstance(small, Uses) and edit.counts["heads.proj"] == 2
+        del other
+        gc.collect()
+        with pytest.raises(InputError, match="the model that was traced is gone, and with it the code of Heads"):
+            netsurgery.verify(Uses().double(), small, edit, X)
