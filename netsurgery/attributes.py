@@ -40,6 +40,9 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
                         yield call.path, attribute, own(axis), sizes(axis)
         for node in program.graph.nodes:
             names, path = node.meta.get("names", {}), node.meta.get("module", "")
+            for attribute, axis in node.meta.get("attributes", {}).items():
+                if attribute in modules[path].__dict__:
+                    yield path, attribute, own(axis), sizes(axis)
             for attribute, name in _OF_OPERATION.items():
                 if name in names and attribute in modules[path].__dict__:
                     value = names[name]

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
+from netsurgery.leaves import LEAVES, Leaf, leaf_of
 from netsurgery.shapes import infer
 
 __all__ = [
@@ -181,6 +182,15 @@ class Watcher(TorchDispatchMode):
             self.modules.pop()
 
 
+def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Show the watcher the run of a module as one operation."""
+    watcher = _get_current_dispatch_mode()
+    if not isinstance(watcher, Watcher):
+        raise TraceError(f"{leaf!r} has no data to run on")
+    with _disable_current_modes():
+        return watcher.see(leaf, watcher.stand_in(leaf.bind(bare, args, kwargs)), {})
+
+
 @functools.cache
 def _arguments(func: Any) -> frozenset[str]:
     return frozenset(argument.name for argument in func._schema.arguments)
@@ -197,6 +207,7 @@ class _Recorder(Watcher):
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[id(tensor)] = node
+        node.meta.setdefault("dtype", tensor.dtype)
         self.alive.append(tensor)
         return node
 
@@ -341,7 +352,10 @@ def skeleton(
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
     bare = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
-    for module in named_modules(bare).values():
+    originals = named_modules(model)
+    for path, module in named_modules(bare).items():
+        if type(module) in LEAVES:
+            module.__dict__["forward"] = functools.partial(_run_leaf, leaf_of(originals[path]), module)
         module.training = mode == "train" and trains_otherwise(module)
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
