@@ -433,7 +433,8 @@ class _Ears(TorchFunctionMode):
             return self.size(name, args, kwargs)
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)) or name == "__setitem__":
+        tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
+        if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
         return out
 
