@@ -7,7 +7,7 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
-from netsurgery.copying import named_modules
+from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
 from netsurgery.errors import RewriteError, TraceError
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
-from netsurgery.tracing import Program, Watcher, run_guarded, skeleton, tensors_in
+from netsurgery.tracing import Inputs, Program, Watcher, bare_inputs, run_guarded, skeleton, tensors_in
+from netsurgery.values import Known, draw, is_number, select
 
 __all__ = ["obstacles"]
 
@@ -47,8 +48,9 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
         bare, names = skeleton(model, program.mode, shapes)
         follow(bare, network, sizes)
         kinds = {path: type(module) for path, module in named_modules(model).items()}
-        checker = _Checker(program, network, kinds, sizes, changed)
-        inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), network.inputs)
+        inputs = bare_inputs(network.inputs)
+        values = _known(network, sizes, bare, names, inputs) if program.valued else None
+        checker = _Checker(program, network, kinds, sizes, changed, values)
         checker.begin(names, inputs, bare)
         try:
             checker.finish(run_guarded(bare, checker, inputs))
@@ -59,13 +61,38 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
     return found
 
 
+def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
+    """At other sizes, the first units stand for those that stay."""
+    return lambda channel: torch.arange(sizes(channel))
+
+
+def _known(network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, str], inputs: Inputs) -> Known:
+    """Values that do not depend on floating-point numbers: those of integer tensors and inputs."""
+    values = Known(next((t.device for t in network.tensors.values()), torch.device("cpu")))
+    for _, tensor in named_tensors(bare):
+        name = names.get(id(tensor), "")
+        if name in network.tensors and not is_number(tensor):
+            values.of[tensor] = select(network.tensors[name].detach(), network.axes[name], _first(sizes))
+    for tensor, value in zip(tensors_in(inputs), tensors_in(draw(network.inputs, values.device)), strict=True):
+        if not is_number(tensor):
+            values.of[tensor] = value.clone()
+    return values
+
+
 class _Checker(Watcher):
     def __init__(
-        self, program: Program, network: Network, kinds: Mapping[str, type], sizes: Sizes, changed: Mapping[Axis, str]
+        self,
+        program: Program,
+        network: Network,
+        kinds: Mapping[str, type],
+        sizes: Sizes,
+        changed: Mapping[Axis, str],
+        values: Known | None = None,
     ):
-        super().__init__()
+        super().__init__(values)
+        self.known = values
         self.program = program
-        self.nodes = iter([n for n in program.graph.nodes if n.op == "call_function" and not _is_part(n)])
+        self.nodes = iter(program.operations)
         self.sources: dict[int, Any] = {}  # by id of a tensor: what it was in the recorded run
         self.alive: list[Any] = []  # ids are only good while their tensors live
         self.network, self.kinds = network, kinds
@@ -111,7 +138,7 @@ class _Checker(Watcher):
     def finish(self, outputs: Any) -> None:
         """Compare what the run ended with."""
         *_, output = self.program.graph.nodes
-        results = [self.sources.get(id(tensor)) for tensor in tensors_in(outputs)]
+        results = [self.sources.get(id(self.stand_in(tensor))) for tensor in tensors_in(outputs)]
         if not self.blamed and (next(self.nodes, None) is not None or results != [*map(_source, output.args[0])]):
             self.blame_module("the code does other things at other sizes")
 
@@ -141,7 +168,10 @@ class _Checker(Watcher):
         if self.tensors_differ(node, args) or self.arguments_differ(node, func, args, kwargs):
             return self.substitute(node, args, predicted)
         try:
-            out = infer(func, args, kwargs)
+            if self.known is None:
+                out = infer(func, args, kwargs)
+            else:
+                out = self.known.follow(node, func, args, kwargs, _first(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)

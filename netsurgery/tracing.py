@@ -1,27 +1,31 @@
 """Record a model's own run, on tensors without data, as a torch.fx graph of ATen operations.
 
 Nothing of the user's model is touched or run: a copy without weights is. Every node knows the module and the
-line of source it came from (``node.meta``: ``shape``, ``module``, ``where``).
+line of source it came from (``node.meta``: ``shape``, ``module``, ``where``). Where the code looks at values, it is
+run again with them behind the tensors without data, and what it decided is noted (see ``values.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
 from netsurgery.shapes import infer
+from netsurgery.values import TensorMap, Values, decisions, draw, needs_values
 
 __all__ = [
     "Inputs",
@@ -29,6 +33,9 @@ __all__ = [
     "Program",
     "Watcher",
     "as_inputs",
+    "bare_inputs",
+    "lend",
+    "lend_inputs",
     "location",
     "names_used",
     "record",
@@ -43,6 +50,7 @@ Mode = Literal["eval", "train"]
 _RAISED_BY_MODELS = (
     RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
+_READ_BY_PYTHON = ("meta", "unallocated storage")  # what torch says when Python reads a tensor without data
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 
 
@@ -52,13 +60,20 @@ class Program:
 
     ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant it
     uses, and one call_function for each ATen operation. ``constants`` are the tensors the code made itself;
-    ``calls`` holds, for each module that ran, the nodes of its first input and output tensor.
+    ``calls`` holds, for each module that ran, the nodes of its first input and output tensor; ``valued`` says whether
+    the code looked at values.
     """
 
     graph: fx.Graph
     mode: Mode
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    valued: bool = False
+
+    @property
+    def operations(self) -> list[fx.Node]:
+        """The operations in the order in which the code ran them."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -96,14 +111,17 @@ def location() -> tuple[str, int] | None:
     return None
 
 
+_COPY = torch.ops.aten._to_copy.default
 TRANSPARENT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 
 
 class Watcher(TorchDispatchMode):
     """Sees each ATen operation of a run on a skeleton; ``modules`` is the stack of module paths being run."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: Values | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.values = values
+        self.reads = False  # whether the operation makes a copy that Python can read
         self.modules: list[str] = []
         self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a real tensor, and its stand-in without data
         self.reals: dict[int, Tensor] = {}  # by id of the stand-in
@@ -120,19 +138,35 @@ class Watcher(TorchDispatchMode):
             if id(value) not in self.constants:
                 stand_in = torch.empty_like(value, device="meta")
                 self.constants[id(value)], self.reals[id(stand_in)] = (value, stand_in), value
+                if self.values is not None:
+                    self.values.of[stand_in] = value.detach().to(self.values.device, copy=True)
             return self.constants[id(value)][1]
         if isinstance(value, list | tuple):
             return type(value)([self.stand_in(item) for item in value])
         return torch.device("meta") if isinstance(value, torch.device) else value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads = self.values is not None and func is _COPY and (kwargs or {}).get("device") == torch.device("cpu")
         kwargs = {key: self.stand_in(value) for key, value in kwargs.items()} if kwargs else {}
         args = tuple([self.stand_in(value) for value in args])
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
             kwargs["device"] = torch.device("meta")
         if func in TRANSPARENT:  # torch inserts these or not as it likes
-            return self.same(args[0], func(*args, **kwargs))
-        return self.see(func, args, kwargs)
+            other = self.same(args[0], func(*args, **kwargs))
+            if self.values is not None and (value := self.values.of.get(args[0])) is not None:
+                self.values.of[other] = value
+            return other
+        out = self.see(func, args, kwargs)
+        return self.legible(out) if self.reads else out
+
+    def legible(self, bare: Tensor) -> Tensor:
+        """A tensor that Python can read, in place of one without data whose value is known."""
+        value = self.values.of.get(bare) if self.values is not None else None
+        if value is None:
+            return bare
+        value = value.to("cpu", copy=True)
+        self.constants[id(value)] = value, bare
+        return value
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         """Note that ``other`` is ``tensor`` under another name."""
@@ -151,17 +185,19 @@ def _arguments(func: Any) -> frozenset[str]:
     return frozenset(argument.name for argument in func._schema.arguments)
 
 
+class NeedsValues(BaseException):
+    """The code looks at values, and there are none. No Exception, so that the code does not catch it."""
+
+
 class _Recorder(Watcher):
-    def __init__(self, program: Program, names: dict[int, str]):
-        super().__init__()
+    def __init__(self, program: Program, names: dict[int, str], values: Values | None):
+        super().__init__(values)
         self.program, self.names = program, names
-        self.nodes: dict[int, fx.Node] = {}
-        self.parts: dict[int, tuple[fx.Node, int]] = {}  # results among several, by id: a node once they are used
-        self.alive: list[Any] = []  # ids are only good while their tensors live
+        self.nodes: TensorMap[fx.Node] = TensorMap()
+        self.parts: TensorMap[tuple[fx.Node, int]] = TensorMap()  # results among several: a node once they are used
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
-        self.nodes[id(tensor)] = node
-        self.alive.append(tensor)
+        self.nodes[tensor] = node
         return node
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
@@ -174,7 +210,7 @@ class _Recorder(Watcher):
             for x in (given[0] if given else None, out)
         )
         if path not in self.program.calls and first is not None and last is not None:
-            ends = [self.nodes.get(id(tensor)) or self.part(tensor) for tensor in (first, last)]
+            ends = [self.nodes.get(tensor) or self.part(tensor) for tensor in (first, last)]
             if ends[0] is not None and ends[1] is not None:
                 self.program.calls[path] = ends[0], ends[1]
 
@@ -185,15 +221,16 @@ class _Recorder(Watcher):
 
     def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.nodes.get(id(value)) or self.part(value) or self.attribute(value)
+            return self.nodes.get(value) or self.part(value) or self.attribute(value)
         if isinstance(value, list | tuple):
             return [self.node_of(item) for item in value]
         return value
 
     def part(self, tensor: Tensor) -> fx.Node | None:
-        if id(tensor) not in self.parts:
+        found = self.parts.get(tensor)
+        if found is None:
             return None
-        whole, index = self.parts[id(tensor)]
+        whole, index = found
         node = self.program.graph.create_node("call_function", operator.getitem, (whole, index))
         node.meta.update(shape=tensor.shape, module=whole.meta["module"], where=whole.meta["where"])
         return self.remember(tensor, node)
@@ -209,15 +246,25 @@ class _Recorder(Watcher):
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nodes = tuple([self.node_of(value) for value in args]), {k: self.node_of(v) for k, v in kwargs.items()}
+        decided = None
         try:
-            out = infer(func, args, kwargs)
-        except (RuntimeError, NotImplementedError) as error:
+            if self.values is None:
+                out = infer(func, args, kwargs)
+            else:
+                out, decided = self.decide(self.values, func, args, kwargs)
+        except RuntimeError as error:
+            place = f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())}"
+            if self.values is None and needs_values(func, error):
+                raise NeedsValues(place) from error
+            data = "" if self.values else "tensors without data of "
             raise TraceError(
-                f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())} "
-                f"cannot run on tensors without data of shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
+                f"{place} cannot run on {data}shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
             ) from error
         graph = self.program.graph
         node = self.describe(graph.create_node("call_function", func, *nodes))
+        node.meta["shape"] = None
+        if decided is not None:
+            node.meta["decided"] = decided
         if isinstance(out, Tensor):
             node.meta.update(shape=out.shape, layout=(out.shape, out.stride()))
             self.remember(out, node)
@@ -225,9 +272,14 @@ class _Recorder(Watcher):
             node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    self.parts[id(item)] = node, index
-                    self.alive.append(item)
+                    self.parts[item] = node, index
         return out
+
+    def decide(self, values: Values, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The result of an operation without data, and what it decided."""
+        real = values.run(func, args, kwargs)
+        decided = real.clone() if self.reads else decisions(func, *values.reals(args, kwargs), real)
+        return values.keep(func, args, kwargs, real), decided
 
 
 def format_where(where: tuple[str, int] | None) -> str:
@@ -300,6 +352,25 @@ def skeleton(
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
 
+@contextlib.contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Random numbers that are the same in every run; the state outside stays as it is."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+class _Reads(TorchFunctionMode):
+    """Lets Python read a tensor without data through a copy, which a watcher sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
+            args = (args[0].cpu(), *args[1:])
+        elif func in (torch.tensor, torch.as_tensor) and isinstance(args[0], list | tuple):
+            args = (pytree.tree_map_only(Tensor, lambda t: t.tolist(), args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     """Run a skeleton under a watcher."""
     for path, module in named_modules(bare).items():
@@ -307,35 +378,96 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:
-        with torch.no_grad(), watcher:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if watcher.values is not None:
+                stack.enter_context(_own_random_numbers(watcher.values.device))
+                stack.enter_context(_Reads())
+            stack.enter_context(watcher)
             return bare(*inputs[0], **inputs[1])
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
-    """Record one run of a model on inputs of the shapes of ``inputs``; their values are not looked at.
+    """Record one run of a model on inputs of the shapes of ``inputs``.
+
+    Their values, and those of the model, are only looked at where its code does; inputs on the meta device are then
+    drawn at random.
 
     Raises:
         TraceError: the model does not run on such inputs; the message names the module.
     """
+    try:
+        return _record(model, inputs, mode, None)
+    except NeedsValues as need:
+        reason = str(need)
+    except TraceError as error:
+        if not any(text in str(error.__cause__) for text in _READ_BY_PYTHON):
+            raise
+        reason = str(error)
+    tensors = list(named_tensors(model))
+    if absent := [name for name, tensor in tensors if tensor.is_meta]:
+        raise TraceError(f"the code looks at values, but '{absent[0]}' is on the meta device and has none: {reason}")
+    device = next((t.device for _, t in tensors), torch.device("cpu"))
+    return _record(model, draw(inputs, device), mode, Values(device))
+
+
+def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None) -> Program:
     bare, names = skeleton(model, mode)
-    program = Program(fx.Graph(), mode)
-    recorder = _Recorder(program, names)
-    on_meta_inputs: Inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
-    for index, tensor in enumerate(tensors_in(on_meta_inputs)):
+    program = Program(fx.Graph(), mode, valued=values is not None)
+    recorder = _Recorder(program, names, values)
+    on_meta_inputs = bare_inputs(inputs)
+    if values is not None:
+        lend(values, model, bare, names)
+        lend_inputs(values, on_meta_inputs, inputs)
+    given = tensors_in(on_meta_inputs)
+    for index, tensor in enumerate(given):
         node = program.graph.placeholder(f"input_{index}")
         node.meta.update(shape=tensor.shape, module="", where=None)
         recorder.remember(tensor, node)
-    recorder.alive.append(bare)
     out = run_guarded(bare, recorder, on_meta_inputs)
-    results = [recorder.node_of(tensor) for tensor in tensors_in(out)]
+    results = [recorder.node_of(recorder.stand_in(tensor)) for tensor in tensors_in(out)]
     if not results:
         raise TraceError(
             f"{type(model).__name__} returned no tensor ({type(out).__name__}): nothing holds its outputs fixed"
         )
     program.graph.output(tuple(results))
+    _drop_unused(program)
     return program
+
+
+def _drop_unused(program: Program) -> None:
+    """Forget decisions that nothing follows from, such as where the largest of a pooling window is."""
+    for node in program.operations:
+        if isinstance(decided := node.meta.get("decided"), list):
+            used = {user.args[1] for user in node.users}
+            kept = [part if index in used else None for index, part in enumerate(decided)]
+            if any(part is not None for part in kept):
+                node.meta["decided"] = kept
+            else:
+                del node.meta["decided"]
+
+
+def bare_inputs(inputs: Inputs) -> Inputs:
+    """Inputs without data."""
+    return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)  # type: ignore[no-any-return]
+
+
+def lend(values: Values, model: nn.Module, bare: nn.Module, names: dict[int, str]) -> None:
+    """Give the tensors of a model's skeleton their values."""
+    tensors = dict(named_tensors(model))
+    for _, tensor in named_tensors(bare):
+        own = tensors.get(names.get(id(tensor), ""))
+        if isinstance(own, nn.Parameter):
+            values.lend(tensor, own)
+        elif own is not None:  # norms write to their statistics without saying so
+            values.of[tensor] = own.detach().clone()
+
+
+def lend_inputs(values: Values, bare: Inputs, inputs: Inputs) -> None:
+    """Give inputs without data their values."""
+    for tensor, value in zip(tensors_in(bare), tensors_in(inputs), strict=True):
+        values.lend(tensor, value)
 
 
 def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
@@ -346,12 +478,18 @@ def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
         raise TraceError(_explain(bare, error, inputs)) from error
 
 
-def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
+def _raised(error: Exception) -> tuple[str, int] | None:
+    """File and line of the user's code that raised an error."""
     traceback, where = error.__traceback__, None
     while traceback is not None:
         if not _is_library(traceback.tb_frame.f_code.co_filename):
             where = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
         traceback = traceback.tb_next
+    return where
+
+
+def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
+    where = _raised(error)
     first = str(error).splitlines()[0] if str(error) else ""
     return (
         f"{type(bare).__name__} does not run on inputs of shape {_shapes(inputs)}: "
