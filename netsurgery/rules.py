@@ -197,7 +197,7 @@ def relate(
         None
         if shape is None
         else names.write(right[i], shape)
-        if i < len(right) and 0 not in shape
+        if i < len(right) and tuple(shape) != (0,)  # as norms save no statistics in eval mode
         else op.all_fixed(shape)
         for i, shape in enumerate(op.shapes())
     ]
@@ -475,7 +475,8 @@ def squeeze(op: Op) -> Any:
 @rule(aten.cat)
 def cat(op: Op) -> Any:
     """parts in order along one dimension, the others are the same"""
-    tensors = [op.dims(node) for node in op["tensors"] if all(axis.size for axis in op.dims(node))]
+    shape = op.shapes()[0] or ()
+    tensors = [op.dims(node) for node in op["tensors"] if len(op.dims(node)) == len(shape)]  # torch skips empty lists
     at = op["dim"] % len(tensors[0])
     for dims in tensors[1:]:
         for i, (a, b) in enumerate(zip(tensors[0], dims, strict=True)):
