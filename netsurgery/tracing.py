@@ -361,14 +361,19 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 class _Reads(TorchFunctionMode):
-    """Lets Python read a tensor without data through a copy, which a watcher sees."""
+    """Lets Python read a tensor without data through a copy, and write numbers to one that has some."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
             args = (args[0].cpu(), *args[1:])
-        elif func in (torch.tensor, torch.as_tensor) and isinstance(args[0], list | tuple):
-            args = (pytree.tree_map_only(Tensor, lambda t: t.tolist(), args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+        elif func is torch.Tensor.new_tensor:
+            func, (like, *args) = torch.tensor, args
+            kwargs = {"dtype": like.dtype, **kwargs}
+        if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
+            args = pytree.tree_map_only(Tensor, lambda t: t.tolist(), args)
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+        return func(*args, **kwargs)
 
 
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
