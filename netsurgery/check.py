@@ -243,7 +243,7 @@ class _Checker(Watcher):
                 continue
             if name in expected:
                 if name == "start" and isinstance(now, int):  # as slicing reads it
-                    length = args[0].shape[node.args[1] if len(node.args) > 1 else 0]
+                    length = args[0].shape[Op(node, None)["dim"]]
                     now = min(max(now + length if now < 0 else now, 0), length)
                 if isinstance(now, int) and now != self.sizes(expected[name]):
                     self.blame([expected[name]], node, f"{name}={now} is fixed by the code")
@@ -255,7 +255,8 @@ class _Checker(Watcher):
 
     def substitute(self, node: fx.Node, args: tuple[Any, ...], predicted: list[tuple[int, ...] | None]) -> Any:
         """Go on with tensors of the predicted sizes, to find all obstacles in one run."""
-        dtype = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
+        given = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
+        dtype = node.meta.get("dtype", given)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
         return out if isinstance(node.meta["shape"], list) else out[0]
 

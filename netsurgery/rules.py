@@ -1,273 +1,141 @@
 """What each ATen operation says about dimensions.
 
-Most operators are one line in a notation that reads like einops: a name is a dimension, ``*s`` any number of
-them, ``(g i)`` a product. Dimensions of one name are the same; a name that only one input has is worked across
-(a window, a kernel) and is frozen; a name that only the output has is new and holds no channel. Roles follow: a
-parameter's dimension that the output lacks is consumed, one that only parameters bring is produced, one that
-inputs have too is carried along.
-Operators whose arguments decide get a short function. An operator without a rule freezes whatever it touches.
+Most operators are one line in the notation of ``netsurgery.notation``; those whose arguments decide get a short
+function. An operator without a rule freezes whatever it touches; ``netsurgery.rule`` teaches one.
 """
 
 from __future__ import annotations
 
-import functools
-import re
+import operator
 from collections.abc import Callable, Iterable
-from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
-from netsurgery.axes import Axis, Fixed, channel, concat, cut, find, freeze, product, unify
-from netsurgery.tracing import format_where
+from netsurgery.axes import Axis, channel, concat, cut, find, product
+from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
-__all__ = ["Op", "apply_rule", "table"]
+__all__ = ["RULES", "SIZED", "Op", "Rule", "apply_rule", "frozen", "table"]
 
 aten = torch.ops.aten
-Dims = tuple[Axis, ...]
-Rule = Callable[["Op"], Any]
-RULES: dict[Any, tuple[Rule, str]] = {}
-
-
-class Op:
-    """One recorded operation while its rule looks at it: arguments by name, dimensions of its inputs and outputs."""
-
-    def __init__(self, node: fx.Node, analysis: Any):
-        self.node, self.analysis = node, analysis
-        target: Any = node.target
-        self.name = target._schema.name.replace("::", ".")
-
-    @functools.cached_property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments by name, defaults included."""
-        target: Any = self.node.target
-        schema = target._schema.arguments
-        values = dict(zip((a.name for a in schema), self.node.args, strict=False))
-        return {a.name: values.get(a.name, self.node.kwargs.get(a.name, a.default_value)) for a in schema}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        """Tensor arguments in order, lists flattened."""
-        return self.node.all_input_nodes
-
-    def dims(self, node: fx.Node) -> Dims:
-        return node.meta["dims"]  # type: ignore[no-any-return]
-
-    @functools.cached_property
-    def place(self) -> str:
-        module = f" in {self.node.meta['module']}" if self.node.meta["module"] else ""
-        return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
-
-    def reason(self, why: str) -> str:
-        """Why something is frozen, with the operation, the module and the line."""
-        return f"{why}: {self.place}"
-
-    def freeze(self, axis: Axis, why: str) -> None:
-        freeze(axis, self.reason(why))
-
-    def unify(self, a: Axis, b: Axis) -> None:
-        unify(a, b, self.reason("sizes that do not align"))
-
-    def shapes(self) -> list[tuple[int, ...] | None]:
-        shape = self.node.meta["shape"]
-        return shape if isinstance(shape, list) else [shape]
-
-    def expect(self, sizes: dict[str, Axis]) -> None:
-        """State that integer arguments are the sizes of dimensions."""
-        self.node.meta["expected"] = sizes
-
-    def fixed(self, size: int) -> Axis:
-        """A new dimension that holds no channel."""
-        return channel(size, Fixed(self.reason("holds no units")))
-
-    def all_fixed(self, shape: Iterable[int]) -> Dims:
-        """Dimensions that hold no channel."""
-        return tuple([self.fixed(n) for n in shape])
+Rule = Callable[[Op], Any]
+RULES: dict[Any, tuple[Rule, str]] = {}  # by overload, operator, or name such as "torchvision::nms"
+SIZED: dict[Any, frozenset[str]] = {}
 
 
 def rule(*operators: Any, sized: tuple[str, ...] = ()) -> Callable[[Rule], Rule]:
     """Register a function as the rule of operators; the integer arguments named in ``sized`` follow dimensions."""
 
     def register(function: Rule) -> Rule:
-        for operator in operators:
-            RULES[operator] = function, (function.__doc__ or "").strip().splitlines()[0]
-            SIZED[operator] = frozenset(sized)
+        for one in operators:
+            RULES[one] = function, (function.__doc__ or "").strip().splitlines()[0]
+            SIZED[one] = frozenset(sized)
         return function
 
     return register
 
 
-SIZED: dict[Any, frozenset[str]] = {}
-
-# The notation ------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _parse(side: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    return tuple(
-        tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", operand))
-        for operand in side.split(",")
-    )
-
-
-class _Names:
-    """The dimensions that the names of a pattern stand for."""
-
-    def __init__(self, op: Op, known: dict[str, int]):
-        self.op, self.known = op, known
-        self.axes: dict[str, Axis] = {}
-        self.stars: dict[str, Dims] = {}
-
-    def meet(self, name: str, axis: Axis) -> None:
-        if name in self.axes:
-            self.op.unify(self.axes[name], axis)
-        else:
-            self.axes[name] = axis
-
-    def meet_product(self, names: tuple[str, ...], axis: Axis) -> None:
-        sizes = {name: self.axes[name].size if name in self.axes else self.known.get(name) for name in names}
-        rest = axis.size // prod(n for n in sizes.values() if n)
-        for name in names:
-            if name not in self.axes:
-                self.axes[name] = channel(sizes[name] or rest)
-        self.op.unify(product(self.axes[name] for name in names), axis)
-
-    def read(self, tokens: tuple[tuple[str, ...], ...], dims: Dims) -> list[tuple[str, Axis]]:
-        """Match the dimensions of one operand; returns each name with the dimension it was read from."""
-        origins: list[tuple[str, Axis]] = []
-        stars = {token[0][1:] for token in tokens if token[0][0] == "*"}
-        lengths = {name: len(self.stars[name]) if name in self.stars else self.known.get("*" + name) for name in stars}
-        spare = len(dims) - len(tokens) + len(stars) - sum(n for n in lengths.values() if n is not None)
-        position = 0
-        for token in tokens:
-            if token[0][0] == "*":
-                name = token[0][1:]
-                length = lengths[name]
-                part = dims[position : position + (spare if length is None else length)]
-                for old, new in zip(self.stars.setdefault(name, part), part, strict=True):
-                    self.op.unify(old, new)
-                position += len(part)
-                origins.extend((token[0], axis) for axis in part)
-                continue
-            if len(token) == 1:
-                self.meet(token[0], dims[position])
-            else:
-                self.meet_product(token, dims[position])
-            origins.extend((name, dims[position]) for name in token)
-            position += 1
-        return origins
-
-    def all(self, name: str) -> Dims:
-        return self.stars.get(name[1:], ()) if name[0] == "*" else (self.axes[name],)
-
-    def write(self, tokens: tuple[tuple[str, ...], ...], shape: tuple[int, ...]) -> Dims:
-        """The dimensions of one output."""
-        free = len(shape) - sum(1 if token[0][0] != "*" else len(self.all(token[0])) for token in tokens)
-        out: list[Axis] = []
-        for token in tokens:
-            if token[0][0] == "*":
-                if token[0][1:] not in self.stars:
-                    self.stars[token[0][1:]] = tuple(self.op.fixed(n) for n in shape[len(out) : len(out) + free])
-                out.extend(self.stars[token[0][1:]])
-            else:
-                for name in token:
-                    if name not in self.axes:
-                        self.axes[name] = self.op.fixed(shape[len(out)] if len(token) == 1 else self.known[name])
-                out.append(product(self.axes[name] for name in token) if len(token) > 1 else self.axes[token[0]])
-        return tuple(out)
-
-
-def relate(
-    op: Op, pattern: str, operands: list[fx.Node | None], known: dict[str, int] | None = None, macs: str = ""
-) -> list[Any]:
-    """Apply a pattern to the operands of an operation (None: absent) and return the dimensions of its outputs.
-
-    ``known`` gives sizes of names inside products and lengths of starred names; the product of the dimensions named in
-    ``macs`` is the number of multiply-accumulates.
-    """
-    left, right = (_parse(side.strip()) for side in pattern.split("->"))
-    names = _Names(op, known or {})
-    present = [(tokens, node) for tokens, node in zip(left, operands, strict=True) if node is not None]
-    origins = [names.read(tokens, op.dims(node)) for tokens, node in present]
-    outputs: list[Any] = [
-        None
-        if shape is None
-        else names.write(right[i], shape)
-        if i < len(right) and tuple(shape) != (0,)  # as norms save no statistics in eval mode
-        else op.all_fixed(shape)
-        for i, shape in enumerate(op.shapes())
-    ]
-    written = {name for tokens in right for token in tokens for name in token}
-    uses = [{name for name, _ in origin} for origin in origins]
-    fed = {name for mine, (_, node) in zip(uses, present, strict=True) if "params" not in node.meta for name in mine}
-    for mine, origin, (_, node) in zip(uses, origins, present, strict=True):
-        contracts = not mine <= written
-        for name, source in origin:
-            if name not in written and sum(name in other for other in uses) == 1:
-                role = "window"
-                freeze(source, Fixed(op.reason("works across positions")))
-            elif name not in written:
-                role = "consumes"
-            else:
-                role = "produces" if contracts and name not in fed else "carries"
-            if "params" in node.meta:
-                op.analysis.note_role(node, source, names.axes.get(name, source), role)
-    op.node.meta["names"] = {**names.axes, **{"*" + name: axes for name, axes in names.stars.items()}}
-    if macs:
-        op.node.meta["macs"] = [axis for name in macs.split() for axis in names.all(name)]
-    return outputs
-
-
 def pattern(
-    operators: list[Any], notation: str, *, operands: str, macs: str = "", sized: tuple[str, ...] = (), **known: str
+    operators: list[Any],
+    notation: str,
+    *,
+    operands: str,
+    macs: str = "",
+    plus: str = "",
+    at: str = "",
+    sized: tuple[str, ...] = (),
+    **known: str,
 ) -> None:
-    """Register a notation: ``operands`` names the tensor arguments, ``known`` the arguments that give sizes."""
+    """Register a notation.
+
+    Args:
+        operators: overloads, operators, or names such as ``"torchvision::nms"``.
+        operands: the names of the tensor arguments, in the order of the notation.
+        macs: the names whose dimensions multiply to the number of multiply-accumulates.
+        plus: a tensor argument that is added, and broadcast, to the result.
+        at: the argument that says how many dimensions ``*a`` has.
+        sized: integer arguments that may change with the sizes.
+        known: name of a dimension -> the argument that holds its size (``kernel_size.0``: the first of several).
+    """
 
     def run(op: Op) -> Any:
-        sizes = {("*" + k[5:] if k.startswith("star_") else k): _number(op[v]) for k, v in known.items()}
-        out = relate(op, notation, [op[name] for name in operands.split()], sizes, macs)
-        op.expect({argument: op.node.meta["names"][k] for k, argument in known.items() if not k.startswith("star_")})
+        nodes = [value if isinstance(value := op[name], fx.Node) else None for name in operands.split()]
+        sizes = {("*" + k[5:] if k.startswith("star_") else k): _number(op, v) for k, v in known.items()}
+        if at:
+            sizes["*a"] = op[at] % max(1, len(op.dims(op.inputs[0])))
+        out = relate(op, notation, nodes, sizes, macs)
+        names = op.node.meta["names"]
+        op.expect({argument: names[k] for k, argument in known.items() if not k.startswith("star_")})
+        if plus:
+            out[0] = aligned(op, [out[0], op.dims(op[plus])], op.shapes()[0] or ())
         return out
 
-    for operator in operators:
-        RULES[operator] = run, notation
-        SIZED[operator] = frozenset(sized)
+    for one in operators:
+        RULES[one] = run, notation + (f"; {plus} is broadcast" if plus else "")
+        SIZED[one] = frozenset(sized)
 
 
-def _number(value: Any) -> int:
+def _number(op: Op, argument: str) -> int:
+    name, _, index = argument.partition(".")
+    value = op[name][int(index)] if index else op[name]
     return len(value) if isinstance(value, list | tuple) else int(value)
+
+
+def find_rule(target: Any) -> Rule:
+    """The rule of an operator; one in place has that of the operator that returns a new tensor."""
+    keys = [target, target.overloadpacket, target._schema.name]
+    base = target._schema.name.removeprefix("aten::")
+    if base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
+        keys += [getattr(functional, target._overloadname, None), functional]
+    found = next((RULES[key] for key in keys if key in RULES), None)
+    if found is None:
+        pointwise = any(torch.Tag.pointwise in getattr(key, "tags", ()) for key in keys)
+        found = RULES["pointwise" if pointwise else "unknown"]
+    return found[0]
 
 
 def apply_rule(node: fx.Node, analysis: Any) -> None:
     """Give a node its dimensions, relating them to those of its inputs."""
     op = Op(node, analysis)
-    operator = node.target.overloadpacket  # type: ignore[union-attr]
-    function = RULES.get(node.target) or RULES.get(operator)
-    if function is None and torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
-        function = RULES["pointwise"]
-    if function is None:
-        function = RULES["unknown"]
-    dims = function[0](op)
+    try:
+        dims = find_rule(node.target)(op)
+    except ValueError as error:  # Misfit, or axes of different sizes
+        dims = frozen(op, f"no rule for these shapes ({error})")
     node.meta["dims"] = dims[0] if isinstance(dims, list) and not isinstance(node.meta["shape"], list) else dims
 
 
 def table() -> list[tuple[str, str]]:
     """Every rule: operator, and what it says."""
-    return sorted((str(operator).replace("aten.", ""), says) for operator, (_, says) in RULES.items())
+    return sorted((str(one).replace("aten.", ""), says) for one, (_, says) in RULES.items())
 
 
-# Contractions, norms, windows: one line each -------------------------------------------------------------------
+def frozen(op: Op, why: str) -> Any:
+    """Freeze whatever an operation touches."""
+    for node in op.inputs:
+        for axis in op.dims(node):
+            op.freeze(axis, why)
+    reason = op.reason(why)
+    return [None if shape is None else tuple(channel(n, reason) for n in shape) for shape in op.shapes()]
+
+
+# One line each: contractions ---------------------------------------------------------------------------------
 
 pattern([aten.mm], "m k, k n -> m n", operands="self mat2", macs="m k n")
 pattern([aten.bmm], "b m k, b k n -> b m n", operands="self mat2", macs="b m k n")
-pattern([aten.baddbmm], "b m n, b m k, b k n -> b m n", operands="self batch1 batch2", macs="b m k n")
 pattern([aten.mv], "m k, k -> m", operands="self vec", macs="m k")
 pattern([aten.dot], "k, k -> ", operands="self tensor", macs="k")
-pattern([aten.embedding], "v d, *i -> *i d", operands="weight indices", sized=("padding_idx",))
+pattern([aten.vdot], "k, k -> ", operands="self other", macs="k")
+pattern([aten.addmm], "m k, k n -> m n", operands="mat1 mat2", plus="self", macs="m k n")
+pattern([aten.baddbmm], "b m k, b k n -> b m n", operands="batch1 batch2", plus="self", macs="b m k n")
+pattern([aten.addbmm], "b m k, b k n -> m n", operands="batch1 batch2", plus="self", macs="b m k n")
+pattern([aten.addmv], "m k, k -> m", operands="mat vec", plus="self", macs="m k")
+pattern([aten.addr], "m, n -> m n", operands="vec1 vec2", plus="self", macs="m n")
+pattern([aten._trilinear], "b i, o i j, b j -> b o", operands="i1 i2 i3", macs="b o i j")  # as nn.Bilinear calls it
+pattern([aten._cdist_forward], "*b m k, *b n k -> *b m n", operands="x1 x2", macs="*b m n k")
+
+# Norms, and windows over positions -----------------------------------------------------------------------------
+
 pattern(
     [aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn_batch_norm, aten.miopen_batch_norm],
     "b c *s, c, c, c, c -> b c *s, c, c", operands="input weight bias running_mean running_var",
@@ -285,20 +153,61 @@ pattern(
     [aten.pixel_shuffle], "*b (c p q) h w -> *b c (h p) (w q)", operands="self", p="upscale_factor", q="upscale_factor"
 )
 pattern(
+    [aten.pixel_unshuffle], "*b c (h p) (w q) -> *b (c p q) h w", operands="self", p="downscale_factor",
+    q="downscale_factor",
+)  # fmt: skip
+pattern([aten.im2col], "*b c h w -> *b (c p q) l", operands="self", p="kernel_size.0", q="kernel_size.1")
+pattern([aten.col2im], "*b (c p q) l -> *b c h w", operands="self", p="kernel_size.0", q="kernel_size.1")
+pattern([aten.unfold], "*a [n] *b -> *a m *b k", operands="self", at="dimension")
+pattern(
     [aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d,
      aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_nearest_exact2d,
-     aten.reflection_pad2d, aten.replication_pad2d],
+     aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.reflection_pad2d, aten.replication_pad2d],
     "*b h w -> *b p q, *b p q", operands="self",
 )  # fmt: skip
 pattern(
     [aten.max_pool3d_with_indices, aten.avg_pool3d, aten._adaptive_avg_pool3d, aten.adaptive_max_pool3d,
-     aten.upsample_nearest3d, aten.upsample_trilinear3d, aten.reflection_pad3d, aten.replication_pad3d],
+     aten.upsample_nearest3d, aten.upsample_trilinear3d, aten._upsample_nearest_exact3d, aten.reflection_pad3d,
+     aten.replication_pad3d],
     "*b d h w -> *b o p q, *b o p q", operands="self",
 )  # fmt: skip
 pattern(
-    [aten.upsample_nearest1d, aten.upsample_linear1d, aten.reflection_pad1d, aten.replication_pad1d],
+    [aten.upsample_nearest1d, aten.upsample_linear1d, aten._upsample_nearest_exact1d, aten.reflection_pad1d,
+     aten.replication_pad1d],
     "*b w -> *b q", operands="self",
 )  # fmt: skip
+pattern([aten.max_unpool2d], "*b h w, *b h w -> *b p q", operands="self indices")
+pattern([aten.max_unpool3d], "*b d h w, *b d h w -> *b o p q", operands="self indices")
+pattern([aten.fractional_max_pool2d], "b c h w, b c r -> b c p q, b c p q", operands="self random_samples")
+pattern(
+    [aten.grid_sampler_2d, aten.grid_sampler_3d, aten.cudnn_grid_sampler], "b c *s, b *t [x] -> b c *t",
+    operands="input grid",
+)  # fmt: skip
+pattern([aten.affine_grid_generator], "b [i] [j] -> b *s x", operands="theta", sized=("size",))
+pattern(
+    ["torchvision::roi_align", "torchvision::roi_pool"], "b c h w, r [x] -> r c p q, r c p q", operands="input rois"
+)
+pattern(
+    ["torchvision::ps_roi_align", "torchvision::ps_roi_pool"], "b (c p q) h w, r [x] -> r c p q, r c p q",
+    operands="input rois", p="pooled_height", q="pooled_width",
+)  # fmt: skip
+
+# Positions ---------------------------------------------------------------------------------------------------------
+
+pattern([aten.embedding], "v d, *i -> *i d", operands="weight indices", sized=("padding_idx",))
+pattern([aten._embedding_bag], "v d, [i], [b], i -> o d", operands="weight indices offsets per_sample_weights")
+pattern([aten.index_select], "*a [n] *b, i -> *a i *b", operands="self index", at="dim")
+pattern([aten.index_add, aten.index_copy], "*a [n] *b, [i], *a i *b -> *a n *b", operands="self index source", at="dim")
+pattern([aten.index_fill], "*a [n] *b, i -> *a n *b", operands="self index", at="dim")
+pattern([aten.tril, aten.triu], "*b [m] [n] -> *b m n", operands="self")
+pattern([aten.bucketize], "*s, [n] -> *s", operands="self boundaries")
+pattern([aten.searchsorted], "[n], *s -> *s", operands="sorted_sequence self")
+pattern([aten.multinomial], "*b [n] -> *b k", operands="self")
+pattern([aten.view_as_real], "*s -> *s p", operands="self")
+pattern([aten.view_as_complex], "*s [p] -> *s", operands="self")
+pattern([aten.nonzero], "[*s] -> n d", operands="self")
+pattern([aten.masked_select], "[*s], [*t] -> n", operands="self mask")
+pattern(["torchvision::nms"], "[n] x, [n] -> k", operands="dets scores")
 
 
 @rule(aten.convolution, sized=("groups",))
@@ -311,11 +220,18 @@ def convolution(op: Op) -> Any:
     return out
 
 
-@rule(aten.addmm)
-def addmm(op: Op) -> Any:
-    """n, m k, k n -> m n"""
-    bias = "n" if len(op.dims(op["self"])) == 1 else "m n"
-    return relate(op, f"{bias}, m k, k n -> m n", [op["self"], op["mat1"], op["mat2"]], macs="m k n")
+@rule("torchvision::deform_conv2d")
+def deformable_convolution(op: Op) -> Any:
+    """b (g i) h w, (g o) i *k, b d p q, b m p q, (g o) -> b (g o) p q; blocks of inputs share an offset"""
+    operands = [op[name] for name in ("input", "weight", "offset", "mask", "bias")]
+    groups, blocks = op["groups"], op["offset_groups"]
+    used = operands if op["use_mask"] else [*operands[:3], None, operands[4]]
+    notation = "b (g i) h w, (g o) i *k, b [d] p q, b [m] p q, (g o) -> b (g o) p q"
+    out = relate(op, notation, used, {"g": groups}, macs="b g i o *k p q")
+    given = op.dims(operands[0])[1]
+    op.unify(product([channel(blocks, op.reason(BY_POSITION)), channel(given.size // blocks)]), given)
+    op.expect({"groups": op.node.meta["names"]["g"]})
+    return out
 
 
 # Operations that leave positions where they are ----------------------------------------------------------------
@@ -324,40 +240,38 @@ def addmm(op: Op) -> Any:
 @rule("pointwise")
 def pointwise(op: Op) -> Any:
     """every operation tagged pointwise: dimensions align from the right, size one is broadcast"""
-    return _broadcast(op, op.inputs)
+    return [aligned(op, map(op.dims, op.inputs), shape or ()) for shape in op.shapes()]
 
 
 @rule(
-    aten.copy, aten.copy_, aten.masked_fill, aten.masked_fill_, aten.fill_, aten.rsub, aten._prelu_kernel,
-    aten.hardswish, aten.hardswish_, aten.mish_, aten.log_sigmoid_forward,
+    aten.copy, aten.masked_fill, aten.fill, aten.rsub, aten._prelu_kernel, aten.hardswish, aten.log_sigmoid_forward,
+    aten.rrelu_with_noise, aten.polar, aten.complex, aten._conj, aten._weight_norm_interface, aten.bernoulli,
+    aten.uniform, aten.normal, aten.random, aten.exponential, aten.cauchy, aten.geometric, aten.log_normal,
 )  # fmt: skip
 def broadcasting(op: Op) -> Any:
     """like pointwise, though not tagged so"""
-    return _broadcast(op, op.inputs)
+    return pointwise(op)
 
 
-def _broadcast(op: Op, inputs: list[fx.Node]) -> Any:
-    results = []
-    for shape in op.shapes():
-        out: list[Axis | None] = [None] * len(shape or ())
-        for node in inputs:
-            for back, axis in enumerate(reversed(op.dims(node)), start=1):
-                position = len(out) - back
-                if position < 0 or axis.size != (shape or ())[position]:
-                    continue
-                known = out[position]
-                if known is None:
-                    out[position] = axis
-                else:
-                    op.unify(known, axis)
-        results.append(tuple(axis or op.fixed(n) for axis, n in zip(out, shape or (), strict=True)))
-    return results
+def aligned(op: Op, tensors: Iterable[Dims], shape: tuple[int, ...]) -> Dims:
+    """The dimensions of a result of tensors that are broadcast."""
+    out: list[Axis | None] = [None] * len(shape)
+    for dims in tensors:
+        for back, axis in enumerate(reversed(dims), start=1):
+            position = len(out) - back
+            if position < 0 or axis.size != shape[position]:
+                continue
+            known = out[position]
+            if known is None:
+                out[position] = axis
+            else:
+                op.unify(known, axis)
+    return tuple(axis or op.fixed(n) for axis, n in zip(out, shape, strict=True))
 
 
 @rule(
-    aten.clone, aten.detach_, aten._to_copy, aten.contiguous, aten.native_dropout, aten.bernoulli, aten.bernoulli_,
-    aten.zero_, aten.empty_like, aten.zeros_like, aten.ones_like,
-    aten.full_like, aten.rand_like, aten.randn_like,
+    aten.clone, aten.detach, aten._to_copy, aten.contiguous, aten.native_dropout, aten.zero, aten.empty_like,
+    aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like,
 )  # fmt: skip
 def same(op: Op) -> Any:
     """the output has the dimensions of the input"""
@@ -387,17 +301,176 @@ def softmax(op: Op) -> Any:
 
 def _positions(dim: Any, ndim: int) -> set[int]:
     listed = range(ndim) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
-    return {d % ndim if ndim else d for d in listed}
+    return {d % ndim for d in listed} if ndim else set()
 
 
-@rule(aten.sum, aten.mean, aten.amax, aten.amin)
+@rule(
+    aten.sum, aten.nansum, aten.mean, aten.prod, aten.amax, aten.amin, aten.aminmax, aten.max, aten.min, aten.any,
+    aten.all, aten.var, aten.var_mean, aten.std, aten.std_mean, aten.logsumexp, aten.norm, aten.linalg_vector_norm,
+    aten.count_nonzero,
+)  # fmt: skip
 def reduction(op: Op) -> Any:
     """reduced dimensions vanish (or have size one); a removed unit is left out"""
+    return _without(op, _worked_along(op))
+
+
+@rule(aten.max.dim, aten.min.dim)
+def extreme(op: Op) -> Any:
+    """a reduction; where the index is used, the dimension is told apart by position"""
+    indexed = any(user.target is operator.getitem and user.args[1] == 1 for user in op.node.users)
+    return along(op) if indexed else reduction(op)
+
+
+@rule(
+    aten.select, aten.unbind, aten.flip, aten.roll, aten.rot90, aten.sort, aten.topk, aten.kthvalue, aten.median,
+    aten.nanmedian, aten.mode, aten.argmax, aten.argmin, aten.cumsum, aten.cumprod, aten.cummax, aten.cummin,
+    aten.logcumsumexp, aten._fft_r2c, aten._fft_c2r, aten._fft_c2c,
+)  # fmt: skip
+def along(op: Op) -> Any:
+    """the dimensions worked along are told apart by position; the others pass through"""
+    for at in _worked_along(op):
+        op.freeze(op.dims(op["self"])[at], BY_POSITION)
+    return _without(op, _worked_along(op))
+
+
+def _worked_along(op: Op) -> set[int]:
+    return _positions(op.arguments.get("dim", op.arguments.get("dims")), len(op.dims(op["self"])))
+
+
+def _without(op: Op, gone: set[int]) -> list[Dims | None]:
+    """The dimensions of the input, those at some positions gone, or new where a result has another size there."""
     dims = op.dims(op["self"])
-    gone = _positions(op.arguments.get("dim"), len(dims))
-    if op.arguments.get("keepdim"):
-        return [tuple(channel(1) if i in gone else axis for i, axis in enumerate(dims))]
-    return [tuple(axis for i, axis in enumerate(dims) if i not in gone)]
+    kept = tuple(axis for i, axis in enumerate(dims) if i not in gone)
+    results: list[Dims | None] = []
+    for shape in op.shapes():
+        if shape is None or len(shape) < len(dims):
+            results.append(None if shape is None else kept)
+            continue
+        changed = {i for i in gone if dims[i].size != shape[i]}
+        results.append(tuple(op.fixed(shape[i]) if i in changed else axis for i, axis in enumerate(dims)))
+    return results
+
+
+@rule(aten.diagonal)
+def diagonal(op: Op) -> Any:
+    """two dimensions that are told apart by position become one at the end"""
+    dims, shape = op.dims(op["self"]), op.shapes()[0] or ()
+    gone = _positions([op["dim1"], op["dim2"]], len(dims))
+    for at in gone:
+        op.freeze(dims[at], BY_POSITION)
+    return [(*(axis for i, axis in enumerate(dims) if i not in gone), op.fixed(shape[-1]))]
+
+
+# Indices -------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.index)
+def index(op: Op) -> Any:
+    """indexed dimensions are told apart by position; in their place are those of the indices, broadcast"""
+    shape = op.shapes()[0] or ()
+    return [tuple(axis or op.fixed(n) for axis, n in zip(_indexed(op), shape, strict=True))]
+
+
+@rule(aten.index_put)
+def index_put(op: Op) -> Any:
+    """indexed dimensions are told apart by position; the others are those of the values, which are broadcast"""
+    for axis, value in zip(_indexed(op)[::-1], op.dims(op["values"])[::-1], strict=False):
+        if axis is None:
+            op.freeze(value, BY_POSITION)
+        elif axis.size == value.size:
+            op.unify(axis, value)
+    return [op.dims(op["self"])]
+
+
+def _indexed(op: Op) -> list[Axis | None]:
+    """The dimensions of ``self[indices]``; None where a mask decides how many positions there are."""
+    dims, at = op.dims(op["self"]), 0
+    kept: list[Axis | None] = []
+    starts: set[int] = set()
+    found: list[tuple[Axis | None, ...]] = []
+    for node in op["indices"]:
+        if node is None:
+            kept.append(dims[at])
+            at += 1
+            continue
+        mask = node.meta["dtype"] in (torch.bool, torch.uint8)
+        own = op.dims(node)
+        span = len(own) if mask else 1
+        for axis in (*dims[at : at + span], *(own if mask else ())):
+            op.freeze(axis, BY_POSITION)
+        starts.add(len(kept))
+        found.append((None,) if mask else own)
+        at += span
+    start = starts.pop() if len(starts) == 1 else 0  # indices that stand apart go first
+    kept.extend(dims[at:])
+    return [*kept[:start], *_broadcast(op, found), *kept[start:]]
+
+
+def _broadcast(op: Op, tensors: list[tuple[Axis | None, ...]]) -> list[Axis | None]:
+    """The dimensions of indices together; None where one of them is a mask."""
+    out: list[Axis | None] = []
+    for back in range(max(map(len, tensors)), 0, -1):
+        met = [dims[-back] for dims in tensors if len(dims) >= back]
+        axes = [axis for axis in met if axis is not None]
+        largest = max(axes, key=lambda axis: axis.size, default=None)
+        for axis in axes:
+            if None in met:
+                op.freeze(axis, BY_POSITION)
+            elif largest is not None and axis.size == largest.size:
+                op.unify(axis, largest)
+        out.append(None if None in met else largest)
+    return out
+
+
+@rule(aten.gather)
+def gather(op: Op) -> Any:
+    """the dimension gathered along is told apart by position; the others are those of the index"""
+    _pick(op, op.dims(op["index"]))
+    return [op.dims(op["index"])]
+
+
+@rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
+def scatter(op: Op) -> Any:
+    """the dimension scattered along is told apart by position; the others are those of the index and the source"""
+    _pick(op, op.dims(op["index"]))
+    if isinstance(op.arguments.get("src"), fx.Node):
+        _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())
+    return [op.dims(op["self"])]
+
+
+def _pick(op: Op, index: Dims) -> None:
+    dims, at = op.dims(op["self"]), _worked_along(op)
+    for i in at:
+        op.freeze(dims[i], BY_POSITION)
+        op.freeze(index[i], BY_POSITION)
+    _begin(op, dims, index, at)
+
+
+def _begin(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
+    """An index may be shorter than what it indexes, along any dimension: it then concerns the first positions."""
+    for i, (axis, part) in enumerate(zip(dims, index, strict=True)):
+        if i not in without:
+            op.unify(cut(axis, part.size, op.reason("cut through"))[0], part)
+
+
+def _replacing(op: Op, part: Dims) -> Any:
+    for axis, other in zip(part, op.dims(op["src"]), strict=True):
+        op.unify(axis, other)
+    return [op.dims(op["self"])]
+
+
+@rule(aten.slice_scatter, sized=("start", "end"))
+def slice_scatter(op: Op) -> Any:
+    """a slice of the first is the second"""
+    return _replacing(op, slice_(op)[0])
+
+
+@rule(aten.select_scatter)
+def select_scatter(op: Op) -> Any:
+    """one position of the first is the second"""
+    dims, gone = op.dims(op["self"]), _worked_along(op)
+    along(op)
+    return _replacing(op, tuple(axis for i, axis in enumerate(dims) if i not in gone))
 
 
 # Views ---------------------------------------------------------------------------------------------------------
@@ -443,7 +516,7 @@ def expand(op: Op) -> Any:
     ]
 
 
-@rule(aten.permute, aten.transpose, aten.transpose_, aten.t, aten.t_, aten.numpy_T)
+@rule(aten.permute, aten.transpose, aten.t, aten.numpy_T)
 def permute(op: Op) -> Any:
     """dimensions change places"""
     dims = op.dims(op["self"])
@@ -456,7 +529,7 @@ def permute(op: Op) -> Any:
     return [tuple(dims[d] for d in order)]
 
 
-@rule(aten.unsqueeze, aten.unsqueeze_)
+@rule(aten.unsqueeze)
 def unsqueeze(op: Op) -> Any:
     """a new dimension of size one"""
     dims = list(op.dims(op["self"]))
@@ -464,7 +537,7 @@ def unsqueeze(op: Op) -> Any:
     return [tuple(dims)]
 
 
-@rule(aten.squeeze, aten.squeeze_)
+@rule(aten.squeeze)
 def squeeze(op: Op) -> Any:
     """dimensions of size one vanish"""
     dims = op.dims(op["self"])
@@ -498,13 +571,9 @@ def stack(op: Op) -> Any:
 
 
 @rule(
-    aten.split,
-    aten.chunk,
-    aten.split_with_sizes,
-    aten.split_copy,
-    aten.split_with_sizes_copy,
-    sized=("split_size", "split_sizes"),
-)
+    aten.split, aten.chunk, aten.split_with_sizes, aten.split_copy, aten.split_with_sizes_copy, aten.unsafe_split,
+    aten.unsafe_chunk, aten.unsafe_split_with_sizes, sized=("split_size", "split_sizes"),
+)  # fmt: skip
 def split(op: Op) -> Any:
     """consecutive parts; parts of equal size keep equal sizes, as chunk would make them"""
     dims = op.dims(op["self"])
@@ -518,39 +587,28 @@ def split(op: Op) -> Any:
     return out
 
 
-@rule(aten.unbind)
-def unbind(op: Op) -> Any:
-    """the dimension vanishes and cannot lose units"""
-    dims = op.dims(op["self"])
-    at = op["dim"] % len(dims)
-    op.freeze(dims[at], "indexed")
-    return [(*dims[:at], *dims[at + 1 :]) for _ in op.shapes()]
-
-
-@rule(aten.select)
-def select(op: Op) -> Any:
-    """the dimension vanishes and cannot lose units"""
-    dims = op.dims(op["self"])
-    at = op["dim"] % len(dims)
-    op.freeze(dims[at], "indexed")
-    return [(*dims[:at], *dims[at + 1 :])]
-
-
 @rule(aten.slice, sized=("start", "end"))
 def slice_(op: Op) -> Any:
-    """a consecutive part; a strided one freezes the dimension"""
+    """a consecutive part; with a step that divides the size, one position in each block"""
     dims = op.dims(op["self"])
     at = op["dim"] % len(dims)
-    taken = (op.shapes()[0] or ())[at]
-    if taken == dims[at].size:
+    axis, step = dims[at], op["step"]
+    start, end, _ = slice(op["start"], op["end"], step).indices(axis.size)
+    taken = len(range(start, end, step))
+    if taken == axis.size:
         return [dims]
-    if op["step"] != 1:
-        op.freeze(dims[at], "strided slice")
-        return [(*dims[:at], op.fixed(taken), *dims[at + 1 :])]
-    start = op["start"] or 0
-    before, rest = cut(dims[at], start + dims[at].size if start < 0 else start, op.reason("cut through"))
+    if step == 1:
+        before, rest = cut(axis, start, op.reason("cut through"))
+        part = cut(rest, taken, op.reason("cut through"))[0]
+    elif taken * step == axis.size:  # positions of a block are told apart, not the blocks
+        before, within, part = channel(start, op.reason(BY_POSITION)), channel(step), channel(taken)
+        op.unify(product([part, within]), axis)
+        op.freeze(within, BY_POSITION)
+    else:
+        before, part = channel(start, op.reason(BY_POSITION)), op.fixed(taken)
+        op.freeze(axis, BY_POSITION)
     op.expect({"start": before})
-    return [(*dims[:at], cut(rest, taken, op.reason("cut through"))[0], *dims[at + 1 :])]
+    return [(*dims[:at], part, *dims[at + 1 :])]
 
 
 @rule(aten.repeat, sized=("repeats",))
@@ -572,15 +630,6 @@ def constant_pad(op: Op) -> Any:
     return [tuple(out)]
 
 
-@rule(aten.flip)
-def flip(op: Op) -> Any:
-    """the order turns round: those dimensions cannot lose units"""
-    dims = op.dims(op["self"])
-    for at in op["dims"]:
-        op.freeze(dims[at], "order reversed")
-    return [dims]
-
-
 @rule(aten.glu)
 def glu(op: Op) -> Any:
     """two halves that are the same dimension"""
@@ -595,19 +644,23 @@ def glu(op: Op) -> Any:
 
 
 @rule(
-    aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn, aten.new_zeros, aten.new_ones, aten.new_full,
-    aten.new_empty, aten.scalar_tensor, sized=("size",),
+    aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn, aten.randint, aten.new_zeros, aten.new_ones,
+    aten.new_full, aten.new_empty, aten.scalar_tensor, sized=("size",),
 )  # fmt: skip
 def filled(op: Op) -> Any:
     """every position is alike, so any may be removed"""
     return [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
 
 
+@rule(
+    aten.arange, aten.linspace, aten.logspace, aten.eye, aten.randperm, aten.tril_indices, aten.triu_indices,
+)  # fmt: skip
+def counted(op: Op) -> Any:
+    """positions are counted, so they are told apart"""
+    return frozen(op, BY_POSITION)
+
+
 @rule("unknown")
 def unknown(op: Op) -> Any:
     """an operation without a rule: whatever it touches is frozen"""
-    for node in op.inputs:
-        for axis in op.dims(node):
-            op.freeze(axis, "no rule for this operation")
-    reason = op.reason("no rule for this operation")
-    return [None if shape is None else tuple(channel(n, reason) for n in shape) for shape in op.shapes()]
+    return frozen(op, "no rule for this operation (netsurgery.rule teaches one)")

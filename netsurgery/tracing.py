@@ -198,6 +198,7 @@ class _Recorder(Watcher):
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[tensor] = node
+        node.meta.setdefault("dtype", tensor.dtype)
         return node
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,7 +89,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         want = silenced(edit.network, program, dict(named_tensors(model)), inputs, keep, numbers)
         if program.valued:
             found, read = follow(small, program, inputs, _units(keep))
-            worst = max(worst, _difference(read, _listed(numbers, _units(keep))))
+            worst = max(worst, _difference(read, _chosen(numbers, _units(keep))))
         else:
             found = run(small, program, inputs)
         worst = max(worst, _difference(found, want))
@@ -112,7 +111,7 @@ def _units(lists: Mapping[Axis, Tensor]) -> Units:
     return lambda leaf: lists[leaf] if leaf in lists else torch.arange(leaf.size)
 
 
-def _listed(numbers: Numbers, units: Units) -> list[Tensor]:
+def _chosen(numbers: Numbers, units: Units) -> list[Tensor]:
     return [select(tensor, node.meta["dims"], units) for node, tensor in numbers]
 
 
@@ -149,7 +148,7 @@ def permuted_difference(model: nn.Module, network: Network, example_inputs: Any 
         found = replay(program, shuffled, inputs, units=units, numbers=after)
         wanted = replay(program, tensors, inputs, numbers=before)
         worst = max(worst, _difference(found, wanted))
-        worst = max(worst, _difference([tensor for _, tensor in after], _listed(before, units)))
+        worst = max(worst, _difference([tensor for _, tensor in after], _chosen(before, units)))
     return worst
 
 
@@ -344,7 +343,7 @@ def silenced(
 
     def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
         special = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
-        if special is not None:
+        if special is not None and "decided" not in node.meta:
             op = Op(node, network)
             entries = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
             if entries is not None:
@@ -397,19 +396,22 @@ def _dims(arguments: dict[str, Any]) -> list[int]:
     return list(range(ndim)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
 
 
-def _mean(a: dict[str, Any], stays: Tensor) -> Tensor:
-    mean = _masked_mean(a["self"], stays, _dims(a))
-    return mean if a.get("keepdim") else mean.squeeze(tuple(_dims(a)))
+def _over_what_stays(operation: Any, vanish: bool, a: dict[str, Any], stays: Tensor) -> Any:
+    """Run an operation on the entries that stay alone; put its results where they belong, and zeros elsewhere.
+
+    Args:
+        vanish: whether the dimensions worked along vanish, or keep their size.
+    """
+    along = [[d for d in range(stays.dim()) if d != dim] for dim in range(stays.dim())]
+    sizes = [int((stays.sum(others) > 0).sum()) if others else int(stays.sum()) for others in along]
+    found = operation(**{**a, "self": a["self"].masked_select(stays).reshape(sizes)})
+    places = stays.int().amax(_dims(a), a.get("keepdim", False)).bool() if vanish else stays
+    results = [small.new_zeros(places.shape).masked_scatter(places, small) for small in _listed(found)]
+    return results[0] if isinstance(found, Tensor) else results
 
 
-def _extreme(sign: float, a: dict[str, Any], stays: Tensor) -> Tensor:
-    x: Tensor = sign * a["self"]
-    return sign * x.masked_fill(~stays, float("-inf")).amax(_dims(a), a.get("keepdim", False))
-
-
-def _softmax(function: Any, a: dict[str, Any], stays: Tensor) -> Tensor:
-    filled = a["self"].masked_fill(~stays, float("-inf"))
-    return torch.nan_to_num(function(filled, a["dim"]), nan=0.0, neginf=0.0)
+def _listed(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
 
 
 def _batch_norm(a: dict[str, Any], stays: Tensor) -> Any:
@@ -440,13 +442,18 @@ def _group_norm(a: dict[str, Any], stays: Tensor) -> Any:
 
 
 _STATISTICS: dict[Any, Callable[[dict[str, Any], Tensor], Any]] = {
-    aten.mean: _mean,
-    aten.amax: functools.partial(_extreme, 1.0),
-    aten.amin: functools.partial(_extreme, -1.0),
-    aten._softmax: functools.partial(_softmax, F.softmax),
-    aten._safe_softmax: functools.partial(_softmax, F.softmax),
-    aten._log_softmax: functools.partial(_softmax, F.log_softmax),
+    **{
+        one: functools.partial(_over_what_stays, one, True)
+        for one in (
+            aten.mean, aten.amax, aten.amin, aten.aminmax, aten.max, aten.min, aten.prod, aten.all, aten.var,
+            aten.var_mean, aten.std, aten.std_mean, aten.logsumexp, aten.norm, aten.linalg_vector_norm,
+        )
+    },
+    **{
+        one: functools.partial(_over_what_stays, one, False)
+        for one in (aten._softmax, aten._safe_softmax, aten._log_softmax)
+    },
     aten.native_batch_norm: _batch_norm,
     aten.native_layer_norm: _layer_norm,
     aten.native_group_norm: _group_norm,
-}
+}  # fmt: skip

@@ -1,0 +1,280 @@
+"""A notation for what an operation says about dimensions; it reads like einops.
+
+    name      a dimension: the same name is the same dimension
+    *name     any number of dimensions
+    (g c)     a product: g blocks of c
+    [name]    a dimension whose units are told apart by position (indexed, sorted, rolled): frozen; so is [*name]
+
+``"b (g i) *s, (g o) i *k, (g o) -> b (g o) *t"`` is a convolution with groups: operands stand left of the arrow,
+results right of it. A name that only one operand has, and no result, is worked across (a window, a kernel) and is
+frozen; a name that only a result has is new and holds no channel. Roles follow: a parameter's dimension that the result
+lacks is consumed, one that only parameters bring is produced, one that inputs have too is carried along.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from netsurgery.axes import Axis, Fixed, channel, freeze, product, unify
+from netsurgery.tracing import format_where
+
+__all__ = ["BY_POSITION", "Dims", "Misfit", "Op", "names_in", "parse", "relate"]
+
+Dims = tuple[Axis, ...]
+
+BY_POSITION = "told apart by position"
+
+
+class Misfit(ValueError):
+    """Dimensions that a notation does not fit."""
+
+
+class Op:
+    """One recorded operation while its rule looks at it: arguments by name, dimensions of its inputs and outputs."""
+
+    def __init__(self, node: fx.Node, analysis: Any):
+        self.node, self.analysis = node, analysis
+        target: Any = node.target
+        self.name = target._schema.name.replace("::", ".")
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, defaults included."""
+        target: Any = self.node.target
+        schema = target._schema.arguments
+        values = dict(zip((a.name for a in schema), self.node.args, strict=False))
+        return {a.name: values.get(a.name, self.node.kwargs.get(a.name, a.default_value)) for a in schema}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Tensor arguments in order, lists flattened."""
+        return self.node.all_input_nodes
+
+    def dims(self, node: fx.Node) -> Dims:
+        """The dimensions of an argument."""
+        return node.meta["dims"]  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def place(self) -> str:
+        """The operation, the module and the line."""
+        module = f" in {self.node.meta['module']}" if self.node.meta["module"] else ""
+        return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
+
+    def reason(self, why: str) -> str:
+        """Why something is frozen, with the operation, the module and the line."""
+        return f"{why}: {self.place}"
+
+    def freeze(self, axis: Axis, why: str) -> None:
+        """Forbid removal along an axis."""
+        freeze(axis, self.reason(why))
+
+    def unify(self, a: Axis, b: Axis) -> None:
+        """State that two axes index the same units."""
+        unify(a, b, self.reason("sizes that do not align"))
+
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """The shape of each result."""
+        shape = self.node.meta["shape"]
+        return shape if isinstance(shape, list) else [shape]
+
+    def expect(self, sizes: dict[str, Axis]) -> None:
+        """State that integer arguments are the sizes of dimensions."""
+        self.node.meta["expected"] = sizes
+
+    def fixed(self, size: int) -> Axis:
+        """A new dimension that holds no channel."""
+        return channel(size, Fixed(self.reason("holds no units")))
+
+    def all_fixed(self, shape: Iterable[int]) -> Dims:
+        """Dimensions that hold no channel."""
+        return tuple([self.fixed(n) for n in shape])
+
+
+class Token(NamedTuple):
+    """One entry of an operand: a name, several starred ones, or the names of a product."""
+
+    names: tuple[str, ...]
+    star: bool = False
+    apart: bool = False  # in brackets
+
+
+_TOKEN = re.compile(r"\(([a-zA-Z_][\w\s]*)\)|\[(\*?[a-zA-Z_]\w*)\]|(\*?[a-zA-Z_]\w*)|\s+|(.)", re.DOTALL)
+
+
+def _operand(text: str) -> tuple[Token, ...]:
+    tokens = []
+    for match in _TOKEN.finditer(text.strip()):
+        inside, bracketed, bare, wrong = match.groups()
+        if wrong:
+            raise ValueError(f"'{wrong}' in '{text.strip()}' is out of place: names, *names, (a b) and [a] are known")
+        if inside is not None:
+            if len(inside.split()) < 2:
+                raise ValueError(f"'({inside})' needs two names or more")
+            tokens.append(Token(tuple(inside.split())))
+        elif name := bracketed or bare:
+            tokens.append(Token((name.lstrip("*"),), name[0] == "*", bracketed is not None))
+    return tuple(tokens)
+
+
+@functools.cache
+def parse(notation: str) -> tuple[tuple[tuple[Token, ...], ...], tuple[tuple[Token, ...], ...]]:
+    """The operands and the results of a notation.
+
+    Raises:
+        ValueError: not one arrow, a parenthesis left open or empty, a name for one dimension and for several.
+    """
+    if notation.count("->") != 1:
+        raise ValueError("expected one '->' between operands and results")
+    left, right = (tuple(map(_operand, side.split(","))) for side in notation.split("->"))
+    tokens = [token for operand in (*left, *right) for token in operand]
+    both = {t.names for t in tokens if t.star} & {(name,) for t in tokens if not t.star for name in t.names}
+    if both:
+        raise ValueError(f"'{both.pop()[0]}' is one dimension here and any number of them there")
+    return left, right
+
+
+def names_in(operands: Iterable[tuple[Token, ...]]) -> set[str]:
+    """The names in operands, starred ones with their star."""
+    return {"*" * token.star + name for operand in operands for token in operand for name in token.names}
+
+
+class _Names:
+    """The dimensions that the names of a notation stand for."""
+
+    def __init__(self, op: Op, known: dict[str, int]):
+        self.op, self.known = op, known
+        self.axes: dict[str, Axis] = {}
+        self.stars: dict[str, Dims] = {}
+
+    def same(self, name: str, a: Axis, b: Axis) -> None:
+        if a.size != b.size:
+            raise Misfit(f"'{name}' is {a.size} in one place and {b.size} in another")
+        self.op.unify(a, b)
+
+    def meet(self, token: Token, axis: Axis) -> None:
+        """One name, or a product of names, is this dimension."""
+        if len(token.names) == 1:
+            self.same(token.names[0], self.axes.setdefault(token.names[0], axis), axis)
+            return
+        sizes = {n: self.axes[n].size if n in self.axes else self.known.get(n) for n in token.names}
+        rest = axis.size // (prod(n for n in sizes.values() if n) or 1)
+        for name in token.names:
+            if name not in self.axes:
+                self.axes[name] = channel(sizes[name] or rest)
+        self.same(" ".join(token.names), product(self.axes[n] for n in token.names), axis)
+
+    def read(self, tokens: tuple[Token, ...], dims: Dims) -> Iterator[tuple[str, Axis]]:
+        """Match the dimensions of one operand; each name with the dimension that it was read from."""
+        lengths = {t.names[0]: self.length(t.names[0]) for t in tokens if t.star}
+        spare = len(dims) - len(tokens) + len(lengths) - sum(n for n in lengths.values() if n is not None)
+        unknown = sum(n is None for n in lengths.values())
+        if spare < 0 or unknown > 1 or (spare and not unknown):
+            raise Misfit(f"{len(dims)} dimensions do not fit '{_text(tokens)}'")
+        rest = iter(dims)
+        for token in tokens:
+            if token.star:
+                length = lengths[token.names[0]]
+                part = tuple(next(rest) for _ in range(spare if length is None else length))
+                for old, new in zip(self.stars.setdefault(token.names[0], part), part, strict=True):
+                    self.same(token.names[0], old, new)
+                found = [("*" + token.names[0], axis) for axis in part]
+            else:
+                axis = next(rest)
+                self.meet(token, axis)
+                found = [(name, axis) for name in token.names]
+            for name, axis in found:
+                if token.apart:
+                    self.op.freeze(axis, BY_POSITION)
+                yield name, axis
+
+    def length(self, name: str) -> int | None:
+        return len(self.stars[name]) if name in self.stars else self.known.get("*" + name)
+
+    def all(self, name: str) -> Dims:
+        return self.stars.get(name[1:], ()) if name[0] == "*" else (self.axes[name],)
+
+    def write(self, tokens: tuple[Token, ...], shape: tuple[int, ...]) -> Dims:
+        """The dimensions of one result."""
+        spare = len(shape) - sum(len(self.stars.get(t.names[0], ())) if t.star else 1 for t in tokens)
+        out: list[Axis] = []
+        for token in tokens:
+            name = token.names[0]
+            if token.star:
+                if name not in self.stars:
+                    self.stars[name] = self.op.all_fixed(shape[len(out) : len(out) + spare])
+                out.extend(self.stars[name])
+                continue
+            for new in [name for name in token.names if name not in self.axes]:
+                size = shape[len(out)] if len(token.names) == 1 and len(out) < len(shape) else self.known.get(new)
+                if size is None:
+                    raise Misfit(f"the size of '{new}' is not known")
+                self.axes[new] = self.op.fixed(size)
+            out.append(product(self.axes[n] for n in token.names) if len(token.names) > 1 else self.axes[name])
+        if [axis.size for axis in out] != list(shape):
+            raise Misfit(f"a result of shape {'x'.join(map(str, shape))} does not fit '{_text(tokens)}'")
+        return tuple(out)
+
+
+def _text(tokens: Iterable[Token]) -> str:
+    texts = ("*" * t.star + (t.names[0] if len(t.names) == 1 else f"({' '.join(t.names)})") for t in tokens)
+    return " ".join(f"[{text}]" if t.apart else text for t, text in zip(tokens, texts, strict=True))
+
+
+def relate(
+    op: Op, notation: str, operands: list[fx.Node | None], known: dict[str, int] | None = None, macs: str = ""
+) -> list[Any]:
+    """Apply a notation to the operands of an operation (None: absent) and return the dimensions of its results.
+
+    Args:
+        known: sizes of names inside products and, as ``*name``, numbers of starred dimensions.
+        macs: the product of the dimensions of these names is the number of multiply-accumulates.
+
+    Raises:
+        Misfit: the notation does not fit the dimensions.
+    """
+    left, right = parse(notation)
+    names = _Names(op, known or {})
+    present = [(tokens, node) for tokens, node in zip(left, operands, strict=True) if node is not None]
+    origins = [list(names.read(tokens, op.dims(node))) for tokens, node in present]
+    outputs: list[Any] = [
+        None
+        if shape is None
+        else names.write(right[i], shape)
+        if i < len(right) and tuple(shape) != (0,)  # as norms save no statistics in eval mode
+        else op.all_fixed(shape)
+        for i, shape in enumerate(op.shapes())
+    ]
+    _note_roles(op, names, [node for _, node in present], origins, names_in(right))
+    op.node.meta["names"] = {**names.axes, **{"*" + name: axes for name, axes in names.stars.items()}}
+    if macs:
+        op.node.meta["macs"] = [axis for name in macs.split() for axis in names.all(name)]
+    return outputs
+
+
+def _note_roles(
+    op: Op, names: _Names, nodes: list[fx.Node], origins: list[list[tuple[str, Axis]]], written: set[str]
+) -> None:
+    """What each name does in each parameter; a name that only one operand has is worked across."""
+    uses = [{name for name, _ in origin} for origin in origins]
+    fed = {name for mine, node in zip(uses, nodes, strict=True) if "params" not in node.meta for name in mine}
+    for mine, origin, node in zip(uses, origins, nodes, strict=True):
+        contracts = not mine <= written
+        for name, source in origin:
+            if name not in written and sum(name in other for other in uses) == 1:
+                role = "window"
+                freeze(names.axes.get(name, source), Fixed(op.reason("works across positions")))
+            elif name not in written:
+                role = "consumes"
+            else:
+                role = "produces" if contracts and name not in fed else "carries"
+            if "params" in node.meta:
+                op.analysis.note_role(node, source, names.axes.get(name, source), role)
