@@ -22,7 +22,7 @@ from netsurgery.errors import RewriteError, TraceError
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
-from netsurgery.tracing import Inputs, Program, Watcher, bare_inputs, run_guarded, skeleton, tensors_in
+from netsurgery.tracing import Inputs, Program, Watcher, bare_inputs, home, run_guarded, skeleton, tensors_in
 from netsurgery.values import Known, draw, is_number, select
 
 __all__ = ["obstacles"]
@@ -49,11 +49,11 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
         follow(bare, network, sizes)
         kinds = {path: type(module) for path, module in named_modules(model).items()}
         inputs = bare_inputs(network.inputs)
-        values = _known(network, sizes, bare, names, inputs) if program.valued else None
+        values = _known(network, sizes, bare, names, inputs, home(model)) if program.valued else None
         checker = _Checker(program, network, kinds, sizes, changed, values)
         checker.begin(names, inputs, bare)
         try:
-            checker.finish(run_guarded(bare, checker, inputs))
+            checker.finish(run_guarded(bare, checker, inputs, home(model)))
         except TraceError as error:
             if not checker.blamed:  # what follows from a size already found wrong says nothing new
                 checker.blame_module(f"the code refuses other sizes ({str(error.__cause__ or error).splitlines()[0]})")
@@ -66,9 +66,11 @@ def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
     return lambda channel: torch.arange(sizes(channel))
 
 
-def _known(network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, str], inputs: Inputs) -> Known:
+def _known(
+    network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, str], inputs: Inputs, device: torch.device
+) -> Known:
     """Values that do not depend on floating-point numbers: those of integer tensors and inputs."""
-    values = Known(next((t.device for t in network.tensors.values()), torch.device("cpu")))
+    values = Known(device)
     for _, tensor in named_tensors(bare):
         name = names.get(id(tensor), "")
         if name in network.tensors and not is_number(tensor):

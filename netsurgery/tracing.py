@@ -34,6 +34,7 @@ __all__ = [
     "Watcher",
     "as_inputs",
     "bare_inputs",
+    "home",
     "lend",
     "lend_inputs",
     "location",
@@ -50,7 +51,6 @@ Mode = Literal["eval", "train"]
 _RAISED_BY_MODELS = (
     RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
-_READ_BY_PYTHON = ("meta", "unallocated storage")  # what torch says when Python reads a tensor without data
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 
 
@@ -146,7 +146,6 @@ class Watcher(TorchDispatchMode):
         return torch.device("meta") if isinstance(value, torch.device) else value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.reads = self.values is not None and func is _COPY and (kwargs or {}).get("device") == torch.device("cpu")
         kwargs = {key: self.stand_in(value) for key, value in kwargs.items()} if kwargs else {}
         args = tuple([self.stand_in(value) for value in args])
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
@@ -159,8 +158,23 @@ class Watcher(TorchDispatchMode):
         out = self.see(func, args, kwargs)
         return self.legible(out) if self.reads else out
 
+    def read(self, bare: Tensor) -> Tensor:
+        """A copy of a tensor without data that Python can read.
+
+        Raises:
+            TraceError: its value is not known in this run.
+        """
+        if self.values is None:
+            raise TraceError(f"the code reads values {format_where(location())}")
+        self.reads = True
+        try:
+            copied: Tensor = _COPY(bare)
+            return copied
+        finally:
+            self.reads = False
+
     def legible(self, bare: Tensor) -> Tensor:
-        """A tensor that Python can read, in place of one without data whose value is known."""
+        """The value of a tensor without data, where it is known, to be used in its place."""
         value = self.values.of.get(bare) if self.values is not None else None
         if value is None:
             return bare
@@ -200,6 +214,11 @@ class _Recorder(Watcher):
         self.nodes[tensor] = node
         node.meta.setdefault("dtype", tensor.dtype)
         return node
+
+    def read(self, bare: Tensor) -> Tensor:
+        if self.values is None:
+            raise NeedsValues(format_where(location()))
+        return super().read(bare)
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.remember(other, self.node_of(tensor))
@@ -361,24 +380,59 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Reads(TorchFunctionMode):
-    """Lets Python read a tensor without data through a copy, and write numbers to one that has some."""
+class _Posing(TorchFunctionMode):
+    """Lets tensors without data pass for tensors of the model's device, whose values Python can read."""
+
+    def __init__(self, watcher: Watcher, device: torch.device):
+        super().__init__()
+        self.watcher = watcher
+        kind = device.type
+        self.answers = {
+            torch.Tensor.device.__get__: device,
+            torch.Tensor.is_meta.__get__: kind == "meta",  # type: ignore[attr-defined]
+            torch.Tensor.is_cpu.__get__: kind == "cpu",  # type: ignore[attr-defined]
+            torch.Tensor.is_cuda.__get__: kind == "cuda",  # type: ignore[attr-defined]
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
-            args = (args[0].cpu(), *args[1:])
-        elif func is torch.Tensor.new_tensor:
-            func, (like, *args) = torch.tensor, args
-            kwargs = {"dtype": like.dtype, **kwargs}
+        if func not in self.answers and func not in _POSED:
+            return func(*args, **kwargs)
+        bare = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if bare and func in self.answers:
+            return self.answers[func]
+        if bare and func in _MOVES:
+            return args[0]
+        if bare and func is torch.Tensor.to:
+            return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
+        if bare and func in _READS:
+            return func(self.watcher.read(args[0]), *args[1:], **kwargs)
+        if func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
+            kwargs = {"dtype": args[0].dtype, **kwargs}
+            func, args = torch.tensor, args[1:]
         if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
-            args = pytree.tree_map_only(Tensor, lambda t: t.tolist(), args)
+            args = pytree.tree_map_only(Tensor, lambda t: self.watcher.read(t).tolist() if t.is_meta else t, args)
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         return func(*args, **kwargs)
 
 
-def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
-    """Run a skeleton under a watcher."""
+_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+_MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
+_POSED = {*_READS, *_MOVES, torch.Tensor.to, torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
+
+
+def _nowhere(value: Any) -> Any:
+    """An argument that says where, without a place that has data."""
+    return torch.device("meta") if isinstance(value, str | torch.device) else value
+
+
+def home(model: nn.Module) -> torch.device:
+    """The device of a model."""
+    return next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
+
+
+def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
+    """Run a skeleton under a watcher, with tensors without data that say they are on ``device``."""
     for path, module in named_modules(bare).items():
         module.__dict__["forward"] = _tracked(module.forward, path, watcher)
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -386,8 +440,8 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
     try:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if watcher.values is not None:
-                stack.enter_context(_own_random_numbers(watcher.values.device))
-                stack.enter_context(_Reads())
+                stack.enter_context(_own_random_numbers(device))
+            stack.enter_context(_Posing(watcher, device))
             stack.enter_context(watcher)
             return bare(*inputs[0], **inputs[1])
     finally:
@@ -406,15 +460,11 @@ def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
     try:
         return _record(model, inputs, mode, None)
     except NeedsValues as need:
-        reason = str(need)
-    except TraceError as error:
-        if not any(text in str(error.__cause__) for text in _READ_BY_PYTHON):
-            raise
-        reason = str(error)
-    tensors = list(named_tensors(model))
-    if absent := [name for name, tensor in tensors if tensor.is_meta]:
-        raise TraceError(f"the code looks at values, but '{absent[0]}' is on the meta device and has none: {reason}")
-    device = next((t.device for _, t in tensors), torch.device("cpu"))
+        if absent := [name for name, tensor in named_tensors(model) if tensor.is_meta]:
+            raise TraceError(
+                f"the code looks at values ({need}), but '{absent[0]}' has none: it is on the meta device"
+            ) from need
+    device = home(model)
     return _record(model, draw(inputs, device), mode, Values(device))
 
 
@@ -431,7 +481,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None)
         node = program.graph.placeholder(f"input_{index}")
         node.meta.update(shape=tensor.shape, module="", where=None)
         recorder.remember(tensor, node)
-    out = run_guarded(bare, recorder, on_meta_inputs)
+    out = run_guarded(bare, recorder, on_meta_inputs, home(model))
     results = [recorder.node_of(recorder.stand_in(tensor)) for tensor in tensors_in(out)]
     if not results:
         raise TraceError(
@@ -476,10 +526,10 @@ def lend_inputs(values: Values, bare: Inputs, inputs: Inputs) -> None:
         values.lend(tensor, value)
 
 
-def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
+def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
     """Run a skeleton; whatever its own code raises becomes a TraceError that says where."""
     try:
-        return run_skeleton(bare, watcher, inputs)
+        return run_skeleton(bare, watcher, inputs, device)
     except _RAISED_BY_MODELS as error:
         raise TraceError(_explain(bare, error, inputs)) from error
 

@@ -40,11 +40,17 @@ _BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
+class _Ref(weakref.ref[Tensor]):
+    __slots__ = ("key",)
+    key: int
+
+
 class TensorMap(Generic[T]):
     """What is known of tensors, as long as they live."""
 
     def __init__(self) -> None:
-        self.items: dict[int, tuple[weakref.ref[Tensor], T]] = {}
+        self.items: dict[int, tuple[_Ref, T]] = {}
+        self.gone = lambda ref: self.items.pop(ref.key, None)
 
     def get(self, tensor: Tensor) -> T | None:
         """What is known of a tensor, or None."""
@@ -52,11 +58,9 @@ class TensorMap(Generic[T]):
         return None if entry is None else entry[1]
 
     def __setitem__(self, tensor: Tensor, value: T) -> None:
-        key, items = id(tensor), self.items
-        items[key] = weakref.ref(tensor, lambda _: items.pop(key, None) and None), value
-
-    def __iter__(self) -> Iterator[tuple[int, T]]:
-        return iter([(key, value) for key, (_, value) in self.items.items()])
+        ref = _Ref(tensor, self.gone)
+        ref.key = id(tensor)
+        self.items[ref.key] = ref, value
 
 
 def needs_values(func: Any, error: Exception) -> bool:
@@ -309,6 +313,6 @@ class Known(Values):
     def forget(self, value: Tensor) -> None:
         """What shares memory with ``value`` is not known any more."""
         address = value.untyped_storage().data_ptr()
-        for key, other in self.of:
+        for key, (_, other) in list(self.of.items.items()):
             if other.untyped_storage().data_ptr() == address:
                 del self.of.items[key]

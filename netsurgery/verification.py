@@ -34,6 +34,7 @@ from netsurgery.tracing import (
     as_inputs,
     bare_inputs,
     format_where,
+    home,
     lend,
     lend_inputs,
     location,
@@ -188,13 +189,13 @@ class _Follower(Watcher):
 
 def follow(model: nn.Module, program: Program, inputs: Inputs, units: Units) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of a model whose code is run with the decisions of a recorded run, and the numbers these rest on."""
-    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+    device = home(model)
     bare, names = skeleton(model, program.mode)
     values, given = Values(device), bare_inputs(inputs)
     lend(values, model, bare, names)
     lend_inputs(values, given, inputs)
     follower = _Follower(program, values, units)
-    outputs = run_skeleton(bare, follower, given)
+    outputs = run_skeleton(bare, follower, given, device)
     return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
 
 
@@ -207,7 +208,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
         return float("inf")
     if not wanted.is_floating_point() and not wanted.is_complex():
         found, wanted = found.double(), wanted.double()
-    equal = (found == wanted) | (found.isnan() & wanted.isnan())
+    equal = found == wanted  # infinities are
     difference = torch.where(equal, 0.0, (found - wanted).abs())
     worst = difference.max().item() if wanted.numel() else 0.0
     scale = torch.where(wanted.isfinite(), wanted.abs(), 0.0).max().item() if wanted.numel() else 0.0
