@@ -49,7 +49,7 @@ def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> 
         follow(bare, network, sizes)
         kinds = {path: type(module) for path, module in named_modules(model).items()}
         inputs = bare_inputs(network.inputs)
-        values = _known(network, sizes, bare, names, inputs, home(model)) if program.valued else None
+        values = _known(network, sizes, bare, names, inputs, home(model)) if program.values != "none" else None
         checker = _Checker(program, network, kinds, sizes, changed, values)
         checker.begin(names, inputs, bare)
         try:

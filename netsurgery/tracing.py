@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
 from netsurgery.shapes import infer
-from netsurgery.values import TensorMap, Values, decisions, draw, needs_values
+from netsurgery.values import Known, TensorMap, Values, draw, needs_values
 
 __all__ = [
     "Inputs",
@@ -60,15 +60,15 @@ class Program:
 
     ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant it
     uses, and one call_function for each ATen operation. ``constants`` are the tensors the code made itself;
-    ``calls`` holds, for each module that ran, the nodes of its first input and output tensor; ``valued`` says whether
-    the code looked at values.
+    ``calls`` holds, for each module that ran, the nodes of its first input and output tensor; ``values`` says which
+    values the code looked at: none, such as are known without running the network, or all.
     """
 
     graph: fx.Graph
     mode: Mode
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
-    valued: bool = False
+    values: Literal["none", "known", "all"] = "none"
 
     @property
     def operations(self) -> list[fx.Node]:
@@ -216,9 +216,10 @@ class _Recorder(Watcher):
         return node
 
     def read(self, bare: Tensor) -> Tensor:
-        if self.values is None:
+        copied = bare if self.values is None else super().read(bare)
+        if copied.is_meta and self.program.values != "all":
             raise NeedsValues(format_where(location()))
-        return super().read(bare)
+        return copied
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.remember(other, self.node_of(tensor))
@@ -271,12 +272,12 @@ class _Recorder(Watcher):
             if self.values is None:
                 out = infer(func, args, kwargs)
             else:
-                out, decided = self.decide(self.values, func, args, kwargs)
+                out, decided = self.values.infer(func, args, kwargs, self.reads)
         except RuntimeError as error:
             place = f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())}"
-            if self.values is None and needs_values(func, error):
+            if self.program.values != "all" and needs_values(func, error):
                 raise NeedsValues(place) from error
-            data = "" if self.values else "tensors without data of "
+            data = "" if self.program.values == "all" else "tensors without data of "
             raise TraceError(
                 f"{place} cannot run on {data}shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
             ) from error
@@ -294,12 +295,6 @@ class _Recorder(Watcher):
                 if isinstance(item, Tensor):
                     self.parts[item] = node, index
         return out
-
-    def decide(self, values: Values, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The result of an operation without data, and what it decided."""
-        real = values.run(func, args, kwargs)
-        decided = real.clone() if self.reads else decisions(func, *values.reals(args, kwargs), real)
-        return values.keep(func, args, kwargs, real), decided
 
 
 def format_where(where: tuple[str, int] | None) -> str:
@@ -407,18 +402,33 @@ class _Posing(TorchFunctionMode):
             return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
         if bare and func in _READS:
             return func(self.watcher.read(args[0]), *args[1:], **kwargs)
-        if func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
+        if func in _INDEXES:
+            where = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (args[0], tuple(map(self.listed, where)), *args[2:])
+        elif func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
             kwargs = {"dtype": args[0].dtype, **kwargs}
             func, args = torch.tensor, args[1:]
         if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
-            args = pytree.tree_map_only(Tensor, lambda t: self.watcher.read(t).tolist() if t.is_meta else t, args)
+            args = self.legible(args)
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         return func(*args, **kwargs)
 
+    def legible(self, value: Any) -> Any:
+        """Numbers in place of tensors without data."""
+        return pytree.tree_map_only(Tensor, lambda t: self.watcher.read(t).tolist() if t.is_meta else t, value)
 
+    def listed(self, index: Any) -> Any:
+        """An index that lists positions, as a tensor that has data."""
+        if not isinstance(index, list | range) or any(isinstance(i, slice | None | list) for i in index):
+            return index
+        found = torch.tensor(self.legible(list(index)))
+        return found if found.numel() else found.long()
+
+
+_INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
-_POSED = {*_READS, *_MOVES, torch.Tensor.to, torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
+_POSED = {*_READS, *_MOVES, *_INDEXES, torch.Tensor.to, torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
 
 
 def _nowhere(value: Any) -> Any:
@@ -457,20 +467,24 @@ def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
     Raises:
         TraceError: the model does not run on such inputs; the message names the module.
     """
-    try:
+    with contextlib.suppress(NeedsValues):
         return _record(model, inputs, mode, None)
+    known, values = Known(home(model)), Values(home(model))
+    inputs = draw(inputs, known.device)
+    try:
+        return _record(model, inputs, mode, known)
     except NeedsValues as need:
         if absent := [name for name, tensor in named_tensors(model) if tensor.is_meta]:
             raise TraceError(
                 f"the code looks at values ({need}), but '{absent[0]}' has none: it is on the meta device"
             ) from need
-    device = home(model)
-    return _record(model, draw(inputs, device), mode, Values(device))
+    return _record(model, inputs, mode, values)
 
 
 def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None) -> Program:
     bare, names = skeleton(model, mode)
-    program = Program(fx.Graph(), mode, valued=values is not None)
+    looks: Any = "none" if values is None else "known" if isinstance(values, Known) else "all"
+    program = Program(fx.Graph(), mode, values=looks)
     recorder = _Recorder(program, names, values)
     on_meta_inputs = bare_inputs(inputs)
     if values is not None:
@@ -517,7 +531,7 @@ def lend(values: Values, model: nn.Module, bare: nn.Module, names: dict[int, str
         if isinstance(own, nn.Parameter):
             values.lend(tensor, own)
         elif own is not None:  # norms write to their statistics without saying so
-            values.of[tensor] = own.detach().clone()
+            values.lend(tensor, own.detach().clone())
 
 
 def lend_inputs(values: Values, bare: Inputs, inputs: Inputs) -> None:

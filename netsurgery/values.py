@@ -65,23 +65,20 @@ class TensorMap(Generic[T]):
 
 def needs_values(func: Any, error: Exception) -> bool:
     """Whether an operation failed on tensors without data for want of values (or of a kernel that does without)."""
-    return isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(func.tags)
+    foreign = not func._schema.name.startswith("aten::")  # torch's own say by their tags what they need
+    return foreign or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(func.tags)
 
 
-def draw(inputs: Any, device: torch.device | None = None) -> Any:
-    """Inputs with values: their own where they have some, else random numbers, or zeros where these are integers.
-
-    Args:
-        device: where to put them; by default they stay where they are.
-    """
+def draw(inputs: Any, device: torch.device) -> Any:
+    """Inputs with values: their own where they have some, else random numbers, or zeros where these are integers."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
-            return tensor if device is None else tensor.to(device)
+            return tensor.to(device)
         if tensor.dtype.is_floating_point:
-            return torch.randn(tensor.shape, generator=generator).to(device or "cpu", tensor.dtype)
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device or "cpu")
+            return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
 
     return pytree.tree_map_only(Tensor, fill, inputs)
 
@@ -194,7 +191,7 @@ class Values:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device = torch.device("cpu") if device.type == "meta" else device
         self.of: TensorMap[Tensor] = TensorMap()
         self.borrowed: set[int] = set()  # addresses of memory that is the user's
 
@@ -202,6 +199,12 @@ class Values:
         """Note the value of a tensor that is the user's."""
         self.of[bare] = value.detach()
         self.borrowed.add(value.untyped_storage().data_ptr())
+
+    def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
+        """The result of an operation without data, and what it decided; all of it, where Python will read it."""
+        real = self.run(func, args, kwargs)
+        decided = real.clone() if read else decisions(func, *self.reals(args, kwargs), real)
+        return self.keep(func, args, kwargs, real), decided
 
     def real(self, value: Any) -> Any:
         """Arguments with values; a tensor of unknown value becomes zeros."""
@@ -274,14 +277,31 @@ def _bare(values: Any) -> Any:
 
 
 class Known(Values):
-    """The values that are known in a run at other sizes: of constants, decisions, and what follows from these."""
+    """Values that depend on no floating-point numbers: of integers and constants, and of what follows from these."""
+
+    def lend(self, bare: Tensor, value: Tensor) -> None:
+        """Note the value of a tensor that is the user's, unless it holds floating-point numbers."""
+        if not is_number(value) and not value.is_meta:
+            super().lend(bare, value)
+
+    def knows(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether the result of an operation follows from what is known."""
+        given = _tensors(args, list(kwargs.values()))
+        return _RANDOM not in func.tags and all(self.of.get(tensor) is not None for tensor in given)
+
+    def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
+        """The result of an operation without data; nothing is decided by what is known."""
+        if self.knows(func, args, kwargs):
+            return self.keep(func, args, kwargs, self.run(func, args, kwargs)), None
+        for value in self.written(func, args, kwargs):
+            self.forget(value)
+        return infer(func, args, kwargs), None
 
     def follow(
         self, node: fx.Node, func: Any, args: Any, kwargs: dict[str, Any], units: Callable[[Axis], Tensor]
     ) -> Any:
-        """The result without data of an operation; ``node`` is what it was, ``units`` lists those that stay."""
-        given = _tensors(args, list(kwargs.values()))
-        if _RANDOM not in func.tags and all(self.of.get(tensor) is not None for tensor in given):
+        """The same where decisions are known too: those of ``node``, with the units that ``units`` lists."""
+        if self.knows(func, args, kwargs):
             return self.keep(func, args, kwargs, self.run(func, args, kwargs))
         written = self.written(func, args, kwargs)
         if "decided" not in node.meta:
