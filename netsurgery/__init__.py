@@ -14,6 +14,7 @@ from netsurgery.pipeline import cost as cost
 from netsurgery.pipeline import plan as plan
 from netsurgery.pipeline import trace as trace
 from netsurgery.rewriting import rewrite as rewrite
+from netsurgery.teaching import rule as rule
 from netsurgery.verification import verify as verify
 
 __version__ = "0.1.0"

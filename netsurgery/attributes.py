@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis
 from netsurgery.copying import named_modules
@@ -30,13 +31,18 @@ def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
 def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) -> Iterator[tuple[str, str, Any, Any]]:
     own = Sizes({})
     for program in network.programs:
-        for path, ends in program.calls.items():
-            for node, table in zip(ends, (_OF_INPUT, _OF_OUTPUT), strict=True):
+        for call in {call.path: call for call in reversed(program.calls)}.values():
+            for value, table in zip((call.args, call.out), (_OF_INPUT, _OF_OUTPUT), strict=True):
+                node = next((v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)), None)
                 for attribute, dim in table.items():
-                    if type(modules[path].__dict__.get(attribute)) is int and (axis := _dim(node, dim)) is not None:
-                        yield path, attribute, own(axis), sizes(axis)
+                    held = modules[call.path].__dict__.get(attribute)
+                    if type(held) is int and node is not None and (axis := _dim(node, dim)) is not None:
+                        yield call.path, attribute, own(axis), sizes(axis)
         for node in program.graph.nodes:
             names, path = node.meta.get("names", {}), node.meta.get("module", "")
+            for attribute, axis in node.meta.get("attributes", {}).items():
+                if attribute in modules[path].__dict__:
+                    yield path, attribute, own(axis), sizes(axis)
             for attribute, name in _OF_OPERATION.items():
                 if name in names and attribute in modules[path].__dict__:
                     value = names[name]

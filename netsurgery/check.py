@@ -6,59 +6,154 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
+from netsurgery.adapting import Adaptation, rebuild, solve
+from netsurgery.alongside import Alongside, LeftPath, source_of
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
 from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
-from netsurgery.errors import RewriteError, TraceError
+from netsurgery.errors import RewriteError
+from netsurgery.listening import Deaf, hear
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
-from netsurgery.tracing import Inputs, Program, Watcher, bare_inputs, home, run_guarded, skeleton, tensors_in
+from netsurgery.tracing import (
+    RAISED_BY_MODELS,
+    Inputs,
+    Program,
+    bare_inputs,
+    home,
+    lend_inputs,
+    run_guarded,
+    skeleton,
+    tensors_in,
+)
 from netsurgery.values import Known, draw, is_number, select
 
-__all__ = ["obstacles"]
+__all__ = ["adapt"]
 
 
-class _LeftPath(RuntimeError):
-    """The code ran another operation than the recorded one."""
-
-
-def obstacles(model: nn.Module, network: Network, counts: Mapping[str, int]) -> dict[str, str]:
-    """Groups that the model's code does not let have these numbers of units, each with the reason.
+def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
+    """What the model's code needs so that groups have these numbers of units, and the groups that it does not let, why.
 
     Raises:
         RewriteError: the code does not follow, and no group can be blamed for it.
     """
-    changed = {network[name].channel: name for name, count in counts.items() if count != network[name].size}
-    if not changed:
-        return {}
-    sizes = network.sizes(counts)
-    shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
+    adaptation, lost = _tried(model, network, counts)
     found: dict[str, str] = {}
-    for program in network.programs:
-        bare, names = skeleton(model, program.mode, shapes)
-        follow(bare, network, sizes)
-        kinds = {path: type(module) for path, module in named_modules(model).items()}
-        inputs = bare_inputs(network.inputs)
-        values = _known(network, sizes, bare, names, inputs, home(model)) if program.values != "none" else None
-        checker = _Checker(program, network, kinds, sizes, changed, values)
-        checker.begin(names, inputs, bare)
+    for path, (why, vague) in lost.items():
+        found.update(_culprit(model, network, counts, path) if vague and len(why) > _MANY else why)
+    return adaptation, found
+
+
+_MANY = 4  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
+
+
+def _tried(
+    model: nn.Module, network: Network, counts: Mapping[str, int]
+) -> tuple[Adaptation, dict[str, tuple[dict[str, str], bool]]]:
+    """What the code needs; and where nothing helps the groups and why, by path, and whether they are only suspects."""
+    changed = {network[name].channel: name for name, count in counts.items() if count != network[name].size}
+    attempt = _Attempt(model, network, network.sizes(counts), changed)
+    while changed and (failures := attempt.failures()):
+        if lost := {path: found for path, found in failures.items() if not attempt.remedy(path, found[0])}:
+            return attempt.adaptation, lost
+    return attempt.adaptation, {}
+
+
+def _culprit(model: nn.Module, network: Network, counts: Mapping[str, int], path: str) -> dict[str, str]:
+    """Of all changed groups one that makes the code of a module fail, with those tied to it, and why."""
+    tied = {name: names for names in network.ties for name in names}
+    together = list(dict.fromkeys(tied.get(name, (name,)) for name in counts))
+
+    def failure(n: int) -> dict[str, str] | None:
+        some = {name: counts[name] for names in together[:n] for name in names}
+        return _tried(model, network, some)[1].get(path, (None, False))[0]
+
+    low, high, why = 0, len(together), failure(len(together))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if found := failure(middle):
+            high, why = middle, found
+        else:
+            low = middle
+    reason = next(iter((why or {}).values()), "the code refuses other sizes")
+    return dict.fromkeys(together[high - 1], reason)
+
+
+class _Attempt:
+    """Tries the model's code at some sizes, and mends the modules that do not follow."""
+
+    def __init__(self, model: nn.Module, network: Network, sizes: Sizes, changed: Mapping[Axis, str]):
+        self.model, self.network, self.sizes, self.changed = model, network, sizes, changed
+        self.shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
+        self.kinds = {path: type(module) for path, module in named_modules(model).items()}
+        self.adaptation = Adaptation()
+        self.tried: set[str] = set()
+
+    def failures(self) -> dict[str, tuple[dict[str, str], bool]]:
+        """The modules whose code does not follow, by path: groups and why, and whether these are only suspects."""
+        found: dict[str, tuple[dict[str, str], bool]] = {}
+        for program in self.network.programs:
+            bare, names = skeleton(self.model, program.mode, self.shapes)
+            follow(bare, self.network, self.sizes)
+            self.adaptation.carry_out(bare)
+            inputs = bare_inputs(self.network.inputs)
+            looks = program.values != "none"
+            known = _known(self.network, self.sizes, bare, names, inputs) if looks else None
+            checker = _Checker(program, self.network, self.kinds, self.sizes, self.changed, known)
+            checker.begin(names, inputs, bare)
+            checker.finish(run_guarded(bare, checker, inputs, home(self.model)))
+            for path, why in checker.blamed.items():
+                found.setdefault(path, (why, path in checker.vague))
+        return found
+
+    def remedy(self, path: str, why: dict[str, str]) -> bool:
+        """Mend a module: by its attributes first, then by a rewritten graph; False where nothing is left to try."""
+        if path in self.adaptation.code:
+            return False
         try:
-            checker.finish(run_guarded(bare, checker, inputs, home(model)))
-        except TraceError as error:
-            if not checker.blamed:  # what follows from a size already found wrong says nothing new
-                checker.blame_module(f"the code refuses other sizes ({str(error.__cause__ or error).splitlines()[0]})")
-        found.update({name: why for name, why in checker.blamed.items() if name not in found})
-    return found
+            graphs = self.heard(path)
+            if path not in self.tried:
+                self.tried.add(path)
+                found = [solve(graph, self.model.get_submodule(path), self.sizes) for graph in graphs]
+                if found[0] and all(one == found[0] for one in found):
+                    self.adaptation.attributes[path] = found[0]
+                    return True
+            if not path:  # the user's own class stays
+                return False
+            module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
+            codes = {rebuild(graph, module, self.sizes, attributes) for graph in graphs}
+        except Deaf as reason:
+            for name in why:
+                why[name] += f" (the code of {path} {reason})"
+            return False
+        if len(codes) > 1:
+            return False
+        self.adaptation.code[path], self.adaptation.reasons[path] = codes.pop(), next(iter(why.values()))
+        return True
+
+    def heard(self, path: str) -> list[fx.Graph]:
+        """What the code of a module does, each time it runs."""
+        program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
+        if path not in program.heard:
+            module = self.model.get_submodule(path)
+            try:
+                program.heard[path] = [hear(module, program, call) for call in program.calls if call.path == path]
+            except Deaf as reason:
+                program.heard[path] = reason
+        found: list[fx.Graph] | Deaf = program.heard[path]
+        if isinstance(found, Deaf):
+            raise found
+        return found
 
 
 def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
@@ -66,22 +161,17 @@ def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
     return lambda channel: torch.arange(sizes(channel))
 
 
-def _known(
-    network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, str], inputs: Inputs, device: torch.device
-) -> Known:
-    """Values that do not depend on floating-point numbers: those of integer tensors and inputs."""
-    values = Known(device)
+def _known(network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, str], inputs: Inputs) -> Known:
+    """What is known of a model's tensors at other sizes, and of its inputs: integers."""
+    values = Known(next((t.device for t in network.tensors.values()), torch.device("cpu")))
     for _, tensor in named_tensors(bare):
-        name = names.get(id(tensor), "")
-        if name in network.tensors and not is_number(tensor):
-            values.of[tensor] = select(network.tensors[name].detach(), network.axes[name], _first(sizes))
-    for tensor, value in zip(tensors_in(inputs), tensors_in(draw(network.inputs, values.device)), strict=True):
-        if not is_number(tensor):
-            values.of[tensor] = value.clone()
+        if (name := names.get(id(tensor), "")) in network.tensors and not is_number(tensor):
+            values.lend(tensor, select(network.tensors[name].detach(), network.axes[name], _first(sizes)))
+    lend_inputs(values, inputs, draw(network.inputs, values.device))
     return values
 
 
-class _Checker(Watcher):
+class _Checker(Alongside):
     def __init__(
         self,
         program: Program,
@@ -89,44 +179,85 @@ class _Checker(Watcher):
         kinds: Mapping[str, type],
         sizes: Sizes,
         changed: Mapping[Axis, str],
-        values: Known | None = None,
+        known: Known | None,
     ):
-        super().__init__(values)
-        self.known = values
-        self.program = program
-        self.nodes = iter(program.operations)
+        super().__init__(program, known)
+        self.known = known
+        self.calls = 0  # module runs so far
         self.sources: dict[int, Any] = {}  # by id of a tensor: what it was in the recorded run
         self.alive: list[Any] = []  # ids are only good while their tensors live
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
-        self.blamed: dict[str, str] = {}
-        self.innermost = [""]  # module paths around the last operation
+        self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
+        self.vague: set[str] = set()  # paths where these groups are only suspects
+
+    def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        index, self.calls = self.calls, self.calls + 1
+        call = self.program.calls[index] if index < len(self.program.calls) else None
+        if call is None or call.path != path:
+            raise LeftPath(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
+        self.arrive(call.begin)
+        try:
+            out = super().call(path, forward, args, kwargs)
+            self.arrive(call.end)
+        except RAISED_BY_MODELS as error:
+            if path not in self.blamed:  # what follows from a size already found wrong says nothing new
+                first = str(error).splitlines()[0] if str(error) else type(error).__name__
+                does = "does other things at" if isinstance(error, LeftPath) else "refuses"
+                self.blame_module(f"the code {does} other sizes ({first})", path)
+            with _disable_current_modes():
+                out = self.predicted(call.out)
+            self.position, self.calls = call.end, call.next
+        return out
+
+    def arrive(self, position: int) -> None:
+        """Make sure that all operations before this one have run."""
+        while self.position < position and self.leave_out(self.program.operations[self.position]):
+            pass
+        if self.position != position:
+            raise LeftPath(f"{self.program.operations[min(self.position, position)].target} is left out")
+
+    def predicted(self, out: Any) -> Any:
+        """What a module should have returned, without data, to go on and find all obstacles in one run."""
+        if isinstance(out, fx.Node):
+            shape, strides = tuple(map(self.sizes, out.meta["dims"])), out.meta["layout"][1]
+            order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
+            tensor = torch.empty_permuted(shape, order, dtype=out.meta["dtype"], device="meta")
+            self.sources[id(tensor)] = source_of(out)
+            self.alive.append(tensor)
+            return tensor
+        if type(out) in (tuple, list):
+            return type(out)([self.predicted(item) for item in out])
+        return {key: self.predicted(item) for key, item in out.items()} if type(out) is dict else out
 
     def blame(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:
         """Blame the changed groups in some axes, or else those of the module that an operation runs in."""
+        path = self.modules[-1] if self.modules else ""
         names = [self.changed[leaf] for axis in axes for leaf in leaves(axis) if leaf in self.changed]
         reason = Op(node, None).reason(why)
         if names:
-            self.blamed.update(dict.fromkeys(names, reason))
+            self.blamed.setdefault(path, {}).update(dict.fromkeys(names, reason))
         else:
-            self.blame_module(reason)
+            self.blame_module(reason, path)
 
-    def blame_module(self, reason: str) -> None:
-        """Blame the groups of the innermost module that holds a changed one, and of all that run the same code.
+    def blame_module(self, reason: str, path: str) -> None:
+        """Blame the groups of the innermost module around that holds a changed one, and of all that run the same code.
 
         Raises:
             RewriteError: no module does.
         """
         groups = [group for group in self.network.groups if group.channel in self.changed]
-        for path in reversed(self.innermost):
-            if not any(_within(member.module, path) for group in groups for member in group.members):
+        parts = path.split(".") if path else []
+        for around in [".".join(parts[:n]) for n in range(len(parts), -1, -1)]:
+            if not any(_within(member.module, around) for group in groups for member in group.members):
                 continue
-            same = [
-                other for other, kind in self.kinds.items() if kind is self.kinds[path] and kind is not nn.Sequential
-            ]
-            for place in [path, *same]:
+            kind = self.kinds[around]
+            same = [other for other, own in self.kinds.items() if own is kind and kind is not nn.Sequential]
+            for place in [around, *same]:
                 names = [g.name for g in groups if any(_within(member.module, place) for member in g.members)]
-                self.blamed.update(dict.fromkeys(names, f"{reason} in {place or 'the model'}"))
+                why = dict.fromkeys(names, f"{reason} in {place or 'the model'}")
+                self.blamed.setdefault(path, {}).update(why)
+            self.vague.add(path)
             return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
@@ -141,8 +272,8 @@ class _Checker(Watcher):
         """Compare what the run ended with."""
         *_, output = self.program.graph.nodes
         results = [self.sources.get(id(self.stand_in(tensor))) for tensor in tensors_in(outputs)]
-        if not self.blamed and (next(self.nodes, None) is not None or results != [*map(_source, output.args[0])]):
-            self.blame_module("the code does other things at other sizes")
+        if not self.blamed and results != [*map(self.origin, output.args[0])]:
+            self.blame_module("the code does other things at other sizes", "")
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
@@ -153,10 +284,10 @@ class _Checker(Watcher):
         return other
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.innermost = ["", *self.modules]
-        node = next(self.nodes, None)
-        if node is None or node.target is not func:
-            raise _LeftPath(f"{func} runs where {node.target if node else 'nothing'} ran when it was traced")
+        node = self.expected(func)
+        if node is None:
+            out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
+            return self.same(args[0], out)
         out = self.answer(node, func, args, kwargs)
         parts = out if isinstance(out, list | tuple) else [out]
         self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
@@ -215,14 +346,14 @@ class _Checker(Watcher):
         """Whether an operation reads a constant with other values; the groups that it concerns are blamed.
 
         Raises:
-            _LeftPath: it reads other results than when it was traced.
+            LeftPath: it reads other results than when it was traced.
         """
         for now, then in zip(_tensors(args), _tensors(node.args), strict=False):
-            source = _source(then)
+            source = self.origin(then)
             constant = self.program.constants.get(source) if isinstance(source, str) else None
             if constant is None:
                 if self.sources.get(id(now)) != source:
-                    raise _LeftPath(f"{node.target} reads something else than when it was traced")
+                    raise LeftPath(f"{node.target} reads something else than when it was traced")
                 continue
             real = self.reals.get(id(now))
             if real is None or constant.is_meta:  # its values cannot be seen without data
@@ -261,17 +392,6 @@ class _Checker(Watcher):
         dtype = node.meta.get("dtype", given)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
         return out if isinstance(node.meta["shape"], list) else out[0]
-
-
-def _is_part(node: fx.Node) -> bool:
-    return node.target is operator.getitem
-
-
-def _source(node: fx.Node) -> Any:
-    """What a recorded node stands for: a name, a result, or one of several results."""
-    if node.op == "get_attr":
-        return node.target
-    return (node.args[0], node.args[1]) if _is_part(node) else node
 
 
 def _tensors(value: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from netsurgery.adapting import Adaptation
 from netsurgery.costs import Cost
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
@@ -37,7 +38,7 @@ class Edit:
 
     network: Network = field(repr=False, compare=False)
     keep: Mapping[str, tuple[int, ...]]
-    checked: bool = field(default=False, repr=False, compare=False)  # whether the model's code is known to follow
+    adaptation: Adaptation | None = field(default=None, repr=False, compare=False)  # once the code is known to follow
 
     def __post_init__(self) -> None:
         order = {group.name: index for index, group in enumerate(self.network.groups)}
@@ -68,6 +69,14 @@ class Edit:
         return {name: len(units) for name, units in self.keep.items()}
 
     @property
+    def replaced(self) -> dict[str, str]:
+        """Modules whose code hard-codes a size and is replaced by its rewritten graph, each with the reason.
+
+        Known once ``plan`` has tried the model's code; an edit made by hand is tried by ``rewrite``.
+        """
+        return dict(self.adaptation.reasons) if self.adaptation else {}
+
+    @property
     def before(self) -> Cost:
         """Cost of the network as it is."""
         return self.network.cost()
@@ -78,13 +87,14 @@ class Edit:
         return self.network.cost(self.counts)
 
     def diff(self) -> str:
-        """Every tensor whose shape changes, and the cost before and after."""
+        """Every tensor whose shape changes, every module whose code must, and the cost before and after."""
         sizes = self.network.sizes(self.counts)
         lines = []
         for name, axes in self.network.axes.items():
             old, new = tuple(axis.size for axis in axes), tuple(map(sizes, axes))
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
+        lines.extend(f"{path}.forward rewritten" for path in self.replaced)
         before, after = self.before, self.after
         lines.append(f"parameters {before.params:,} -> {after.params:,} ({_share(after.params, before.params)})")
         lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({_share(after.macs, before.macs)})")

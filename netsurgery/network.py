@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 import networkx as nx
+import torch
 from torch import Tensor, fx, nn
 
 from netsurgery.axes import Axis, Fixed, channel, freeze, leaves, resolve, tie
@@ -25,9 +26,10 @@ from netsurgery.errors import InputError
 from netsurgery.rules import apply_rule
 from netsurgery.tracing import Inputs, Program, format_where
 
-__all__ = ["Group", "Member", "Network", "Role", "analyse"]
+__all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse"]
 
 Role = Literal["produces", "consumes", "carries"]
+Unit = Literal["channel", "head", "head_dim"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Group:
         members: where they occur, in the order of the state dict.
         frozen: why none may be removed, or None.
         channel: the group's place in the expressions of dimensions.
+        unit: what its units are: attention heads, dimensions within heads, or channels of any other sort.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Group:
     members: tuple[Member, ...]
     frozen: str | None
     channel: Axis = field(repr=False, compare=False)
+    unit: Unit = "channel"
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,9 @@ class Network:
         return network_table(self)
 
 
+_ATTENTION = {torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}
+
+
 class Analysis:
     """Interprets recorded programs over the dimensions of a model's tensors."""
 
@@ -184,6 +191,7 @@ class Analysis:
         self.roles: list[tuple[str, Axis, Axis, str]] = []
         self.ties: list[tuple[list[Axis], str]] = []
         self.used: set[str] = set()
+        self.units: list[tuple[Axis, Unit]] = []
 
     def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
         """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
@@ -216,6 +224,14 @@ class Analysis:
                     node.meta["dims"] = node.args[0].meta["dims"][node.args[1]]
                 else:
                     apply_rule(node, self)
+                    self.note_attention(node)
+
+    def note_attention(self, node: fx.Node) -> None:
+        """A product of activations, one for each of a batch: what the batch holds of units are heads."""
+        if node.target in _ATTENTION and not any("params" in source.meta for source in node.all_input_nodes):
+            names = node.meta["names"]
+            self.units.append((names["b"], "head"))
+            self.units.extend((names[name], "head_dim") for name in "mkn")
 
     def settle_ties(self) -> list[list[Axis]]:
         """Classes of channels that must keep equal counts."""
@@ -285,6 +301,7 @@ def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: d
         for place, axis in enumerate(dims):
             for leaf in dict.fromkeys(leaves(axis)):
                 members.setdefault(leaf, []).append((name, place, roles.get((name, place, leaf), "carries")))
+    units = {leaf: unit for axis, unit in reversed(analysis.units) for leaf in leaves(resolve(axis, memo))}
     groups: list[Group] = []
     taken: set[str] = set()
     for leaf, found in members.items():
@@ -298,5 +315,5 @@ def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: d
         unique = next(n for i in range(1, len(members) + 2) if (n := base if i == 1 else f"{base}:{i}") not in taken)
         taken.add(unique)
         listed = tuple(Member(n, p, r if r != "window" else "carries") for n, p, r in found)  # type: ignore[arg-type]
-        groups.append(Group(unique, leaf.size, listed, leaf.frozen, leaf))
+        groups.append(Group(unique, leaf.size, listed, leaf.frozen, leaf, units.get(leaf, "channel")))
     return tuple(groups)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import fx
 from netsurgery.axes import Axis, Fixed, channel, freeze, product, unify
 from netsurgery.tracing import format_where
 
-__all__ = ["BY_POSITION", "Dims", "Misfit", "Op", "names_in", "parse", "relate"]
+__all__ = ["BY_POSITION", "Dims", "Misfit", "Op", "names_in", "parse", "relate", "results"]
 
 Dims = tuple[Axis, ...]
 
@@ -150,7 +150,7 @@ def names_in(operands: Iterable[tuple[Token, ...]]) -> set[str]:
 class _Names:
     """The dimensions that the names of a notation stand for."""
 
-    def __init__(self, op: Op, known: dict[str, int]):
+    def __init__(self, op: Any, known: dict[str, int]):
         self.op, self.known = op, known
         self.axes: dict[str, Axis] = {}
         self.stars: dict[str, Dims] = {}
@@ -202,6 +202,16 @@ class _Names:
     def all(self, name: str) -> Dims:
         return self.stars.get(name[1:], ()) if name[0] == "*" else (self.axes[name],)
 
+    def joined(self, token: Token, size: int | None = None) -> Axis:
+        """What one name or a product stands for; a new name, of ``size`` or of a known size, holds no channel."""
+        for name in token.names:
+            if name not in self.axes:
+                own = self.known.get(name, size if len(token.names) == 1 else None)
+                if own is None:
+                    raise Misfit(f"the size of '{name}' is not known")
+                self.axes[name] = self.op.fixed(own)
+        return product(self.axes[n] for n in token.names) if len(token.names) > 1 else self.axes[token.names[0]]
+
     def write(self, tokens: tuple[Token, ...], shape: tuple[int, ...]) -> Dims:
         """The dimensions of one result."""
         spare = len(shape) - sum(len(self.stars.get(t.names[0], ())) if t.star else 1 for t in tokens)
@@ -213,12 +223,7 @@ class _Names:
                     self.stars[name] = self.op.all_fixed(shape[len(out) : len(out) + spare])
                 out.extend(self.stars[name])
                 continue
-            for new in [name for name in token.names if name not in self.axes]:
-                size = shape[len(out)] if len(token.names) == 1 and len(out) < len(shape) else self.known.get(new)
-                if size is None:
-                    raise Misfit(f"the size of '{new}' is not known")
-                self.axes[new] = self.op.fixed(size)
-            out.append(product(self.axes[n] for n in token.names) if len(token.names) > 1 else self.axes[name])
+            out.append(self.joined(token, shape[len(out)] if len(out) < len(shape) else None))
         if [axis.size for axis in out] != list(shape):
             raise Misfit(f"a result of shape {'x'.join(map(str, shape))} does not fit '{_text(tokens)}'")
         return tuple(out)
@@ -227,6 +232,35 @@ class _Names:
 def _text(tokens: Iterable[Token]) -> str:
     texts = ("*" * t.star + (t.names[0] if len(t.names) == 1 else f"({' '.join(t.names)})") for t in tokens)
     return " ".join(f"[{text}]" if t.apart else text for t, text in zip(tokens, texts, strict=True))
+
+
+class _Trial:
+    """In place of an operation, where only sizes are asked for."""
+
+    unify = staticmethod(unify)
+
+    fixed = staticmethod(channel)
+
+    def freeze(self, axis: Axis, why: str) -> None:
+        """Nothing is frozen."""
+
+
+def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict[str, int]) -> list[tuple[int, ...]]:
+    """The shapes of the results of operands of some shapes (None: absent).
+
+    Raises:
+        Misfit: the notation does not fit them.
+    """
+    left, right = parse(notation)
+    names = _Names(_Trial(), known)
+    for tokens, shape in zip(left, shapes, strict=True):
+        if shape is not None:
+            list(names.read(tokens, tuple(map(channel, shape))))
+    out = []
+    for tokens in right:
+        parts = [names.all("*" + t.names[0]) if t.star else [names.joined(t)] for t in tokens]
+        out.append(tuple(axis.size for part in parts for axis in part))
+    return out
 
 
 def relate(

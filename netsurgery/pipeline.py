@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from netsurgery.check import obstacles
+from netsurgery.check import adapt
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost
 from netsurgery.edit import Edit
@@ -49,6 +49,19 @@ class Pass(abc.ABC):
         """Return the network with scores laid on it, or an Edit of it. Must be pure."""
 
 
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_few_collections()
 def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
@@ -68,22 +81,10 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """
     network = _trace(model, example_inputs)
     halves = {group.name: group.size - group.size // 2 for group in network.prunable}
-    while found := obstacles(model, network, halves):  # each round freezes at least one group
+    while found := adapt(model, network, halves)[1]:  # each round freezes at least one group
         network = network.with_frozen(found)
         halves = {group.name: halves[group.name] for group in network.prunable}
     return network
-
-
-@contextlib.contextmanager
-def _few_collections() -> Iterator[None]:
-    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @_few_collections()
@@ -158,7 +159,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
     while True:
         edit, found = _run(passes, model, network)
         if not found:
-            return dataclasses.replace(edit, checked=True)
+            return edit
         network = network.with_frozen(found)
 
 
@@ -171,10 +172,12 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
             network = result
         elif isinstance(result, Edit) and "edit" in one.gives:
             edit = result if edit is None else edit.then(result)
-            if found := obstacles(model, edit.network, edit.counts):
+            adaptation, found = adapt(model, edit.network, edit.counts)
+            edit = dataclasses.replace(edit, adaptation=adaptation)
+            if found:
                 return edit, found
             if index + 1 < len(passes):  # later passes look at what this edit leaves
-                small = rewrite(model, dataclasses.replace(edit, checked=True))
+                small = rewrite(model, edit)
                 network = _trace(small, network.inputs[0] or network.inputs[1])
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis
-from netsurgery.check import obstacles
+from netsurgery.check import adapt
 from netsurgery.copying import copy_with, like, named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
@@ -18,6 +19,7 @@ from netsurgery.errors import RewriteError
 __all__ = ["rewrite"]
 
 Model = TypeVar("Model", bound=nn.Module)
+_log = logging.getLogger("netsurgery")
 
 
 def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
@@ -31,6 +33,8 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
     Returns:
         The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
         ``in_channels`` in step. Training mode, hooks, requires_grad, dtype, device, memory format and ties stay.
+        A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
+        ``netsurgery`` names these, ``edit.replaced`` says why.
 
     Raises:
         RewriteError: the model's tensors are not those of the edit's network, or its code does not follow the new sizes
@@ -49,7 +53,8 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
         if name not in tensors or tuple(tensors[name].shape) != tuple(axis.size for axis in axes):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise RewriteError(f"the edit is for another model: {name} is {[a.size for a in axes]} there, {found} here")
-    if not edit.checked and (refused := obstacles(model, network, edit.counts)):
+    adaptation, refused = (edit.adaptation, None) if edit.adaptation else adapt(model, network, edit.counts)
+    if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
     places = _Positions({network[name].channel: units for name, units in edit.keep.items()})
@@ -65,6 +70,13 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
     else:
         result = copy_with(model, {id(t): _copy(t, network.axes[name], places) for name, t in tensors.items()})
     follow(result, network, network.sizes(edit.counts))
+    adaptation.carry_out(result)
+    if adaptation.reasons:
+        _log.warning(
+            "rewrote the forward of %d modules whose code hard-codes a size: %s",
+            len(adaptation.reasons),
+            ", ".join(adaptation.reasons),
+        )
     return result
 
 

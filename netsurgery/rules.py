@@ -17,11 +17,12 @@ from torch import fx
 from netsurgery.axes import Axis, channel, concat, cut, find, product
 from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
-__all__ = ["RULES", "SIZED", "Op", "Rule", "apply_rule", "frozen", "table"]
+__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table"]
 
 aten = torch.ops.aten
 Rule = Callable[[Op], Any]
 RULES: dict[Any, tuple[Rule, str]] = {}  # by overload, operator, or name such as "torchvision::nms"
+TAUGHT: dict[Any, tuple[Rule, str]] = {}  # by netsurgery.rule; asked first
 SIZED: dict[Any, frozenset[str]] = {}
 
 
@@ -89,7 +90,7 @@ def find_rule(target: Any) -> Rule:
     base = target._schema.name.removeprefix("aten::")
     if base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
         keys += [getattr(functional, target._overloadname, None), functional]
-    found = next((RULES[key] for key in keys if key in RULES), None)
+    found = next((book[key] for book in (TAUGHT, RULES) for key in keys if key in book), None)
     if found is None:
         pointwise = any(torch.Tag.pointwise in getattr(key, "tags", ()) for key in keys)
         found = RULES["pointwise" if pointwise else "unknown"]
@@ -108,7 +109,10 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
 
 def table() -> list[tuple[str, str]]:
     """Every rule: operator, and what it says."""
-    return sorted((str(one).replace("aten.", ""), says) for one, (_, says) in RULES.items())
+    known = {**RULES, **TAUGHT}
+    return sorted(
+        (str(getattr(one, "__qualname__", one)).replace("aten.", ""), says) for one, (_, says) in known.items()
+    )
 
 
 def frozen(op: Op, why: str) -> Any:
@@ -272,7 +276,7 @@ def aligned(op: Op, tensors: Iterable[Dims], shape: tuple[int, ...]) -> Dims:
 
 
 @rule(
-    aten.clone, aten.detach, aten._to_copy, aten.contiguous, aten.native_dropout, aten.zero, aten.empty_like,
+    aten.clone, aten.detach, aten._to_copy, aten.native_dropout, aten.zero, aten.empty_like,
     aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like,
 )  # fmt: skip
 def same(op: Op) -> Any:
@@ -478,7 +482,7 @@ def select_scatter(op: Op) -> Any:
 # Views ---------------------------------------------------------------------------------------------------------
 
 
-@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, sized=("size",))
+@rule(aten.view, aten._unsafe_view, aten._reshape_alias, sized=("size",))
 def view(op: Op) -> Any:
     """blocks of equal size: their products are the same dimension"""
     shape = op.shapes()[0] or ()
@@ -535,7 +539,7 @@ def expand(op: Op) -> Any:
     ]
 
 
-@rule(aten.permute, aten.transpose, aten.t, aten.numpy_T)
+@rule(aten.permute, aten.transpose, aten.t)
 def permute(op: Op) -> Any:
     """dimensions change places"""
     dims = op.dims(op["self"])
@@ -590,8 +594,8 @@ def stack(op: Op) -> Any:
 
 
 @rule(
-    aten.split, aten.chunk, aten.split_with_sizes, aten.split_copy, aten.split_with_sizes_copy, aten.unsafe_split,
-    aten.unsafe_chunk, aten.unsafe_split_with_sizes, sized=("split_size", "split_sizes"),
+    aten.split, aten.split_with_sizes, aten.unsafe_split,
+    aten.unsafe_split_with_sizes, sized=("split_size", "split_sizes"),
 )  # fmt: skip
 def split(op: Op) -> Any:
     """consecutive parts; parts of equal size keep equal sizes, as chunk would make them"""

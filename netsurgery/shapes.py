@@ -111,14 +111,29 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
 
 
+def _resized(x: Tensor, size: list[int], *_: Any) -> Tensor | None:
+    if x.dim() != 4 or not x.is_contiguous() or min(*size, *x.shape) <= 0:
+        return None
+    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device="meta")
+
+
+def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor | None:
+    return _same(x) if x.dtype.is_floating_point and -x.dim() <= dim < x.dim() else None
+
+
 _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
     aten.addmm.default: _addmm,
     aten.mean.dim: _mean,
+    aten._safe_softmax.default: _softmax,
     **dict.fromkeys(
-        [aten.relu_.default, aten.silu_.default, aten.hardtanh_.default, aten.hardswish_.default, aten.add_.Tensor],
+        [aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default, aten.upsample_nearest2d.default], _resized
+    ),
+    **dict.fromkeys(
+        [aten.relu_.default, aten.silu_.default, aten.hardtanh_.default, aten.hardswish_.default, aten.sigmoid_.default,
+         aten.tanh_.default, aten.add_.Tensor, aten.mul_.Tensor],
         _first,
     ),
     **dict.fromkeys(

@@ -18,18 +18,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
+from netsurgery.leaves import LEAVES, Leaf, leaf_of
+from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.values import Known, TensorMap, Values, draw, needs_values
 
 __all__ = [
+    "RAISED_BY_MODELS",
+    "Call",
     "Inputs",
     "Mode",
+    "Named",
     "Program",
     "Watcher",
     "as_inputs",
@@ -43,12 +47,13 @@ __all__ = [
     "run_guarded",
     "skeleton",
     "tensors_in",
+    "track",
 ]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword inputs of a model
 Mode = Literal["eval", "train"]
 
-_RAISED_BY_MODELS = (
+RAISED_BY_MODELS = (
     RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
@@ -60,20 +65,41 @@ class Program:
 
     ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant it
     uses, and one call_function for each ATen operation. ``constants`` are the tensors the code made itself;
-    ``calls`` holds, for each module that ran, the nodes of its first input and output tensor; ``values`` says which
-    values the code looked at: none, such as are known without running the network, or all.
+    ``calls`` are the runs of its modules, in the order in which they began; ``values`` says which values the code
+    looked at: none, such as are known without running the network, or all.
     """
 
     graph: fx.Graph
     mode: Mode
     constants: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[str, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
     values: Literal["none", "known", "all"] = "none"
+    heard: dict[str, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
 
-    @property
+    @functools.cached_property
     def operations(self) -> list[fx.Node]:
-        """The operations in the order in which the code ran them."""
+        """The ATen operations in order, without those that only pick one result of several."""
         return [n for n in self.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+
+
+@dataclass
+class Call:
+    """One run of a module: operations ``begin`` to ``end``, and what went in and came out, nodes for tensors.
+
+    A parameter or buffer that was handed over stands there as ``Named``.
+    """
+
+    path: str
+    begin: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any = None
+    end: int = -1
+    next: int = -1  # the first call that began after this one ended
+
+
+class Named(str):
+    """A parameter or buffer by its name, where it was handed over as an argument."""
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -190,8 +216,22 @@ class Watcher(TorchDispatchMode):
         """Answer one operation, its arguments without data."""
         raise NotImplementedError
 
-    def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
-        """A module has run."""
+    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module."""
+        self.modules.append(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.modules.pop()
+
+
+def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Show the watcher the run of a module as one operation."""
+    watcher = _get_current_dispatch_mode()
+    if not isinstance(watcher, Watcher):
+        raise TraceError(f"{leaf!r} has no data to run on")
+    with _disable_current_modes():
+        return watcher.see(leaf, watcher.stand_in(leaf.bind(bare, args, kwargs)), {})
 
 
 @functools.cache
@@ -209,6 +249,7 @@ class _Recorder(Watcher):
         self.program, self.names = program, names
         self.nodes: TensorMap[fx.Node] = TensorMap()
         self.parts: TensorMap[tuple[fx.Node, int]] = TensorMap()  # results among several: a node once they are used
+        self.count = 0  # operations so far
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[tensor] = node
@@ -225,15 +266,24 @@ class _Recorder(Watcher):
         self.remember(other, self.node_of(tensor))
         return other
 
-    def returned(self, path: str, given: tuple[Any, ...], out: Any) -> None:
-        first, last = (
-            x if isinstance(x, Tensor) else next((v for v in pytree.tree_leaves(x) if isinstance(v, Tensor)), None)
-            for x in (given[0] if given else None, out)
-        )
-        if path not in self.program.calls and first is not None and last is not None:
-            ends = [self.nodes.get(tensor) or self.part(tensor) for tensor in (first, last)]
-            if ends[0] is not None and ends[1] is not None:
-                self.program.calls[path] = ends[0], ends[1]
+    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls = self.program.calls
+        call = Call(path, self.count, self.known(args), self.known(kwargs))
+        calls.append(call)
+        out = super().call(path, forward, args, kwargs)
+        call.out, call.end, call.next = self.known(out), self.count, len(calls)
+        return out
+
+    def known(self, value: Any) -> Any:
+        """Nodes in the place of tensors."""
+        if isinstance(value, Tensor):
+            found = self.nodes.get(value) or self.part(value)
+            return found if found is not None else Named(self.names.get(id(value), ""))
+        if type(value) in (tuple, list):
+            return type(value)([self.known(item) for item in value])
+        if type(value) is dict:
+            return {key: self.known(item) for key, item in value.items()}
+        return value
 
     def describe(self, node: fx.Node) -> fx.Node:
         node.meta["module"] = self.modules[-1] if self.modules else ""
@@ -253,7 +303,13 @@ class _Recorder(Watcher):
             return None
         whole, index = found
         node = self.program.graph.create_node("call_function", operator.getitem, (whole, index))
-        node.meta.update(shape=tensor.shape, module=whole.meta["module"], where=whole.meta["where"])
+        node.meta.update(
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            layout=(tensor.shape, tensor.stride()),
+            module=whole.meta["module"],
+            where=whole.meta["where"],
+        )
         return self.remember(tensor, node)
 
     def attribute(self, tensor: Tensor) -> fx.Node:
@@ -262,7 +318,7 @@ class _Recorder(Watcher):
             name = f"constant:{len(self.program.constants)}"
             self.program.constants[name] = self.reals.get(id(tensor), tensor)
         node = self.describe(self.program.graph.get_attr(name))
-        node.meta["shape"] = tensor.shape
+        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=(tensor.shape, tensor.stride()))
         return self.remember(tensor, node)
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -281,13 +337,14 @@ class _Recorder(Watcher):
             raise TraceError(
                 f"{place} cannot run on {data}shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
             ) from error
+        self.count += 1
         graph = self.program.graph
         node = self.describe(graph.create_node("call_function", func, *nodes))
         node.meta["shape"] = None
         if decided is not None:
             node.meta["decided"] = decided
         if isinstance(out, Tensor):
-            node.meta.update(shape=out.shape, layout=(out.shape, out.stride()))
+            node.meta.update(shape=out.shape, layout=(out.shape, out.stride()), dtype=out.dtype)
             self.remember(out, node)
         elif isinstance(out, list | tuple):
             node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
@@ -315,15 +372,9 @@ def _shapes(value: Any) -> str:
 
 def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        watcher.modules.append(path)
-        try:
-            out = forward(*args, **kwargs)
-            watcher.returned(path, args, out)
-            return out
-        finally:
-            watcher.modules.pop()
+        return watcher.call(path, forward, args, kwargs)
 
-    run.__wrapped__ = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
+    run.__wrapped__ = run.untracked = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
     return run
 
 
@@ -362,7 +413,10 @@ def skeleton(
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
     bare = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
-    for module in named_modules(bare).values():
+    originals = named_modules(model)
+    for path, module in named_modules(bare).items():
+        if type(module) in LEAVES:
+            module.__dict__["forward"] = functools.partial(_run_leaf, leaf_of(originals[path]), module)
         module.training = mode == "train" and trains_otherwise(module)
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
@@ -375,83 +429,28 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Posing(TorchFunctionMode):
-    """Lets tensors without data pass for tensors of the model's device, whose values Python can read."""
-
-    def __init__(self, watcher: Watcher, device: torch.device):
-        super().__init__()
-        self.watcher = watcher
-        kind = device.type
-        self.answers = {
-            torch.Tensor.device.__get__: device,
-            torch.Tensor.is_meta.__get__: kind == "meta",  # type: ignore[attr-defined]
-            torch.Tensor.is_cpu.__get__: kind == "cpu",  # type: ignore[attr-defined]
-            torch.Tensor.is_cuda.__get__: kind == "cuda",  # type: ignore[attr-defined]
-        }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.answers and func not in _POSED:
-            return func(*args, **kwargs)
-        bare = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
-        if bare and func in self.answers:
-            return self.answers[func]
-        if bare and func in _MOVES:
-            return args[0]
-        if bare and func is torch.Tensor.to:
-            return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
-        if bare and func in _READS:
-            return func(self.watcher.read(args[0]), *args[1:], **kwargs)
-        if func in _INDEXES:
-            where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(map(self.listed, where)), *args[2:])
-        elif func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
-            kwargs = {"dtype": args[0].dtype, **kwargs}
-            func, args = torch.tensor, args[1:]
-        if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
-            args = self.legible(args)
-            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
-        return func(*args, **kwargs)
-
-    def legible(self, value: Any) -> Any:
-        """Numbers in place of tensors without data."""
-        return pytree.tree_map_only(Tensor, lambda t: self.watcher.read(t).tolist() if t.is_meta else t, value)
-
-    def listed(self, index: Any) -> Any:
-        """An index that lists positions, as a tensor that has data."""
-        if not isinstance(index, list | range) or any(isinstance(i, slice | None | list) for i in index):
-            return index
-        found = torch.tensor(self.legible(list(index)))
-        return found if found.numel() else found.long()
-
-
-_INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
-_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
-_MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
-_POSED = {*_READS, *_MOVES, *_INDEXES, torch.Tensor.to, torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
-
-
-def _nowhere(value: Any) -> Any:
-    """An argument that says where, without a place that has data."""
-    return torch.device("meta") if isinstance(value, str | torch.device) else value
-
-
 def home(model: nn.Module) -> torch.device:
     """The device of a model."""
     return next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
 
 
+def track(bare: nn.Module, watcher: Watcher) -> None:
+    """Let a watcher know of each run of the modules of a skeleton."""
+    for path, module in named_modules(bare).items():
+        forward = module.__dict__.get("forward", module.forward)
+        module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, watcher)
+
+
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
     """Run a skeleton under a watcher, with tensors without data that say they are on ``device``."""
-    for path, module in named_modules(bare).items():
-        module.__dict__["forward"] = _tracked(module.forward, path, watcher)
+    track(bare, watcher)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if watcher.values is not None:
                 stack.enter_context(_own_random_numbers(device))
-            stack.enter_context(_Posing(watcher, device))
+            stack.enter_context(Posing(watcher.read, device))
             stack.enter_context(watcher)
             return bare(*inputs[0], **inputs[1])
     finally:
@@ -493,7 +492,8 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None)
     given = tensors_in(on_meta_inputs)
     for index, tensor in enumerate(given):
         node = program.graph.placeholder(f"input_{index}")
-        node.meta.update(shape=tensor.shape, module="", where=None)
+        layout = tensor.shape, tensor.stride()
+        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
         recorder.remember(tensor, node)
     out = run_guarded(bare, recorder, on_meta_inputs, home(model))
     results = [recorder.node_of(recorder.stand_in(tensor)) for tensor in tensors_in(out)]
@@ -544,7 +544,7 @@ def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch
     """Run a skeleton; whatever its own code raises becomes a TraceError that says where."""
     try:
         return run_skeleton(bare, watcher, inputs, device)
-    except _RAISED_BY_MODELS as error:
+    except RAISED_BY_MODELS as error:
         raise TraceError(_explain(bare, error, inputs)) from error
 
 

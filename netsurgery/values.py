@@ -20,6 +20,7 @@ from netsurgery.axes import Axis, find
 from netsurgery.shapes import infer
 
 __all__ = [
+    "VIEWS",
     "Known",
     "TensorMap",
     "Values",
@@ -28,6 +29,7 @@ __all__ = [
     "draw",
     "flat",
     "is_number",
+    "laid_out",
     "needs_values",
     "select",
     "spread",
@@ -37,6 +39,7 @@ __all__ = [
 T = TypeVar("T")
 
 _BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -115,6 +118,10 @@ def _parts(out: Any) -> list[Any]:
     return list(out) if isinstance(out, list | tuple) else [out]
 
 
+def _writes(func: Any) -> bool:
+    return getattr(func._schema, "is_mutable", False)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
@@ -161,10 +168,15 @@ def select(tensor: Tensor, dims: tuple[Axis, ...], units: Callable[[Axis], Tenso
     return tensor.clone()
 
 
+def laid_out(func: Any) -> Any:
+    """An operation that does not mind how the memory of its argument is laid out."""
+    return torch.ops.aten.reshape if func in VIEWS else func
+
+
 def answer(func: Any, args: Any, kwargs: dict[str, Any], decided: Any) -> Any:
     """The result of an operation as it was decided; numbers that go with a choice are those of the new arguments."""
     schema = func._schema
-    if schema.is_mutable:
+    if _writes(func):
         return args[0].copy_(decided)
     if not isinstance(decided, list) or None not in decided:
         return decided
@@ -224,11 +236,11 @@ class Values:
         for tensor in self.written(func, args, kwargs):
             self.own(tensor)
         args, kwargs = self.reals(args, kwargs)
-        return func(*args, **kwargs)
+        return laid_out(func)(*args, **kwargs)
 
     def written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors of known value that an operation writes to."""
-        if not func._schema.is_mutable:
+        if not _writes(func):
             return []
         given = [
             args[i] if i < len(args) else kwargs.get(a.name)
@@ -309,7 +321,7 @@ class Known(Values):
                 self.forget(value)
             return self.like(func, args, kwargs)
         decided = told(node, units)
-        if func._schema.is_mutable:
+        if _writes(func):
             for value in written:
                 value.copy_(decided)
             return infer(func, args, kwargs)

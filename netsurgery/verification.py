@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from netsurgery.alongside import Alongside, LeftPath
 from netsurgery.axes import Axis, find
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
@@ -30,7 +31,6 @@ from netsurgery.tracing import (
     TRANSPARENT,
     Inputs,
     Program,
-    Watcher,
     as_inputs,
     bare_inputs,
     format_where,
@@ -43,7 +43,7 @@ from netsurgery.tracing import (
     tensors_in,
     trains_otherwise,
 )
-from netsurgery.values import Values, answer, draw, flat, is_number, select, told
+from netsurgery.values import Values, answer, draw, flat, is_number, laid_out, select, told
 
 __all__ = ["permuted_difference", "replay", "silenced", "verify"]
 
@@ -166,25 +166,26 @@ def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
             module.training = training
 
 
-class _Follower(Watcher):
-    """Runs a model's code along the path of a recorded run, and notes the numbers that decisions are taken from."""
+class _Follower(Alongside):
+    """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from."""
 
     def __init__(self, program: Program, values: Values, units: Units):
-        super().__init__(values)
-        self.nodes, self.own, self.units = iter(program.operations), values, units
+        super().__init__(program, values)
+        self.own, self.units = values, units
         self.numbers: list[Tensor] = []
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        node = next(self.nodes, None)
-        if node is None or node.target is not func:
-            place = format_where(location())
-            raise InputError(f"the small model runs {func} {place} where {node.target if node else 'nothing'} ran")
-        if "decided" not in node.meta:
+        try:
+            node = self.expected(func)
+        except LeftPath as error:
+            raise InputError(
+                f"the small model does not do what the original did {format_where(location())}: {error}"
+            ) from error
+        if node is None or "decided" not in node.meta:
             return self.own.keep(func, args, kwargs, self.own.run(func, args, kwargs))
         reals = self.own.reals(args, kwargs)
         self.numbers.extend(t.clone() for t in flat([*reals[0], *reals[1].values()]) if is_number(t))
-        real = answer(func, *reals, told(node, self.units))
-        return self.own.keep(func, args, kwargs, real)
+        return self.own.keep(func, args, kwargs, answer(func, *reals, told(node, self.units)))
 
 
 def follow(model: nn.Module, program: Program, inputs: Inputs, units: Units) -> tuple[list[Tensor], list[Tensor]]:
@@ -299,7 +300,7 @@ def replay(
                         numbers.extend((s, values[s].clone()) for s in sources if is_number(values[s]))
                     values[node] = answer(node.target, args, kwargs, told(node, units or _units({})))
                 else:
-                    values[node] = node.target(*args, **kwargs)
+                    values[node] = laid_out(node.target)(*args, **kwargs)
             if after is not None and node.op != "output":
                 values[node] = after(node, values, values[node])
     raise AssertionError("a recorded graph ends in its output")

@@ -42,6 +42,8 @@ class PruneChannels(Pass):
         multiple_of: the number of units that stay in a group is a multiple of this, or the group stays whole.
         min_channels: at least so many units stay in each group.
         max_ratio: at most this share of each group is removed.
+        unit: which sort of units may go: "head" (whole attention heads), "head_dim" (dimensions within heads),
+            "channel" (all others), or "any".
         include: name patterns of modules (``layer3.*``); only units that a matching module produces or carries go.
         exclude: likewise; no unit goes that a matching module produces or carries. Patterns match what is inside too.
         normalize: how scores of different groups are made comparable when the scope is global: divided by their
@@ -68,6 +70,7 @@ class PruneChannels(Pass):
     multiple_of: int = 1
     min_channels: int = 1
     max_ratio: float = 1.0
+    unit: Literal["any", "channel", "head", "head_dim"] = "any"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     normalize: Literal["mean", "max", "sum", "none"] = "mean"
@@ -92,6 +95,8 @@ class PruneChannels(Pass):
                 )
         if self.scope not in ("layer", "global"):
             raise InputError(f"PruneChannels(scope='{self.scope}'): 'layer' or 'global'")
+        if self.unit not in ("any", "channel", "head", "head_dim"):
+            raise InputError(f"PruneChannels(unit='{self.unit}'): 'any', 'channel', 'head' or 'head_dim'")
         if self.normalize not in ("mean", "max", "sum", "none"):
             raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'mean', 'max', 'sum' or 'none'")
         if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= self.max_ratio <= 1:
@@ -173,7 +178,9 @@ class PruneChannels(Pass):
         return {
             group.name: group
             for group in network.prunable
-            if (not self.include or hit(group, self.include)) and not hit(group, self.exclude)
+            if self.unit in ("any", group.unit)
+            and (not self.include or hit(group, self.include))
+            and not hit(group, self.exclude)
         }
 
     def _checked(self, network: Network, group: Group) -> Tensor:

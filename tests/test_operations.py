@@ -1,4 +1,4 @@
-"""Every operation that has a rule: a small network around it, random removals, and which of its groups can lose units."""
+"""Every operation that has a rule: a network around it, random removals, and which of its groups can lose units."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ def put(h: Tensor, *index: Any) -> Tensor:
 
 
 I3 = torch.tensor([2, 0, 1])
+NEAREST = ("nearest", "nearest-exact")
 POSITIONS = torch.tensor([[0, 3, 1], [2, 2, 4]])
 
 CASES: dict[str, Case] = {
@@ -94,7 +95,11 @@ CASES: dict[str, Case] = {
     "tril of features": rows(lambda m, h: h.mT @ h @ torch.ones(8, 8).double().tril(), "", APART),
     "diagonal": rows(lambda m, h: h + (h @ h.mT).diagonal(0, 1, 2)[..., None], "a"),
     "diagonal of features": rows(lambda m, h: (h.mT @ h).diagonal(0, 1, 2), "", APART),
-    "counting": rows(lambda m, h: h + torch.arange(5)[:, None] + torch.linspace(0, 1, 5)[:, None], "a"),
+    "counting": rows(
+        lambda m, h: h + torch.arange(5)[:, None] + torch.linspace(0, 1, 5)[:, None] + torch.eye(5)[:, :1]
+        + torch.logspace(0, 1, 5)[:, None]
+        + torch.tril_indices(5, 5).sum() + torch.triu_indices(5, 5).sum(), "a"
+    ),
     "counted features": rows(lambda m, h: h + torch.arange(8), "", APART),
     "select and unbind": rows(lambda m, h: h[:, -1] + h.unbind(1)[2], "a"),
     "meshgrid": rows(lambda m, h: h + torch.meshgrid(h[0, :, 0], h[1, 0], indexing="ij")[1], "", APART),
@@ -102,7 +107,7 @@ CASES: dict[str, Case] = {
     "every second feature": rows(lambda m, h: h[..., ::2] * h[..., 1::2], "a", z=lin(4, 3)),
     "every third of 8": rows(lambda m, h: h[..., ::3], "", APART, z=lin(3, 3)),
     "patch merging": Case(
-        lambda m, x: m.z(torch.cat([(h := m.a(x))[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)),
+        lambda m, x: m.z(torch.cat([m.a(x)[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)),
         {"a": lin(3, 8), "z": lin(32, 3)}, "a", (2, 4, 4, 3),
     ),
     # indices
@@ -148,9 +153,10 @@ CASES: dict[str, Case] = {
     # reductions over units: those that are gone are left out
     "reductions": rows(
         lambda m, h: torch.stack([f(h.abs() + 1) for f in (
-            lambda t: t.sum(-1), lambda t: t.mean(-1), lambda t: t.amax(-1), lambda t: -(-t).amin(-1), lambda t: t.prod(-1),
-            lambda t: t.max(-1)[0], lambda t: t.min(-1)[0], lambda t: (t > 1.2).all(-1), lambda t: (t > 1.5).any(-1),
-        )], -1), "a", z=lin(9, 3)
+            lambda t: t.sum(-1), lambda t: t.mean(-1), lambda t: t.amax(-1), lambda t: -(-t).amin(-1),
+            lambda t: t.prod(-1), lambda t: t.max(-1)[0], lambda t: t.min(-1)[0], lambda t: t.nansum(-1),
+            lambda t: (t > 1.2).all(-1), lambda t: (t > 1.5).any(-1),
+        )], -1), "a", z=lin(10, 3)
     ),
     "norms of units": rows(
         lambda m, h: torch.stack([f(h) for f in (
@@ -167,7 +173,9 @@ CASES: dict[str, Case] = {
     ),
     "over everything": rows(lambda m, h: h * h.max() + h.min() + h.mean() + h.norm(), "a"),
     "a maximum whose place is used": rows(lambda m, h: h + h.max(-1, True)[0] + h.max(-1, True)[1], "", APART),
-    "normalize and cosine": rows(lambda m, h: F.normalize(h, dim=-1) + F.cosine_similarity(h, h * h, -1)[..., None], "a"),
+    "normalize and cosine": rows(
+        lambda m, h: F.normalize(h, dim=-1) + F.cosine_similarity(h, h * h, -1)[..., None], "a"
+    ),
     "softmax": rows(lambda m, h: h.softmax(-1) + h.log_softmax(-1).exp(), "a"),
     # contractions
     "einsum": Case(
@@ -177,17 +185,21 @@ CASES: dict[str, Case] = {
         {"a": lin(4, 12), "b": lin(4, 12), "c": lin(4, 6), "z": lin(6, 3)}, "a", ROWS,
     ),
     "einsum of relative positions": Case(
-        lambda m, x: m.z(torch.einsum("byhwc,hkc->byhwk", m.a(x)[:, None, :, None], m.t.weight.view(5, 7, -1)).flatten(1)),
-        {"a": lin(4, 8), "t": nn.Linear(8, 35), "z": lin(35, 3)}, "a", (2, 5, 4),
+        lambda m, x: m.z(torch.einsum("bhwc,hkc->bhwk", m.a(x)[:, :, None], m.t.weight.view(5, 7, -1)).flatten(1)),
+        {"a": lin(4, 8), "t": nn.Linear(8, 35), "z": lin(35, 3)}, "a",
     ),
     "added products": Case(
-        lambda m, x: m.z(torch.baddbmm(m.b(x), m.a(x), m.a(x).mT @ m.b(x)) + torch.addbmm(m.b(x)[0], m.a(x), m.a(x).mT @ m.b(x))),
+        lambda m, x: m.z(sum(f(y, h := m.a(x), h.mT @ m.b(x)) for f, y in (
+            (torch.baddbmm, m.b(x)), (torch.baddbmm, m.b(x)[:1, :1]), (torch.addbmm, m.b(x)[0]),
+        ))),
         {"a": lin(4, 8), "b": lin(4, 6), "z": lin(6, 3)}, "a b",
     ),
     "added vectors": Case(
-        lambda m, x: m.z(torch.addr(m.b(x)[0], m.a(x)[0] @ m.a(x)[0, 0], m.b(x)[0, 0]) + torch.outer(
-            torch.addmv(m.b(x)[0, :, 0], m.a(x)[0], m.a(x)[1, 1]), m.b(x)[1, 1]) * torch.vdot(m.a(x)[0, 0], m.a(x)[1, 0])),
-        {"a": lin(4, 8), "b": lin(4, 6), "z": lin(6, 3)}, "a", why=APART,
+        lambda m, x: (lambda g, h: m.z(
+            torch.addr(h[0], g[0] @ g[0, 0], h[0, 0])
+            + torch.outer(torch.addmv(x[0, :, 0], g[0], g[1, 1]), h[1, 1]) * torch.vdot(g[0, 0], g[1, 0])
+        ))(m.a(x), m.b(x)),
+        {"a": lin(4, 8), "b": lin(4, 6), "z": lin(6, 3)}, "a b",
     ),
     "bilinear": Case(
         lambda m, x: m.z(m.c(m.a(x), m.b(x))),
@@ -200,7 +212,9 @@ CASES: dict[str, Case] = {
         lambda m, h: torch.tensordot(h, h[0], ([1], [0])).sum(1) + torch.kron(h[:, 0], torch.ones(1, 1).double()), "a"
     ),
     # complex numbers
-    "fft over positions": rows(lambda m, h: torch.fft.irfft2(torch.fft.rfft2(h, dim=(0, 1)), s=(2, 5), dim=(0, 1)), "a"),
+    "fft over positions": rows(
+        lambda m, h: torch.fft.irfft2(torch.fft.rfft2(h, dim=(0, 1)), s=(2, 5), dim=(0, 1)), "a"
+    ),
     "fft in two steps": image(lambda m, h: torch.fft.ifft2(torch.fft.fft2(h) * 2).real + h, "a"),
     "fft over features": rows(lambda m, h: torch.fft.fft(h).abs(), "", APART),
     "rotary, complex": rows(
@@ -208,7 +222,9 @@ CASES: dict[str, Case] = {
             torch.view_as_complex(h.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(5, 1), torch.arange(5.0)[:, None])
         ).flatten(2), "a"
     ),
-    "complex": rows(lambda m, h: (torch.complex(h, h * 2).conj() * torch.complex(h, h)).real + torch.complex(h, h).abs(), "a"),
+    "complex": rows(
+        lambda m, h: (torch.complex(h, h * 2).conj() * torch.complex(h, h)).real + torch.complex(h, h).abs(), "a"
+    ),
     # windows
     "unfold and fold": image(lambda m, h: F.fold(F.unfold(h, 3, padding=1), (8, 8), 3, padding=1), "a"),
     "im2col into a linear layer": Case(
@@ -219,8 +235,9 @@ CASES: dict[str, Case] = {
     "pixel unshuffle": image(lambda m, h: F.pixel_unshuffle(h, 2), "a", z=conv(32, 2, 1)),
     "pixel shuffle": image(lambda m, h: F.pixel_shuffle(h, 2), "a", a=conv(3, 32, 1)),
     "grid": image(
-        lambda m, h: F.grid_sample(h, F.affine_grid(m.t.weight.view(1, 2, 3).expand(2, -1, -1), (2, 8, 5, 6), False), align_corners=False),
-        "a", t=lin(3, 2),
+        lambda m, h: F.grid_sample(
+            h, F.affine_grid(m.t.weight.expand(2, -1, -1), (2, 8, 5, 6), False), align_corners=False
+        ), "a", t=lin(3, 2),
     ),
     "unpool": image(lambda m, h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2), "a"),
     "resize": image(
@@ -231,16 +248,31 @@ CASES: dict[str, Case] = {
         ), "a"
     ),
     "resize sequences": Case(
-        lambda m, x: m.z(sum(F.interpolate(m.a(x), 9, mode=mode) for mode in ("nearest", "nearest-exact", "linear", "area"))),
+        lambda m, x: m.z(sum(F.interpolate(m.a(x), 9, mode=mode) for mode in (*NEAREST, "linear", "area"))),
         {"a": nn.Conv1d(3, 8, 1), "z": nn.Conv1d(8, 2, 1)}, "a", (2, 3, 6),
     ),
     "resize volumes": Case(
-        lambda m, x: m.z(sum(F.interpolate(m.a(x), (3, 5, 4), mode=mode) for mode in ("nearest", "nearest-exact", "trilinear", "area"))),
+        lambda m, x: m.z(sum(F.interpolate(m.a(x), (3, 5, 4), mode=mode) for mode in (*NEAREST, "trilinear", "area"))),
         {"a": nn.Conv3d(3, 8, 1), "z": nn.Conv3d(8, 2, 1)}, "a", (2, 3, 4, 4, 4),
     ),
     "pads": image(
-        lambda m, h: sum(F.pad(h, (1, 2, 2, 1), mode=mode) for mode in ("constant", "reflect", "replicate", "circular")), "a"
+        lambda m, h: sum(F.pad(h, (1, 2, 2, 1), mode) for mode in ("constant", "reflect", "replicate", "circular")), "a"
     ),
+    "sequences": Case(
+        lambda m, x: m.z(sum(F.pad(F.max_pool1d(m.a(x), 2), (1, 2), mode) for mode in ("reflect", "replicate"))),
+        {"a": nn.Conv1d(3, 8, 1), "z": nn.Conv1d(8, 2, 1)}, "a", (2, 3, 6),
+    ),
+    "volumes": Case(
+        lambda m, x: m.z(sum(F.grid_sample(h, x.movedim(1, -1), align_corners=False) for h in (
+            F.pad(m.a(x), (1,) * 6, "reflect"), F.pad(m.a(x), (1,) * 6, "replicate"), F.adaptive_max_pool3d(m.a(x), 3),
+            F.max_unpool3d(*F.max_pool3d(m.a(x), 2, return_indices=True), 2),
+        ))),
+        {"a": nn.Conv3d(3, 8, 1), "z": nn.Conv3d(8, 2, 1)}, "a", (2, 3, 4, 4, 4),
+    ),
+    "fractional pooling": image(
+        lambda m, h: F.fractional_max_pool2d(h, 2, 4, _random_samples=h.new_full((*h.shape[:2], 2), 0.4)), "a"
+    ),
+    "channel shuffle": image(lambda m, h: F.channel_shuffle(h, 2) + torch.native_channel_shuffle(h, 2), "a:2"),
     "power pooling": image(lambda m, h: F.lp_pool2d(h, 2, 2), "a"),
     "local response norm": image(lambda m, h: F.local_response_norm(h, 3), "", "aten.avg_pool3d"),
     # convolutions
@@ -257,39 +289,66 @@ CASES: dict[str, Case] = {
         "a:2 w", APART, b=conv(8, 36, 3, padding=1), w=conv(8, 6, 3, bias=False), z=conv(6, 2, 1),
     ),
     "regions": image(
-        lambda m, h: torchvision.ops.roi_align(h, m.r.weight.abs(), 3) + torchvision.ops.roi_pool(h, m.r.weight.abs(), 3),
+        lambda m, h: sum(f(h, m.r.weight.abs(), 3) for f in (torchvision.ops.roi_align, torchvision.ops.roi_pool)),
         "a", APART, r=lin(5, 4),
     ),
     "regions by position": image(
-        lambda m, h: torchvision.ops.ps_roi_align(h, m.r.weight.abs().cumsum(1), 2), "a", "", r=lin(5, 4), z=conv(2, 2, 1)
+        lambda m, h: sum(
+            f(h, m.r.weight.abs().cumsum(1), 2) for f in (torchvision.ops.ps_roi_align, torchvision.ops.ps_roi_pool)
+        ),
+        "a", r=lin(5, 4), z=conv(2, 2, 1),
     ),
     # norms
     "group norm": image(lambda m, h: m.b(h), "a a:2", b=nn.GroupNorm(4, 8)),
     "instance norm": image(lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True)),
-    "running instance norm": image(lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+    "layer norm": rows(lambda m, h: F.layer_norm(h, h.shape[-1:], m.b.weight[0], m.b.weight[1]), "a", b=lin(8, 2)),
+    "running instance norm": image(
+        lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    ),
+    "rms norm module": rows(lambda m, h: m.b(h), "a", b=nn.RMSNorm(8)),
     "rms norm": rows(lambda m, h: F.rms_norm(h, h.shape[-1:], m.b.weight[0]), "a", b=lin(8, 1)),
     # parametrisations
     "weight norm": rows(
-        lambda m, h: m.b(h), "a b.parametrizations.weight", b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), z=lin(6, 3)
+        lambda m, h: m.b(h), "a b.parametrizations.weight", z=lin(6, 3),
+        b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)),
     ),
     "weight norm per input": rows(
-        lambda m, h: m.b(h), "a b.parametrizations.weight", b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6), dim=1), z=lin(6, 3)
+        lambda m, h: m.b(h), "a b.parametrizations.weight", z=lin(6, 3),
+        b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6), dim=1),
     ),
     "spectral norm": rows(
-        lambda m, h: m.b(h), "a b.parametrizations.weight", b=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)), z=lin(6, 3)
+        lambda m, h: m.b(h), "a b.parametrizations.weight", z=lin(6, 3),
+        b=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)),
     ),
     # in place, and pointwise
     "in place": rows(
-        lambda m, h: h.clone().index_add_(1, I3, h[:, :3]).scatter_(1, POSITIONS[:, :1, None].expand(-1, -1, h.shape[-1]), h)
-        .tril_().cumsum_(1).squeeze_().unsqueeze_(0).squeeze_(0).transpose_(0, 1).transpose_(0, 1).masked_fill_(h > 1, 2.0),
-        "", APART,
+        lambda m, h: h.clone().index_add_(1, I3, h[:, :3])
+        .scatter_(1, POSITIONS[:, :1, None].expand(-1, -1, h.shape[-1]), h)
+        .cumsum_(1).unsqueeze_(0).squeeze_(0).transpose_(0, 1).transpose_(0, 1).masked_fill_(h > 1, 2.0).relu_(), "a",
     ),
     "pointwise": rows(
         lambda m, h: torch.where(h > 0, h, 0.5) + torch.addcmul(h, h, h) + torch.lerp(h, h * h, 0.3) + h.nan_to_num()
-        + torch.addcdiv(h, h, h.exp()) + F.rrelu(h) + F.softplus(h).clamp_(0.1, 2) + F.mish(h, True) + F.glu(h, 0).repeat(2, 1, 1),
-        "a",
+        + torch.addcdiv(h, h, h.exp()) + F.rrelu(h) + F.softplus(h).clamp_(0.1, 2) + F.mish(h, True)
+        + F.glu(h, 0).repeat(2, 1, 1), "a",
     ),
-    "complements": rows(lambda m, h: h.masked_fill(h > 0, 0.5).masked_scatter(h[:, :, :1] > 1, h[:, :, :1]), "", "no rule"),
+    "no rule": rows(lambda m, h: h.masked_scatter(h[..., :1] > 1, h), "", "netsurgery.rule teaches one): aten"),
+    "lstm": rows(
+        lambda m, h: m.b(h)[0], "a b", b=nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True), z=lin(12, 3)
+    ),
+    "lstm with a projection": rows(lambda m, h: m.b(h)[0], "a b b:2", b=nn.LSTM(8, 6, proj_size=2), z=lin(2, 3)),
+    "gru": rows(lambda m, h: m.b(h)[0], "a b", b=nn.GRU(8, 6, 2, batch_first=True), z=lin(6, 3)),
+    "rnn": rows(lambda m, h: m.b(h)[1][0], "a b", b=nn.RNN(8, 6, bidirectional=True), z=lin(6, 3)),
+    "cells": rows(
+        lambda m, h: m.c(m.b(h[:, 0])[0]), "a b c", b=nn.LSTMCell(8, 6), c=nn.GRUCell(6, 7), z=lin(7, 3)
+    ),
+    "a lstm cell": rows(
+        lambda m, h: torch.lstm_cell(h[:, 0], (h.new_zeros(2, m.c.weight.shape[1]),) * 2, m.b.weight, m.c.weight)[0],
+        "a b", b=lin(8, 24), c=lin(6, 24), z=lin(6, 3),
+    ),
+    "a gru cell": rows(
+        lambda m, h: torch.gru_cell(h[:, 0], h.new_zeros(2, m.c.weight.shape[1]), m.b.weight, m.c.weight, m.b.bias),
+        "a b", b=lin(8, 18), c=lin(6, 18), z=lin(6, 3),
+    ),
 }  # fmt: skip
 
 
@@ -315,3 +374,19 @@ def test_operation(name: str) -> None:
     if case.free:
         for seed in range(2):
             check(model, (x,), 1e-9, seed)
+
+
+def test_random_numbers_have_the_units_of_what_they_fill() -> None:
+    def run(m: Any, h: Tensor) -> Tensor:
+        for fill in ("bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "log_normal_", "zero_"):
+            h = h + getattr(torch.empty_like(h), fill)()
+        for like in (torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like):
+            h = h * like(h)
+        for new in (torch.rand, torch.randn, torch.ones, h.new_ones, h.new_empty):
+            h = h - new(h.shape).geometric_(0.5)
+        h = h + torch.full_like(h, 2) * torch.randint_like(h, 3) + torch.randint(3, h.shape) - torch.full(h.shape, 0.5)
+        return F.dropout(h, 0.5, training=True).fill_(1) + h.softmax(1).mT[0].multinomial(2).sum() + torch.randperm(1)
+
+    case = rows(run, "a")
+    model = Net(case.run, **case.parts)
+    assert [group.name for group in netsurgery.trace(model, torch.rand(2, 5, 4)).prunable] == ["a"]

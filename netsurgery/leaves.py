@@ -1,0 +1,105 @@
+"""Modules that are recorded as one operation, because ``netsurgery.rule`` has said what they do."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netsurgery.errors import InputError
+
+__all__ = ["LEAVES", "Leaf", "arguments_of", "leaf_of"]
+
+Shape = tuple[int, ...]
+
+#: By class: the shapes of the results, from the module and the shapes of its arguments by name.
+LEAVES: dict[type[nn.Module], Callable[[nn.Module, dict[str, Shape]], Sequence[Shape]]] = {}
+
+
+def arguments_of(kind: type[nn.Module]) -> list[str]:
+    """The names of the inputs of a class of modules, in the order of its ``forward``.
+
+    Raises:
+        ValueError: it takes ``*args`` or ``**kwargs``, which have no names.
+    """
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise ValueError(f"{kind.__name__}.forward takes *args or **kwargs: its inputs need names")
+    return [p.name for p in parameters]
+
+
+class Leaf:
+    """Stands in a recorded graph where an ATen operation would: its own tensors are arguments like its inputs.
+
+    Without data it returns what its rule says of the copy that ran last, which may have other sizes; with data it is
+    the module itself, in eval mode.
+    """
+
+    def __init__(self, module: nn.Module):
+        kind: Any = type(module)
+        self._module = weakref.ref(module)
+        self.copy: nn.Module | None = None
+        self.__name__: str = kind.__name__
+        self.__module__ = kind.__module__
+        self.overloadpacket, self.tags = kind, ()
+        self.own = list(_tensors(module))
+        self.inputs = arguments_of(kind)
+        arguments = [SimpleNamespace(name=name, default_value=None, alias_info=None) for name in self.own + self.inputs]
+        self._schema = SimpleNamespace(name=kind.__name__, arguments=arguments)
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        module = self._module()
+        if module is None:
+            raise InputError(f"the model that was traced is gone, and with it the code of {self!r}")
+        return module
+
+    def bind(self, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments of one call of a copy of the module."""
+        self.copy = copy
+        bound = inspect.signature(type(copy).forward).bind(copy, *args, **kwargs)
+        bound.apply_defaults()
+        return *_tensors(copy).values(), *(bound.arguments[name] for name in self.inputs)
+
+    def __call__(self, *values: Any) -> Any:
+        given = dict(zip(self.own + self.inputs, values, strict=True))
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            shapes = LEAVES[self.overloadpacket](
+                self.copy or self.module, {n: tuple(t.shape) for n, t in tensors.items()}
+            )
+            dtype = next(t.dtype for name, t in reversed(tensors.items()) if t.is_floating_point())
+            out = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            return out[0] if len(out) == 1 else tuple(out)
+        modes = {part: part.training for part in self.module.modules()}
+        try:
+            self.module.eval()
+            own = {name.removeprefix("self."): given[name] for name in self.own}
+            return torch.func.functional_call(self.module, own, tuple(given[name] for name in self.inputs))
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+
+_LEAF_OF: weakref.WeakKeyDictionary[nn.Module, Leaf] = weakref.WeakKeyDictionary()
+
+
+def leaf_of(module: nn.Module) -> Leaf:
+    """The operation that a module is: the same one in each run."""
+    if module not in _LEAF_OF or _LEAF_OF[module].own != list(_tensors(module)):
+        _LEAF_OF[module] = Leaf(module)
+    return _LEAF_OF[module]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module: ``self.weight``, ..."""
+    return {f"self.{name}": t for name, t in (*module.named_parameters(), *module.named_buffers())}

@@ -1,0 +1,608 @@
+"""Hear what a module's own code does, call by call, with integers that remember where they come from.
+
+The module is run alone on tensors without data. Calls of torch functions in its own code become nodes of a
+``torch.fx`` graph; its submodules stay whole. An integer read from a shape or from an attribute of the module is
+a ``Number``: a node of the graph too, whatever is computed from it. Where an argument is the size of a dimension,
+the node says of which (``node.meta["sizes"]``), so that it can be worked out anew for other sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import _pytree as pytree
+
+from netsurgery.axes import Axis, channel, concat
+from netsurgery.shapes import infer
+from netsurgery.tracing import Call, Named, Program, Watcher, skeleton, track
+
+__all__ = ["Deaf", "hear"]
+
+
+class Deaf(Exception):
+    """The code of a module does something that a graph of torch functions cannot express."""
+
+
+class Number(int):
+    """An integer, and the node of the graph that computes it."""
+
+    node: fx.Node
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+    def __getnewargs__(self) -> tuple[int]:
+        return (int(self),)
+
+
+def _number(value: int, node: fx.Node) -> Number:
+    number = Number(value)
+    number.node = node
+    node.meta["value"] = int(value)
+    return number
+
+
+def _nodes(value: Any) -> Any:
+    return value.node if isinstance(value, Number) else value
+
+
+def _computed(function: Callable[..., Any], reverse: bool = False) -> Callable[..., Any]:
+    """Arithmetic: the result of integers remembers how it came about; one with a fraction is settled."""
+
+    def compute(self: Number, *others: Any) -> Any:
+        operands = (*others, self) if reverse else (self, *others)
+        if not all(isinstance(o, int) for o in others):
+            return NotImplemented if others and not isinstance(others[0], float) else _settle(function, operands)
+        value = function(*[int(o) for o in operands])
+        if not isinstance(value, int):
+            return _settle(function, operands)
+        return _number(value, self.node.graph.call_function(function, tuple(map(_nodes, operands))))
+
+    return compute
+
+
+def _settle(function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    plain = [int(o) if isinstance(o, Number) else o for o in operands]
+    for operand in operands:
+        if isinstance(operand, Number):
+            _guard(operator.eq, operand, int(operand))
+    return function(*plain)
+
+
+def _compared(function: Callable[..., bool]) -> Callable[..., Any]:
+    """Comparison: the way the code then takes holds only while the answer stays."""
+
+    def compare(self: Number, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        return _guard(function, self, other)
+
+    return compare
+
+
+def _guard(function: Callable[..., bool], number: Any, other: Any) -> bool:
+    answer = bool(function(int(number), int(other) if isinstance(other, Number) else other))
+    graph = number.node.graph
+    condition = graph.call_function(function, (number.node, _nodes(other)))
+    condition.meta["value"] = answer
+    if not answer:
+        condition = graph.call_function(operator.not_, (condition,))
+        condition.meta["value"] = True
+    check = graph.call_function(torch._assert, (condition, "traced for other sizes"))
+    check.meta["guard"] = True
+    return answer
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
+    setattr(Number, f"__{_name}__", _computed(getattr(operator, _name)))
+    setattr(Number, f"__r{_name}__", _computed(getattr(operator, _name), reverse=True))
+for _name in ("neg", "pos", "abs"):
+    setattr(Number, f"__{_name}__", _computed(getattr(operator, _name)))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Number, f"__{_name}__", _compared(getattr(operator, _name)))
+Number.__bool__ = lambda self: _guard(operator.ne, self, 0)  # type: ignore[method-assign]
+Number.__float__ = lambda self: float(_settle(int, (self,)))  # type: ignore[method-assign]
+Number.__int__ = int.__int__  # type: ignore[method-assign]
+
+
+class Shape(tuple[int, ...]):
+    """The sizes of a tensor, as ``torch.Size`` has them, but numbers that remember."""
+
+    __slots__ = ()
+
+    def numel(self) -> int:
+        return math.prod(self)
+
+
+# What is a size ------------------------------------------------------------------------------------------------
+
+Size = tuple[
+    tuple[int, ...], Axis
+]  # where among a node's arguments an integer stands, and the dimension it is the size of
+Slot = tuple["_Ears", list[Any], dict[str, Any], Any]
+
+_NEW = {"new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty", "rand", "randn"}
+
+
+def _listed(args: list[Any], kwargs: dict[str, Any], first: int, *keys: str) -> list[Any]:
+    """Sizes given as one list, one by one, or by keyword."""
+    given = next((kwargs.pop(key) for key in keys if key in kwargs), args[first:])
+    return list(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else list(given)
+
+
+def _sized(name: str, args: list[Any], kwargs: dict[str, Any], axes: _Axes, out: Any) -> tuple[list[Any], list[Size]]:
+    """The arguments of a call in one fixed order, and which of its integers are sizes of dimensions."""
+    if name in ("view", "reshape", "expand") and not isinstance(args[-1], torch.dtype):
+        sizes = _listed(args, kwargs, 1, "size", "shape")
+        return [args[0], *sizes], [((1 + i,), axis) for i, axis in enumerate(axes.of(out))]
+    if name in _NEW:
+        first = 1 if name.startswith("new_") else 0
+        sizes = _listed(args, kwargs, first, "size")
+        return [*args[:first], sizes], [((first, i), axis) for i, axis in enumerate(axes.of(out))]
+    if name == "unflatten":
+        dim, sizes = (
+            kwargs.pop(key, args[1 + i] if len(args) > 1 + i else None) for i, key in enumerate(("dim", "sizes"))
+        )
+        at = dim % args[0].dim()
+        return [args[0], dim, list(sizes or ())], [((2, i), axes.of(out)[at + i]) for i in range(len(sizes or ()))]
+    if name in ("split", "split_with_sizes"):
+        keys = ("split_size", "split_size_or_sections", "split_sizes")
+        given: Any = next((kwargs.pop(key) for key in keys if key in kwargs), args[1] if len(args) > 1 else None)
+        dim = kwargs.pop("dim", args[2] if len(args) > 2 else 0)
+        parts = [axes.of(part)[dim] for part in out]
+        if isinstance(given, int):
+            return [args[0], given, dim], [((1,), parts[0])]
+        return [args[0], list(given), dim], [((1, i), part) for i, part in enumerate(parts)]
+    if name == "__getitem__":
+        index = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
+        return [args[0], tuple(index)], _bounds(args[0], index, axes)
+    if name == "narrow":
+        before = next((node.meta.get("expected", {}).get("start") for node in axes.operations), None)
+        sizes = [((3,), axes.of(out)[args[1]])] + ([((2,), before)] if before is not None else [])
+        return args, sizes
+    if name in ("layer_norm", "rms_norm"):
+        shape = list(kwargs.pop("normalized_shape", args[1] if len(args) > 1 else ()))
+        own = axes.of(args[0])[-len(shape) :]
+        return [args[0], shape, *args[2:]], [((1, i), axis) for i, axis in enumerate(own)]
+    if name == "group_norm":
+        groups = [node.meta["names"]["g"] for node in axes.operations if "g" in node.meta.get("names", {})]
+        return args, [((1,), groups[0])] if groups and len(args) > 1 else []
+    return args, []
+
+
+def _bounds(x: Tensor, index: list[Any], axes: _Axes) -> list[Size]:
+    """The bounds of slices: they are those of the slices that torch has then done, in the same order."""
+    done = [node for node in axes.operations if node.target is torch.ops.aten.slice.Tensor]
+    sizes: list[Size] = []
+    taken = sum(1 for item in index if item is not None and item is not Ellipsis)
+    dim = 0
+    for place, item in enumerate(index):
+        if item is Ellipsis:
+            dim += x.dim() - taken
+        elif isinstance(item, slice):
+            start, stop, step = item.indices(x.shape[dim])
+            if (start, stop, step) != (0, x.shape[dim], 1) and done:
+                node = done.pop(0)
+                before = node.meta.get("expected", {}).get("start")
+                if before is not None:
+                    end = concat([before, node.meta["dims"][node.args[1] if len(node.args) > 1 else 0]])
+                    bounds = [((1, place, 0), before, item.start), ((1, place, 1), end, item.stop)]
+                    sizes += [(where, axis) for where, axis, bound in bounds if bound is not None]
+            dim += 1
+        elif item is not None:
+            dim += 1
+    return sizes
+
+
+_INLINE: dict[Any, Callable[..., Any]] = {}
+
+
+def _inlined(function: Any) -> Callable[..., Any]:
+    """A function of torch whose body is heard instead of the call: the same code, but never handed over whole."""
+    if function not in _INLINE:
+        scope = {**function.__globals__, "has_torch_function": lambda _: False}
+        copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+        copied.__kwdefaults__ = function.__kwdefaults__
+        _INLINE[function] = copied
+    return _INLINE[function]
+
+
+class _Axes:
+    """The dimensions of the tensors of one call, and the recorded operations that it came to."""
+
+    def __init__(self, dims: dict[int, Any], operations: list[fx.Node]):
+        self.dims, self.operations = dims, operations
+
+    def of(self, tensor: Tensor) -> tuple[Axis, ...]:
+        return self.dims[id(tensor)]  # type: ignore[no-any-return]
+
+
+# The ears --------------------------------------------------------------------------------------------------------
+
+
+class _Plain(Watcher):
+    """Answers operations, and lets the ears know which submodules run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ears: _Ears | None = None
+        self.dims: dict[int, Any] = {}
+        self.alive: list[Any] = []
+        self.done: list[fx.Node] = []
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = infer(func, args, kwargs)
+        self.place(out, None)
+        return out
+
+    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+        self.alive.append(other)
+        if id(tensor) in self.dims:
+            self.dims[id(other)] = self.dims[id(tensor)]
+        return other
+
+    def place(self, out: Any, dims: Any) -> None:
+        """Note the dimensions of results; without any, they are nobody's."""
+        for i, tensor in enumerate(out) if isinstance(out, list | tuple) else [(None, out)]:
+            if isinstance(tensor, Tensor):
+                own = dims if i is None or dims is None else dims[i]
+                self.dims[id(tensor)] = tuple(map(channel, tensor.shape)) if own is None else own
+        self.alive.append(out)
+
+    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not path or self.ears is None or self.ears.paused:
+            return super().call(path, forward, args, kwargs)
+        with self.ears.pause():
+            out = super().call(path, forward, args, kwargs)
+        return self.ears.heard_module(path, args, kwargs, out)
+
+
+class _Follower(_Plain):
+    """Runs beside the recorded operations of one call, and knows the dimensions of every tensor."""
+
+    def __init__(self, program: Program, call: Call):
+        super().__init__()
+        self.operations = iter(program.operations[call.begin : call.end])
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        node = next(self.operations, None)
+        if node is None or node.target is not func:
+            raise Deaf(f"{func} runs where {node.target if node else 'nothing'} ran before")
+        out = infer(func, args, kwargs)
+        self.place(out, node.meta["dims"])
+        self.done.append(node)
+        return out
+
+
+_STARS: dict[Any, tuple[str, Any]] = {
+    inspect.Parameter.VAR_POSITIONAL: ("*", ()),
+    inspect.Parameter.VAR_KEYWORD: ("**", {}),
+}
+_SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, torch.memory_format, complex)
+
+
+class _Ears(TorchFunctionMode):
+    """Hears each call of a torch function in a module's own code."""
+
+    def __init__(self, names: dict[int, str], watcher: _Plain):
+        super().__init__()
+        self.graph = fx.Graph()
+        self.names, self.watcher = names, watcher
+        self.known: dict[int, fx.Node] = {}
+        self.read: dict[str, fx.Node] = {}
+        self.dtypes: dict[torch.dtype, fx.Node] = {}
+        self.paused = False
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Not to listen for a while: inside of submodules."""
+        self.paused = True
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.paused = False
+
+    def attribute(self, name: str) -> fx.Node:
+        if name not in self.read:
+            self.read[name] = self.graph.get_attr(name)
+        return self.read[name]
+
+    def node_of(self, value: Any) -> Any:
+        """What stands in the graph for an argument."""
+        if isinstance(value, Tensor):
+            if id(value) in self.known:
+                return self.known[id(value)]
+            if id(value) not in self.names:
+                raise Deaf("uses a tensor from outside")
+            return self.attribute(self.names[id(value)])
+        if isinstance(value, Number):
+            return value.node
+        if isinstance(value, torch.dtype):
+            return self.dtypes.get(value, value)
+        if isinstance(value, torch.device):
+            if not self.known:
+                raise Deaf("makes a tensor on a device before it has seen an input")
+            return self.graph.call_function(getattr, (next(iter(self.known.values())), "device"))
+        if isinstance(value, slice):
+            return slice(*map(self.node_of, (value.start, value.stop, value.step)))
+        if isinstance(value, tuple | list):
+            return (list if type(value) is list else tuple)([self.node_of(item) for item in value])
+        if type(value) is dict:
+            return {key: self.node_of(item) for key, item in value.items()}
+        if isinstance(value, _SETTLED):
+            return value
+        raise Deaf(f"hands over a {type(value).__name__}")
+
+    def inputs(self, signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Placeholders for what the module is given; integers among it remember so."""
+        bound = signature.bind(*args, **kwargs)
+        nodes = {}
+        for name, parameter in signature.parameters.items():
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            if not all(isinstance(value, _SETTLED) for value in default):
+                raise Deaf(f"has an argument {name} with a default that is no plain value")
+            stars, absent = _STARS.get(parameter.kind, ("", parameter.default))
+            nodes[name] = self.graph.placeholder(stars + name, None, *default)
+            bound.arguments.setdefault(name, absent)
+        for name, node in nodes.items():
+            bound.arguments[name] = self.given(bound.arguments[name], node, name)
+        return bound.args, bound.kwargs
+
+    def given(self, value: Any, node: fx.Node, name: str) -> Any:
+        """An input of the module, and what the graph makes sure of: that it is of the kind that was traced."""
+        if isinstance(value, Tensor):
+            if id(value) in self.known:  # code may ask whether two inputs are one
+                self.check(operator.is_, node, self.known[id(value)], name)
+            self.known.setdefault(id(value), node)
+        elif type(value) is int:
+            return _number(value, node)
+        elif type(value) in (tuple, list, dict):
+            self.check(operator.eq, self.graph.call_function(len, (node,)), len(value), name)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            made = {k: self.given(v, self.graph.call_function(operator.getitem, (node, k)), name) for k, v in items}
+            return made if isinstance(value, dict) else type(value)(made.values())
+        elif isinstance(value, _SETTLED):
+            self.check(operator.is_ if isinstance(value, bool | None) else operator.eq, node, value, name)
+        else:
+            raise Deaf(f"is given a {type(value).__name__} ({name})")
+        return value
+
+    def check(self, function: Any, node: fx.Node, value: Any, name: str) -> None:
+        condition = self.graph.call_function(function, (node, value))
+        self.graph.call_function(
+            torch._assert, (condition, f"netsurgery traced this module with {name} of another kind")
+        )
+
+    def integers(self, module: nn.Module) -> None:
+        """Let the integer attributes of a module remember that they are its attributes."""
+        for name, value in list(module.__dict__.items()):
+            if name.startswith("_"):
+                continue
+            if type(value) is int:
+                module.__dict__[name] = self.integer(value, name, None, self.attribute(name))
+            elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+                whole = self.attribute(name)
+                items = [self.graph.call_function(operator.getitem, (whole, i)) for i in range(len(value))]
+                made = [self.integer(v, name, i, node) for i, (v, node) in enumerate(zip(value, items, strict=True))]
+                module.__dict__[name] = type(value)(made)
+
+    def integer(self, value: int, name: str, index: int | None, node: fx.Node) -> Number:
+        node.meta["attribute"] = name, index
+        return _number(value, node)
+
+    def bind(self, out: Any, node: fx.Node) -> None:
+        """Note that a node stands for a result."""
+        if isinstance(out, Tensor):
+            self.known[id(out)] = node
+            self.watcher.alive.append(out)
+        elif isinstance(out, tuple | list | dict):
+            for key, item in out.items() if isinstance(out, dict) else enumerate(out):
+                if isinstance(item, Tensor | tuple | list | dict):
+                    self.bind(item, self.graph.call_function(operator.getitem, (node, key)))
+        elif out is not None:
+            raise Deaf(f"gets a {type(out).__name__}")
+
+    def heard_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """A submodule has run."""
+        node = self.graph.call_module(target, self.node_of(args), self.node_of(kwargs))
+        self.bind(out, node)
+        return out
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _inlined(func)(*args, **kwargs)
+        name = func.__name__
+        if name == "__get__":
+            return self.attribute_of(args[0], func.__self__.__name__)
+        if func in (Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__):
+            return self.size(name, args, kwargs)
+        start = len(self.watcher.done)
+        out = func(*_plain(args), **_plain(kwargs))
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)) or name == "__setitem__":
+            self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
+        return out
+
+    def attribute_of(self, x: Tensor, name: str) -> Any:
+        value = getattr(x, name)
+        if name == "shape":
+            return self.shape(x)
+        if name == "dtype":
+            self.dtypes[value] = self.graph.call_function(getattr, (self.node_of(x), "dtype"))
+        elif isinstance(value, Tensor):
+            self.bind(value, self.graph.call_function(getattr, (self.node_of(x), name)))
+        return value
+
+    def shape(self, x: Tensor) -> Shape:
+        axes = self.watcher.dims.get(id(x), (None,) * x.dim())
+        source = self.node_of(x)
+
+        def read(dim: int) -> Number:
+            node = self.graph.call_method("size", (source, dim))
+            node.meta["axis"] = axes[dim]
+            return _number(x.shape[dim], node)
+
+        return Shape([read(dim) for dim in range(x.dim())])
+
+    def size(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        shape = self.shape(args[0])
+        if name == "size":
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            return shape if dim is None else shape[dim]
+        if name == "__len__":
+            _guard(operator.eq, shape[0], int(shape[0]))
+            return int(shape[0])
+        return shape.numel()
+
+    def emit(
+        self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], out: Any, operations: list[fx.Node]
+    ) -> fx.Node:
+        axes = _Axes(self.watcher.dims, operations)
+        args, sizes = _sized(name, args, kwargs, axes, out)
+        given = tuple([self.node_of(a) for a in args]), {key: self.node_of(value) for key, value in kwargs.items()}
+        if name.startswith("__") and hasattr(operator, name):
+            node = self.graph.call_function(getattr(operator, name), *given)
+        elif getattr(Tensor, name, None) is func or (name in ("reshape",) and isinstance(args[0], Tensor)):
+            node = self.graph.call_method(name, *given)
+        elif (resolve_name(func) or "").startswith("torch."):
+            node = self.graph.call_function(func, *given)
+        else:
+            raise Deaf(f"calls {func}")
+        node.meta["sizes"] = sizes
+        if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
+            node.meta["scale"] = axes.of(args[0])[-1]
+        return node
+
+
+def _plain(value: Any) -> Any:
+    """Arguments with plain integers."""
+    if isinstance(value, Number):
+        return int(value)
+    if isinstance(value, slice):
+        return slice(*map(_plain, (value.start, value.stop, value.step)))
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (tuple, list, Shape):
+        return (list if type(value) is list else tuple)([_plain(item) for item in value])
+    return value
+
+
+# Hearing ---------------------------------------------------------------------------------------------------------
+
+
+def hear(module: nn.Module, program: Program, call: Call) -> fx.Graph:
+    """The graph of one run of a module's own code, as it was recorded.
+
+    Raises:
+        Deaf: the code cannot be expressed so; the message says why.
+    """
+    if found := _refused(module):
+        raise Deaf(f"uses {found}")
+    bare, names = skeleton(module, program.mode)
+    graphs = []
+    for training in (False, True):
+        watcher = _Plain() if training else _Follower(program, call)
+        track(bare, watcher)
+        graphs.append(_heard(bare, _Ears(names, watcher), call, training))
+    return _merged(*graphs)
+
+
+def _refused(module: nn.Module) -> str | None:
+    """What a module's own code uses that is no call of a torch function, though it changes what those do."""
+    forward = inspect.unwrap(type(module).forward)
+    names = getattr(forward, "__code__", None) and forward.__code__.co_names
+    return next((n for n in ("autocast", "checkpoint", "no_grad", "enable_grad") if n in (names or ())), None)
+
+
+def _heard(module: nn.Module, ears: _Ears, call: Call, training: bool) -> fx.Graph:
+    attributes, watcher = dict(module.__dict__), ears.watcher
+    given: dict[fx.Node, Tensor] = {}
+
+    def stand_in(value: Any) -> Any:
+        if isinstance(value, Named):
+            raise Deaf("is given a parameter")
+        if not isinstance(value, fx.Node):
+            return value
+        if value in given:
+            return given[value]
+        tensor = given[value] = torch.empty_strided(*value.meta["layout"], dtype=value.meta["dtype"], device="meta")
+        watcher.place(tensor, None if training else value.meta["dims"])
+        return tensor
+
+    args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
+    try:
+        args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
+        ears.integers(module)
+        module.training = training
+        with torch.no_grad(), watcher, ears:
+            watcher.ears = ears
+            out = module.forward(*args, **kwargs)
+        ears.graph.output(ears.node_of(out))
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+    return ears.graph
+
+
+def _live(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that do something: without checks, and the numbers that only these need."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        idle = "value" in node.meta or node.op == "get_attr" or node.target in (operator.getitem, getattr)
+        if not node.meta.get("guard") and (not idle or any(user in live for user in node.users)):
+            live.add(node)
+    return [node for node in graph.nodes if node in live]
+
+
+def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
+    """One graph of two that differ only in ``training`` and in rates of dropout that are zero without it."""
+    twin: dict[fx.Node, fx.Node] = {}  # of nodes in training
+    with usual.inserting_before(next(iter(usual.nodes))):
+        mode = usual.get_attr("training")
+
+    def same(x: Any, y: Any) -> Any:
+        if isinstance(x, fx.Node) and y in twin:
+            return twin[y]
+        if isinstance(x, tuple | list) and isinstance(y, tuple | list) and len(x) == len(y):
+            return type(x)([same(a, b) for a, b in zip(x, y, strict=True)])
+        if isinstance(x, slice) and isinstance(y, slice):
+            return slice(*[same(a, b) for a, b in zip(*[(v.start, v.stop, v.step) for v in (x, y)], strict=True)])
+        if x is False and y is True:
+            return mode
+        if isinstance(x, float) and x == 0 and isinstance(y, float) and y > 0:
+            with usual.inserting_after(mode):
+                return usual.call_function(operator.mul, (y, mode))
+        if type(x) is type(y) and not isinstance(x, fx.Node) and x == y:
+            return x
+        raise Deaf("computes other things in training")
+
+    left, last = _live(usual)[::-1], mode
+    for other in _live(training):
+        node = left[-1] if left else None
+        if node is None or (other.op, other.target) != (node.op, node.target):
+            if other.target is not F.dropout or other.args[0] not in twin:
+                raise Deaf("runs other code in training")
+            rate = other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5)
+            with usual.inserting_after(last):
+                last = twin[other] = usual.call_function(F.dropout, (twin[other.args[0]], rate, mode))  # type: ignore[index]
+            continue
+        if node.kwargs.keys() != other.kwargs.keys():
+            raise Deaf("runs other code in training")
+        last = twin[other] = left.pop()
+        node.args = same(node.args, other.args)
+        node.kwargs = {key: same(value, other.kwargs[key]) for key, value in node.kwargs.items()}
+    if left:
+        raise Deaf("runs other code in training")
+    return usual

@@ -1,0 +1,342 @@
+"""Code that hard-codes a size: its attributes follow, or its forward is rewritten, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import netsurgery
+import oracles
+from netsurgery.passes import PruneChannels, RandomScore
+
+X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Heads by an attribute; the way they are told apart by ``run``."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor]):
+        super().__init__()
+        self.run = run
+        self.heads, self.dim, self.inner = 4, 6, 24
+        self.parts = [24, 24, 24]
+        self.qkv, self.proj = nn.Linear(16, 72), nn.Linear(24, 16)
+        self.q, self.k, self.v = nn.Linear(16, 24), nn.Linear(16, 12), nn.Linear(16, 12)
+        self.gain = nn.Parameter(torch.rand(24))
+        self.drop = nn.Dropout(0.1)
+        self.rate = 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def fused(m: Any, x: Tensor) -> Tensor:
+    b, n, _ = x.shape
+    q, k, v = m.qkv(x).reshape(b, n, 3, m.heads, m.dim).permute(2, 0, 3, 1, 4)
+    return m.proj((attend(q, k, v, scale=0.3)).reshape(b, n, m.inner))
+
+
+def default_scale(m: Any, x: Tensor) -> Tensor:
+    b, n, _ = x.shape
+    q, k, v = m.qkv(x).reshape(b, n, 3, m.heads, m.dim).permute(2, 0, 3, 1, 4)
+    return m.proj(attend(q, k, v, dropout_p=m.rate if m.training else 0.0).reshape(b, n, m.inner))
+
+
+def constants(m: Any, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x).view(-1, 5, 3, 4, 6).permute(2, 0, 3, 1, 4)
+    weights = m.drop(torch.softmax(q @ k.transpose(-2, -1) * 6**-0.5, dim=-1))
+    return m.proj((weights @ v).transpose(1, 2).reshape(-1, 5, 24))
+
+
+def from_the_stream(m: Any, x: Tensor) -> Tensor:
+    b, n, c = x.shape
+    q, k, v = m.qkv(x).split(m.parts, dim=-1)
+    q, k, v = (t.view(b, n, 4, c * 3 // 2 // 4).transpose(1, 2) for t in (q, k, v))
+    return m.proj(attend(q, k, v, is_causal=True).flatten(2))
+
+
+def grouped(m: Any, x: Tensor) -> Tensor:
+    b, n, _ = x.shape
+    q = m.q(x).view(b, n, m.heads, m.dim).transpose(1, 2)
+    k, v = (f(x).view(b, n, 2, m.dim).transpose(1, 2) for f in (m.k, m.v))
+    k, v = (t[:, :, None].expand(b, 2, 2, n, m.dim).reshape(b, 4, n, m.dim) for t in (k, v))
+    return m.proj(attend(q, k, v, scale=m.dim**-0.5).reshape(b, n, -1))
+
+
+def masked(m: Any, x: Tensor) -> Tensor:
+    b, n, _ = x.shape
+    q, k, v = m.qkv(x).reshape(b, n, 3, m.heads, m.dim).permute(2, 0, 3, 1, 4)
+    mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+    q = F.layer_norm(q, (6,)) * m.gain.view(4, 1, 6)
+    return m.proj(attend(q, k, v, attn_mask=mask).reshape(b, n, 24))
+
+
+def sliced(m: Any, x: Tensor) -> Tensor:
+    y = m.qkv(x)
+    gate, value = y[..., :24], y[..., 24:48]
+    kept = F.group_norm(y[..., 48:].transpose(1, 2), 4).transpose(1, 2)
+    return m.proj(gate.sigmoid() * value + kept * m.gain.unflatten(0, (4, 6)).flatten())
+
+
+def padded(m: Any, x: Tensor) -> Tensor:
+    y = torch.cat([m.q(x), x.new_zeros(x.shape[0], x.shape[1], 24)], -1)[..., :24]
+    return m.proj(y + torch.zeros(24, dtype=x.dtype, device=x.device))
+
+
+#: what runs, and whether its forward must be rewritten
+CASES = {
+    fused: False,
+    default_scale: True,
+    constants: True,
+    from_the_stream: True,
+    grouped: True,
+    masked: True,
+    sliced: True,
+    padded: True,
+}
+
+
+class Net(nn.Module):
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.first, self.inside, self.last = nn.Linear(8, 16), inside, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.inside(x))
+
+
+class Itself(nn.Module):
+    """nn.MultiheadAttention over one input, or with keys and values of another width."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        other = options.pop("other", False)
+        self.weights = options.pop("weights", False)
+        self.mha = nn.MultiheadAttention(
+            16, 4, batch_first=True, **({"kdim": 12, "vdim": 12} if other else {}), **options
+        )
+        self.other = nn.Linear(16, 12) if other else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.other(x)
+        out: Tensor = self.mha(x, y, y, need_weights=self.weights)[0]
+        return out
+
+
+def build(inside: nn.Module) -> Net:
+    torch.manual_seed(0)
+    net = Net(inside).double().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.5)
+    return net
+
+
+def free(network: netsurgery.Network, unit: str) -> int:
+    """Number of open groups of one sort inside of the module."""
+    return sum(1 for g in network.prunable if g.unit == unit and any("inside" in m.parameter for m in g.members))
+
+
+@pytest.mark.parametrize("run", CASES, ids=lambda run: run.__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_and_their_dimensions_prune(run: Callable[..., Tensor], seed: int) -> None:
+    model = build(Attention(run))
+    small, edit = oracles.check(model, (X,), 1e-9, seed, share=0.5)
+    assert ("inside" in edit.replaced) == CASES[run]
+    assert isinstance(small.inside, Attention)
+    network = netsurgery.trace(model, X)
+    if run not in (sliced, padded):
+        assert free(network, "head") and free(network, "head_dim")
+    other = torch.randn(3, 5 if run is constants else 7, 8, dtype=torch.float64)
+    again = netsurgery.Edit(netsurgery.trace(model, other), edit.keep)
+    assert netsurgery.verify(model, small, again, other) < 1e-9  # batch and length are as free as they were
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": True},
+        {"bias": False},
+        {"add_bias_kv": True},
+        {"add_zero_attn": True},
+        {"dropout": 0.5},
+        {"other": True},
+    ],
+    ids=str,
+)
+def test_multihead_attention(options: dict[str, Any]) -> None:
+    model = build(Itself(**options))
+    small, edit = oracles.check(model, (X,), 1e-9, share=0.5)
+    assert list(edit.replaced) == ["inside.mha"]
+    assert isinstance(small.inside.mha, nn.MultiheadAttention) and small.inside.mha.num_heads == 2
+    assert "inside.mha.forward rewritten" in edit.diff()
+
+
+def test_torch_layers_with_attention() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2, enable_nested_tensor=False
+    )
+    model = Net(encoder).double().eval()
+    small, edit = oracles.check(model, (X,), 1e-9, share=0.5)
+    assert {g.unit for g in edit.network.prunable} == {"channel", "head", "head_dim"}
+    with torch.no_grad():  # torch's fused encoder would want square weights
+        assert small(X).shape == (2, 5, 3)
+
+
+def test_units_are_chosen() -> None:
+    model = build(Attention(default_scale))
+    for unit in ("head", "head_dim", "channel"):
+        edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5, unit=unit)], X)
+        assert {edit.network[name].unit for name in edit.keep} == {unit}
+        assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, X) < 1e-9
+    assert not netsurgery.plan(model, [RandomScore(), PruneChannels(0.5, unit="head")], X).replaced
+
+
+def small_one(run: Callable[..., Tensor] = default_scale) -> tuple[Net, Net, netsurgery.Edit]:
+    model = build(Attention(run))
+    edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], X)
+    return model, netsurgery.rewrite(model, edit), edit
+
+
+def test_a_rewritten_module_is_still_itself() -> None:
+    model = build(Attention(default_scale))
+    calls = []
+    model.inside.register_forward_hook(lambda *_: calls.append(1))
+    edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], X)
+    small = netsurgery.rewrite(model, edit)
+    calls.clear()
+    small(X)
+    assert calls == [1] and small.inside.run is default_scale and small.inside.rate == 0.1
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in small.named_parameters()] == [name for name, _ in model.named_parameters()]
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small_one()[1]))):
+        assert torch.equal(other(X), small(X))
+        assert type(other.inside) is type(small.inside)
+
+
+def test_surgery_twice() -> None:
+    model, small, _ = small_one()
+    smaller, edit = oracles.check(small, (X,), 1e-9, share=0.5)
+    assert type(smaller.inside) is type(small.inside) and edit.adaptation.attributes  # it follows by attributes now
+    two = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5), RandomScore(), PruneChannels(0.5)], X)
+    assert oracles.parameters(two) == edit.after.params
+
+
+def test_in_place() -> None:
+    model, small, edit = small_one()
+    inside = model.inside
+    assert netsurgery.rewrite(model, edit, inplace=True) is model and model.inside is inside
+    assert torch.equal(model(X), small(X))
+
+
+def test_dropout_follows_the_mode() -> None:
+    for run in (default_scale, constants):
+        _, small, _ = small_one(run)
+        usual = small(X)
+        small.train()
+        assert not torch.equal(small(X), small(X))
+        small.inside.drop.p = 0.0
+        if run is constants:
+            assert torch.allclose(small(X), usual)
+        small(X).sum().backward()
+        assert torch.equal(small.eval()(X), usual)
+
+
+def test_apply_says_what_it_rewrote(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "netsurgery"):
+        netsurgery.apply(build(Attention(default_scale)), [RandomScore(), PruneChannels(0.5)], X)
+        netsurgery.apply(build(Attention(fused)), [RandomScore(), PruneChannels(0.5)], X)
+    assert [r.message for r in caplog.records] == [
+        "rewrote the forward of 1 modules whose code hard-codes a size: inside"
+    ]
+
+
+def test_another_way_through_the_code_is_an_error_not_a_guess() -> None:
+    def branches(m: Any, x: Tensor) -> Tensor:
+        y = default_scale(m, x)
+        return y * 2 if x.shape[1] > 4 else y
+
+    _, small, _ = small_one(branches)
+    small(torch.randn(2, 6, 8, dtype=torch.float64))
+    with pytest.raises(AssertionError, match="other sizes"):
+        small(torch.randn(2, 3, 8, dtype=torch.float64))
+
+
+def test_arguments_of_another_kind_are_an_error() -> None:
+    model = build(Itself())
+    small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], X)
+    h = torch.randn(2, 5, small.first.out_features, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="need_weights"):
+        small.inside.mha(h, h, h, need_weights=True)
+    with pytest.raises(AssertionError, match="attn_mask"):
+        small.inside.mha(h, h, h, need_weights=False, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
+    with pytest.raises(AssertionError, match="value"):
+        small.inside.mha(h, h, h.clone(), need_weights=False)
+
+
+def trains_otherwise(m: Any, x: Tensor) -> Tensor:
+    y = default_scale(m, x)
+    return y + 1 if m.training else y
+
+
+def from_outside(m: Any, x: Tensor) -> Tensor:
+    return default_scale(m, x) + OUTSIDE
+
+
+OUTSIDE = torch.ones(16, dtype=torch.float64)
+
+
+class UnderAutocast(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.run(self, x)
+
+
+class GivenAnObject(Attention):
+    def forward(self, x: Tensor, cache: object = None) -> Tensor:
+        return self.run(self, x)
+
+
+@pytest.mark.parametrize("run", [trains_otherwise, from_outside], ids=lambda run: run.__name__)
+def test_what_cannot_be_rewritten_is_locked(run: Callable[..., Tensor]) -> None:
+    model = build(Attention(run))
+    network = netsurgery.trace(model, X)
+    why = {g.frozen for g in network.groups if g.unit == "head_dim"}
+    assert any("the code of inside" in (reason or "") for reason in why)
+    oracles.check(model, (X,), 1e-9, share=0.5)
+
+
+def test_autocast_and_objects_are_not_rewritten() -> None:
+    class Gives(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x + self.inside(x, object()))
+
+    for model, why in (
+        (Net(UnderAutocast(default_scale)), "uses autocast"),
+        (Gives(GivenAnObject(default_scale)), "is given a object"),
+    ):
+        network = netsurgery.trace(model.double(), X)
+        assert any(why in (g.frozen or "") for g in network.groups if g.unit == "head_dim")
+
+
+def test_the_whole_model_keeps_its_class() -> None:
+    model = Attention(constants).double().eval()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    network = netsurgery.trace(model, x)
+    assert all(g.frozen for g in network.groups if g.unit != "channel")
