@@ -9,15 +9,19 @@ the node says of which (``node.meta["sizes"]``), so that it can be worked out an
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
@@ -433,10 +437,19 @@ class _Ears(TorchFunctionMode):
             return self.size(name, args, kwargs)
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
+        self.look_around()
         tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
         if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
         return out
+
+    def look_around(self) -> None:
+        """Refuse where one of the functions that are running does what cannot be heard."""
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code is not _heard.__code__:
+            if found := _refused(frame.f_code):
+                raise Deaf(f"uses {found}")
+            frame = frame.f_back  # type: ignore[assignment]
 
     def attribute_of(self, x: Tensor, name: str) -> Any:
         value = getattr(x, name)
@@ -511,8 +524,6 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> f
     Raises:
         Deaf: the code cannot be expressed so; the message says why.
     """
-    if found := _refused(module):
-        raise Deaf(f"uses {found}")
     bare, names = skeleton(module, program.mode)
     graphs = []
     for training in (False, True):
@@ -522,11 +533,17 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> f
     return _merged(*graphs)
 
 
-def _refused(module: nn.Module) -> str | None:
-    """What a module's own code uses that is no call of a torch function, though it changes what those do."""
-    forward = inspect.unwrap(type(module).forward)
-    names = getattr(forward, "__code__", None) and forward.__code__.co_names
-    return next((n for n in ("autocast", "checkpoint", "no_grad", "enable_grad") if n in (names or ())), None)
+@functools.cache
+def _refused(code: CodeType) -> str | None:
+    """What a function uses that is no call of a torch function, though it changes what those do."""
+    if code.co_filename == torch.utils.checkpoint.__file__:
+        return "checkpoint"
+    names = () if _is_torch(code) else code.co_names
+    return next((n for n in ("autocast", "enable_grad", "is_autocast_enabled", "is_grad_enabled") if n in names), None)
+
+
+def _is_torch(code: CodeType) -> bool:
+    return code.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
 def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool) -> fx.Graph:
@@ -550,10 +567,22 @@ def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, trainin
         args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
         ears.integers(module)
         module.training = training
+        placed = dict(module.__dict__)
+        stores = [
+            {key: id(value) for key, value in store.items()}
+            for store in (module._parameters, module._buffers, module._modules)
+        ]
         with torch.no_grad(), watcher, ears:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
+        if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
+            raise Deaf(f"sets its attribute {changed[0]}")
+        if stores != [
+            {key: id(value) for key, value in store.items()}
+            for store in (module._parameters, module._buffers, module._modules)
+        ]:
+            raise Deaf("sets its parameters or buffers")
     finally:
         module.__dict__.clear()
         module.__dict__.update(attributes)
