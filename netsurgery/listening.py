@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat
 from netsurgery.shapes import infer
-from netsurgery.tracing import Call, Named, Program, Watcher, skeleton, track
+from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
 __all__ = ["Deaf", "hear"]
 
@@ -550,6 +550,9 @@ def _heard(module: nn.Module, ears: _Ears, call: Call, training: bool) -> fx.Gra
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
+    except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Deaf(f"does not run on its own without data: {first}") from error
     finally:
         module.__dict__.clear()
         module.__dict__.update(attributes)
