@@ -131,7 +131,7 @@ class _Attempt:
             if not path:  # the user's own class stays
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
-            codes = {rebuild(graph, module, self.sizes, attributes) for graph in graphs}
+            codes = {rebuild(graph, module, self.sizes, attributes, self.network.by_channel) for graph in graphs}
         except Deaf as reason:
             for name in why:
                 why[name] += f" (the code of {path} {reason})"
@@ -147,7 +147,9 @@ class _Attempt:
         if path not in program.heard:
             module = self.model.get_submodule(path)
             try:
-                program.heard[path] = [hear(module, program, call) for call in program.calls if call.path == path]
+                program.heard[path] = [
+                    hear(module, program, call, self.network) for call in program.calls if call.path == path
+                ]
             except Deaf as reason:
                 program.heard[path] = reason
         found: list[fx.Graph] | Deaf = program.heard[path]

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat
+from netsurgery.copying import on_meta
+from netsurgery.network import Network
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
@@ -431,7 +433,8 @@ class _Ears(TorchFunctionMode):
             return self.size(name, args, kwargs)
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)) or name == "__setitem__":
+        tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
+        if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
         return out
 
@@ -502,7 +505,7 @@ def _plain(value: Any) -> Any:
 # Hearing ---------------------------------------------------------------------------------------------------------
 
 
-def hear(module: nn.Module, program: Program, call: Call) -> fx.Graph:
+def hear(module: nn.Module, program: Program, call: Call, network: Network) -> fx.Graph:
     """The graph of one run of a module's own code, as it was recorded.
 
     Raises:
@@ -515,7 +518,7 @@ def hear(module: nn.Module, program: Program, call: Call) -> fx.Graph:
     for training in (False, True):
         watcher = _Plain() if training else _Follower(program, call)
         track(bare, watcher)
-        graphs.append(_heard(bare, _Ears(names, watcher), call, training))
+        graphs.append(_heard(bare, _Ears(names, watcher), call, network, training))
     return _merged(*graphs)
 
 
@@ -526,20 +529,21 @@ def _refused(module: nn.Module) -> str | None:
     return next((n for n in ("autocast", "checkpoint", "no_grad", "enable_grad") if n in (names or ())), None)
 
 
-def _heard(module: nn.Module, ears: _Ears, call: Call, training: bool) -> fx.Graph:
+def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool) -> fx.Graph:
     attributes, watcher = dict(module.__dict__), ears.watcher
-    given: dict[fx.Node, Tensor] = {}
+    given: dict[Any, Tensor] = {}
 
     def stand_in(value: Any) -> Any:
-        if isinstance(value, Named):
-            raise Deaf("is given a parameter")
-        if not isinstance(value, fx.Node):
+        if not isinstance(value, fx.Node | Named):
             return value
-        if value in given:
-            return given[value]
-        tensor = given[value] = torch.empty_strided(*value.meta["layout"], dtype=value.meta["dtype"], device="meta")
-        watcher.place(tensor, None if training else value.meta["dims"])
-        return tensor
+        if value not in given:
+            if isinstance(value, Named):
+                given[value], dims = on_meta(network.tensors[value]).detach(), network.axes[value]
+            else:
+                layout, dims = value.meta["layout"], value.meta["dims"]
+                given[value] = torch.empty_strided(*layout, dtype=value.meta["dtype"], device="meta")
+            watcher.place(given[value], None if training else dims)
+        return given[value]
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     try:

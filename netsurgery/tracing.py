@@ -278,7 +278,8 @@ class _Recorder(Watcher):
         """Nodes in the place of tensors."""
         if isinstance(value, Tensor):
             found = self.nodes.get(value) or self.part(value)
-            return found if found is not None else Named(self.names.get(id(value), ""))
+            name = self.names.get(id(value))
+            return found if found is not None or name is None else Named(name)
         if type(value) in (tuple, list):
             return type(value)([self.known(item) for item in value])
         if type(value) is dict:
