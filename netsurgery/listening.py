@@ -30,7 +30,7 @@ from netsurgery.axes import Axis, channel, concat
 from netsurgery.copying import on_meta
 from netsurgery.network import Network
 from netsurgery.shapes import infer
-from netsurgery.tracing import Call, Named, Program, Watcher, skeleton, track
+from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
 __all__ = ["Deaf", "hear"]
 
@@ -568,25 +568,27 @@ def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, trainin
         ears.integers(module)
         module.training = training
         placed = dict(module.__dict__)
-        stores = [
-            {key: id(value) for key, value in store.items()}
-            for store in (module._parameters, module._buffers, module._modules)
-        ]
+        stores = _stores(module)
         with torch.no_grad(), watcher, ears:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
         if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
             raise Deaf(f"sets its attribute {changed[0]}")
-        if stores != [
-            {key: id(value) for key, value in store.items()}
-            for store in (module._parameters, module._buffers, module._modules)
-        ]:
+        if stores != _stores(module):
             raise Deaf("sets its parameters or buffers")
+    except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Deaf(f"does not run on its own without data: {first}") from error
     finally:
         module.__dict__.clear()
         module.__dict__.update(attributes)
     return ears.graph
+
+
+def _stores(module: nn.Module) -> list[dict[str, int]]:
+    """What a module holds, by identity."""
+    return [{key: id(v) for key, v in kept.items()} for kept in (module._parameters, module._buffers, module._modules)]
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:

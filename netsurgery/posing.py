@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Posing"]
 
@@ -42,8 +43,10 @@ class Posing(TorchFunctionMode):
             return args[0]
         if bare and func is torch.Tensor.to:
             return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
-        if bare and func in _READS:
-            return func(self.read(args[0]), *args[1:], **kwargs)
+        if func in _READS:
+            args = (self.read(args[0]), *args[1:])
+            with _disable_current_modes():
+                return func(*args, **kwargs)
         if func in _INDEXES:
             where = args[1] if isinstance(args[1], tuple) else (args[1],)
             args = (args[0], tuple(map(self.listed, where)), *args[2:])
@@ -57,7 +60,9 @@ class Posing(TorchFunctionMode):
 
     def legible(self, value: Any) -> Any:
         """Numbers in place of tensors without data."""
-        return pytree.tree_map_only(Tensor, lambda t: self.read(t).tolist() if t.is_meta else t, value)
+        read = pytree.tree_map_only(Tensor, self.read, value)
+        with _disable_current_modes():
+            return pytree.tree_map_only(Tensor, Tensor.tolist, read)
 
     def listed(self, index: Any) -> Any:
         """An index that lists positions, as a tensor that has data."""

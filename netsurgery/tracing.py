@@ -185,7 +185,7 @@ class Watcher(TorchDispatchMode):
         return self.legible(out) if self.reads else out
 
     def read(self, bare: Tensor) -> Tensor:
-        """A copy of a tensor without data that Python can read.
+        """A copy of a tensor that Python can read.
 
         Raises:
             TraceError: its value is not known in this run.
@@ -257,8 +257,8 @@ class _Recorder(Watcher):
         return node
 
     def read(self, bare: Tensor) -> Tensor:
-        copied = bare if self.values is None else super().read(bare)
-        if copied.is_meta and self.program.values != "all":
+        copied = None if self.values is None else super().read(bare)
+        if copied is None or (copied.is_meta and self.program.values != "all"):
             raise NeedsValues(format_where(location()))
         return copied
 

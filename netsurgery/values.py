@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 _BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+_PICKS = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default}  # the first argument decides nothing
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -276,6 +277,10 @@ class Values:
                 return infer(func, args, kwargs)
         except RuntimeError:  # no kernel for tensors without data
             pass
+        return self.like_real(args, real)
+
+    def like_real(self, args: Any, real: Any) -> Any:
+        """The same as ``real`` without data; an argument that was written to is itself."""
         mine = {id(self.of.get(tensor)): tensor for tensor in _tensors(args)}
         return pytree.tree_map_only(Tensor, lambda t: mine[id(t)] if id(t) in mine else _like(t), real)
 
@@ -296,6 +301,10 @@ class Known(Values):
         if not is_number(value) and not value.is_meta:
             super().lend(bare, value)
 
+    def bare(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
+        """The result of an operation without data, as it is with values."""
+        return self.like_real(args, real)
+
     def knows(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the result of an operation follows from what is known."""
         given = _tensors(args, list(kwargs.values()))
@@ -307,6 +316,8 @@ class Known(Values):
             return self.keep(func, args, kwargs, self.run(func, args, kwargs)), None
         for value in self.written(func, args, kwargs):
             self.forget(value)
+        if func in _PICKS and self.knows(func, args[1:], kwargs):
+            return self.like(func, args, kwargs), None
         return infer(func, args, kwargs), None
 
     def follow(

@@ -103,3 +103,208 @@ def test_code_that_looks_at_values(name: str, seed: int) -> None:
     _, edit = check(net(LOOKS[name], seed), (X,), 1e-10, seed)
     assert edit.network.programs[0].values == "all"
     assert "a" in [group.name for group in edit.network.prunable]
+
+
+#: What is known without running the network: nothing is decided, and the network's weights are not needed.
+KNOWN: dict[str, Callable[..., Any]] = {
+    "positions": lambda m, h: m.b(h) if bool((torch.arange(len(h)).diff() == 1).all()) else m.c(h),
+    "a constant": lambda m, h: m.b(h) * torch.tensor(2.5).sqrt().item(),
+    "an array of positions": lambda m, h: m.b(h) * float(torch.arange(len(h)).numpy().sum()),
+    "a mask": lambda m, h: m.b(h[torch.arange(len(h)) % 2 == 0]),
+    "a table in the making": lambda m, h: m.b(h) * torch.zeros(3).index_fill_(0, torch.tensor([1]), 2.0).sum().item(),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_values_that_are_known_without_the_network(name: str) -> None:
+    _, edit = check(net(KNOWN[name]), (X,), 1e-10)
+    assert edit.network.programs[0].values == "known"
+    assert edit.counts.keys() == {"a"}
+    with torch.device("meta"):
+        bare = Net(KNOWN[name])
+    assert [group.name for group in netsurgery.trace(bare, X.float().to("meta")).prunable] == ["a"]
+
+
+#: Code that follows a size through a value.
+SIZES: dict[str, Callable[..., Any]] = {
+    "a root": lambda m, h: m.b(h) / torch.tensor(float(h.shape[1])).sqrt().item(),
+    "a sum": lambda m, h: m.b(h) * torch.arange(h.shape[1]).sum().item(),
+    "a list": lambda m, h: m.b(h) * torch.tensor(h.shape).tolist()[1],
+    "a branch": lambda m, h: m.b(h) if torch.tensor(h.shape).amax() > 6 else m.c(h),
+    "beside the data": lambda m, h: m.b(h) * (h.mean() * torch.tensor(h.shape[1])).item(),
+    "a number of rows": lambda m, h: m.b(h[: int(torch.tensor(h.shape[1])) // 2]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_code_that_follows_a_size_through_a_value_locks(name: str) -> None:
+    assert netsurgery.trace(net(SIZES[name]), X)["a"].frozen
+
+
+class Quantised(nn.Module):
+    """The output depends on the first layer through a decision alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.codes = nn.Linear(4, 8), nn.Linear(8, 5), nn.Embedding(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = self.b(self.a(x)).argmax(1)
+        return self.codes(place) * (1 if bool((place >= 0).all()) else 2)
+
+
+def test_the_numbers_that_decisions_are_taken_from_are_compared() -> None:
+    torch.manual_seed(0)
+    model = Quantised().double()
+    edit = netsurgery.plan(model, HALF, X)
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, X) < 1e-12
+    with torch.no_grad():
+        small.a.weight[0] += 1e-3  # too little to change a decision
+    assert torch.equal(small(X), netsurgery.rewrite(model, edit)(X))
+    assert netsurgery.verify(model, small, edit, X) > 1e-6
+
+
+class Tie(nn.Module):
+    """Which branch runs depends on rounding: both sums are equal but for their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.p, self.q = nn.Linear(4, 64), nn.Linear(4, 64), nn.Linear(64, 3), nn.Linear(64, 3)
+        self.order = torch.randperm(64).tolist()
+        self.b.weight.data, self.b.bias.data = self.a.weight.data[self.order], self.a.bias.data[self.order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        rows = [self.p(u) if s > t else self.q(v) for u, v, s, t in zip(a, b, a.sum(1), b.sum(1), strict=True)]
+        return torch.stack(rows)
+
+
+def test_rounding_does_not_change_the_path() -> None:
+    torch.manual_seed(0)
+    model, x = Tie(), torch.randn(32, 4)
+    network = netsurgery.trace(model, x)
+    assert [group.name for group in network.prunable] == ["a", "b"]
+    assert permuted_difference(model, network, x) < 1e-5
+    edit = netsurgery.Edit(network, {"a": range(32), "b": [i for i, unit in enumerate(model.order) if unit < 32]})
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, x) < 1e-5
+    for node in network.programs[0].operations:  # what is decided anew takes another path
+        node.meta.pop("decided", None)
+    assert netsurgery.verify(model, small, edit, x) > 0.1
+
+
+class Writes(nn.Module):
+    """Writes into all it is given, and looks at the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.norm = nn.BatchNorm1d(8)
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.total = nn.Buffer(torch.zeros(8))
+        self.log: list[Tensor] = [torch.zeros(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        x.mul_(2)
+        self.a.weight[1:3].clamp_(-0.1, 0.1)
+        h = nn.functional.batch_norm(self.a(x), self.norm.running_mean, self.norm.running_var, training=True)
+        self.total += h.sum(0)
+        self.log[0] += torch.rand(3)
+        self.log.append(h)
+        return self.b(h) * self.total.mean().item() * self.count.item() + self.log[0].sum()
+
+
+def test_the_model_the_inputs_and_the_random_state_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, x = Writes().requires_grad_(False).eval(), torch.randn(6, 4)
+    before, given, state = snapshot(model), x.clone(), torch.get_rng_state()
+    values_before = copy.deepcopy(model.log)
+    versions = [tensor._version for tensor in (*model.parameters(), *model.buffers(), x)]
+    program = record(model, ((x,), {}))
+    assert program.values == "all"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(x, given) and torch.equal(torch.get_rng_state(), state)
+    assert len(model.log) == 1 and torch.equal(model.log[0], values_before[0])
+    assert versions == [tensor._version for tensor in (*model.parameters(), *model.buffers(), x)]
+    assert not model.training
+    decided = [node.meta["decided"] for node in program.operations if "decided" in node.meta]
+    assert decided == [node.meta["decided"] for node in record(model, ((x,), {})).operations if "decided" in node.meta]
+    assert decided[-1] == 1  # the count of the run
+    with torch.no_grad():
+        torch.manual_seed(0)
+        model(x.clone())
+    assert decided[0] == pytest.approx(model.total.mean().item(), rel=1e-5)
+
+
+def test_memory_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep network that looks at its last activation: at no time are more than a few of them kept."""
+    most = 0
+
+    class Counting(values.Values):
+        def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            nonlocal most
+            held = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for _, v in self.of.items.values()}
+            most = max(most, sum(held.values()))
+            return super().run(func, args, kwargs)
+
+    monkeypatch.setattr("netsurgery.tracing.Values", Counting)
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(30))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+            return x * x.mean().item()
+
+    x = torch.randn(10_000, 4)
+    assert record(Deep(), ((x,), {})).values == "all"
+    assert 2 * x.nbytes < most < 6 * x.nbytes
+
+
+def test_inputs_without_data_are_drawn() -> None:
+    model = net(LOOKS["a branch"])
+    bare = X.to("meta")
+    first, second = (record(model, ((bare,), {})) for _ in range(2))
+    assert first.values == "all" and str(first.graph) == str(second.graph)
+    edit = netsurgery.plan(model, HALF, bare)
+    assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit) < 1e-10
+
+
+def test_a_model_without_data_whose_code_looks_at_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = Net(LOOKS["a branch"])
+    message = r"aten._local_scalar_dense.*test_values.py:\d+\), but 'a.weight' has none: it is on the meta device"
+    with pytest.raises(TraceError, match=message):
+        netsurgery.trace(model, torch.randn(6, 4))
+
+
+def where_it_is(m: Net, h: Tensor) -> Tensor:
+    assert h.device == torch.device("cpu") and h.is_cpu and not h.is_cuda and not h.is_meta
+    ones = torch.ones(3, device=h.device, dtype=h.dtype) + torch.tensor([0.0, 1.0, 2.0], device=h.device)
+    return m.b(h.to(h.device).cpu()[:, list(range(8))]) * ones.to("cpu") + h.new_tensor([1, 2, 3])
+
+
+def test_code_that_asks_where_a_tensor_is() -> None:
+    _, edit = check(net(where_it_is), (X,), 1e-10)
+    assert edit.network.programs[0].values == "none"
+    assert not any(value.is_meta for value in edit.network.programs[0].constants.values())
+
+
+def test_a_small_model_that_does_something_else_is_refused() -> None:
+    model = net(LOOKS["a branch"])
+    edit = netsurgery.plan(model, HALF, X)
+    small = netsurgery.rewrite(model, edit)
+    small.run = lambda m, h: m.b(torch.relu(h)) if h.sum() > 0 else m.c(torch.relu(h))
+    with pytest.raises(InputError, match=r"does not do what the original did at .*test_values.py:\d+: aten.relu"):
+        netsurgery.verify(model, small, edit, X)
+
+
+def test_python_that_reads_what_another_run_knows() -> None:
+    """At other sizes the code reads values that it did not read before."""
+    model = net(lambda m, h: m.b(h) if h.shape[1] == 8 else m.b(h) * h.mean().tolist())
+    assert "the code" in (netsurgery.trace(model, X)["a"].frozen or "")
