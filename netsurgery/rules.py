@@ -16,7 +16,7 @@ from torch import fx
 from netsurgery.axes import Axis, channel, concat, cut, find, product
 from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
-__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table"]
+__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table", "title"]
 
 aten = torch.ops.aten
 Rule = Callable[[Op], Any]
@@ -86,8 +86,8 @@ def _number(op: Op, argument: str) -> int:
 def find_rule(target: Any) -> Rule:
     """The rule of an operator; one in place has that of the operator that returns a new tensor."""
     keys = [target, target.overloadpacket, target._schema.name]
-    base = target._schema.name.removeprefix("aten::")
-    if base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
+    namespace, _, base = target._schema.name.rpartition("::")
+    if namespace == "aten" and base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
         keys += [getattr(functional, target._overloadname, None), functional]
     found = next((book[key] for book in (TAUGHT, RULES) for key in keys if key in book), None)
     if found is None:
@@ -108,10 +108,13 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
 
 def table() -> list[tuple[str, str]]:
     """Every rule: operator, and what it says."""
-    known = {**RULES, **TAUGHT}
-    return sorted(
-        (str(getattr(one, "__qualname__", one)).replace("aten.", ""), says) for one, (_, says) in known.items()
-    )
+    known = {title(one): says for book in (RULES, TAUGHT) for one, (_, says) in book.items()}
+    return sorted(known.items())
+
+
+def title(target: Any) -> str:
+    """What an operation or a class of modules is called."""
+    return target.__qualname__ if isinstance(target, type) else str(target).replace("aten::", "").replace("aten.", "")
 
 
 def frozen(op: Op, why: str) -> Any:
