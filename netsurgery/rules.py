@@ -101,9 +101,19 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
     op = Op(node, analysis)
     try:
         dims = find_rule(node.target)(op)
-    except ValueError as error:  # Misfit, or axes of different sizes
-        dims = frozen(op, f"no rule for these shapes ({error})")
+        wrong = [shape for axes, shape in zip(dims, op.shapes(), strict=True) if not _fits(axes, shape)]
+        why = f"results of shapes {wrong}" if wrong else ""
+    except ValueError as error:  # a Misfit, or axes of different sizes
+        why = str(error)
+    if why:
+        dims = frozen(op, f"no rule for these shapes ({why})")
     node.meta["dims"] = dims[0] if isinstance(dims, list) and not isinstance(node.meta["shape"], list) else dims
+
+
+def _fits(axes: Dims | None, shape: tuple[int, ...] | None) -> bool:
+    if axes is None or shape is None:
+        return axes is None and shape is None
+    return [axis.size for axis in axes] == list(shape)
 
 
 def table() -> list[tuple[str, str]]:
