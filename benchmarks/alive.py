@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+NOT_FINITE = "an output is not finite"
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _LARGE = 3.0  # root mean square of a layer's outputs: sigmoids of a few times this are still numbers between 0 and 1
 
@@ -94,7 +95,7 @@ def what_is_dead(outputs: Any) -> str | None:
     if not tensors:
         return "no output has numbers"
     if not all(bool(torch.isfinite(t).all()) for t in tensors):
-        return "an output is not finite"
+        return NOT_FINITE
     if any(t.numel() > 1 and bool((t == t.flatten()[0]).all()) for t in tensors):
         return "an output is the same everywhere"
     return None

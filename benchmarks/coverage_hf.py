@@ -1,8 +1,10 @@
 """Hugging Face transformers from small random configurations: every dimension has another size than all others.
 
-Sizes: 5 or 7 positions, batch 2, 101 tokens, width 48 (4 heads of 12), 2 key and value heads, inner width 80, and so on: no two dimensions are mistaken for one another by luck. Nothing is downloaded.
+Batch 2, 7 positions, 101 tokens, width 48 in 4 heads of 12, 2 key and value heads, inner width 80, and so on: no
+dimension is mistaken for another by luck. Nothing is downloaded.
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 # transformers looks for an optional package `kernels`; from the root of this repository it would find ours.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None: there is none
-import transformers as hf
+hf: Any = importlib.import_module("transformers")
 
 Case = tuple[nn.Module, Any]  # a model and its inputs: a tuple, or a dictionary of keyword inputs
 

@@ -10,17 +10,19 @@ STATUSES = ("exact", "WRONG", "REFUSED", "CRASH", "TIMEOUT", "PROVES NOTHING")
 INTRODUCTION = """\
 # Coverage
 
-Every model here has random weights, norms and statistics. Half of every group that is not frozen is removed at random, and the
-outputs are compared, in float32, with those of the original whose removed units are silenced (`netsurgery.verify`); *permuted* is
-the second oracle: the units of all groups in another order. Both are largest differences relative to the largest output. Each model is measured in a
-process of its own. The *share* is that of the parameters that sit in prunable groups.
+Every model here has random weights, norms and statistics. Half of every group that is not frozen is removed at random,
+and the outputs are compared, in float32, with those of the original whose removed units are silenced
+(`netsurgery.verify`); *permuted* is the second oracle: the units of all groups in another order. Both are largest
+differences relative to the largest output. Each model is measured in a process of its own. The *share* is that of the
+parameters that sit in prunable groups.
 
 - **exact**: both differences are at most 1e-4. **WRONG**: one is not.
-- **REFUSED**: netsurgery raised its own error, before anything was changed. **CRASH**: any other error. **TIMEOUT**: no result in time.
+- **REFUSED**: netsurgery raised its own error, before anything was changed. **CRASH**: any other error.
+  **TIMEOUT**: no result in time.
 - **PROVES NOTHING**: exact, but the output is not finite or the same everywhere, or what was removed did not matter.
 
-Made by `OMP_NUM_THREADS=1 python benchmarks/coverage.py --out rows.jsonl --page docs/coverage.md`; seconds on a machine that did
-other things as well say little.
+Made by `OMP_NUM_THREADS=1 python benchmarks/coverage.py --out rows.jsonl --page docs/coverage.md`; seconds on a machine
+that did other things as well say little.
 """
 HEADER = (
     "model", "status", "parameters", "groups", "frozen", "share", "removed", "difference", "permuted", "trace, s",
@@ -57,11 +59,13 @@ def summary(rows: Sequence[Row], kinds: Iterable[str]) -> str:
     def counts(name: str, some: Sequence[Row]) -> list[str]:
         shares = [row.get("share", 0.0) if row["status"] == "exact" else 0.0 for row in some]
         found = [str(sum(row["status"] == status for row in some)) for status in STATUSES]
-        high = f"{sum(share >= 0.9 for share in shares)} ({percent(sum(share >= 0.9 for share in shares) / len(some), 0)})"
+        high = (
+            f"{sum(share >= 0.9 for share in shares)} ({percent(sum(share >= 0.9 for share in shares) / len(some), 0)})"
+        )
         return [name, str(len(some)), *found, high, percent(statistics.median(shares))]
 
-    groups = [(kind, [row for row in rows if row["kind"] == kind]) for kind in kinds]
-    lines = [counts(kind, some) for kind, some in groups if some]
+    listed = [(kind, [row for row in rows if row["kind"] == kind]) for kind in kinds]
+    lines = [counts(kind, some) for kind, some in listed if some]
     return table(header, [*lines, counts("**all**", rows)]) + "\nA model that is not exact counts as a share of 0.\n"
 
 
@@ -108,9 +112,8 @@ def failures(rows: Sequence[Row]) -> str:
 
 def one_line(text: str, most: int = 300) -> str:
     """A message on one line, shortened, that markdown leaves as it is."""
-    text = " ".join(text.split())
-    text = text if len(text) <= most else text[:most] + "…"
-    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    text = " ".join(text.replace("`", "'").split())
+    return f"`{text if len(text) <= most else text[:most] + '…'}`"
 
 
 def reasons(rows: Sequence[Row]) -> str:
@@ -128,8 +131,11 @@ def reasons(rows: Sequence[Row]) -> str:
 def reasons_of(row: Row) -> str:
     """What holds frozen groups of a model, but its inputs and outputs; what holds most parameters first."""
     inner = [one for one in row.get("reasons", []) if not one["reason"].startswith(("network input", "network output"))]
-    lines = [
-        f"  - {one['groups']} group{'s'[: one['groups'] != 1]}: {one_line(one['reason'], 200)}\n" for one in inner[:MOST]
-    ]
+    lines = [f"  - {groups(one['groups'])}: {one_line(one['reason'], 200)}\n" for one in inner[:MOST]]
     more = sum(one["groups"] for one in inner[MOST:])
-    return "".join(lines) + (f"  - {more} groups: {len(inner) - MOST} more reasons\n" if more else "")
+    return "".join(lines) + (f"  - {groups(more)}: {len(inner) - MOST} more reasons\n" if more else "")
+
+
+def groups(count: int) -> str:
+    """A number of groups in words."""
+    return "1 group" if count == 1 else f"{count} groups"

@@ -96,7 +96,9 @@ def main() -> None:
     names = {smallest(module) for module in wanted}
     kept = {one["model"]: one for one in chosen() if one["module"] not in wanted} if sys.argv[1:] else {}
     found = {name: kept.get(name) or described(name) for name in sorted({*names, *kept, *ALSO})}
-    CHOSEN.write_text(json.dumps(sorted(found.values(), key=lambda one: (one["module"], one["model"])), indent=1) + "\n")
+    CHOSEN.write_text(
+        json.dumps(sorted(found.values(), key=lambda one: (one["module"], one["model"])), indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":
