@@ -113,7 +113,7 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
 
 def _fits(axes: Dims | None, shape: tuple[int, ...] | None) -> bool:
     if axes is None or shape is None:
-        return axes is None and shape is None
+        return not axes and shape is None
     return [axis.size for axis in axes] == list(shape)
 
 
