@@ -308,3 +308,124 @@ def test_python_that_reads_what_another_run_knows() -> None:
     """At other sizes the code reads values that it did not read before."""
     model = net(lambda m, h: m.b(h) if h.shape[1] == 8 else m.b(h) * h.mean().tolist())
     assert "the code" in (netsurgery.trace(model, X)["a"].frozen or "")
+
+
+class Few(nn.Module):
+    """Layers that run on those rows alone whose mean is above a threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threshold = 0.0
+        self.a, self.conv, self.norm = nn.Linear(4, 8), nn.Conv2d(8, 6, 1), nn.GroupNorm(2, 6)
+        self.up, self.b, self.c = nn.ConvTranspose2d(6, 5, 2), nn.Linear(45, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.a(x)
+        rows = h[h.mean(1) > self.threshold]
+        maps = torch.relu(self.norm(self.conv(rows[:, :, None, None].expand(-1, -1, 2, 2))))
+        last = self.b(self.up(maps).flatten(1))
+        return h, torch.softmax(self.c(torch.cat([last, last[:0]])), 1)
+
+
+def test_layers_that_run_on_no_rows_are_coupled_as_on_some() -> None:
+    torch.manual_seed(0)
+    model = Few().double().eval()
+    network = netsurgery.trace(model, X)
+    model.threshold = 1e9
+    empty = netsurgery.trace(model, X)
+    assert {g.name: (g.size, g.members, g.frozen is None) for g in empty.groups} == {
+        g.name: (g.size, g.members, g.frozen is None) for g in network.groups
+    }
+    assert [group.name for group in empty.prunable] == ["conv", "conv:2", "up", "b"]
+    edit = netsurgery.Edit(network, netsurgery.plan(model, HALF, X).keep)  # planned where no row runs
+    model.threshold = 0.0
+    assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, X) < 1e-10
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 10), nn.Linear(8, 10), nn.Linear(10, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Experts(nn.Module):
+    """Each token goes to the two experts that score it best, as in Mixtral; experts are modules of their own."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, count, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        mask = nn.functional.one_hot(chosen, len(self.experts)).permute(2, 1, 0)
+        for index in mask.sum((-1, -2)).nonzero():
+            rank, token = torch.where(mask[index].squeeze(0))
+            out.index_add_(0, token, self.run(index, x[token]) * weights[token, rank, None])
+        return out
+
+    def run(self, index: Tensor, x: Tensor) -> Tensor:
+        return self.experts[index](x)
+
+
+class Stacked(Experts):
+    """All experts in three-dimensional parameters."""
+
+    def __init__(self, count: int = 3) -> None:
+        nn.Module.__init__(self)
+        self.gate = nn.Linear(8, count, bias=False)
+        self.experts = range(count)
+        self.up, self.down = nn.Parameter(torch.randn(count, 20, 8)), nn.Parameter(torch.randn(count, 8, 10))
+
+    def run(self, index: Tensor, x: Tensor) -> Tensor:
+        gate, up = nn.functional.linear(x, self.up[index[0]]).chunk(2, -1)
+        return nn.functional.linear(nn.functional.silu(gate) * up, self.down[index[0]])
+
+
+class Routed(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.experts, self.b = nn.Linear(4, 8), nn.RMSNorm(8), experts, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h + self.experts(self.norm(h)))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_experts_that_are_modules(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Routed(Experts()).double()
+    _, edit = check(model, (torch.randn(24, 4, dtype=torch.float64),), 1e-10, seed)
+    widths = {f"experts.experts.{i}.up" for i in range(3)}
+    assert {group.name for group in edit.network.prunable} == {"a", *widths}
+    assert "told apart by position: aten.topk" in edit.network["experts.gate"].frozen
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_experts_in_one_parameter(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Routed(Stacked()).double()
+    small, edit = check(model, (torch.randn(24, 4, dtype=torch.float64),), 1e-10, seed)
+    assert [group.name for group in edit.network.prunable] == ["a", "experts:2"]
+    count, width = small.experts.up.shape[0], small.experts.down.shape[2]
+    assert count == 3 and small.experts.up.shape[1] == 2 * width < 20
+    stacks = [g for g in edit.network.groups if ("experts.up", 0) in [(m.parameter, m.axis) for m in g.members]]
+    assert "told apart by position: aten.select" in stacks[0].frozen
+
+
+def test_an_expert_that_no_token_chooses_keeps_its_width() -> None:
+    torch.manual_seed(0)
+    model = Routed(Experts()).double()
+    with torch.no_grad():
+        model.experts.gate.weight[0] = 0
+        model.a.bias[0] = 1e3
+        model.experts.gate.weight[1:, 0] = 10.0
+    network = netsurgery.trace(model, X)
+    assert network["experts.experts.0.up"].frozen == "not used in the recorded run"
+    assert network["experts.experts.1.up"].frozen is None
