@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from netsurgery.axes import Axis, channel, concat
 from netsurgery.copying import on_meta
 from netsurgery.network import Network
+from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
@@ -300,8 +301,10 @@ _SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, tor
 class _Ears(TorchFunctionMode):
     """Hears each call of a torch function in a module's own code."""
 
-    def __init__(self, names: dict[int, str], watcher: _Plain):
+    def __init__(self, module: nn.Module, names: dict[int, str], watcher: _Plain, device: torch.device):
         super().__init__()
+        self.module = module
+        self.answers = Posing(_illegible, device).answers
         self.graph = fx.Graph()
         self.names, self.watcher = names, watcher
         self.known: dict[int, fx.Node] = {}
@@ -324,6 +327,17 @@ class _Ears(TorchFunctionMode):
             self.read[name] = self.graph.get_attr(name)
         return self.read[name]
 
+    def contained(self, tensor: Tensor, name: str) -> fx.Node:
+        """A tensor in a dictionary or list that is an attribute."""
+        attribute = name.partition("[")[0]
+        owner, _, key = attribute.rpartition(".")
+        node = self.attribute(attribute)
+        for step in _keys(self.module.get_submodule(owner).__dict__[key], tensor) or ():
+            if not isinstance(step, str | int):
+                raise Deaf(f"keeps a tensor under a {type(step).__name__}")
+            node = self.graph.call_function(operator.getitem, (node, step))
+        return node
+
     def node_of(self, value: Any) -> Any:
         """What stands in the graph for an argument."""
         if isinstance(value, Tensor):
@@ -331,7 +345,8 @@ class _Ears(TorchFunctionMode):
                 return self.known[id(value)]
             if id(value) not in self.names:
                 raise Deaf("uses a tensor from outside")
-            return self.attribute(self.names[id(value)])
+            name = self.names[id(value)]
+            return self.contained(value, name) if "[" in name else self.attribute(name)
         if isinstance(value, Number):
             return value.node
         if isinstance(value, torch.dtype):
@@ -431,6 +446,8 @@ class _Ears(TorchFunctionMode):
             with self:
                 return _inlined(func)(*args, **kwargs)
         name = func.__name__
+        if func in self.answers:
+            return self.answers[func]
         if name == "__get__":
             return self.attribute_of(args[0], func.__self__.__name__)
         if func in (Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__):
@@ -502,6 +519,21 @@ class _Ears(TorchFunctionMode):
         return node
 
 
+def _illegible(tensor: Tensor) -> Tensor:
+    raise Deaf("looks at values")
+
+
+def _keys(value: Any, tensor: Tensor) -> list[Any] | None:
+    """Where a tensor is in nested dictionaries and lists."""
+    if value is tensor:
+        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        if (found := _keys(item, tensor)) is not None:
+            return [key, *found]
+    return None
+
+
 def _plain(value: Any) -> Any:
     """Arguments with plain integers."""
     if isinstance(value, Number):
@@ -525,11 +557,12 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> f
         Deaf: the code cannot be expressed so; the message says why.
     """
     bare, names = skeleton(module, program.mode)
+    device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
     graphs = []
     for training in (False, True):
         watcher = _Plain() if training else _Follower(program, call)
         track(bare, watcher)
-        graphs.append(_heard(bare, _Ears(names, watcher), call, network, training))
+        graphs.append(_heard(bare, _Ears(bare, names, watcher, device), call, network, training))
     return _merged(*graphs)
 
 

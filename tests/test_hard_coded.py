@@ -349,6 +349,23 @@ def test_code_that_is_given_objects_is_locked() -> None:
     assert any("is given a object" in (g.frozen or "") for g in network.groups if g.unit == "head_dim")
 
 
+def test_what_a_module_keeps_in_containers_is_cut_too() -> None:
+    def biased(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        key = str(x.device)
+        if key not in m.cache:
+            m.cache[key] = [m.gain[:4, None, None].detach() * torch.arange(n, device=x.device)]
+        q, k, v = m.qkv(x).reshape(b, n, 3, m.heads, m.dim).permute(2, 0, 3, 1, 4)
+        return m.proj(attend(q, k, v, attn_mask=m.cache[key][0], scale=0.3).reshape(b, n, m.inner))
+
+    model = build(Attention(biased))
+    model.inside.cache = {}
+    model(X)
+    small, edit = oracles.check(model, (X,), 1e-9, share=0.5)
+    assert small.inside.cache["cpu"][0].shape[0] == 2 and model.inside.cache["cpu"][0].shape[0] == 4
+    assert free(edit.network, "head")
+
+
 def test_the_whole_model_keeps_its_class() -> None:
     model = Attention(constants).double().eval()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
