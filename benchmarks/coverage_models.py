@@ -54,8 +54,9 @@ def _segmenter(name: str, **arguments: Any) -> Case:
 def _detector(name: str) -> Case:
     side = _fit({"ssd300": 300, "ssdlite320": 320}, name, 96)
     sizes = {} if name.startswith("ssd") else {"min_size": side, "max_size": side}
-    scores = {"box_score_thresh": 0.0, "box_detections_per_img": 20} if "rcnn" in name else {"score_thresh": 0.0}
-    return _torchvision(name, **sizes, **scores), (
+    few = {"rpn_pre_nms_top_n_test": 80, "rpn_post_nms_top_n_test": 40, "box_detections_per_img": 10}
+    limits: dict[str, Any] = {**few, "box_score_thresh": 0.0} if "rcnn" in name else {"score_thresh": 0.0}
+    return _torchvision(name, **sizes, **limits), (
         [normal(3, side, side).sigmoid(), normal(3, side, side).cos().abs()],
     )
 

@@ -16,7 +16,9 @@ and the outputs are compared, in float32, with those of the original whose remov
 differences relative to the largest output. Each model is measured in a process of its own. The *share* is that of the
 parameters that sit in prunable groups.
 
-- **exact**: both differences are at most 1e-4. **WRONG**: one is not.
+- **exact**: both differences are at most 1e-4. **WRONG**: one is not. Where a network decides by comparing numbers
+  (which of two boxes comes first), rounding alone can be above that; float64 then tells: *f64* marks such rows, at most
+  1e-9.
 - **REFUSED**: netsurgery raised its own error, before anything was changed. **CRASH**: any other error.
   **TIMEOUT**: no result in time.
 - **PROVES NOTHING**: exact, but the output is not finite or the same everywhere, or what was removed did not matter.
@@ -84,7 +86,7 @@ def cells(row: Row) -> list[str]:
     replaced = row.get("replaced", [])
     return [
         row["model"],
-        row["status"],
+        row["status"] + (" (f64)" if "in_float32" in row else ""),
         cell("parameters", "{:,}"),
         cell("groups", "{}"),
         cell("locked", "{}"),

@@ -91,6 +91,17 @@ def test_unexpected_error(monkeypatch):
     assert found["difference"] < 1e-6  # what was measured before is kept
 
 
+@pytest.mark.parametrize(("scale", "status"), [(1e6, "exact"), (1e15, "WRONG")])
+def test_rounding(monkeypatch, scale, status):
+    """A network that blows rounding up: float64 tells it from an error."""
+    found = row(monkeypatch, lambda y, x: (scale * y).sin())
+    assert found["status"] == status
+    single = found.get("in_float32", found)
+    assert max(single["difference"], single["permuted"]) > 1e-4
+    if status == "WRONG":
+        assert found["in_float64"]["status"] == "WRONG"
+
+
 def test_timeout(monkeypatch):
     found = row(monkeypatch, hang, timeout=2)
     assert (found["status"], found["message"]) == ("TIMEOUT", "no result in 2 s")
@@ -200,7 +211,7 @@ def test_checked_in_page():
     """docs/coverage.md has a row for every model of the list, whatever became of it."""
     pytest.importorskip("transformers")
     text = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
-    shown = dict.fromkeys(re.findall(r"^\| ([^|]+?) \| (?:exact|[A-Z ]+) \|", text, re.MULTILINE))
+    shown = dict.fromkeys(re.findall(r"^\| ([^|]+?) \| (?:exact|[A-Z ]+)(?: \(f64\))? \|", text, re.MULTILINE))
     assert list(shown) == [name for kind in coverage_models.KINDS for name in coverage_models.names(kind)]
 
 
