@@ -16,6 +16,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -33,7 +34,7 @@ from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
-__all__ = ["Deaf", "hear"]
+__all__ = ["Deaf", "Heard", "hear"]
 
 
 class Deaf(Exception):
@@ -310,6 +311,7 @@ class _Ears(TorchFunctionMode):
         self.known: dict[int, fx.Node] = {}
         self.read: dict[str, fx.Node] = {}
         self.dtypes: dict[torch.dtype, fx.Node] = {}
+        self.doubts: list[str] = []
         self.paused = False
 
     @contextlib.contextmanager
@@ -461,11 +463,11 @@ class _Ears(TorchFunctionMode):
         return out
 
     def look_around(self) -> None:
-        """Refuse where one of the functions that are running does what cannot be heard."""
+        """Doubt where one of the functions that are running does what cannot be heard."""
         frame = sys._getframe(2)
-        while frame is not None and frame.f_code is not _heard.__code__:
+        while frame is not None and frame.f_code is not _run.__code__:
             if found := _refused(frame.f_code):
-                raise Deaf(f"uses {found}")
+                self.doubts.append(f"uses {found}")
             frame = frame.f_back  # type: ignore[assignment]
 
     def attribute_of(self, x: Tensor, name: str) -> Any:
@@ -550,20 +552,49 @@ def _plain(value: Any) -> Any:
 # Hearing ---------------------------------------------------------------------------------------------------------
 
 
-def hear(module: nn.Module, program: Program, call: Call, network: Network) -> fx.Graph:
-    """The graph of one run of a module's own code, as it was recorded.
+@dataclass
+class Heard:
+    """One run of a module's own code, as it was recorded.
+
+    Attributes:
+        usual: its graph outside of training, good to find which attributes its sizes come from.
+        doubts: why the graph does not stand for the code, whatever the sizes.
+    """
+
+    usual: fx.Graph
+    doubts: list[str]
+    train: Callable[[], fx.Graph]
+
+    @functools.cached_property
+    def whole(self) -> fx.Graph:
+        """The graph that stands for the code, in training too.
+
+        Raises:
+            Deaf: there is none; the message says why.
+        """
+        if self.doubts:
+            raise Deaf(self.doubts[0])
+        return _merged(self.usual, self.train())
+
+
+def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
+    """What one run of a module's own code did, as it was recorded.
 
     Raises:
-        Deaf: the code cannot be expressed so; the message says why.
+        Deaf: the code cannot be expressed as a graph; the message says why.
     """
     bare, names = skeleton(module, program.mode)
     device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
-    graphs = []
-    for training in (False, True):
+
+    def listen(training: bool) -> _Ears:
         watcher = _Plain() if training else _Follower(program, call)
         track(bare, watcher)
-        graphs.append(_heard(bare, _Ears(bare, names, watcher, device), call, network, training))
-    return _merged(*graphs)
+        ears = _Ears(bare, names, watcher, device)
+        _run(bare, ears, call, network, training)
+        return ears
+
+    usual = listen(training=False)
+    return Heard(usual.graph, usual.doubts, lambda: listen(training=True).graph)
 
 
 @functools.cache
@@ -579,7 +610,7 @@ def _is_torch(code: CodeType) -> bool:
     return code.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
-def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool) -> fx.Graph:
+def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool) -> None:
     attributes, watcher = dict(module.__dict__), ears.watcher
     given: dict[Any, Tensor] = {}
 
@@ -607,16 +638,15 @@ def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, trainin
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
         if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
-            raise Deaf(f"sets its attribute {changed[0]}")
+            ears.doubts.append(f"sets its attribute {changed[0]}")
         if stores != _stores(module):
-            raise Deaf("sets its parameters or buffers")
+            ears.doubts.append("sets its parameters or buffers")
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Deaf(f"does not run on its own without data: {first}") from error
     finally:
         module.__dict__.clear()
         module.__dict__.update(attributes)
-    return ears.graph
 
 
 def _stores(module: nn.Module) -> list[dict[str, int]]:
