@@ -55,6 +55,12 @@ class Leaf:
     def __repr__(self) -> str:
         return self.__name__
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Leaf) and self.overloadpacket is other.overloadpacket  # of a smaller model, say
+
+    def __hash__(self) -> int:
+        return hash(self.overloadpacket)
+
     @property
     def module(self) -> nn.Module:
         """The module itself."""
