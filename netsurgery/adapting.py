@@ -98,7 +98,7 @@ class _Values:
 
     def free(self, axis: Axis) -> bool:
         """Whether a dimension has other sizes for other inputs: batch, space, time."""
-        return any(leaf.size > 1 and leaf not in self.units for leaf in leaves(axis))
+        return any(leaf not in self.units for leaf in leaves(axis))
 
     def depends(self, value: Any) -> bool:
         """Whether a number depends on what the module is given."""

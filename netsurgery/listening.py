@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat
 from netsurgery.copying import on_meta
+from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
 from netsurgery.network import Network
 from netsurgery.posing import Posing
 from netsurgery.shapes import infer
@@ -385,27 +386,24 @@ class _Ears(TorchFunctionMode):
     def given(self, value: Any, node: fx.Node, name: str) -> Any:
         """An input of the module, and what the graph makes sure of: that it is of the kind that was traced."""
         if isinstance(value, Tensor):
+            kind = "floating" if value.is_floating_point() else "complex" if value.is_complex() else str(value.dtype)
+            self.graph.call_function(expect_tensor, (node, value.dim(), kind, name))
             if id(value) in self.known:  # code may ask whether two inputs are one
-                self.check(operator.is_, node, self.known[id(value)], name)
+                self.graph.call_function(expect_same, (node, self.known[id(value)], name))
             self.known.setdefault(id(value), node)
         elif type(value) is int:
             return _number(value, node)
         elif type(value) in (tuple, list, dict):
-            self.check(operator.eq, self.graph.call_function(len, (node,)), len(value), name)
+            keys = list(value) if isinstance(value, dict) else len(value)
+            self.graph.call_function(expect_keys, (node, keys, name))
             items = value.items() if isinstance(value, dict) else enumerate(value)
             made = {k: self.given(v, self.graph.call_function(operator.getitem, (node, k)), name) for k, v in items}
             return made if isinstance(value, dict) else type(value)(made.values())
         elif isinstance(value, _SETTLED):
-            self.check(operator.is_ if isinstance(value, bool | None) else operator.eq, node, value, name)
+            self.graph.call_function(expect_value, (node, value, name))  # type: ignore[arg-type]
         else:
             raise Deaf(f"is given a {type(value).__name__} ({name})")
         return value
-
-    def check(self, function: Any, node: fx.Node, value: Any, name: str) -> None:
-        condition = self.graph.call_function(function, (node, value))
-        self.graph.call_function(
-            torch._assert, (condition, f"netsurgery traced this module with {name} of another kind")
-        )
 
     def integers(self, module: nn.Module) -> None:
         """Let the integer attributes of a module remember that they are its attributes."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import netsurgery
 import oracles
+from netsurgery.errors import InputError
 from netsurgery.passes import PruneChannels, RandomScore
 
 X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -281,12 +282,54 @@ def test_arguments_of_another_kind_are_an_error() -> None:
     model = build(Itself())
     small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], X)
     h = torch.randn(2, 5, small.first.out_features, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="need_weights"):
+    mask = torch.zeros(5, 5, dtype=torch.float64)
+    with pytest.raises(InputError, match="where 'need_weights' is False, got True: do the surgery again"):
         small.inside.mha(h, h, h, need_weights=True)
-    with pytest.raises(AssertionError, match="attn_mask"):
-        small.inside.mha(h, h, h, need_weights=False, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
-    with pytest.raises(AssertionError, match="value"):
+    with pytest.raises(InputError, match="where 'attn_mask' is None, got a tensor"):
+        small.inside.mha(h, h, h, need_weights=False, attn_mask=mask)
+    with pytest.raises(InputError, match="where 'value' is the same tensor as another input"):
         small.inside.mha(h, h, h.clone(), need_weights=False)
+
+
+class Masks(Attention):
+    """Chooses by its mask, as the attention of Hugging Face does."""
+
+    def forward(self, x: Tensor, mask: Tensor | None, extra: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return default_scale(self, x) * (1.0 if mask is None else mask.double().mean()) * sum(extra.values())
+
+
+def test_masks_of_another_kind_are_an_error() -> None:
+    class Gives(Net):
+        def forward(self, x: Tensor, mask: Tensor | None = None, **extra: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x + self.inside(x, mask, extra))
+
+    torch.manual_seed(0)
+    model, one = Gives(Masks(default_scale)).double().eval(), torch.ones(1, dtype=torch.float64)
+    given = {"x": X, "mask": torch.ones(5, 5, dtype=torch.bool), "a": one}
+    edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], given)
+    small = netsurgery.rewrite(model, edit)
+    assert "inside" in edit.replaced and netsurgery.verify(model, small, edit, given) < 1e-9
+    small(**given)
+    for other, why in (
+        ({"mask": None}, "'mask' is a tensor of 2 dimensions, got None"),
+        ({"mask": torch.ones(1, 5, 5, dtype=torch.bool)}, "'mask' is a tensor of 2 dimensions, got 3"),
+        ({"mask": torch.ones(5, 5)}, "'mask' is a tensor of torch.bool numbers, got torch.float32"),
+        ({"b": one}, r"'extra' is \['a'\], got \['a', 'b'\]"),
+    ):
+        with pytest.raises(InputError, match=why):
+            small(**{**given, **other})
+
+
+def test_traced_with_one_image_is_not_guessed_for_two() -> None:
+    def one(m: Any, x: Tensor) -> Tensor:
+        return default_scale(m, x) * (3 if x.shape[0] == 1 else 1)
+
+    model = build(Attention(one))
+    small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], X[:1])
+    small(X[:1])
+    with pytest.raises(AssertionError, match="other sizes"):
+        small(X)
 
 
 def trains_otherwise(m: Any, x: Tensor) -> Tensor:
