@@ -32,7 +32,7 @@ class Alongside(Watcher):
         operations = self.program.operations
         while self.position < len(operations):
             node = operations[self.position]
-            if node.target is func or {node.target, func} == VIEWS:
+            if node.target == func or {node.target, func} == VIEWS:
                 self.position += 1
                 return node
             if func is _CLONE:

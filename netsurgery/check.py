@@ -21,7 +21,7 @@ from netsurgery.axes import Axis, leaves
 from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
 from netsurgery.errors import RewriteError
-from netsurgery.listening import Deaf, hear
+from netsurgery.listening import Deaf, Heard, hear
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
@@ -54,7 +54,7 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
     return adaptation, found
 
 
-_MANY = 4  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
+_MANY = 1  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
 
 
 def _tried(
@@ -121,17 +121,17 @@ class _Attempt:
         if path in self.adaptation.code:
             return False
         try:
-            graphs = self.heard(path)
+            runs = self.heard(path)
             if path not in self.tried:
                 self.tried.add(path)
-                found = [solve(graph, self.model.get_submodule(path), self.sizes) for graph in graphs]
+                found = [solve(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
                 if found[0] and all(one == found[0] for one in found):
                     self.adaptation.attributes[path] = found[0]
                     return True
             if not path:  # the user's own class stays
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
-            codes = {rebuild(graph, module, self.sizes, attributes, self.network.by_channel) for graph in graphs}
+            codes = {rebuild(run.whole, module, self.sizes, attributes, self.network.by_channel) for run in runs}
         except Deaf as reason:
             for name in why:
                 why[name] += f" (the code of {path} {reason})"
@@ -141,7 +141,7 @@ class _Attempt:
         self.adaptation.code[path], self.adaptation.reasons[path] = codes.pop(), next(iter(why.values()))
         return True
 
-    def heard(self, path: str) -> list[fx.Graph]:
+    def heard(self, path: str) -> list[Heard]:
         """What the code of a module does, each time it runs."""
         program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
         if path not in program.heard:
@@ -152,7 +152,7 @@ class _Attempt:
                 ]
             except Deaf as reason:
                 program.heard[path] = reason
-        found: list[fx.Graph] | Deaf = program.heard[path]
+        found: list[Heard] | Deaf = program.heard[path]
         if isinstance(found, Deaf):
             raise found
         return found

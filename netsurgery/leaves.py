@@ -50,10 +50,16 @@ class Leaf:
         self.own = list(_tensors(module))
         self.inputs = arguments_of(kind)
         arguments = [SimpleNamespace(name=name, default_value=None, alias_info=None) for name in self.own + self.inputs]
-        self._schema = SimpleNamespace(name=kind.__name__, arguments=arguments)
+        self._schema = SimpleNamespace(name=kind.__name__, arguments=arguments, returns=())
 
     def __repr__(self) -> str:
         return self.__name__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Leaf) and self.overloadpacket is other.overloadpacket  # of a smaller model, say
+
+    def __hash__(self) -> int:
+        return hash(self.overloadpacket)
 
     @property
     def module(self) -> nn.Module:

@@ -9,15 +9,20 @@ the node says of which (``node.meta["sizes"]``), so that it can be worked out an
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
@@ -25,10 +30,11 @@ from torch.utils import _pytree as pytree
 from netsurgery.axes import Axis, channel, concat
 from netsurgery.copying import on_meta
 from netsurgery.network import Network
+from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
-__all__ = ["Deaf", "hear"]
+__all__ = ["Deaf", "Heard", "hear"]
 
 
 class Deaf(Exception):
@@ -296,13 +302,16 @@ _SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, tor
 class _Ears(TorchFunctionMode):
     """Hears each call of a torch function in a module's own code."""
 
-    def __init__(self, names: dict[int, str], watcher: _Plain):
+    def __init__(self, module: nn.Module, names: dict[int, str], watcher: _Plain, device: torch.device):
         super().__init__()
+        self.module = module
+        self.answers = Posing(_illegible, device).answers
         self.graph = fx.Graph()
         self.names, self.watcher = names, watcher
         self.known: dict[int, fx.Node] = {}
         self.read: dict[str, fx.Node] = {}
         self.dtypes: dict[torch.dtype, fx.Node] = {}
+        self.doubts: list[str] = []
         self.paused = False
 
     @contextlib.contextmanager
@@ -320,6 +329,17 @@ class _Ears(TorchFunctionMode):
             self.read[name] = self.graph.get_attr(name)
         return self.read[name]
 
+    def contained(self, tensor: Tensor, name: str) -> fx.Node:
+        """A tensor in a dictionary or list that is an attribute."""
+        attribute = name.partition("[")[0]
+        owner, _, key = attribute.rpartition(".")
+        node = self.attribute(attribute)
+        for step in _keys(self.module.get_submodule(owner).__dict__[key], tensor) or ():
+            if not isinstance(step, str | int):
+                raise Deaf(f"keeps a tensor under a {type(step).__name__}")
+            node = self.graph.call_function(operator.getitem, (node, step))
+        return node
+
     def node_of(self, value: Any) -> Any:
         """What stands in the graph for an argument."""
         if isinstance(value, Tensor):
@@ -327,7 +347,8 @@ class _Ears(TorchFunctionMode):
                 return self.known[id(value)]
             if id(value) not in self.names:
                 raise Deaf("uses a tensor from outside")
-            return self.attribute(self.names[id(value)])
+            name = self.names[id(value)]
+            return self.contained(value, name) if "[" in name else self.attribute(name)
         if isinstance(value, Number):
             return value.node
         if isinstance(value, torch.dtype):
@@ -427,16 +448,27 @@ class _Ears(TorchFunctionMode):
             with self:
                 return _inlined(func)(*args, **kwargs)
         name = func.__name__
+        if func in self.answers:
+            return self.answers[func]
         if name == "__get__":
             return self.attribute_of(args[0], func.__self__.__name__)
         if func in (Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__):
             return self.size(name, args, kwargs)
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
+        self.look_around()
         tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
         if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
         return out
+
+    def look_around(self) -> None:
+        """Doubt where one of the functions that are running does what cannot be heard."""
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code is not _run.__code__:
+            if found := _refused(frame.f_code):
+                self.doubts.append(f"uses {found}")
+            frame = frame.f_back  # type: ignore[assignment]
 
     def attribute_of(self, x: Tensor, name: str) -> Any:
         value = getattr(x, name)
@@ -489,6 +521,21 @@ class _Ears(TorchFunctionMode):
         return node
 
 
+def _illegible(tensor: Tensor) -> Tensor:
+    raise Deaf("looks at values")
+
+
+def _keys(value: Any, tensor: Tensor) -> list[Any] | None:
+    """Where a tensor is in nested dictionaries and lists."""
+    if value is tensor:
+        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        if (found := _keys(item, tensor)) is not None:
+            return [key, *found]
+    return None
+
+
 def _plain(value: Any) -> Any:
     """Arguments with plain integers."""
     if isinstance(value, Number):
@@ -505,31 +552,65 @@ def _plain(value: Any) -> Any:
 # Hearing ---------------------------------------------------------------------------------------------------------
 
 
-def hear(module: nn.Module, program: Program, call: Call, network: Network) -> fx.Graph:
-    """The graph of one run of a module's own code, as it was recorded.
+@dataclass
+class Heard:
+    """One run of a module's own code, as it was recorded.
+
+    Attributes:
+        usual: its graph outside of training, good to find which attributes its sizes come from.
+        doubts: why the graph does not stand for the code, whatever the sizes.
+    """
+
+    usual: fx.Graph
+    doubts: list[str]
+    train: Callable[[], fx.Graph]
+
+    @functools.cached_property
+    def whole(self) -> fx.Graph:
+        """The graph that stands for the code, in training too.
+
+        Raises:
+            Deaf: there is none; the message says why.
+        """
+        if self.doubts:
+            raise Deaf(self.doubts[0])
+        return _merged(self.usual, self.train())
+
+
+def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
+    """What one run of a module's own code did, as it was recorded.
 
     Raises:
-        Deaf: the code cannot be expressed so; the message says why.
+        Deaf: the code cannot be expressed as a graph; the message says why.
     """
-    if found := _refused(module):
-        raise Deaf(f"uses {found}")
     bare, names = skeleton(module, program.mode)
-    graphs = []
-    for training in (False, True):
+    device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
+
+    def listen(training: bool) -> _Ears:
         watcher = _Plain() if training else _Follower(program, call)
         track(bare, watcher)
-        graphs.append(_heard(bare, _Ears(names, watcher), call, network, training))
-    return _merged(*graphs)
+        ears = _Ears(bare, names, watcher, device)
+        _run(bare, ears, call, network, training)
+        return ears
+
+    usual = listen(training=False)
+    return Heard(usual.graph, usual.doubts, lambda: listen(training=True).graph)
 
 
-def _refused(module: nn.Module) -> str | None:
-    """What a module's own code uses that is no call of a torch function, though it changes what those do."""
-    forward = inspect.unwrap(type(module).forward)
-    names = getattr(forward, "__code__", None) and forward.__code__.co_names
-    return next((n for n in ("autocast", "checkpoint", "no_grad", "enable_grad") if n in (names or ())), None)
+@functools.cache
+def _refused(code: CodeType) -> str | None:
+    """What a function uses that is no call of a torch function, though it changes what those do."""
+    if code.co_filename == torch.utils.checkpoint.__file__:
+        return "checkpoint"
+    names = () if _is_torch(code) else code.co_names
+    return next((n for n in ("autocast", "enable_grad", "is_autocast_enabled", "is_grad_enabled") if n in names), None)
 
 
-def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool) -> fx.Graph:
+def _is_torch(code: CodeType) -> bool:
+    return code.co_filename.startswith(os.path.dirname(torch.__file__))
+
+
+def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool) -> None:
     attributes, watcher = dict(module.__dict__), ears.watcher
     given: dict[Any, Tensor] = {}
 
@@ -550,17 +631,27 @@ def _heard(module: nn.Module, ears: _Ears, call: Call, network: Network, trainin
         args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
         ears.integers(module)
         module.training = training
+        placed = dict(module.__dict__)
+        stores = _stores(module)
         with torch.no_grad(), watcher, ears:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
+        if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
+            ears.doubts.append(f"sets its attribute {changed[0]}")
+        if stores != _stores(module):
+            ears.doubts.append("sets its parameters or buffers")
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Deaf(f"does not run on its own without data: {first}") from error
     finally:
         module.__dict__.clear()
         module.__dict__.update(attributes)
-    return ears.graph
+
+
+def _stores(module: nn.Module) -> list[dict[str, int]]:
+    """What a module holds, by identity."""
+    return [{key: id(v) for key, v in kept.items()} for kept in (module._parameters, module._buffers, module._modules)]
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:

@@ -17,7 +17,7 @@ from torch import fx
 from netsurgery.axes import Axis, channel, concat, cut, find, product
 from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
-__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table"]
+__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table", "title"]
 
 aten = torch.ops.aten
 Rule = Callable[[Op], Any]
@@ -87,8 +87,8 @@ def _number(op: Op, argument: str) -> int:
 def find_rule(target: Any) -> Rule:
     """The rule of an operator; one in place has that of the operator that returns a new tensor."""
     keys = [target, target.overloadpacket, target._schema.name]
-    base = target._schema.name.removeprefix("aten::")
-    if base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
+    namespace, _, base = target._schema.name.rpartition("::")
+    if namespace == "aten" and base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
         keys += [getattr(functional, target._overloadname, None), functional]
     found = next((book[key] for book in (TAUGHT, RULES) for key in keys if key in book), None)
     if found is None:
@@ -102,17 +102,30 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
     op = Op(node, analysis)
     try:
         dims = find_rule(node.target)(op)
-    except ValueError as error:  # Misfit, or axes of different sizes
-        dims = frozen(op, f"no rule for these shapes ({error})")
+        wrong = [shape for axes, shape in zip(dims, op.shapes(), strict=True) if not _fits(axes, shape)]
+        why = f"results of shapes {wrong}" if wrong else ""
+    except ValueError as error:  # a Misfit, or axes of different sizes
+        why = str(error)
+    if why:
+        dims = frozen(op, f"no rule for these shapes ({why})")
     node.meta["dims"] = dims[0] if isinstance(dims, list) and not isinstance(node.meta["shape"], list) else dims
+
+
+def _fits(axes: Dims | None, shape: tuple[int, ...] | None) -> bool:
+    if axes is None or shape is None:
+        return not axes and shape is None
+    return [axis.size for axis in axes] == list(shape)
 
 
 def table() -> list[tuple[str, str]]:
     """Every rule: operator, and what it says."""
-    known = {**RULES, **TAUGHT}
-    return sorted(
-        (str(getattr(one, "__qualname__", one)).replace("aten.", ""), says) for one, (_, says) in known.items()
-    )
+    known = {title(one): says for book in (RULES, TAUGHT) for one, (_, says) in book.items()}
+    return sorted(known.items())
+
+
+def title(target: Any) -> str:
+    """What an operation or a class of modules is called."""
+    return target.__qualname__ if isinstance(target, type) else str(target).replace("aten::", "").replace("aten.", "")
 
 
 def frozen(op: Op, why: str) -> Any:

@@ -230,7 +230,7 @@ def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
     watcher = _get_current_dispatch_mode()
     if not isinstance(watcher, Watcher):
         raise TraceError(f"{leaf!r} has no data to run on")
-    with _disable_current_modes():
+    with torch._C.DisableTorchFunction(), _disable_current_modes():  # the leaf sees what its tensors are
         return watcher.see(leaf, watcher.stand_in(leaf.bind(bare, args, kwargs)), {})
 
 

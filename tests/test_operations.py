@@ -112,9 +112,11 @@ CASES: dict[str, Case] = {
     ),
     # indices
     "index": rows(lambda m, h: h[:, I3] + h[POSITIONS[:, 2:] % 2, I3], "a"),
-    "indices that stand apart": Case(
-        lambda m, x: m.z((h := m.a(x).view(2, 5, 4, -1))[I3 % 2, :, I3] + 0 * h[I3 % 2, :3, I3].sum()),
-        {"a": lin(4, 8), "z": lin(2, 3)}, "a:2", ROWS, APART,
+    "indices that stand apart": rows(
+        lambda m, h: h.permute(2, 1, 0)[..., None].expand(-1, -1, -1, 4)[:, I3, :, I3].movedim(1, -1), "a"
+    ),
+    "indices that stand apart, of features": rows(
+        lambda m, h: h.unflatten(-1, (4, -1))[I3 % 2, :, I3], "a:2", APART, z=lin(2, 3)
     ),
     "index features": rows(lambda m, h: h[..., I3], "", APART, z=lin(3, 3)),
     "a table of biases": Case(

@@ -203,6 +203,7 @@ LOCKED = {
     ),
     "aten.convolution": between(lambda net, x: net.a(x).transpose(1, 2), 4),
     "aten.avg_pool3d": between(lambda net, x: F.local_response_norm(net.a(x), 3)),
+    "aten.masked_scatter": between(lambda net, x: (y := net.a(x)).masked_scatter(y > 0, y)),
     "aten.as_strided": between(lambda net, x: net.a(x).as_strided((2, 4, 4, 4), (128, 16, 4, 1)), 4),
 }  # fmt: skip
 
