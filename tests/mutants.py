@@ -22,6 +22,7 @@ TESTS = (
     "test_selection.py",
     "test_pipeline.py",
     "test_second_run.py",
+    "test_values.py",
     "test_teaching.py",
     "test_operations.py",
     "test_silent.py",
@@ -355,6 +356,57 @@ MUTANTS = (
         "netsurgery/passes/scores.py",
         "for d in range(grid.dim()) if d != dim]) for dim in range(grid.dim())",
         "for d in range(grid.dim()) if d != dim]) for dim in reversed(range(grid.dim()))",
+    ),
+    # code that looks at values
+    Mutant(
+        "decisions are taken anew in each run",
+        "netsurgery/values.py",
+        "    if all(part is None for part in found):\n",
+        "    if True:\n",
+    ),
+    Mutant(
+        "decisions about units keep the units that are gone",
+        "netsurgery/values.py",
+        "tensor = tensor.index_select(dim, spread(axis, units).to(tensor.device))",
+        "tensor = tensor.index_select(dim, torch.arange(len(spread(axis, units))).to(tensor.device))",
+    ),
+    Mutant(
+        "numbers that were chosen are not chosen anew",
+        "netsurgery/values.py",
+        'if [result.name for result in schema.returns] == ["values", "indices"]:',
+        "if False:",
+    ),
+    Mutant(
+        "the user's tensors are written to",
+        "netsurgery/values.py",
+        "if storage.data_ptr() not in self.borrowed:",
+        "if True:",
+    ),
+    Mutant(
+        "what a run has decided is known at any size",
+        "netsurgery/values.py",
+        "        if self.knows(func, args, kwargs):\n"
+        "            return self.keep(func, args, kwargs, self.run(func, args, kwargs))\n"
+        "        written",
+        "        written",
+    ),
+    Mutant(
+        "values stay known when something unknown is written to them",
+        "netsurgery/values.py",
+        "                del self.of.items[key]\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "numbers that decisions are taken from go unchecked",
+        "netsurgery/verification.py",
+        "worst = max(worst, _difference(read, _chosen(numbers, _units(keep))))",
+        "pass",
+    ),
+    Mutant(
+        "activations are kept to the end",
+        "netsurgery/values.py",
+        "        self.items[ref.key] = ref, value\n",
+        "        self.items[ref.key] = ref, value\n        self.all = [*getattr(self, 'all', []), tensor]\n",
     ),
     # the oracles themselves
     Mutant(

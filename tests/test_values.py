@@ -16,7 +16,7 @@ from netsurgery import values
 from netsurgery.errors import InputError, TraceError
 from netsurgery.passes import PruneChannels, RandomScore
 from netsurgery.tracing import record
-from netsurgery.verification import permuted_difference
+from netsurgery.verification import permuted_difference, replay
 from oracles import check, snapshot
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -52,6 +52,12 @@ def written(m: Net, h: Tensor) -> Tensor:
     h[h.mean(1) > 0] = 0.5
     h[h.amax(1) > 1] = h[h.amax(1) > 1] * 2
     return m.b(h) * h.sum().item()
+
+
+def table(m: Net, h: Tensor) -> Tensor:
+    means = torch.zeros(6, dtype=h.dtype)
+    means[:3] = h.mean(1)[:3]
+    return m.b(h) * means.sum().item()
 
 
 def buckets(m: Net, h: Tensor) -> Tensor:
@@ -92,6 +98,7 @@ LOOKS: dict[str, Callable[..., Any]] = {
     "a sort": lambda m, h: m.b(h[h.mean(1).sort()[1][h.mean(1).sort(descending=True)[0] > 0]]),
     "largest of rows": lambda m, h: m.b(h) * h[(h @ h.T).max(1)[1]].mean().item() + (h @ h.T).max(1)[0][:, None],
     "repeats": lambda m, h: m.b(h.repeat_interleave((h.mean(1) > 0).long() + 1, 0)),
+    "a table": table,
     "buckets": buckets,
     "boxes": kept_boxes,
 }
@@ -163,6 +170,26 @@ def test_the_numbers_that_decisions_are_taken_from_are_compared() -> None:
         small.a.weight[0] += 1e-3  # too little to change a decision
     assert torch.equal(small(X), netsurgery.rewrite(model, edit)(X))
     assert netsurgery.verify(model, small, edit, X) > 1e-6
+
+
+def ranked(m: Net, h: Tensor) -> tuple[Tensor, ...]:
+    best, which = h.mean(1).topk(3)
+    rows, order = h.sort(0, descending=True)
+    large, where = h.max(1)
+    return best, which, rows, order, large, where, m.b(h) * h.mean().item()
+
+
+def test_numbers_that_go_with_a_choice_are_those_of_the_new_inputs() -> None:
+    model, other = net(ranked), X.flip(0) * 2 + X
+    with torch.no_grad():
+        best, which, rows, order, large, where, _ = replay(
+            netsurgery.trace(model, X).programs[0], dict(model.named_parameters()), ((other,), {})
+        )[:7]
+        before, after = model.a(X), model.a(other)
+    assert torch.equal(which, before.mean(1).topk(3)[1]) and not torch.equal(which, after.mean(1).topk(3)[1])
+    assert torch.equal(order, before.sort(0, descending=True)[1]) and torch.equal(where, before.max(1)[1])
+    assert torch.allclose(best, after.mean(1)[which]) and torch.allclose(rows, after.gather(0, order))
+    assert torch.allclose(large, after[range(6), where])
 
 
 class Tie(nn.Module):
