@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat
+from netsurgery.copying import named_modules, named_tensors
 from netsurgery.shapes import infer
-from netsurgery.tracing import Call, Named, Program, Watcher, skeleton, track
+from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
 __all__ = ["Deaf", "hear"]
 
@@ -90,14 +91,17 @@ def _compared(function: Callable[..., bool]) -> Callable[..., Any]:
     return compare
 
 
+_OPPOSITE = {
+    operator.eq: operator.ne, operator.lt: operator.ge, operator.le: operator.gt,
+    operator.ne: operator.eq, operator.ge: operator.lt, operator.gt: operator.le,
+}  # fmt: skip
+
+
 def _guard(function: Callable[..., bool], number: Any, other: Any) -> bool:
     answer = bool(function(int(number), int(other) if isinstance(other, Number) else other))
     graph = number.node.graph
-    condition = graph.call_function(function, (number.node, _nodes(other)))
-    condition.meta["value"] = answer
-    if not answer:
-        condition = graph.call_function(operator.not_, (condition,))
-        condition.meta["value"] = True
+    condition = graph.call_function(function if answer else _OPPOSITE[function], (number.node, _nodes(other)))
+    condition.meta["value"] = True
     check = graph.call_function(torch._assert, (condition, "traced for other sizes"))
     check.meta["guard"] = True
     return answer
@@ -113,6 +117,15 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 Number.__bool__ = lambda self: _guard(operator.ne, self, 0)  # type: ignore[method-assign]
 Number.__float__ = lambda self: float(_settle(int, (self,)))  # type: ignore[method-assign]
 Number.__int__ = int.__int__  # type: ignore[method-assign]
+
+
+class Fraction(float):
+    """A number with a fraction that is an attribute, such as a rate of dropout, and the node that reads it there.
+
+    What is computed from it is a plain number.
+    """
+
+    node: fx.Node
 
 
 class Shape(tuple[int, ...]):
@@ -326,7 +339,7 @@ class _Ears(TorchFunctionMode):
             if id(value) not in self.names:
                 raise Deaf("uses a tensor from outside")
             return self.attribute(self.names[id(value)])
-        if isinstance(value, Number):
+        if isinstance(value, Number | Fraction):
             return value.node
         if isinstance(value, torch.dtype):
             return self.dtypes.get(value, value)
@@ -397,6 +410,14 @@ class _Ears(TorchFunctionMode):
                 made = [self.integer(v, name, i, node) for i, (v, node) in enumerate(zip(value, items, strict=True))]
                 module.__dict__[name] = type(value)(made)
 
+    def fractions(self, module: nn.Module) -> None:
+        """The same for attributes with a fraction, also those of its submodules (``self.drop.p``)."""
+        for path, part in named_modules(module).items():
+            for name, value in part.__dict__.items():
+                if type(value) is float and not name.startswith("_"):
+                    part.__dict__[name] = fraction = Fraction(value)
+                    fraction.node = self.attribute(f"{path}.{name}" if path else name)
+
     def integer(self, value: int, name: str, index: int | None, node: fx.Node) -> Number:
         node.meta["attribute"] = name, index
         return _number(value, node)
@@ -437,6 +458,8 @@ class _Ears(TorchFunctionMode):
 
     def attribute_of(self, x: Tensor, name: str) -> Any:
         value = getattr(x, name)
+        if name in ("requires_grad", "grad_fn", "grad", "is_leaf"):
+            raise Deaf(f"looks at {name}")
         if name == "shape":
             return self.shape(x)
         if name == "dtype":
@@ -490,6 +513,8 @@ def _plain(value: Any) -> Any:
     """Arguments with plain integers."""
     if isinstance(value, Number):
         return int(value)
+    if isinstance(value, Fraction):
+        return float(value)
     if isinstance(value, slice):
         return slice(*map(_plain, (value.start, value.stop, value.step)))
     if type(value) is dict:
@@ -508,26 +533,35 @@ def hear(module: nn.Module, program: Program, call: Call) -> fx.Graph:
     Raises:
         Deaf: the code cannot be expressed so; the message says why.
     """
-    if found := _refused(module):
-        raise Deaf(f"uses {found}")
-    bare, names = skeleton(module, program.mode)
+    forward = inspect.unwrap(type(module).forward)
+    if "checkpoint" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        raise Deaf("uses checkpoint")
     graphs = []
     for training in (False, True):
-        watcher = _Plain() if training else _Follower(program, call)
-        track(bare, watcher)
-        graphs.append(_heard(bare, _Ears(names, watcher), call, training))
+        graph = _heard(module, program, call, training)
+        if any(_reads_dtype(node) and node.users for node in graph.nodes):
+            with contextlib.suppress(Deaf):  # other dtypes need not work
+                _tell_dtypes_apart(graph, _heard(module, program, call, training, other=True))
+        graphs.append(graph)
     return _merged(*graphs)
 
 
-def _refused(module: nn.Module) -> str | None:
-    """What a module's own code uses that is no call of a torch function, though it changes what those do."""
-    forward = inspect.unwrap(type(module).forward)
-    names = getattr(forward, "__code__", None) and forward.__code__.co_names
-    return next((n for n in ("autocast", "checkpoint", "no_grad", "enable_grad") if n in (names or ())), None)
+_OTHER = {torch.float32: torch.bfloat16}  # for float tensors; others become float32
 
 
-def _heard(module: nn.Module, ears: _Ears, call: Call, training: bool) -> fx.Graph:
-    attributes, watcher = dict(module.__dict__), ears.watcher
+def _other(dtype: torch.dtype) -> torch.dtype:
+    return _OTHER.get(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+def _heard(module: nn.Module, program: Program, call: Call, training: bool, other: bool = False) -> fx.Graph:
+    """The graph of one run; with ``other``, of one with float tensors of another dtype."""
+    module, names = skeleton(module, program.mode)
+    if other:
+        module._apply(lambda tensor: tensor.to(_other(tensor.dtype)))
+        names = {id(tensor): name for name, tensor in named_tensors(module)}
+    watcher = _Plain() if training or other else _Follower(program, call)
+    track(module, watcher)
+    ears = _Ears(names, watcher)
     given: dict[fx.Node, Tensor] = {}
 
     def stand_in(value: Any) -> Any:
@@ -537,23 +571,75 @@ def _heard(module: nn.Module, ears: _Ears, call: Call, training: bool) -> fx.Gra
             return value
         if value in given:
             return given[value]
-        tensor = given[value] = torch.empty_strided(*value.meta["layout"], dtype=value.meta["dtype"], device="meta")
-        watcher.place(tensor, None if training else value.meta["dims"])
+        dtype = _other(value.meta["dtype"]) if other else value.meta["dtype"]
+        tensor = given[value] = torch.empty_strided(*value.meta["layout"], dtype=dtype, device="meta")
+        watcher.place(tensor, None if training or other else value.meta["dims"])
         return tensor
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
-    try:
-        args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
-        ears.integers(module)
-        module.training = training
-        with torch.no_grad(), watcher, ears:
-            watcher.ears = ears
+    args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
+    ears.integers(module)
+    ears.fractions(module)
+    module.training = training
+    with torch.no_grad(), _refusing(ears), watcher, ears:
+        watcher.ears = ears
+        try:
             out = module.forward(*args, **kwargs)
-        ears.graph.output(ears.node_of(out))
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
+        except RAISED_BY_MODELS as error:
+            raise Deaf(f"raises {type(error).__name__} when it is run alone") from error
+    ears.graph.output(ears.node_of(out))
     return ears.graph
+
+
+_CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
+
+
+@contextlib.contextmanager
+def _refusing(ears: _Ears) -> Iterator[None]:
+    """Code that gives calls of torch functions another meaning is not heard right, so it is refused."""
+
+    def refused(usual: Callable[..., Any], why: str) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if not ears.paused:
+                raise Deaf(why)
+            return usual(*args, **kwargs)
+
+        return refuse
+
+    usual = [(kind, "__enter__", vars(kind)["__enter__"]) for kind in _CONTEXTS]
+    own = torch.autograd.Function, "apply", vars(torch.autograd.Function)["apply"]
+
+    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        return own[2].__get__(None, kind)(*args, **kwargs)
+
+    for kind, name, enter in usual:
+        setattr(kind, name, refused(enter, f"uses {kind.__name__}"))
+    setattr(*own[:2], classmethod(refused(apply, "uses a function with a gradient of its own")))
+    try:
+        yield
+    finally:
+        for place in (*usual, own):
+            setattr(*place)
+
+
+def _reads_dtype(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1:] == ("dtype",)
+
+
+def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> None:
+    """A dtype that the code names stays the same where the inputs have another; one that it reads does not."""
+    left, right = ([n for n in _live(each) if not _reads_dtype(n)] for each in (graph, other))
+    if [(n.op, n.target) for n in left] != [(n.op, n.target) for n in right]:
+        return
+
+    def named(value: Any, twin: Any) -> Any:
+        if isinstance(value, tuple | list) and len(value) == len(twin):
+            return type(value)([named(*pair) for pair in zip(value, twin, strict=True)])
+        return twin if isinstance(twin, torch.dtype) else value
+
+    for node, twin in zip(left, right, strict=True):
+        node.args = named(node.args, twin.args)
+        node.kwargs = {key: named(value, twin.kwargs.get(key)) for key, value in node.kwargs.items()}
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:
@@ -572,6 +658,9 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
     with usual.inserting_before(next(iter(usual.nodes))):
         mode = usual.get_attr("training")
 
+    def settled(y: Any) -> Any:
+        return twin[y] if isinstance(y, fx.Node) else y
+
     def same(x: Any, y: Any) -> Any:
         if isinstance(x, fx.Node) and y in twin:
             return twin[y]
@@ -581,20 +670,24 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
             return slice(*[same(a, b) for a, b in zip(*[(v.start, v.stop, v.step) for v in (x, y)], strict=True)])
         if x is False and y is True:
             return mode
-        if isinstance(x, float) and x == 0 and isinstance(y, float) and y > 0:
-            with usual.inserting_after(mode):
-                return usual.call_function(operator.mul, (y, mode))
         if type(x) is type(y) and not isinstance(x, fx.Node) and x == y:
             return x
+        if isinstance(x, float) and x == 0 and isinstance(y, fx.Node | float):
+            with usual.inserting_after(twin[y] if isinstance(y, fx.Node) else mode):
+                return usual.call_function(operator.mul, (settled(y), mode))
         raise Deaf("computes other things in training")
 
     left, last = _live(usual)[::-1], mode
     for other in _live(training):
         node = left[-1] if left else None
         if node is None or (other.op, other.target) != (node.op, node.target):
+            if other.op == "get_attr":
+                with usual.inserting_after(mode):
+                    twin[other] = usual.get_attr(str(other.target))
+                continue
             if other.target is not F.dropout or other.args[0] not in twin:
                 raise Deaf("runs other code in training")
-            rate = other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5)
+            rate = settled(other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5))
             with usual.inserting_after(last):
                 last = twin[other] = usual.call_function(F.dropout, (twin[other.args[0]], rate, mode))  # type: ignore[index]
             continue
