@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import linecache
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from math import inf, nan, sqrt
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from netsurgery.axes import Axis, Fixed, leaves
+from netsurgery.axes import Axis, leaves
 from netsurgery.costs import Sizes
 from netsurgery.listening import Deaf
 
@@ -101,9 +101,22 @@ def _class(kind: type, code: str) -> type:
 class _Values:
     """The value of each number of a graph at other sizes, given the attributes."""
 
-    def __init__(self, sizes: Sizes, attributes: Attributes):
-        self.sizes, self.attributes = sizes, attributes
+    def __init__(self, sizes: Sizes, attributes: Attributes, units: Container[Axis]):
+        self.sizes, self.attributes, self.units = sizes, attributes, units
         self.memo: dict[fx.Node, Any] = {}
+
+    def free(self, axis: Axis) -> bool:
+        """Whether a dimension has other sizes for other inputs: batch, space, time."""
+        return any(leaf.size > 1 and leaf not in self.units for leaf in leaves(axis))
+
+    def depends(self, value: Any) -> bool:
+        """Whether a number depends on what the module is given."""
+        if not isinstance(value, fx.Node):
+            return False
+        axis = value.meta.get("axis")
+        if value.op == "placeholder" or (axis is not None and self.free(axis)):
+            return True
+        return any(map(self.depends, value.args))
 
     def __call__(self, value: Any) -> Any:
         if not isinstance(value, fx.Node):
@@ -153,8 +166,10 @@ def solve(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> dict[str, Any]:
     return attributes
 
 
-def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attributes) -> str:
+def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attributes, units: Container[Axis]) -> str:
     """The source of a ``forward`` that does what a graph does, at other sizes and with these attributes of the module.
+
+    Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
 
     Raises:
         Deaf: a size cannot be worked out.
@@ -166,7 +181,7 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     for old, new in renamed.items():
         new.meta = dict(old.meta)
     known = {name: attributes.get(name, value) for name, value in module.__dict__.items()}
-    values = _Values(sizes, known)
+    values = _Values(sizes, known, units)
     for node, place, value, axis in _wants(copy):
         if values(value) != sizes(axis):
             node.args = _put(node.args, place, _mended(value, axis, values, node))
@@ -174,7 +189,7 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
         axis = node.meta.get("scale")
         if axis is not None and sizes(axis) != axis.size:
             node.kwargs = {**node.kwargs, "scale": 1.0 / sqrt(axis.size)}
-        if node.meta.get("guard") and not (values(node.args[0]) and _depends(node.args[0])):
+        if node.meta.get("guard") and not (values(node.args[0]) and values.depends(node.args[0])):
             copy.erase_node(node)
     for node in reversed(list(copy.nodes)):
         bare = "value" in node.meta or node.op == "get_attr" or node.target in (operator.getitem, getattr)
@@ -186,19 +201,6 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     return "\n".join([*lines, code.src])
 
 
-def _free(axis: Axis) -> bool:
-    """Whether a dimension has other sizes for other inputs: batch, space, time."""
-    return any(isinstance(x.frozen, Fixed) or "network input" in (x.frozen or "") for x in leaves(axis))
-
-
-def _depends(value: Any) -> bool:
-    """Whether a number depends on what the module is given."""
-    if not isinstance(value, fx.Node):
-        return False
-    axis = value.meta.get("axis")
-    return value.op == "placeholder" or (axis is not None and _free(axis)) or any(map(_depends, value.args))
-
-
 def _mended(value: Any, axis: Axis, values: _Values, node: fx.Node) -> Any:
     """An expression that has the right value: the old one with other constants, or a constant."""
     sizes = values.sizes
@@ -208,7 +210,7 @@ def _mended(value: Any, axis: Axis, values: _Values, node: fx.Node) -> Any:
             other = _with_constants(value, changed)
         if values(other) == sizes(axis):
             return other
-    if _free(axis):
+    if values.free(axis):
         raise Deaf(f"computes {value} in a way that cannot be followed")
     return sizes(axis)
 

@@ -33,10 +33,11 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
     for program in network.programs:
         for call in {call.path: call for call in reversed(program.calls)}.values():
             for value, table in zip((call.args, call.out), (_OF_INPUT, _OF_OUTPUT), strict=True):
-                node = next((v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)), None)
-                for attribute, dim in table.items():
-                    held = modules[call.path].__dict__.get(attribute)
-                    if type(held) is int and node is not None and (axis := _dim(node, dim)) is not None:
+                held = modules[call.path].__dict__
+                present = {attribute: dim for attribute, dim in table.items() if type(held.get(attribute)) is int}
+                node = _first(value) if present else None
+                for attribute, dim in present.items():
+                    if node is not None and (axis := _dim(node, dim)) is not None:
                         yield call.path, attribute, own(axis), sizes(axis)
         for node in program.graph.nodes:
             names, path = node.meta.get("names", {}), node.meta.get("module", "")
@@ -70,6 +71,10 @@ def _of_weight(module: nn.Module, axes: tuple[Axis, ...]) -> Iterator[tuple[str,
         yield "out_channels", axes[0]
         if module.groups == 1:
             yield "in_channels", axes[1]
+
+
+def _first(value: Any) -> fx.Node | None:
+    return next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)), None)
 
 
 def _dim(node: fx.Node, dim: int) -> Axis | None:

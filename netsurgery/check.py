@@ -6,8 +6,7 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,22 +15,30 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from netsurgery.adapting import Adaptation, rebuild, solve
+from netsurgery.alongside import Alongside, LeftPath, source_of
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
-from netsurgery.copying import named_modules
+from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
 from netsurgery.errors import RewriteError
-from netsurgery.listening import Deaf, hear
+from netsurgery.listening import Deaf, Heard, hear
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
-from netsurgery.tracing import RAISED_BY_MODELS, Program, Watcher, run_guarded, skeleton, tensors_in
+from netsurgery.tracing import (
+    RAISED_BY_MODELS,
+    Inputs,
+    Program,
+    bare_inputs,
+    home,
+    lend_inputs,
+    run_guarded,
+    skeleton,
+    tensors_in,
+)
+from netsurgery.values import Known, draw, is_number, select
 
 __all__ = ["adapt"]
-
-
-class _LeftPath(RuntimeError):
-    """The code ran another operation than the recorded one."""
 
 
 def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
@@ -47,7 +54,7 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
     return adaptation, found
 
 
-_MANY = 4  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
+_MANY = 1  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
 
 
 def _tried(
@@ -99,10 +106,12 @@ class _Attempt:
             bare, names = skeleton(self.model, program.mode, self.shapes)
             follow(bare, self.network, self.sizes)
             self.adaptation.carry_out(bare)
-            checker = _Checker(program, self.network, self.kinds, self.sizes, self.changed)
-            inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), self.network.inputs)
+            inputs = bare_inputs(self.network.inputs)
+            looks = program.values != "none"
+            known = _known(self.network, self.sizes, bare, names, inputs) if looks else None
+            checker = _Checker(program, self.network, self.kinds, self.sizes, self.changed, known)
             checker.begin(names, inputs, bare)
-            checker.finish(run_guarded(bare, checker, inputs))
+            checker.finish(run_guarded(bare, checker, inputs, home(self.model)))
             for path, why in checker.blamed.items():
                 found.setdefault(path, (why, path in checker.vague))
         return found
@@ -112,17 +121,17 @@ class _Attempt:
         if path in self.adaptation.code:
             return False
         try:
-            graphs = self.heard(path)
+            runs = self.heard(path)
             if path not in self.tried:
                 self.tried.add(path)
-                found = [solve(graph, self.model.get_submodule(path), self.sizes) for graph in graphs]
+                found = [solve(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
                 if found[0] and all(one == found[0] for one in found):
                     self.adaptation.attributes[path] = found[0]
                     return True
             if not path:  # the user's own class stays
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
-            codes = {rebuild(graph, module, self.sizes, attributes) for graph in graphs}
+            codes = {rebuild(run.whole, module, self.sizes, attributes, self.network.by_channel) for run in runs}
         except Deaf as reason:
             for name in why:
                 why[name] += f" (the code of {path} {reason})"
@@ -132,33 +141,55 @@ class _Attempt:
         self.adaptation.code[path], self.adaptation.reasons[path] = codes.pop(), next(iter(why.values()))
         return True
 
-    def heard(self, path: str) -> list[fx.Graph]:
+    def heard(self, path: str) -> list[Heard]:
         """What the code of a module does, each time it runs."""
         program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
         if path not in program.heard:
             module = self.model.get_submodule(path)
             try:
-                program.heard[path] = [hear(module, program, call) for call in program.calls if call.path == path]
+                program.heard[path] = [
+                    hear(module, program, call, self.network) for call in program.calls if call.path == path
+                ]
             except Deaf as reason:
                 program.heard[path] = reason
-        found: list[fx.Graph] | Deaf = program.heard[path]
+        found: list[Heard] | Deaf = program.heard[path]
         if isinstance(found, Deaf):
             raise found
         return found
 
 
-class _Checker(Watcher):
+def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
+    """At other sizes, the first units stand for those that stay."""
+    return lambda channel: torch.arange(sizes(channel))
+
+
+def _known(network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, str], inputs: Inputs) -> Known:
+    """What is known of a model's tensors at other sizes, and of its inputs: integers."""
+    values = Known(next((t.device for t in network.tensors.values()), torch.device("cpu")))
+    for _, tensor in named_tensors(bare):
+        if (name := names.get(id(tensor), "")) in network.tensors and not is_number(tensor):
+            values.lend(tensor, select(network.tensors[name].detach(), network.axes[name], _first(sizes)))
+    lend_inputs(values, inputs, draw(network.inputs, values.device))
+    return values
+
+
+class _Checker(Alongside):
     def __init__(
-        self, program: Program, network: Network, kinds: Mapping[str, type], sizes: Sizes, changed: Mapping[Axis, str]
+        self,
+        program: Program,
+        network: Network,
+        kinds: Mapping[str, type],
+        sizes: Sizes,
+        changed: Mapping[Axis, str],
+        known: Known | None,
     ):
-        super().__init__()
-        self.program = program
-        self.position = self.calls = 0  # operations and module runs so far
+        super().__init__(program, known)
+        self.known = known
+        self.calls = 0  # module runs so far
         self.sources: dict[int, Any] = {}  # by id of a tensor: what it was in the recorded run
         self.alive: list[Any] = []  # ids are only good while their tensors live
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
-        self.left_out: set[fx.Node] = set()  # copies that torch does not need here
         self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
         self.vague: set[str] = set()  # paths where these groups are only suspects
 
@@ -166,7 +197,7 @@ class _Checker(Watcher):
         index, self.calls = self.calls, self.calls + 1
         call = self.program.calls[index] if index < len(self.program.calls) else None
         if call is None or call.path != path:
-            raise _LeftPath(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
+            raise LeftPath(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
         self.arrive(call.begin)
         try:
             out = super().call(path, forward, args, kwargs)
@@ -174,7 +205,7 @@ class _Checker(Watcher):
         except RAISED_BY_MODELS as error:
             if path not in self.blamed:  # what follows from a size already found wrong says nothing new
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
-                does = "does other things at" if isinstance(error, _LeftPath) else "refuses"
+                does = "does other things at" if isinstance(error, LeftPath) else "refuses"
                 self.blame_module(f"the code {does} other sizes ({first})", path)
             with _disable_current_modes():
                 out = self.predicted(call.out)
@@ -186,7 +217,7 @@ class _Checker(Watcher):
         while self.position < position and self.leave_out(self.program.operations[self.position]):
             pass
         if self.position != position:
-            raise _LeftPath(f"{self.program.operations[min(self.position, position)].target} is left out")
+            raise LeftPath(f"{self.program.operations[min(self.position, position)].target} is left out")
 
     def predicted(self, out: Any) -> Any:
         """What a module should have returned, without data, to go on and find all obstacles in one run."""
@@ -194,7 +225,7 @@ class _Checker(Watcher):
             shape, strides = tuple(map(self.sizes, out.meta["dims"])), out.meta["layout"][1]
             order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
             tensor = torch.empty_permuted(shape, order, dtype=out.meta["dtype"], device="meta")
-            self.sources[id(tensor)] = _source(out)
+            self.sources[id(tensor)] = source_of(out)
             self.alive.append(tensor)
             return tensor
         if type(out) in (tuple, list):
@@ -242,7 +273,7 @@ class _Checker(Watcher):
     def finish(self, outputs: Any) -> None:
         """Compare what the run ended with."""
         *_, output = self.program.graph.nodes
-        results = [self.sources.get(id(tensor)) for tensor in tensors_in(outputs)]
+        results = [self.sources.get(id(self.stand_in(tensor))) for tensor in tensors_in(outputs)]
         if not self.blamed and results != [*map(self.origin, output.args[0])]:
             self.blame_module("the code does other things at other sizes", "")
 
@@ -257,41 +288,13 @@ class _Checker(Watcher):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = self.expected(func)
         if node is None:
-            return self.same(args[0], infer(func, args, kwargs))
+            out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
+            return self.same(args[0], out)
         out = self.answer(node, func, args, kwargs)
         parts = out if isinstance(out, list | tuple) else [out]
         self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
         self.alive.append(out)
         return out
-
-    def expected(self, func: Any) -> fx.Node | None:
-        """The recorded operation that this should be; None for a copy that only the memory's layout asks for here."""
-        operations = self.program.operations
-        while self.position < len(operations):
-            node = operations[self.position]
-            if node.target is func or {node.target, func} == _VIEWS:
-                self.position += 1
-                return node
-            if func is _CLONE:
-                return None
-            if not self.leave_out(node):
-                break
-        ran = operations[self.position].target if self.position < len(operations) else "nothing"
-        raise _LeftPath(f"{func} runs where {ran} ran when it was traced")
-
-    def leave_out(self, node: fx.Node) -> bool:
-        """Pass over a recorded copy that the memory's layout did not ask for here, if nothing writes to it."""
-        if node.target is not _CLONE or _is_written(node) or _is_written(node.args[0]):  # type: ignore[arg-type]
-            return False
-        self.position += 1
-        self.left_out.add(node)
-        return True
-
-    def origin(self, node: fx.Node) -> Any:
-        """What a recorded node stands for in this run."""
-        while (source := _source(node)) in self.left_out:
-            node = source.args[0]
-        return source
 
     def answer(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation; where it is another than predicted, the predicted one."""
@@ -300,7 +303,10 @@ class _Checker(Watcher):
         if self.tensors_differ(node, args) or self.arguments_differ(node, func, args, kwargs):
             return self.substitute(node, args, predicted)
         try:
-            out = infer(func, args, kwargs)
+            if self.known is None:
+                out = infer(func, args, kwargs)
+            else:
+                out = self.known.follow(node, func, args, kwargs, _first(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
@@ -342,14 +348,14 @@ class _Checker(Watcher):
         """Whether an operation reads a constant with other values; the groups that it concerns are blamed.
 
         Raises:
-            _LeftPath: it reads other results than when it was traced.
+            LeftPath: it reads other results than when it was traced.
         """
         for now, then in zip(_tensors(args), _tensors(node.args), strict=False):
             source = self.origin(then)
             constant = self.program.constants.get(source) if isinstance(source, str) else None
             if constant is None:
                 if self.sources.get(id(now)) != source:
-                    raise _LeftPath(f"{node.target} reads something else than when it was traced")
+                    raise LeftPath(f"{node.target} reads something else than when it was traced")
                 continue
             real = self.reals.get(id(now))
             if real is None or constant.is_meta:  # its values cannot be seen without data
@@ -388,35 +394,6 @@ class _Checker(Watcher):
         dtype = node.meta.get("dtype", given)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
         return out if isinstance(node.meta["shape"], list) else out[0]
-
-
-_CLONE = torch.ops.aten.clone.default
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
-
-
-def _is_written(node: fx.Node) -> bool:
-    """Whether an operation writes into a tensor or a view of it."""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None:
-            if _is_part(user) and _is_written(user):
-                return True
-            continue
-        aliases = [a.alias_info for a, given in zip(schema.arguments, user.args, strict=False) if given is node]
-        if any(alias is not None and (alias.is_write or _is_written(user)) for alias in aliases):
-            return True
-    return False
-
-
-def _is_part(node: fx.Node) -> bool:
-    return node.target is operator.getitem
-
-
-def _source(node: fx.Node) -> Any:
-    """What a recorded node stands for: a name, a result, or one of several results."""
-    if node.op == "get_attr":
-        return node.target
-    return (node.args[0], node.args[1]) if _is_part(node) else node
 
 
 def _tensors(value: Any) -> Iterator[Any]:

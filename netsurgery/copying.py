@@ -38,14 +38,36 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and tensors kept as plain attributes, each once, by the name it has first."""
+    """Parameters, buffers and tensors kept as plain attributes, each once, by the name it has first.
+
+    A tensor in a dictionary or list that is an attribute is called ``path.attribute[key]``.
+    """
     seen: set[int] = set()
     for path, module in named_modules(model).items():
         for store in (module._parameters, module._buffers, module.__dict__):
-            for key, tensor in store.items():
-                if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield (f"{path}.{key}" if path else key), tensor
+            for key, value in store.items():
+                if isinstance(value, Tensor):
+                    found = [(key, value)]
+                elif value and type(value) in _CONTAINERS and key not in _INTERNAL:
+                    found = list(_contained(key, value))
+                else:
+                    continue
+                for name, tensor in found:
+                    if id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        yield (f"{path}.{name}" if path else name), tensor
+
+
+_CONTAINERS = frozenset([dict, list, tuple])
+_INTERNAL = frozenset(nn.Module().__dict__)
+
+
+def _contained(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, Tensor):
+            yield f"{name}[{key}]", item
+        elif type(item) in _CONTAINERS:
+            yield from _contained(f"{name}[{key}]", item)
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Leaf:
         self.own = list(_tensors(module))
         self.inputs = arguments_of(kind)
         arguments = [SimpleNamespace(name=name, default_value=None, alias_info=None) for name in self.own + self.inputs]
-        self._schema = SimpleNamespace(name=kind.__name__, arguments=arguments)
+        self._schema = SimpleNamespace(name=kind.__name__, arguments=arguments, returns=())
 
     def __repr__(self) -> str:
         return self.__name__

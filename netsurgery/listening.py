@@ -9,25 +9,34 @@ the node says of which (``node.meta["sizes"]``), so that it can be worked out an
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+import torch.amp.autocast_mode
 import torch.nn.functional as F
+import torch.utils._contextlib
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat
-from netsurgery.copying import named_modules, named_tensors
+from netsurgery.copying import named_modules, named_tensors, on_meta
+from netsurgery.network import Network
+from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
-__all__ = ["Deaf", "hear"]
+__all__ = ["Deaf", "Heard", "hear"]
 
 
 class Deaf(Exception):
@@ -307,13 +316,16 @@ _SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, tor
 class _Ears(TorchFunctionMode):
     """Hears each call of a torch function in a module's own code."""
 
-    def __init__(self, names: dict[int, str], watcher: _Plain):
+    def __init__(self, module: nn.Module, names: dict[int, str], watcher: _Plain, device: torch.device):
         super().__init__()
+        self.module = module
+        self.answers = Posing(_illegible, device).answers
         self.graph = fx.Graph()
         self.names, self.watcher = names, watcher
         self.known: dict[int, fx.Node] = {}
         self.read: dict[str, fx.Node] = {}
         self.dtypes: dict[torch.dtype, fx.Node] = {}
+        self.doubts: list[str] = []
         self.paused = False
 
     @contextlib.contextmanager
@@ -331,6 +343,17 @@ class _Ears(TorchFunctionMode):
             self.read[name] = self.graph.get_attr(name)
         return self.read[name]
 
+    def contained(self, tensor: Tensor, name: str) -> fx.Node:
+        """A tensor in a dictionary or list that is an attribute."""
+        attribute = name.partition("[")[0]
+        owner, _, key = attribute.rpartition(".")
+        node = self.attribute(attribute)
+        for step in _keys(self.module.get_submodule(owner).__dict__[key], tensor) or ():
+            if not isinstance(step, str | int):
+                raise Deaf(f"keeps a tensor under a {type(step).__name__}")
+            node = self.graph.call_function(operator.getitem, (node, step))
+        return node
+
     def node_of(self, value: Any) -> Any:
         """What stands in the graph for an argument."""
         if isinstance(value, Tensor):
@@ -338,7 +361,8 @@ class _Ears(TorchFunctionMode):
                 return self.known[id(value)]
             if id(value) not in self.names:
                 raise Deaf("uses a tensor from outside")
-            return self.attribute(self.names[id(value)])
+            name = self.names[id(value)]
+            return self.contained(value, name) if "[" in name else self.attribute(name)
         if isinstance(value, Number | Fraction):
             return value.node
         if isinstance(value, torch.dtype):
@@ -446,20 +470,30 @@ class _Ears(TorchFunctionMode):
             with self:
                 return _inlined(func)(*args, **kwargs)
         name = func.__name__
+        if func in self.answers:
+            return self.answers[func]
         if name == "__get__":
             return self.attribute_of(args[0], func.__self__.__name__)
         if func in (Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__):
             return self.size(name, args, kwargs)
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)) or name == "__setitem__":
+        self.look_around()
+        tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
+        if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
         return out
 
+    def look_around(self) -> None:
+        """Doubt where one of the functions that are running does what cannot be heard."""
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code is not _run.__code__:
+            if found := _refused(frame.f_code):
+                self.doubts.append(f"uses {found}")
+            frame = frame.f_back  # type: ignore[assignment]
+
     def attribute_of(self, x: Tensor, name: str) -> Any:
         value = getattr(x, name)
-        if name in ("requires_grad", "grad_fn", "grad", "is_leaf"):
-            raise Deaf(f"looks at {name}")
         if name == "shape":
             return self.shape(x)
         if name == "dtype":
@@ -509,6 +543,21 @@ class _Ears(TorchFunctionMode):
         return node
 
 
+def _illegible(tensor: Tensor) -> Tensor:
+    raise Deaf("looks at values")
+
+
+def _keys(value: Any, tensor: Tensor) -> list[Any] | None:
+    """Where a tensor is in nested dictionaries and lists."""
+    if value is tensor:
+        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        if (found := _keys(item, tensor)) is not None:
+            return [key, *found]
+    return None
+
+
 def _plain(value: Any) -> Any:
     """Arguments with plain integers."""
     if isinstance(value, Number):
@@ -527,99 +576,142 @@ def _plain(value: Any) -> Any:
 # Hearing ---------------------------------------------------------------------------------------------------------
 
 
-def hear(module: nn.Module, program: Program, call: Call) -> fx.Graph:
-    """The graph of one run of a module's own code, as it was recorded.
+@dataclass
+class Heard:
+    """One run of a module's own code, as it was recorded.
+
+    Attributes:
+        usual: its graph outside of training, good to find which attributes its sizes come from.
+        doubts: why the graph does not stand for the code, whatever the sizes.
+    """
+
+    usual: fx.Graph
+    doubts: list[str]
+    again: Callable[[bool, bool], _Ears]  # in training? with other dtypes?
+
+    @functools.cached_property
+    def whole(self) -> fx.Graph:
+        """The graph that stands for the code, in training too.
+
+        Raises:
+            Deaf: there is none; the message says why.
+        """
+        if self.doubts:
+            raise Deaf(self.doubts[0])
+        trained = self.again(True, False)
+        if trained.doubts:
+            raise Deaf(trained.doubts[0])
+        for training, graph in ((False, self.usual), (True, trained.graph)):
+            if any(_reads_dtype(node) and node.users for node in graph.nodes):
+                with contextlib.suppress(Deaf):  # other dtypes need not work
+                    _tell_dtypes_apart(graph, self.again(training, True).graph)
+        return _merged(self.usual, trained.graph)
+
+
+def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
+    """What one run of a module's own code did, as it was recorded.
 
     Raises:
-        Deaf: the code cannot be expressed so; the message says why.
+        Deaf: the code cannot be expressed as a graph; the message says why.
     """
-    forward = inspect.unwrap(type(module).forward)
-    if "checkpoint" in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        raise Deaf("uses checkpoint")
-    graphs = []
-    for training in (False, True):
-        graph = _heard(module, program, call, training)
-        if any(_reads_dtype(node) and node.users for node in graph.nodes):
-            with contextlib.suppress(Deaf):  # other dtypes need not work
-                _tell_dtypes_apart(graph, _heard(module, program, call, training, other=True))
-        graphs.append(graph)
-    return _merged(*graphs)
+    device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
+    usual = skeleton(module, program.mode)
+
+    def listen(training: bool, other: bool) -> _Ears:
+        bare, names = _in_other_dtypes(*skeleton(module, program.mode)) if other else usual
+        watcher = _Plain() if training or other else _Follower(program, call)
+        track(bare, watcher)
+        ears = _Ears(bare, names, watcher, device)
+        _run(bare, ears, call, network, training, other)
+        return ears
+
+    heard = listen(training=False, other=False)
+    return Heard(heard.graph, heard.doubts, listen)
 
 
-_OTHER = {torch.float32: torch.bfloat16}  # for float tensors; others become float32
+def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
+    """A skeleton with float tensors of another dtype each."""
+    known = list(named_tensors(bare))  # they stay alive, and their ids good
+    bare._apply(lambda tensor: tensor.to(_other(tensor.dtype)))
+    own = {name: names[id(tensor)] for name, tensor in known}
+    return bare, {id(tensor): own[name] for name, tensor in named_tensors(bare)}
 
 
 def _other(dtype: torch.dtype) -> torch.dtype:
-    return _OTHER.get(dtype, torch.float32) if dtype.is_floating_point else dtype
+    if not dtype.is_floating_point:
+        return dtype
+    return torch.bfloat16 if dtype == torch.float32 else torch.float32
 
 
-def _heard(module: nn.Module, program: Program, call: Call, training: bool, other: bool = False) -> fx.Graph:
-    """The graph of one run; with ``other``, of one with float tensors of another dtype."""
-    module, names = skeleton(module, program.mode)
-    if other:
-        module._apply(lambda tensor: tensor.to(_other(tensor.dtype)))
-        names = {id(tensor): name for name, tensor in named_tensors(module)}
-    watcher = _Plain() if training or other else _Follower(program, call)
-    track(module, watcher)
-    ears = _Ears(names, watcher)
-    given: dict[fx.Node, Tensor] = {}
+@functools.cache
+def _refused(code: CodeType) -> str | None:
+    """What a function uses that is no call of a torch function, though it changes what those do."""
+    if code.co_filename in _DECORATORS:
+        return _DECORATORS[code.co_filename]
+    names = () if _is_torch(code) else code.co_names
+    return next((name for name in names if name in _GRADIENTS or "autocast" in name), None)
+
+
+_DECORATORS = {
+    torch.utils.checkpoint.__file__: "checkpoint",
+    torch.utils._contextlib.__file__: "no_grad",
+    torch.amp.autocast_mode.__file__: "autocast",
+}
+_GRADIENTS = {
+    "no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "register_hook",
+    "apply",  # of a torch.autograd.Function, which may have a gradient of its own
+}  # fmt: skip
+
+
+def _is_torch(code: CodeType) -> bool:
+    return code.co_filename.startswith(os.path.dirname(torch.__file__))
+
+
+def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool, other: bool) -> None:
+    attributes, watcher = [(part, dict(part.__dict__)) for part in named_modules(module).values()], ears.watcher
+    given: dict[Any, Tensor] = {}
 
     def stand_in(value: Any) -> Any:
-        if isinstance(value, Named):
-            raise Deaf("is given a parameter")
-        if not isinstance(value, fx.Node):
+        if not isinstance(value, fx.Node | Named):
             return value
-        if value in given:
-            return given[value]
-        dtype = _other(value.meta["dtype"]) if other else value.meta["dtype"]
-        tensor = given[value] = torch.empty_strided(*value.meta["layout"], dtype=dtype, device="meta")
-        watcher.place(tensor, None if training or other else value.meta["dims"])
-        return tensor
+        if value not in given:
+            if isinstance(value, Named):
+                given[value], dims = on_meta(network.tensors[value]).detach(), network.axes[value]
+            else:
+                layout, dims = value.meta["layout"], value.meta["dims"]
+                given[value] = torch.empty_strided(*layout, dtype=value.meta["dtype"], device="meta")
+            given[value] = given[value].to(_other(given[value].dtype)) if other else given[value]
+            watcher.place(given[value], None if training or other else dims)
+        return given[value]
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
-    args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
-    ears.integers(module)
-    ears.fractions(module)
-    module.training = training
-    with torch.no_grad(), _refusing(ears), watcher, ears:
-        watcher.ears = ears
-        try:
-            out = module.forward(*args, **kwargs)
-        except RAISED_BY_MODELS as error:
-            raise Deaf(f"raises {type(error).__name__} when it is run alone") from error
-    ears.graph.output(ears.node_of(out))
-    return ears.graph
-
-
-_CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
-
-
-@contextlib.contextmanager
-def _refusing(ears: _Ears) -> Iterator[None]:
-    """Code that gives calls of torch functions another meaning is not heard right, so it is refused."""
-
-    def refused(usual: Callable[..., Any], why: str) -> Callable[..., Any]:
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            if not ears.paused:
-                raise Deaf(why)
-            return usual(*args, **kwargs)
-
-        return refuse
-
-    usual = [(kind, "__enter__", vars(kind)["__enter__"]) for kind in _CONTEXTS]
-    own = torch.autograd.Function, "apply", vars(torch.autograd.Function)["apply"]
-
-    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
-        return own[2].__get__(None, kind)(*args, **kwargs)
-
-    for kind, name, enter in usual:
-        setattr(kind, name, refused(enter, f"uses {kind.__name__}"))
-    setattr(*own[:2], classmethod(refused(apply, "uses a function with a gradient of its own")))
     try:
-        yield
+        args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
+        ears.integers(module)
+        ears.fractions(module)
+        module.training = training
+        placed = dict(module.__dict__)
+        stores = _stores(module)
+        with torch.no_grad(), watcher, ears:
+            watcher.ears = ears
+            out = module.forward(*args, **kwargs)
+        ears.graph.output(ears.node_of(out))
+        if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
+            ears.doubts.append(f"sets its attribute {changed[0]}")
+        if stores != _stores(module):
+            ears.doubts.append("sets its parameters or buffers")
+    except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Deaf(f"does not run on its own without data: {first}") from error
     finally:
-        for place in (*usual, own):
-            setattr(*place)
+        for part, own in attributes:
+            part.__dict__.clear()
+            part.__dict__.update(own)
+
+
+def _stores(module: nn.Module) -> list[dict[str, int]]:
+    """What a module holds, by identity."""
+    return [{key: id(v) for key, v in kept.items()} for kept in (module._parameters, module._buffers, module._modules)]
 
 
 def _reads_dtype(node: fx.Node) -> bool:

@@ -283,7 +283,7 @@ def relate(
         None
         if shape is None
         else names.write(right[i], shape)
-        if i < len(right) and 0 not in shape
+        if i < len(right) and tuple(shape) != (0,)  # as norms save no statistics in eval mode
         else op.all_fixed(shape)
         for i, shape in enumerate(op.shapes())
     ]

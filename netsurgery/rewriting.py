@@ -72,10 +72,10 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
     follow(result, network, network.sizes(edit.counts))
     adaptation.carry_out(result)
     if adaptation.reasons:
+        first, more = list(adaptation.reasons)[:3], len(adaptation.reasons) - 3
+        listed = ", ".join(first) + (f" and {more} more" if more > 0 else "")
         _log.warning(
-            "rewrote the forward of %d modules whose code hard-codes a size: %s",
-            len(adaptation.reasons),
-            ", ".join(adaptation.reasons),
+            "rewrote the forward of %d modules whose code hard-codes a size: %s", len(adaptation.reasons), listed
         )
     return result
 

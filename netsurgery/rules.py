@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import fx
 from netsurgery.axes import Axis, channel, concat, cut, find, product
 from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
-__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table"]
+__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table", "title"]
 
 aten = torch.ops.aten
 Rule = Callable[[Op], Any]
@@ -86,8 +87,8 @@ def _number(op: Op, argument: str) -> int:
 def find_rule(target: Any) -> Rule:
     """The rule of an operator; one in place has that of the operator that returns a new tensor."""
     keys = [target, target.overloadpacket, target._schema.name]
-    base = target._schema.name.removeprefix("aten::")
-    if base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
+    namespace, _, base = target._schema.name.rpartition("::")
+    if namespace == "aten" and base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
         keys += [getattr(functional, target._overloadname, None), functional]
     found = next((book[key] for book in (TAUGHT, RULES) for key in keys if key in book), None)
     if found is None:
@@ -101,17 +102,30 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
     op = Op(node, analysis)
     try:
         dims = find_rule(node.target)(op)
-    except ValueError as error:  # Misfit, or axes of different sizes
-        dims = frozen(op, f"no rule for these shapes ({error})")
+        wrong = [shape for axes, shape in zip(dims, op.shapes(), strict=True) if not _fits(axes, shape)]
+        why = f"results of shapes {wrong}" if wrong else ""
+    except ValueError as error:  # a Misfit, or axes of different sizes
+        why = str(error)
+    if why:
+        dims = frozen(op, f"no rule for these shapes ({why})")
     node.meta["dims"] = dims[0] if isinstance(dims, list) and not isinstance(node.meta["shape"], list) else dims
+
+
+def _fits(axes: Dims | None, shape: tuple[int, ...] | None) -> bool:
+    if axes is None or shape is None:
+        return not axes and shape is None
+    return [axis.size for axis in axes] == list(shape)
 
 
 def table() -> list[tuple[str, str]]:
     """Every rule: operator, and what it says."""
-    known = {**RULES, **TAUGHT}
-    return sorted(
-        (str(getattr(one, "__qualname__", one)).replace("aten.", ""), says) for one, (_, says) in known.items()
-    )
+    known = {title(one): says for book in (RULES, TAUGHT) for one, (_, says) in book.items()}
+    return sorted(known.items())
+
+
+def title(target: Any) -> str:
+    """What an operation or a class of modules is called."""
+    return target.__qualname__ if isinstance(target, type) else str(target).replace("aten::", "").replace("aten.", "")
 
 
 def frozen(op: Op, why: str) -> Any:
@@ -130,6 +144,7 @@ pattern([aten.bmm], "b m k, b k n -> b m n", operands="self mat2", macs="b m k n
 pattern([aten.mv], "m k, k -> m", operands="self vec", macs="m k")
 pattern([aten.dot], "k, k -> ", operands="self tensor", macs="k")
 pattern([aten.vdot], "k, k -> ", operands="self other", macs="k")
+pattern([aten._grouped_mm], "m k, [e] k n, [e] -> m n", operands="self mat2 offs", macs="m k n")  # rows by expert
 pattern([aten.addmm], "m k, k n -> m n", operands="mat1 mat2", plus="self", macs="m k n")
 pattern([aten.baddbmm], "b m k, b k n -> b m n", operands="batch1 batch2", plus="self", macs="b m k n")
 pattern([aten.addbmm], "b m k, b k n -> m n", operands="batch1 batch2", plus="self", macs="b m k n")
@@ -372,8 +387,7 @@ def diagonal(op: Op) -> Any:
 def index(op: Op) -> Any:
     """indexed dimensions are told apart by position; in their place are those of the indices, broadcast"""
     shape = op.shapes()[0] or ()
-    dims = _indexed(op)
-    return [op.all_fixed(shape) if 0 in shape else tuple(a or op.fixed(n) for a, n in zip(dims, shape, strict=True))]
+    return [tuple(axis or op.fixed(n) for axis, n in zip(_indexed(op), shape, strict=True))]
 
 
 @rule(aten.index_put)
@@ -484,9 +498,26 @@ def select_scatter(op: Op) -> Any:
 @rule(aten.view, aten._unsafe_view, aten._reshape_alias, sized=("size",))
 def view(op: Op) -> Any:
     """blocks of equal size: their products are the same dimension"""
-    dims, shape = list(op.dims(op["self"])), list(op.shapes()[0] or ())
-    if 0 in shape:
-        return [op.all_fixed(shape)]
+    shape = op.shapes()[0] or ()
+    blocks_in, blocks_out = _between_empty(op.dims(op["self"])), _between_empty(op.all_fixed(shape))
+    if [prod(axis.size for axis in block) for block in blocks_in] != [prod(a.size for a in b) for b in blocks_out]:
+        return [op.all_fixed(shape)]  # only where there is nothing to see
+    out = [_viewed(op, dims, [axis.size for axis in new]) for dims, new in zip(blocks_in, blocks_out, strict=True)]
+    return [tuple(axis for block in out for axis in (op.fixed(0), *block))[1:]]
+
+
+def _between_empty(dims: Iterable[Axis]) -> list[list[Axis]]:
+    """Dimensions before, between and after those of size zero, which keep their place in a view."""
+    blocks: list[list[Axis]] = [[]]
+    for axis in dims:
+        if axis.size:
+            blocks[-1].append(axis)
+        else:
+            blocks.append([])
+    return blocks
+
+
+def _viewed(op: Op, dims: list[Axis], shape: list[int]) -> list[Axis]:
     out = [channel(n) for n in shape]
     i = j = 0
     while i < len(dims) or j < len(out):
@@ -506,7 +537,7 @@ def view(op: Op) -> Any:
                 break
         i, j = block_in[1], block_out[1]
         op.unify(product(dims[slice(*block_in)]), product(out[slice(*block_out)]))
-    return [tuple(out)]
+    return out
 
 
 @rule(aten.expand, sized=("size",))
@@ -553,7 +584,8 @@ def squeeze(op: Op) -> Any:
 @rule(aten.cat)
 def cat(op: Op) -> Any:
     """parts in order along one dimension, the others are the same"""
-    tensors = [op.dims(node) for node in op["tensors"] if all(axis.size for axis in op.dims(node))]
+    shape = op.shapes()[0] or ()
+    tensors = [op.dims(node) for node in op["tensors"] if len(op.dims(node)) == len(shape)]  # torch skips empty lists
     at = op["dim"] % len(tensors[0])
     for dims in tensors[1:]:
         for i, (a, b) in enumerate(zip(tensors[0], dims, strict=True)):

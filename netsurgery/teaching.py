@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._library.custom_ops import CustomOpDef
 
 from netsurgery.errors import InputError
 from netsurgery.leaves import LEAVES, Leaf, Shape, arguments_of
 from netsurgery.notation import Misfit, Op, names_in, parse, relate, results
-from netsurgery.rules import TAUGHT, Rule, frozen
+from netsurgery.rules import TAUGHT, Rule, frozen, title
 
 __all__ = ["Taught", "rule"]
 
@@ -37,7 +38,7 @@ class Taught(AbstractContextManager["Taught"]):
         self.remove()
 
     def __repr__(self) -> str:
-        return f"<rule of {_title(self.key)}: {self.says}>"
+        return f"<rule of {title(self.key)}: {self.says}>"
 
 
 def rule(
@@ -105,7 +106,7 @@ def rule(
         else:
             learned = _Calling(says)
     except ValueError as error:
-        raise InputError(f"no rule for {_title(target)}: {error}") from None
+        raise InputError(f"no rule for {title(target)}: {error}") from None
     handle = Taught(key, str(learned))
     TAUGHT[key] = learned, str(learned)
     if isinstance(learned, _Relation) and isinstance(key, type):
@@ -202,10 +203,6 @@ def _owned(parameters: Mapping[str, str]) -> list[str]:
     return [f"self.{name}" for name in parameters]
 
 
-def _title(target: Any) -> str:
-    return target.__qualname__ if isinstance(target, type) else str(getattr(target, "_qualname", target))
-
-
 def _resolve(target: Any) -> tuple[Any, list[str], list[str]]:
     """The key of a target, the names of its arguments, and those of them that are tensors.
 
@@ -215,7 +212,8 @@ def _resolve(target: Any) -> tuple[Any, list[str], list[str]]:
     if isinstance(target, type) and issubclass(target, nn.Module):
         arguments = arguments_of(target)
         return target, arguments, arguments
-    target = getattr(target, "_qualname", target)  # of a torch.library.custom_op
+    if isinstance(target, CustomOpDef):
+        target = target._qualname
     if isinstance(target, str):
         namespace, _, name = target.partition("::")
         name, _, overload = name.partition(".")

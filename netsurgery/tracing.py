@@ -1,16 +1,18 @@
 """Record a model's own run, on tensors without data, as a torch.fx graph of ATen operations.
 
 Nothing of the user's model is touched or run: a copy without weights is. Every node knows the module and the
-line of source it came from (``node.meta``: ``shape``, ``module``, ``where``).
+line of source it came from (``node.meta``: ``shape``, ``module``, ``where``). Where the code looks at values, it is
+run again with them behind the tensors without data, and what it decided is noted (see ``values.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
 from netsurgery.leaves import LEAVES, Leaf, leaf_of
+from netsurgery.posing import Posing
 from netsurgery.shapes import infer
+from netsurgery.values import Known, TensorMap, Values, draw, needs_values
 
 __all__ = [
     "RAISED_BY_MODELS",
@@ -33,6 +37,10 @@ __all__ = [
     "Program",
     "Watcher",
     "as_inputs",
+    "bare_inputs",
+    "home",
+    "lend",
+    "lend_inputs",
     "location",
     "names_used",
     "record",
@@ -57,13 +65,15 @@ class Program:
 
     ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant it
     uses, and one call_function for each ATen operation. ``constants`` are the tensors the code made itself;
-    ``calls`` are the runs of its modules, in the order in which they began.
+    ``calls`` are the runs of its modules, in the order in which they began; ``values`` says which values the code
+    looked at: none, such as are known without running the network, or all.
     """
 
     graph: fx.Graph
     mode: Mode
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    values: Literal["none", "known", "all"] = "none"
     heard: dict[str, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
 
     @functools.cached_property
@@ -127,14 +137,17 @@ def location() -> tuple[str, int] | None:
     return None
 
 
+_COPY = torch.ops.aten._to_copy.default
 TRANSPARENT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 
 
 class Watcher(TorchDispatchMode):
     """Sees each ATen operation of a run on a skeleton; ``modules`` is the stack of module paths being run."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: Values | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.values = values
+        self.reads = False  # whether the operation makes a copy that Python can read
         self.modules: list[str] = []
         self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a real tensor, and its stand-in without data
         self.reals: dict[int, Tensor] = {}  # by id of the stand-in
@@ -151,6 +164,8 @@ class Watcher(TorchDispatchMode):
             if id(value) not in self.constants:
                 stand_in = torch.empty_like(value, device="meta")
                 self.constants[id(value)], self.reals[id(stand_in)] = (value, stand_in), value
+                if self.values is not None:
+                    self.values.of[stand_in] = value.detach().to(self.values.device, copy=True)
             return self.constants[id(value)][1]
         if isinstance(value, list | tuple):
             return type(value)([self.stand_in(item) for item in value])
@@ -162,8 +177,36 @@ class Watcher(TorchDispatchMode):
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
             kwargs["device"] = torch.device("meta")
         if func in TRANSPARENT:  # torch inserts these or not as it likes
-            return self.same(args[0], func(*args, **kwargs))
-        return self.see(func, args, kwargs)
+            other = self.same(args[0], func(*args, **kwargs))
+            if self.values is not None and (value := self.values.of.get(args[0])) is not None:
+                self.values.of[other] = value
+            return other
+        out = self.see(func, args, kwargs)
+        return self.legible(out) if self.reads else out
+
+    def read(self, bare: Tensor) -> Tensor:
+        """A copy of a tensor that Python can read.
+
+        Raises:
+            TraceError: its value is not known in this run.
+        """
+        if self.values is None:
+            raise TraceError(f"the code reads values {format_where(location())}")
+        self.reads = True
+        try:
+            copied: Tensor = _COPY(bare)
+            return copied
+        finally:
+            self.reads = False
+
+    def legible(self, bare: Tensor) -> Tensor:
+        """The value of a tensor without data, where it is known, to be used in its place."""
+        value = self.values.of.get(bare) if self.values is not None else None
+        if value is None:
+            return bare
+        value = value.to("cpu", copy=True)
+        self.constants[id(value)] = value, bare
+        return value
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         """Note that ``other`` is ``tensor`` under another name."""
@@ -187,7 +230,7 @@ def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
     watcher = _get_current_dispatch_mode()
     if not isinstance(watcher, Watcher):
         raise TraceError(f"{leaf!r} has no data to run on")
-    with _disable_current_modes():
+    with torch._C.DisableTorchFunction(), _disable_current_modes():  # the leaf sees what its tensors are
         return watcher.see(leaf, watcher.stand_in(leaf.bind(bare, args, kwargs)), {})
 
 
@@ -196,20 +239,28 @@ def _arguments(func: Any) -> frozenset[str]:
     return frozenset(argument.name for argument in func._schema.arguments)
 
 
+class NeedsValues(BaseException):
+    """The code looks at values, and there are none. No Exception, so that the code does not catch it."""
+
+
 class _Recorder(Watcher):
-    def __init__(self, program: Program, names: dict[int, str]):
-        super().__init__()
+    def __init__(self, program: Program, names: dict[int, str], values: Values | None):
+        super().__init__(values)
         self.program, self.names = program, names
-        self.nodes: dict[int, fx.Node] = {}
-        self.parts: dict[int, tuple[fx.Node, int]] = {}  # results among several, by id: a node once they are used
-        self.alive: list[Any] = []  # ids are only good while their tensors live
+        self.nodes: TensorMap[fx.Node] = TensorMap()
+        self.parts: TensorMap[tuple[fx.Node, int]] = TensorMap()  # results among several: a node once they are used
         self.count = 0  # operations so far
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
-        self.nodes[id(tensor)] = node
+        self.nodes[tensor] = node
         node.meta.setdefault("dtype", tensor.dtype)
-        self.alive.append(tensor)
         return node
+
+    def read(self, bare: Tensor) -> Tensor:
+        copied = None if self.values is None else super().read(bare)
+        if copied is None or (copied.is_meta and self.program.values != "all"):
+            raise NeedsValues(format_where(location()))
+        return copied
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.remember(other, self.node_of(tensor))
@@ -226,8 +277,9 @@ class _Recorder(Watcher):
     def known(self, value: Any) -> Any:
         """Nodes in the place of tensors."""
         if isinstance(value, Tensor):
-            found = self.nodes.get(id(value)) or self.part(value)
-            return found if found is not None else Named(self.names.get(id(value), ""))
+            found = self.nodes.get(value) or self.part(value)
+            name = self.names.get(id(value))
+            return found if found is not None or name is None else Named(name)
         if type(value) in (tuple, list):
             return type(value)([self.known(item) for item in value])
         if type(value) is dict:
@@ -241,15 +293,16 @@ class _Recorder(Watcher):
 
     def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.nodes.get(id(value)) or self.part(value) or self.attribute(value)
+            return self.nodes.get(value) or self.part(value) or self.attribute(value)
         if isinstance(value, list | tuple):
             return [self.node_of(item) for item in value]
         return value
 
     def part(self, tensor: Tensor) -> fx.Node | None:
-        if id(tensor) not in self.parts:
+        found = self.parts.get(tensor)
+        if found is None:
             return None
-        whole, index = self.parts[id(tensor)]
+        whole, index = found
         node = self.program.graph.create_node("call_function", operator.getitem, (whole, index))
         node.meta.update(
             shape=tensor.shape,
@@ -271,16 +324,26 @@ class _Recorder(Watcher):
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nodes = tuple([self.node_of(value) for value in args]), {k: self.node_of(v) for k, v in kwargs.items()}
+        decided = None
         try:
-            out = infer(func, args, kwargs)
-        except (RuntimeError, NotImplementedError) as error:
+            if self.values is None:
+                out = infer(func, args, kwargs)
+            else:
+                out, decided = self.values.infer(func, args, kwargs, self.reads)
+        except RuntimeError as error:
+            place = f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())}"
+            if self.program.values != "all" and needs_values(func, error):
+                raise NeedsValues(place) from error
+            data = "" if self.program.values == "all" else "tensors without data of "
             raise TraceError(
-                f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())} "
-                f"cannot run on tensors without data of shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
+                f"{place} cannot run on {data}shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
             ) from error
         self.count += 1
         graph = self.program.graph
         node = self.describe(graph.create_node("call_function", func, *nodes))
+        node.meta["shape"] = None
+        if decided is not None:
+            node.meta["decided"] = decided
         if isinstance(out, Tensor):
             node.meta.update(shape=out.shape, layout=(out.shape, out.stride()), dtype=out.dtype)
             self.remember(out, node)
@@ -288,8 +351,7 @@ class _Recorder(Watcher):
             node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    self.parts[id(item)] = node, index
-                    self.alive.append(item)
+                    self.parts[item] = node, index
         return out
 
 
@@ -360,6 +422,19 @@ def skeleton(
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
 
+@contextlib.contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Random numbers that are the same in every run; the state outside stays as it is."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def home(model: nn.Module) -> torch.device:
+    """The device of a model."""
+    return next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
+
+
 def track(bare: nn.Module, watcher: Watcher) -> None:
     """Let a watcher know of each run of the modules of a skeleton."""
     for path, module in named_modules(bare).items():
@@ -367,58 +442,125 @@ def track(bare: nn.Module, watcher: Watcher) -> None:
         module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, watcher)
 
 
-def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
-    """Run a skeleton under a watcher."""
+def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
+    """Run a skeleton under a watcher, with tensors without data that say they are on ``device``."""
     track(bare, watcher)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:
-        with torch.no_grad(), watcher:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if watcher.values is not None:
+                stack.enter_context(_own_random_numbers(device))
+            stack.enter_context(Posing(watcher.read, device))
+            stack.enter_context(watcher)
             return bare(*inputs[0], **inputs[1])
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
-    """Record one run of a model on inputs of the shapes of ``inputs``; their values are not looked at.
+    """Record one run of a model on inputs of the shapes of ``inputs``.
+
+    Their values, and those of the model, are only looked at where its code does; inputs on the meta device are then
+    drawn at random.
 
     Raises:
         TraceError: the model does not run on such inputs; the message names the module.
     """
+    with contextlib.suppress(NeedsValues):
+        return _record(model, inputs, mode, None)
+    known, values = Known(home(model)), Values(home(model))
+    inputs = draw(inputs, known.device)
+    try:
+        return _record(model, inputs, mode, known)
+    except NeedsValues as need:
+        if absent := [name for name, tensor in named_tensors(model) if tensor.is_meta]:
+            raise TraceError(
+                f"the code looks at values ({need}), but '{absent[0]}' has none: it is on the meta device"
+            ) from need
+    return _record(model, inputs, mode, values)
+
+
+def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None) -> Program:
     bare, names = skeleton(model, mode)
-    program = Program(fx.Graph(), mode)
-    recorder = _Recorder(program, names)
-    on_meta_inputs: Inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
-    for index, tensor in enumerate(tensors_in(on_meta_inputs)):
+    looks: Any = "none" if values is None else "known" if isinstance(values, Known) else "all"
+    program = Program(fx.Graph(), mode, values=looks)
+    recorder = _Recorder(program, names, values)
+    on_meta_inputs = bare_inputs(inputs)
+    if values is not None:
+        lend(values, model, bare, names)
+        lend_inputs(values, on_meta_inputs, inputs)
+    given = tensors_in(on_meta_inputs)
+    for index, tensor in enumerate(given):
         node = program.graph.placeholder(f"input_{index}")
         layout = tensor.shape, tensor.stride()
         node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
         recorder.remember(tensor, node)
-    recorder.alive.append(bare)
-    out = run_guarded(bare, recorder, on_meta_inputs)
-    results = [recorder.node_of(tensor) for tensor in tensors_in(out)]
+    out = run_guarded(bare, recorder, on_meta_inputs, home(model))
+    results = [recorder.node_of(recorder.stand_in(tensor)) for tensor in tensors_in(out)]
     if not results:
         raise TraceError(
             f"{type(model).__name__} returned no tensor ({type(out).__name__}): nothing holds its outputs fixed"
         )
     program.graph.output(tuple(results))
+    _drop_unused(program)
     return program
 
 
-def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs) -> Any:
+def _drop_unused(program: Program) -> None:
+    """Forget decisions that nothing follows from, such as where the largest of a pooling window is."""
+    for node in program.operations:
+        if isinstance(decided := node.meta.get("decided"), list):
+            used = {user.args[1] for user in node.users}
+            kept = [part if index in used else None for index, part in enumerate(decided)]
+            if any(part is not None for part in kept):
+                node.meta["decided"] = kept
+            else:
+                del node.meta["decided"]
+
+
+def bare_inputs(inputs: Inputs) -> Inputs:
+    """Inputs without data."""
+    return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)  # type: ignore[no-any-return]
+
+
+def lend(values: Values, model: nn.Module, bare: nn.Module, names: dict[int, str]) -> None:
+    """Give the tensors of a model's skeleton their values."""
+    tensors = dict(named_tensors(model))
+    for _, tensor in named_tensors(bare):
+        own = tensors.get(names.get(id(tensor), ""))
+        if isinstance(own, nn.Parameter):
+            values.lend(tensor, own)
+        elif own is not None:  # norms write to their statistics without saying so
+            values.lend(tensor, own.detach().clone())
+
+
+def lend_inputs(values: Values, bare: Inputs, inputs: Inputs) -> None:
+    """Give inputs without data their values."""
+    for tensor, value in zip(tensors_in(bare), tensors_in(inputs), strict=True):
+        values.lend(tensor, value)
+
+
+def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
     """Run a skeleton; whatever its own code raises becomes a TraceError that says where."""
     try:
-        return run_skeleton(bare, watcher, inputs)
+        return run_skeleton(bare, watcher, inputs, device)
     except RAISED_BY_MODELS as error:
         raise TraceError(_explain(bare, error, inputs)) from error
 
 
-def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
+def _raised(error: Exception) -> tuple[str, int] | None:
+    """File and line of the user's code that raised an error."""
     traceback, where = error.__traceback__, None
     while traceback is not None:
         if not _is_library(traceback.tb_frame.f_code.co_filename):
             where = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
         traceback = traceback.tb_next
+    return where
+
+
+def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
+    where = _raised(error)
     first = str(error).splitlines()[0] if str(error) else ""
     return (
         f"{type(bare).__name__} does not run on inputs of shape {_shapes(inputs)}: "

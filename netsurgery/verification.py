@@ -3,6 +3,9 @@
 Both replay the recorded graph of the original network on real tensors. **Silencing** zeroes each removed unit in the
 result of every operation, and takes statistics (means, norms, softmax) over what stays. **Permutation** shuffles the
 units of every group in every parameter that carries it; the output must not change.
+
+Where a network decides by values (see ``values.py``), all runs are answered with the decisions of the recorded one, and
+the numbers that decisions are taken from are compared like outputs.
 """
 
 from __future__ import annotations
@@ -17,18 +20,36 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from netsurgery.alongside import Alongside, LeftPath
 from netsurgery.axes import Axis, find
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.rules import Op
-from netsurgery.tracing import TRANSPARENT, Inputs, Program, as_inputs, format_where, tensors_in, trains_otherwise
+from netsurgery.tracing import (
+    TRANSPARENT,
+    Inputs,
+    Program,
+    as_inputs,
+    bare_inputs,
+    format_where,
+    home,
+    lend,
+    lend_inputs,
+    location,
+    run_skeleton,
+    skeleton,
+    tensors_in,
+    trains_otherwise,
+)
+from netsurgery.values import Values, answer, draw, flat, is_number, laid_out, select, told
 
 __all__ = ["permuted_difference", "replay", "silenced", "verify"]
 
 aten = torch.ops.aten
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
+Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
+Numbers = list[tuple[torch.fx.Node, Tensor]]  # results that decisions are taken from
 
 
 def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any = None) -> float:
@@ -43,10 +64,13 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     Returns:
         The largest absolute difference between the outputs over the largest absolute output of the silenced
         original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
-        Where an output is zero everywhere, as with a head that starts at zero, it proves nothing.
+        Where an output is zero everywhere, as with a head that starts at zero, or empty, it proves nothing. Where the
+        code decides by values, both networks take the decisions of the recorded run, whatever the inputs, and the
+        numbers these are taken from count as outputs.
 
     Raises:
-        InputError: inputs of other shapes than those of the trace.
+        InputError: inputs of other shapes than those of the trace, or a small model that runs other operations where
+            the code looks at values.
 
     Example:
         >>> import torch, netsurgery
@@ -58,27 +82,38 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     """
     inputs = _random_like(edit.network, model) if example_inputs is None else as_inputs(example_inputs)
     _check_shapes(edit.network, inputs)
-    keep = {edit.network[name].channel: units for name, units in edit.keep.items()}
+    keep = {edit.network[name].channel: torch.tensor(units) for name, units in edit.keep.items()}
     _look_up_constants(model, edit.network, inputs)
     worst = 0.0
     for program in _repeatable(edit.network):
-        want = silenced(edit.network, program, dict(named_tensors(model)), inputs, keep)
-        worst = max(worst, _difference(run(small, program, inputs), want))
+        numbers: Numbers = []
+        want = silenced(edit.network, program, dict(named_tensors(model)), inputs, keep, numbers)
+        if program.values == "all":
+            found, read = follow(small, program, inputs, _units(keep))
+            worst = max(worst, _difference(read, _chosen(numbers, _units(keep))))
+        else:
+            found = run(small, program, inputs)
+        worst = max(worst, _difference(found, want))
     return worst
 
 
 def _random_like(network: Network, model: nn.Module) -> Inputs:
     """The inputs of the trace with random numbers in floating-point tensors, on the model's device."""
-    generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def draw(t: Tensor) -> Tensor:
-        if t.dtype.is_floating_point:
-            return torch.randn(t.shape, generator=generator).to(device, t.dtype)
-        return torch.zeros(t.shape, dtype=t.dtype, device=device) if t.is_meta else t
-
-    drawn: Inputs = pytree.tree_map_only(Tensor, draw, network.inputs)
+    bare: Inputs = pytree.tree_map_only(
+        Tensor, lambda t: t.to("meta") if t.dtype.is_floating_point else t, network.inputs
+    )
+    drawn: Inputs = draw(bare, device)
     return drawn
+
+
+def _units(lists: Mapping[Axis, Tensor]) -> Units:
+    """The units of a channel that a list names, in its order; all of them where there is none."""
+    return lambda leaf: lists[leaf] if leaf in lists else torch.arange(leaf.size)
+
+
+def _chosen(numbers: Numbers, units: Units) -> list[Tensor]:
+    return [select(tensor, node.meta["dims"], units) for node, tensor in numbers]
 
 
 def _repeatable(network: Network) -> list[Program]:
@@ -104,28 +139,18 @@ def permuted_difference(model: nn.Module, network: Network, example_inputs: Any 
     _check_shapes(network, inputs)
     _look_up_constants(model, network, inputs)
     generator = torch.Generator().manual_seed(seed)
-    order = {g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable}
+    units = _units({g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable})
     tensors = dict(named_tensors(model))
-    shuffled = dict(tensors)
-    for name, axes in network.axes.items():
-        for dim, axis in enumerate(axes):
-            labels = _spread(axis, lambda leaf: order.get(leaf, torch.arange(leaf.size)))
-            shuffled[name] = shuffled[name].detach().index_select(dim, labels.to(tensors[name].device))
-    return max(_difference(replay(p, shuffled, inputs), replay(p, tensors, inputs)) for p in _repeatable(network))
-
-
-def _spread(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
-    """Old position for each new position along an axis, when each channel's units are listed in another order."""
-    if not axis.op:
-        return units(axis)
-    parts = [_spread(term, units) for term in axis.terms]
-    if axis.op == "concat":
-        old = torch.arange(axis.size).split([term.size for term in axis.terms])
-        return torch.cat([block[part] for block, part in zip(old, parts, strict=True)])
-    grid = torch.arange(axis.size).reshape([term.size for term in axis.terms])
-    for dim, part in enumerate(parts):
-        grid = grid.index_select(dim, part)
-    return grid.flatten()
+    shuffled = {**tensors, **{n: select(tensors[n].detach(), axes, units) for n, axes in network.axes.items()}}
+    worst = 0.0
+    for program in _repeatable(network):
+        before: Numbers = []
+        after: Numbers = []
+        found = replay(program, shuffled, inputs, units=units, numbers=after)
+        wanted = replay(program, tensors, inputs, numbers=before)
+        worst = max(worst, _difference(found, wanted))
+        worst = max(worst, _difference([tensor for _, tensor in after], _chosen(before, units)))
+    return worst
 
 
 def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
@@ -141,16 +166,54 @@ def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
             module.training = training
 
 
+class _Follower(Alongside):
+    """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from."""
+
+    def __init__(self, program: Program, values: Values, units: Units):
+        super().__init__(program, values)
+        self.own, self.units = values, units
+        self.numbers: list[Tensor] = []
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            node = self.expected(func)
+        except LeftPath as error:
+            raise InputError(
+                f"the small model does not do what the original did {format_where(location())}: {error}"
+            ) from error
+        if node is None or "decided" not in node.meta:
+            return self.own.keep(func, args, kwargs, self.own.run(func, args, kwargs))
+        reals = self.own.reals(args, kwargs)
+        self.numbers.extend(t.clone() for t in flat([*reals[0], *reals[1].values()]) if is_number(t))
+        return self.own.keep(func, args, kwargs, answer(func, *reals, told(node, self.units)))
+
+
+def follow(model: nn.Module, program: Program, inputs: Inputs, units: Units) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of a model whose code is run with the decisions of a recorded run, and the numbers these rest on."""
+    device = home(model)
+    bare, names = skeleton(model, program.mode)
+    values, given = Values(device), bare_inputs(inputs)
+    lend(values, model, bare, names)
+    lend_inputs(values, given, inputs)
+    follower = _Follower(program, values, units)
+    outputs = run_skeleton(bare, follower, given, device)
+    return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
+
+
 def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
-    worst = 0.0
-    for a, b in zip(found, wanted, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        scale = b.abs().max().item() if b.numel() else 0.0
-        difference = (a - b).abs().max().item() if b.numel() else 0.0
-        relative = difference / scale if scale else difference
-        worst = max(worst, float("inf") if relative != relative else relative)
-    return worst
+    return max((_relative(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    if not wanted.is_floating_point() and not wanted.is_complex():
+        found, wanted = found.double(), wanted.double()
+    equal = found == wanted  # infinities are
+    difference = torch.where(equal, 0.0, (found - wanted).abs())
+    worst = difference.max().item() if wanted.numel() else 0.0
+    scale = torch.where(wanted.isfinite(), wanted.abs(), 0.0).max().item() if wanted.numel() else 0.0
+    return float("inf") if worst != worst else worst / scale if scale else worst
 
 
 class _Observer(TorchDispatchMode):
@@ -159,7 +222,7 @@ class _Observer(TorchDispatchMode):
     def __init__(self, program: Program):
         super().__init__()  # type: ignore[no-untyped-call]
         self.program = program
-        self.nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+        self.nodes = program.operations
         self.position = 0
 
     @classmethod
@@ -200,12 +263,19 @@ def _look_up_constants(model: nn.Module, network: Network, inputs: Inputs) -> No
 
 
 def replay(
-    program: Program, tensors: Mapping[str, Tensor], inputs: Inputs, after: Callable[[Any, Any, Any], Any] | None = None
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    after: Callable[[Any, Any, Any], Any] | None = None,
+    units: Units | None = None,
+    numbers: Numbers | None = None,
 ) -> list[Tensor]:
-    """Run a recorded program on real tensors.
+    """Run a recorded program on real tensors, with the decisions of the recorded run.
 
     Args:
         after: called with each node, its real arguments and its result; returns the result to go on with.
+        units: the order in which ``tensors`` have the units of a channel; by default as they were.
+        numbers: gets the floating-point numbers that decisions are taken from, with their nodes.
     """
     given = iter(tensors_in(inputs))
     values: dict[Any, Any] = {}
@@ -224,8 +294,13 @@ def replay(
                 args, kwargs = torch.fx.node.map_aggregate(
                     (node.args, node.kwargs), functools.partial(_value, values, device)
                 )
-                target = aten.reshape if node.target in _VIEWS else node.target  # the memory may be laid out otherwise
-                values[node] = target(*args, **kwargs)
+                if "decided" in node.meta:
+                    if numbers is not None:
+                        sources = [s for s in flat([*node.args, *node.kwargs.values()]) if isinstance(s, torch.fx.Node)]
+                        numbers.extend((s, values[s].clone()) for s in sources if is_number(values[s]))
+                    values[node] = answer(node.target, args, kwargs, told(node, units or _units({})))
+                else:
+                    values[node] = laid_out(node.target)(*args, **kwargs)
             if after is not None and node.op != "output":
                 values[node] = after(node, values, values[node])
     raise AssertionError("a recorded graph ends in its output")
@@ -242,9 +317,10 @@ def silenced(
     program: Program,
     tensors: Mapping[str, Tensor],
     inputs: Inputs,
-    keep: Mapping[Axis, tuple[int, ...]],
+    keep: Mapping[Axis, Tensor],
+    numbers: Numbers | None = None,
 ) -> list[Tensor]:
-    """Outputs of the original network with every unit not in ``keep`` contributing nothing."""
+    """Outputs of the original network with every unit not in ``keep`` contributing nothing; ``numbers`` as above."""
 
     @functools.cache
     def mask(axis: Axis) -> Tensor:
@@ -252,7 +328,7 @@ def silenced(
             return mask(find(axis))
         if not axis.op:
             stays = torch.zeros(axis.size, dtype=torch.bool)
-            stays[list(keep.get(axis, range(axis.size)))] = True
+            stays[_units(keep)(axis)] = True
             return stays
         parts = [mask(term) for term in axis.terms]
         if axis.op == "concat":
@@ -269,7 +345,7 @@ def silenced(
 
     def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
         special = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
-        if special is not None:
+        if special is not None and "decided" not in node.meta:
             op = Op(node, network)
             entries = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
             if entries is not None:
@@ -283,7 +359,7 @@ def silenced(
                 out = out.masked_fill_(~entries, 0) if _is_inplace(node) else out.masked_fill(~entries, 0)
         return out
 
-    return replay(program, tensors, inputs, silence)
+    return replay(program, tensors, inputs, silence, numbers=numbers)
 
 
 def _first(values: Mapping[Any, Any], op: Op) -> Tensor:

@@ -99,8 +99,8 @@ MUTANTS = (
     Mutant(
         "an edit made by hand goes unchecked",
         "netsurgery/rewriting.py",
-        "if not edit.checked and (refused",
-        "if False and (refused",
+        "    if refused:\n",
+        "    if False:\n",
     ),
     # copying: what the model keeps
     Mutant(
@@ -326,10 +326,10 @@ MUTANTS = (
         "if False:",
     ),
     Mutant(
-        "operations left out at other sizes go unchecked",
+        "other results at other sizes go unchecked",
         "netsurgery/check.py",
-        "if not self.blamed and (next(self.nodes, None) is not None or results",
-        "if not self.blamed and (False and results",
+        "if not self.blamed and results != [*map(self.origin, output.args[0])]:",
+        "if False:",
     ),
     # scores and selection
     Mutant(
@@ -372,7 +372,7 @@ MUTANTS = (
     Mutant(
         "nothing is silenced",
         "netsurgery/verification.py",
-        "            stays[list(keep.get(axis, range(axis.size)))] = True\n",
+        "            stays[_units(keep)(axis)] = True\n",
         "            stays[:] = True\n",
     ),
 )

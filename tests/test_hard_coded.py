@@ -301,38 +301,69 @@ def from_outside(m: Any, x: Tensor) -> Tensor:
 OUTSIDE = torch.ones(16, dtype=torch.float64)
 
 
-class UnderAutocast(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return self.run(self, x)
-
-
 class GivenAnObject(Attention):
     def forward(self, x: Tensor, cache: object = None) -> Tensor:
         return self.run(self, x)
 
 
-@pytest.mark.parametrize("run", [trains_otherwise, from_outside], ids=lambda run: run.__name__)
-def test_what_cannot_be_rewritten_is_locked(run: Callable[..., Tensor]) -> None:
+def remembers(m: Any, x: Tensor) -> Tensor:
+    m.seen = default_scale(m, x)
+    return m.seen * 1
+
+
+def under_autocast(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return default_scale(m, x)
+
+
+def under_checkpoint(m: Any, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(default_scale, m, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    {
+        trains_otherwise: "runs other code in training",
+        from_outside: "uses a tensor from outside",
+        remembers: "sets its attribute seen",
+        under_autocast: "uses autocast",
+        under_checkpoint: "uses checkpoint",
+    }.items(),
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_cannot_be_rewritten_is_locked(run: Callable[..., Tensor], why: str) -> None:
     model = build(Attention(run))
     network = netsurgery.trace(model, X)
-    why = {g.frozen for g in network.groups if g.unit == "head_dim"}
-    assert any("the code of inside" in (reason or "") for reason in why)
+    reasons = [g.frozen or "" for g in network.groups if g.unit == "head_dim"]
+    assert any(f"the code of inside {why}" in reason for reason in reasons)
     oracles.check(model, (X,), 1e-9, share=0.5)
 
 
-def test_autocast_and_objects_are_not_rewritten() -> None:
+def test_code_that_is_given_objects_is_locked() -> None:
     class Gives(Net):
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
             return self.last(x + self.inside(x, object()))
 
-    for model, why in (
-        (Net(UnderAutocast(default_scale)), "uses autocast"),
-        (Gives(GivenAnObject(default_scale)), "is given a object"),
-    ):
-        network = netsurgery.trace(model.double(), X)
-        assert any(why in (g.frozen or "") for g in network.groups if g.unit == "head_dim")
+    network = netsurgery.trace(Gives(GivenAnObject(default_scale)).double(), X)
+    assert any("is given a object" in (g.frozen or "") for g in network.groups if g.unit == "head_dim")
+
+
+def test_what_a_module_keeps_in_containers_is_cut_too() -> None:
+    def biased(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        key = str(x.device)
+        if key not in m.cache:
+            m.cache[key] = [m.gain[:4, None, None].detach() * torch.arange(n, device=x.device)]
+        q, k, v = m.qkv(x).reshape(b, n, 3, m.heads, m.dim).permute(2, 0, 3, 1, 4)
+        return m.proj(attend(q, k, v, attn_mask=m.cache[key][0], scale=0.3).reshape(b, n, m.inner))
+
+    model = build(Attention(biased))
+    model.inside.cache = {}
+    model(X)
+    small, edit = oracles.check(model, (X,), 1e-9, share=0.5)
+    assert small.inside.cache["cpu"][0].shape[0] == 2 and model.inside.cache["cpu"][0].shape[0] == 4
+    assert free(edit.network, "head")
 
 
 def test_the_whole_model_keeps_its_class() -> None:

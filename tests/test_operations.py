@@ -112,9 +112,11 @@ CASES: dict[str, Case] = {
     ),
     # indices
     "index": rows(lambda m, h: h[:, I3] + h[POSITIONS[:, 2:] % 2, I3], "a"),
-    "indices that stand apart": Case(
-        lambda m, x: m.z((h := m.a(x).view(2, 5, 4, -1))[I3 % 2, :, I3] + 0 * h[I3 % 2, :3, I3].sum()),
-        {"a": lin(4, 8), "z": lin(2, 3)}, "a:2", ROWS, APART,
+    "indices that stand apart": rows(
+        lambda m, h: h.permute(2, 1, 0)[..., None].expand(-1, -1, -1, 4)[:, I3, :, I3].movedim(1, -1), "a"
+    ),
+    "indices that stand apart, of features": rows(
+        lambda m, h: h.unflatten(-1, (4, -1))[I3 % 2, :, I3], "a:2", APART, z=lin(2, 3)
     ),
     "index features": rows(lambda m, h: h[..., I3], "", APART, z=lin(3, 3)),
     "a table of biases": Case(
@@ -305,6 +307,7 @@ CASES: dict[str, Case] = {
     "running instance norm": image(
         lambda m, h: m.b(h), "a", b=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
     ),
+    "rms norm module": rows(lambda m, h: m.b(h), "a", b=nn.RMSNorm(8)),
     "rms norm": rows(lambda m, h: F.rms_norm(h, h.shape[-1:], m.b.weight[0]), "a", b=lin(8, 1)),
     # parametrisations
     "weight norm": rows(
@@ -331,6 +334,15 @@ CASES: dict[str, Case] = {
         + F.glu(h, 0).repeat(2, 1, 1), "a",
     ),
     "no rule": rows(lambda m, h: h.masked_scatter(h[..., :1] > 1, h), "", "netsurgery.rule teaches one): aten"),
+    "lstm": rows(
+        lambda m, h: m.b(h)[0], "a b", b=nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True), z=lin(12, 3)
+    ),
+    "lstm with a projection": rows(lambda m, h: m.b(h)[0], "a b b:2", b=nn.LSTM(8, 6, proj_size=2), z=lin(2, 3)),
+    "gru": rows(lambda m, h: m.b(h)[0], "a b", b=nn.GRU(8, 6, 2, batch_first=True), z=lin(6, 3)),
+    "rnn": rows(lambda m, h: m.b(h)[1][0], "a b", b=nn.RNN(8, 6, bidirectional=True), z=lin(6, 3)),
+    "cells": rows(
+        lambda m, h: m.c(m.b(h[:, 0])[0]), "a b c", b=nn.LSTMCell(8, 6), c=nn.GRUCell(6, 7), z=lin(7, 3)
+    ),
     "a lstm cell": rows(
         lambda m, h: torch.lstm_cell(h[:, 0], (h.new_zeros(2, m.c.weight.shape[1]),) * 2, m.b.weight, m.c.weight)[0],
         "a b", b=lin(8, 24), c=lin(6, 24), z=lin(6, 3),

@@ -157,6 +157,11 @@ EXACT = {
     "batch statistics": between(lambda net, x: F.batch_norm(net.a(x), None, None, training=True)),
     "mean over everything": between(lambda net, x: (y := net.a(x)) - y.mean()),
     "root mean square": between(lambda net, x: (y := net.a(x)) * torch.rsqrt(y.square().mean(1, keepdim=True) + 0.1)),
+    "unfold": between(lambda net, x: F.unfold(net.a(x), 1).view(2, -1, 4, 4)),
+    "bilinear": between(
+        lambda net, x: net.one(net.a(x).mean((2, 3)), net.a(x).amax((2, 3)))[..., None, None], one=nn.Bilinear(8, 8, 8)
+    ),
+    "a strided slice": between(lambda net, x: net.a(x)[:, ::2], 4),
 }  # fmt: skip
 
 
@@ -186,7 +191,7 @@ LOCKED = {
     "aten.argmax": between(lambda net, x: net.a(x) * net.a(x).argmax(1, keepdim=True)),
     "aten.unbind": between(lambda net, x: torch.stack([t * i for i, t in enumerate(net.a(x).unbind(1))], 1)),
     "aten.select": between(lambda net, x: torch.stack([net.a(x)[:, i] * i for i in range(8)], 1)),
-    "aten.slice": between(lambda net, x: net.a(x)[:, ::2], 4),
+    "aten.slice": between(lambda net, x: net.a(x)[:, ::3], 3),
     "aten.split": between(lambda net, x: torch.cat(net.a(x).split(4, 1)[::-1], 1)),
     "aten.split_with_sizes": between(lambda net, x: torch.cat(net.a(x).split([3, 5], 1)[::-1], 1)),
     "aten.view": between(lambda net, x: net.a(x).view(2, 2, 4, 4, 4).sum(1), 4),
@@ -198,11 +203,8 @@ LOCKED = {
     ),
     "aten.convolution": between(lambda net, x: net.a(x).transpose(1, 2), 4),
     "aten.avg_pool3d": between(lambda net, x: F.local_response_norm(net.a(x), 3)),
-    "aten.im2col": between(lambda net, x: F.unfold(net.a(x), 1).view(2, -1, 4, 4)),
+    "aten.masked_scatter": between(lambda net, x: (y := net.a(x)).masked_scatter(y > 0, y)),
     "aten.as_strided": between(lambda net, x: net.a(x).as_strided((2, 4, 4, 4), (128, 16, 4, 1)), 4),
-    "aten._trilinear": between(
-        lambda net, x: net.one(net.a(x).mean((2, 3)), net.a(x).amax((2, 3)))[..., None, None], one=nn.Bilinear(8, 8, 8)
-    ),
 }  # fmt: skip
 
 

@@ -161,6 +161,18 @@ def test_a_module() -> None:
         assert [node.target.__name__ for node in network.ir.nodes if "Heads" in str(node.target)] == ["Heads"]
 
 
+def test_a_module_in_code_that_looks_at_values() -> None:
+    class Looks(Uses):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out * 2 if out.sum().item() > 0 else out
+
+    model = Looks().double().eval()
+    with netsurgery.rule(Heads, **HEADS):
+        for seed in range(2):
+            check(model, (X,), 1e-9, seed)
+
+
 def test_tensors_of_a_module_that_are_not_named_are_locked() -> None:
     partly = {**HEADS, "parameters": {"proj.weight": "(h d) i", "proj.bias": "(h d)"}}
     with netsurgery.rule(Heads, **partly):

@@ -1,0 +1,182 @@
+"""One row of docs/coverage.md: a model measured in a process of its own, or what went wrong with it."""
+
+import multiprocessing
+import os
+import re
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import alive
+import coverage_models
+import torch
+from models import machine
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import netsurgery
+from netsurgery.network import Network
+from netsurgery.passes import PruneChannels, RandomScore
+from netsurgery.report import prunable_share
+from netsurgery.tracing import format_where, tensors_in
+from netsurgery.verification import permuted_difference
+
+Row = dict[str, Any]
+_FAILURES = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, ImportError,
+    MemoryError, OSError,
+)  # fmt: skip
+_CONTEXT = multiprocessing.get_context("fork")  # what is imported here need not be imported for each model
+
+
+@dataclass(frozen=True)
+class Options:
+    """How models are measured: the seed of all random numbers, seconds for each model, float64 in place of float32."""
+
+    seed: int = 0
+    timeout: float = 300.0
+    double: bool = False
+
+
+def measure(kind: str, name: str, options: Options, row: Row) -> None:
+    """Fill in the row of a model, as far as it comes."""
+    model, inputs = coverage_models.build(kind, name, options.seed)
+    alive.randomise(model, lambda model: coverage_models.call(model, inputs), options.seed)
+    if options.double:
+        model = model.double()
+        inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    row["dead"] = alive.what_is_dead(tensors_in(coverage_models.call(model, inputs)))
+    start = time.perf_counter()
+    network = netsurgery.trace(model, inputs)
+    row.update(trace_s=time.perf_counter() - start, **facts(network))
+    start = time.perf_counter()
+    edit = netsurgery.plan(model, [RandomScore(options.seed), PruneChannels(0.5)], inputs)
+    small = netsurgery.rewrite(model, edit)
+    row.update(rewrite_s=time.perf_counter() - start, **facts(edit.network))
+    row["removed"] = 1 - edit.after.params / edit.before.params
+    row["replaced"] = list(getattr(edit, "replaced", ()))
+    row["difference"] = netsurgery.verify(model, small, edit, inputs)
+    row["changed"] = changed(model, small, inputs)
+    row["permuted"] = permuted_difference(model, network, inputs, options.seed)
+    row.update(verdict(row, 1e-9 if options.double else 1e-4))
+
+
+def verdict(row: Row, bound: float) -> Row:
+    """What the figures of a row amount to: its status and, where it has to be explained, a message."""
+    wrong = not (row["difference"] <= bound and row["permuted"] <= bound)
+    if row["dead"] is not None and (not wrong or row["dead"] == alive.NOT_FINITE):
+        return {"status": "PROVES NOTHING", "message": row["dead"]}
+    if wrong:
+        return {"status": "WRONG", "message": f"a difference is above {bound}"}
+    if row["changed"] < 1e-3:
+        return {"status": "PROVES NOTHING", "message": "what was removed did not matter"}
+    return {"status": "exact"}
+
+
+def changed(model: nn.Module, small: nn.Module, inputs: Any) -> float:
+    """The relative difference that the removal makes to the outputs: where it is none, exactness proves nothing."""
+    pairs = zip(*(tensors_in(coverage_models.call(m, inputs)) for m in (small, model)), strict=False)
+    far = [
+        float((a - b).abs().max() / b.abs().max()) if a.shape == b.shape else float("inf")
+        for a, b in pairs
+        if b.is_floating_point() and b.numel()
+    ]
+    return max(far, default=0.0)
+
+
+def facts(network: Network) -> Row:
+    """What a network's groups say: how many, how much of it can be pruned, and what holds the others."""
+    reasons: dict[str, Row] = {}
+    for group in network.groups:
+        if group.frozen is not None:
+            new = {"reason": short(group.frozen), "first": group.name, "groups": 0, "parameters": 0.0}
+            reasons.setdefault(alike(group.frozen), new)["groups"] += 1
+    for why, count in locked_parameters(network).items():
+        reasons[why]["parameters"] = count
+    return {
+        "groups": len(network.groups),
+        "locked": len(network.groups) - len(network.prunable),
+        "share": prunable_share(network),
+        "reasons": sorted(reasons.values(), key=lambda entry: -entry["parameters"]),
+    }
+
+
+def locked_parameters(network: Network) -> dict[str, float]:
+    """How many parameters each reason holds: those in no prunable group, shared between the reasons that hold them."""
+    free = {member.parameter for group in network.prunable for member in group.members}
+    holders: dict[str, set[str]] = {}
+    for group in network.groups:
+        for member in group.members:
+            if isinstance(network.tensors[member.parameter], nn.Parameter) and member.parameter not in free:
+                holders.setdefault(member.parameter, set()).add(alike(group.frozen or ""))
+    counts: dict[str, float] = {}
+    for name, reasons in holders.items():
+        inner = {why for why in reasons if not why.startswith(("network input", "network output"))} or reasons
+        for why in inner:
+            counts[why] = counts.get(why, 0.0) + network.tensors[name].numel() / len(inner)
+    return counts
+
+
+def short(reason: str) -> str:
+    """A reason without the paths of modules: one line of code often runs in many places."""
+    reason = re.sub(r" in \S+(?= at \S+:\d+)", "", reason)
+    return re.sub(r"(:\d+|\)) in \S+$| in the model$", r"\1", reason)
+
+
+def alike(reason: str) -> str:
+    """What reasons that differ in numbers alone have in common; the line of code stays."""
+    what, place = re.fullmatch(r"(.*?)( at \S+:\d+)?", short(reason), re.DOTALL).groups("")  # type: ignore[union-attr]
+    return re.sub(r"\d+(\.\d+)?(e-\d+)?", "N", what) + place
+
+
+def child(connection: Connection, kind: str, name: str, options: Options) -> None:
+    """Measure one model and send its row."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    row: Row = {"kind": kind, "model": name, "machine": machine().partition(", load")[0]}
+    start = time.perf_counter()
+    try:
+        measure(kind, name, options, row)
+    except netsurgery.NetsurgeryError as error:
+        row.update(status="REFUSED", message=f"{type(error).__name__}: {error}")
+    except _FAILURES as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = format_where((os.path.realpath(last.filename), last.lineno or 0))
+        row.update(status="CRASH", message=f"{type(error).__name__}: {error} {place}")
+    row["seconds"] = time.perf_counter() - start
+    connection.send(row)
+
+
+def measured(kind: str, name: str, options: Options) -> Row:
+    """The row of a model; where float32 finds a difference, float64 decides whether it is rounding.
+
+    Rounding grows where a network decides by comparing numbers, such as which of two boxes comes first.
+    """
+    row = measured_once(kind, name, options)
+    if row["status"] != "WRONG" or options.double:
+        return row
+    again = measured_once(kind, name, replace(options, double=True))
+    figures = {key: row[key] for key in ("difference", "permuted")}
+    return {**again, "in_float32": figures} if again["status"] == "exact" else {**row, "in_float64": again}
+
+
+def measured_once(kind: str, name: str, options: Options) -> Row:
+    """The row of a model, measured in a process of its own; whatever happens to that process, there is a row."""
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=child, args=(sender, kind, name, options), daemon=True)
+    process.start()
+    sender.close()
+    row: Row = {"kind": kind, "model": name, "status": "TIMEOUT", "message": f"no result in {options.timeout:.0f} s"}
+    try:
+        if receiver.poll(options.timeout):
+            row = receiver.recv()
+    except EOFError:
+        process.join()
+        row.update(status="CRASH", message=f"the process ended with exit code {process.exitcode}")
+    process.kill()
+    process.join()
+    return row

@@ -1,0 +1,85 @@
+"""Run code again, operation by operation beside a recorded run."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from netsurgery.tracing import Program, Watcher
+from netsurgery.values import VIEWS, Values
+
+__all__ = ["Alongside", "LeftPath", "source_of"]
+
+
+class LeftPath(RuntimeError):
+    """The code ran another operation than the recorded one."""
+
+
+class Alongside(Watcher):
+    """Sees each operation of a run, and which recorded one it is."""
+
+    def __init__(self, program: Program, values: Values | None = None):
+        super().__init__(values)
+        self.program = program
+        self.position = 0  # operations so far
+        self.left_out: set[fx.Node] = set()  # copies that torch does not need here
+
+    def expected(self, func: Any) -> fx.Node | None:
+        """The recorded operation that this should be; None for a copy that only the memory's layout asks for here."""
+        operations = self.program.operations
+        while self.position < len(operations):
+            node = operations[self.position]
+            if node.target is func or {node.target, func} == VIEWS:
+                self.position += 1
+                return node
+            if func is _CLONE:
+                return None
+            if not self.leave_out(node):
+                break
+        ran = operations[self.position].target if self.position < len(operations) else "nothing"
+        raise LeftPath(f"{func} runs where {ran} ran when it was traced")
+
+    def leave_out(self, node: fx.Node) -> bool:
+        """Pass over a recorded copy that the memory's layout did not ask for here, if nothing writes to it."""
+        if node.target is not _CLONE or _is_written(node) or _is_written(node.args[0]):  # type: ignore[arg-type]
+            return False
+        self.position += 1
+        self.left_out.add(node)
+        return True
+
+    def origin(self, node: fx.Node) -> Any:
+        """What a recorded node stands for in this run."""
+        while (source := source_of(node)) in self.left_out:
+            node = source.args[0]
+        return source
+
+
+_CLONE = torch.ops.aten.clone.default
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether an operation writes into a tensor or a view of it."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            if _is_part(user) and _is_written(user):
+                return True
+            continue
+        aliases = [a.alias_info for a, given in zip(schema.arguments, user.args, strict=False) if given is node]
+        if any(alias is not None and (alias.is_write or _is_written(user)) for alias in aliases):
+            return True
+    return False
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is operator.getitem
+
+
+def source_of(node: fx.Node) -> Any:
+    """What a recorded node stands for: a name, a result, or one of several results."""
+    if node.op == "get_attr":
+        return node.target
+    return (node.args[0], node.args[1]) if _is_part(node) else node

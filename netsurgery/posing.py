@@ -1,0 +1,83 @@
+"""Tensors without data that pass for tensors of the model's device.
+
+Code asks where a tensor is (``torch.zeros(n, device=x.device)``, ``if x.is_cuda``), reads it into Python, and makes
+tensors of numbers beside it. torch answers without asking a dispatch mode; so the calls are answered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["Posing"]
+
+
+class Posing(TorchFunctionMode):
+    """Lets tensors without data pass for tensors of the model's device, whose values Python can read."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor], device: torch.device):
+        super().__init__()
+        self.read = read
+        kind = device.type
+        self.answers = {
+            torch.Tensor.device.__get__: device,
+            torch.Tensor.is_meta.__get__: kind == "meta",  # type: ignore[attr-defined]
+            torch.Tensor.is_cpu.__get__: kind == "cpu",  # type: ignore[attr-defined]
+            torch.Tensor.is_cuda.__get__: kind == "cuda",  # type: ignore[attr-defined]
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in self.answers and func not in _POSED:
+            return func(*args, **kwargs)
+        bare = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if bare and func in self.answers:
+            return self.answers[func]
+        if bare and func in _MOVES:
+            return args[0]
+        if bare and func is torch.Tensor.to:
+            return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
+        if func in _READS:
+            args = (self.read(args[0]), *args[1:])
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        if func in _INDEXES:
+            where = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (args[0], tuple(map(self.listed, where)), *args[2:])
+        elif func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
+            kwargs = {"dtype": args[0].dtype, **kwargs}
+            func, args = torch.tensor, args[1:]
+        if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
+            args = self.legible(args)
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+        return func(*args, **kwargs)
+
+    def legible(self, value: Any) -> Any:
+        """Numbers in place of tensors without data."""
+        read = pytree.tree_map_only(Tensor, self.read, value)
+        with _disable_current_modes():
+            return pytree.tree_map_only(Tensor, Tensor.tolist, read)
+
+    def listed(self, index: Any) -> Any:
+        """An index that lists positions, as a tensor that has data."""
+        if not isinstance(index, list | range) or any(isinstance(i, slice | None | list) for i in index):
+            return index
+        found = torch.tensor(self.legible(list(index)))
+        return found if found.numel() else found.long()
+
+
+_INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+_MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
+_POSED = {*_READS, *_MOVES, *_INDEXES, torch.Tensor.to, torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
+
+
+def _nowhere(value: Any) -> Any:
+    """An argument that says where, without a place that has data."""
+    return torch.device("meta") if isinstance(value, str | torch.device) else value
