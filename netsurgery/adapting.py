@@ -56,16 +56,23 @@ class Adaptation:
 
 
 class Rewritten:
-    """A module whose ``forward`` is a rewritten graph; ``code`` is its source."""
+    """A module whose ``forward`` is a rewritten graph.
 
-    code: str
+    Attributes:
+        netsurgery_class: its own class.
+        netsurgery_code: the source of its ``forward``. Long names: parts of a module may be called anything else.
+    """
+
+    netsurgery_class: type
+    netsurgery_code: str
 
     def __reduce__(self) -> Any:
-        return _blank, (_own_class(type(self)), self.code), self.__dict__
+        return _blank, (_own_class(type(self)), self.netsurgery_code), self.__getstate__()
 
 
-def _own_class(kind: type) -> type:
-    return kind.__bases__[1] if issubclass(kind, Rewritten) else kind
+def _own_class(kind: type) -> Any:
+    """What a class made here was made of; others, such as those of parametrised modules, are their own."""
+    return vars(kind).get("netsurgery_class", kind)
 
 
 def _blank(kind: type, code: str) -> Any:
@@ -82,8 +89,10 @@ def _class(kind: type, code: str) -> type:
     linecache.cache[file] = len(code), None, code.splitlines(keepends=True), file  # tracebacks and compilers read it
     scope = dict(_SCOPE)
     exec(compile(code, file, "exec"), scope)
-    members = {"forward": scope["forward"], "code": code, "__module__": kind.__module__}
-    return type(f"Rewritten{kind.__name__}", (Rewritten, kind), members)
+    made = {"netsurgery_class": kind, "netsurgery_code": code}
+    members = {**made, "forward": scope["forward"], "__module__": kind.__module__}
+    bases = (kind,) if issubclass(kind, Rewritten) else (Rewritten, kind)
+    return type(f"Rewritten{kind.__name__}", bases, members)
 
 
 # Working out the sizes -----------------------------------------------------------------------------------------

@@ -21,14 +21,16 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+import torch.amp.autocast_mode
 import torch.nn.functional as F
+import torch.utils._contextlib
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat
-from netsurgery.copying import on_meta
+from netsurgery.copying import named_modules, named_tensors, on_meta
 from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
 from netsurgery.network import Network
 from netsurgery.posing import Posing
@@ -99,14 +101,17 @@ def _compared(function: Callable[..., bool]) -> Callable[..., Any]:
     return compare
 
 
+_OPPOSITE = {
+    operator.eq: operator.ne, operator.lt: operator.ge, operator.le: operator.gt,
+    operator.ne: operator.eq, operator.ge: operator.lt, operator.gt: operator.le,
+}  # fmt: skip
+
+
 def _guard(function: Callable[..., bool], number: Any, other: Any) -> bool:
     answer = bool(function(int(number), int(other) if isinstance(other, Number) else other))
     graph = number.node.graph
-    condition = graph.call_function(function, (number.node, _nodes(other)))
-    condition.meta["value"] = answer
-    if not answer:
-        condition = graph.call_function(operator.not_, (condition,))
-        condition.meta["value"] = True
+    condition = graph.call_function(function if answer else _OPPOSITE[function], (number.node, _nodes(other)))
+    condition.meta["value"] = True
     check = graph.call_function(torch._assert, (condition, "traced for other sizes"))
     check.meta["guard"] = True
     return answer
@@ -122,6 +127,15 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 Number.__bool__ = lambda self: _guard(operator.ne, self, 0)  # type: ignore[method-assign]
 Number.__float__ = lambda self: float(_settle(int, (self,)))  # type: ignore[method-assign]
 Number.__int__ = int.__int__  # type: ignore[method-assign]
+
+
+class Fraction(float):
+    """A number with a fraction that is an attribute, such as a rate of dropout, and the node that reads it there.
+
+    What is computed from it is a plain number.
+    """
+
+    node: fx.Node
 
 
 class Shape(tuple[int, ...]):
@@ -350,7 +364,7 @@ class _Ears(TorchFunctionMode):
                 raise Deaf("uses a tensor from outside")
             name = self.names[id(value)]
             return self.contained(value, name) if "[" in name else self.attribute(name)
-        if isinstance(value, Number):
+        if isinstance(value, Number | Fraction):
             return value.node
         if isinstance(value, torch.dtype):
             return self.dtypes.get(value, value)
@@ -417,6 +431,14 @@ class _Ears(TorchFunctionMode):
                 items = [self.graph.call_function(operator.getitem, (whole, i)) for i in range(len(value))]
                 made = [self.integer(v, name, i, node) for i, (v, node) in enumerate(zip(value, items, strict=True))]
                 module.__dict__[name] = type(value)(made)
+
+    def fractions(self, module: nn.Module) -> None:
+        """The same for attributes with a fraction, also those of its submodules (``self.drop.p``)."""
+        for path, part in named_modules(module).items():
+            for name, value in part.__dict__.items():
+                if type(value) is float and not name.startswith("_"):
+                    part.__dict__[name] = fraction = Fraction(value)
+                    fraction.node = self.attribute(f"{path}.{name}" if path else name)
 
     def integer(self, value: int, name: str, index: int | None, node: fx.Node) -> Number:
         node.meta["attribute"] = name, index
@@ -538,6 +560,8 @@ def _plain(value: Any) -> Any:
     """Arguments with plain integers."""
     if isinstance(value, Number):
         return int(value)
+    if isinstance(value, Fraction):
+        return float(value)
     if isinstance(value, slice):
         return slice(*map(_plain, (value.start, value.stop, value.step)))
     if type(value) is dict:
@@ -561,7 +585,7 @@ class Heard:
 
     usual: fx.Graph
     doubts: list[str]
-    train: Callable[[], fx.Graph]
+    again: Callable[[bool, bool], _Ears]  # in training? with other dtypes?
 
     @functools.cached_property
     def whole(self) -> fx.Graph:
@@ -572,7 +596,14 @@ class Heard:
         """
         if self.doubts:
             raise Deaf(self.doubts[0])
-        return _merged(self.usual, self.train())
+        trained = self.again(True, False)
+        if trained.doubts:
+            raise Deaf(trained.doubts[0])
+        for training, graph in ((False, self.usual), (True, trained.graph)):
+            if any(_reads_dtype(node) and node.users for node in graph.nodes):
+                with contextlib.suppress(Deaf):  # other dtypes need not work
+                    _tell_dtypes_apart(graph, self.again(training, True).graph)
+        return _merged(self.usual, trained.graph)
 
 
 def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
@@ -581,35 +612,61 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> H
     Raises:
         Deaf: the code cannot be expressed as a graph; the message says why.
     """
-    bare, names = skeleton(module, program.mode)
     device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
+    usual = skeleton(module, program.mode)
 
-    def listen(training: bool) -> _Ears:
-        watcher = _Plain() if training else _Follower(program, call)
+    def listen(training: bool, other: bool) -> _Ears:
+        bare, names = _in_other_dtypes(*skeleton(module, program.mode)) if other else usual
+        watcher = _Plain() if training or other else _Follower(program, call)
         track(bare, watcher)
         ears = _Ears(bare, names, watcher, device)
-        _run(bare, ears, call, network, training)
+        _run(bare, ears, call, network, training, other)
         return ears
 
-    usual = listen(training=False)
-    return Heard(usual.graph, usual.doubts, lambda: listen(training=True).graph)
+    heard = listen(training=False, other=False)
+    return Heard(heard.graph, heard.doubts, listen)
+
+
+def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
+    """A skeleton with float tensors of another dtype each."""
+    known = list(named_tensors(bare))  # they stay alive, and their ids good
+    bare._apply(lambda tensor: tensor.to(_other(tensor.dtype)))
+    own = {name: names[id(tensor)] for name, tensor in known}
+    return bare, {id(tensor): own[name] for name, tensor in named_tensors(bare)}
+
+
+def _other(dtype: torch.dtype) -> torch.dtype:
+    if not dtype.is_floating_point:
+        return dtype
+    return torch.bfloat16 if dtype == torch.float32 else torch.float32
 
 
 @functools.cache
 def _refused(code: CodeType) -> str | None:
     """What a function uses that is no call of a torch function, though it changes what those do."""
-    if code.co_filename == torch.utils.checkpoint.__file__:
-        return "checkpoint"
+    if code.co_filename in _DECORATORS:
+        return _DECORATORS[code.co_filename]
     names = () if _is_torch(code) else code.co_names
-    return next((n for n in ("autocast", "enable_grad", "is_autocast_enabled", "is_grad_enabled") if n in names), None)
+    return next((name for name in names if name in _GRADIENTS or "autocast" in name), None)
+
+
+_DECORATORS = {
+    torch.utils.checkpoint.__file__: "checkpoint",
+    torch.utils._contextlib.__file__: "no_grad",
+    torch.amp.autocast_mode.__file__: "autocast",
+}
+_GRADIENTS = {
+    "no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "register_hook",
+    "apply",  # of a torch.autograd.Function, which may have a gradient of its own
+}  # fmt: skip
 
 
 def _is_torch(code: CodeType) -> bool:
     return code.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
-def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool) -> None:
-    attributes, watcher = dict(module.__dict__), ears.watcher
+def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool, other: bool) -> None:
+    attributes, watcher = [(part, dict(part.__dict__)) for part in named_modules(module).values()], ears.watcher
     given: dict[Any, Tensor] = {}
 
     def stand_in(value: Any) -> Any:
@@ -621,13 +678,15 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
             else:
                 layout, dims = value.meta["layout"], value.meta["dims"]
                 given[value] = torch.empty_strided(*layout, dtype=value.meta["dtype"], device="meta")
-            watcher.place(given[value], None if training else dims)
+            given[value] = given[value].to(_other(given[value].dtype)) if other else given[value]
+            watcher.place(given[value], None if training or other else dims)
         return given[value]
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     try:
         args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
         ears.integers(module)
+        ears.fractions(module)
         module.training = training
         placed = dict(module.__dict__)
         stores = _stores(module)
@@ -643,13 +702,34 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Deaf(f"does not run on its own without data: {first}") from error
     finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
+        for part, own in attributes:
+            part.__dict__.clear()
+            part.__dict__.update(own)
 
 
 def _stores(module: nn.Module) -> list[dict[str, int]]:
     """What a module holds, by identity."""
     return [{key: id(v) for key, v in kept.items()} for kept in (module._parameters, module._buffers, module._modules)]
+
+
+def _reads_dtype(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1:] == ("dtype",)
+
+
+def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> None:
+    """A dtype that the code names stays the same where the inputs have another; one that it reads does not."""
+    left, right = ([n for n in _live(each) if not _reads_dtype(n)] for each in (graph, other))
+    if [(n.op, n.target) for n in left] != [(n.op, n.target) for n in right]:
+        return
+
+    def named(value: Any, twin: Any) -> Any:
+        if isinstance(value, tuple | list) and len(value) == len(twin):
+            return type(value)([named(*pair) for pair in zip(value, twin, strict=True)])
+        return twin if isinstance(twin, torch.dtype) else value
+
+    for node, twin in zip(left, right, strict=True):
+        node.args = named(node.args, twin.args)
+        node.kwargs = {key: named(value, twin.kwargs.get(key)) for key, value in node.kwargs.items()}
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:
@@ -668,6 +748,9 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
     with usual.inserting_before(next(iter(usual.nodes))):
         mode = usual.get_attr("training")
 
+    def settled(y: Any) -> Any:
+        return twin[y] if isinstance(y, fx.Node) else y
+
     def same(x: Any, y: Any) -> Any:
         if isinstance(x, fx.Node) and y in twin:
             return twin[y]
@@ -677,20 +760,24 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
             return slice(*[same(a, b) for a, b in zip(*[(v.start, v.stop, v.step) for v in (x, y)], strict=True)])
         if x is False and y is True:
             return mode
-        if isinstance(x, float) and x == 0 and isinstance(y, float) and y > 0:
-            with usual.inserting_after(mode):
-                return usual.call_function(operator.mul, (y, mode))
         if type(x) is type(y) and not isinstance(x, fx.Node) and x == y:
             return x
+        if isinstance(x, float) and x == 0 and isinstance(y, fx.Node | float):
+            with usual.inserting_after(twin[y] if isinstance(y, fx.Node) else mode):
+                return usual.call_function(operator.mul, (settled(y), mode))
         raise Deaf("computes other things in training")
 
     left, last = _live(usual)[::-1], mode
     for other in _live(training):
         node = left[-1] if left else None
         if node is None or (other.op, other.target) != (node.op, node.target):
+            if other.op == "get_attr":
+                with usual.inserting_after(mode):
+                    twin[other] = usual.get_attr(str(other.target))
+                continue
             if other.target is not F.dropout or other.args[0] not in twin:
                 raise Deaf("runs other code in training")
-            rate = other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5)
+            rate = settled(other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5))
             with usual.inserting_after(last):
                 last = twin[other] = usual.call_function(F.dropout, (twin[other.args[0]], rate, mode))  # type: ignore[index]
             continue
