@@ -101,6 +101,10 @@ def _compared(function: Callable[..., bool]) -> Callable[..., Any]:
     return compare
 
 
+_OTHER_WAY = (
+    "netsurgery rewrote this module as it ran when it was traced; at these other sizes its code would take another "
+    "way: trace with inputs of such sizes"
+)
 _OPPOSITE = {
     operator.eq: operator.ne, operator.lt: operator.ge, operator.le: operator.gt,
     operator.ne: operator.eq, operator.ge: operator.lt, operator.gt: operator.le,
@@ -112,7 +116,7 @@ def _guard(function: Callable[..., bool], number: Any, other: Any) -> bool:
     graph = number.node.graph
     condition = graph.call_function(function if answer else _OPPOSITE[function], (number.node, _nodes(other)))
     condition.meta["value"] = True
-    check = graph.call_function(torch._assert, (condition, "traced for other sizes"))
+    check = graph.call_function(torch._assert, (condition, _OTHER_WAY))
     check.meta["guard"] = True
     return answer
 
