@@ -15,7 +15,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -29,15 +29,17 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from netsurgery.axes import Axis, channel, concat
+from netsurgery.axes import Axis, channel, concat, leaves
 from netsurgery.copying import named_modules, named_tensors, on_meta
+from netsurgery.costs import Sizes
 from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
+from netsurgery.leaves import LEAVES
 from netsurgery.network import Network
 from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
-__all__ = ["Deaf", "Heard", "hear"]
+__all__ = ["Deaf", "Heard", "Worth", "hear"]
 
 
 class Deaf(Exception):
@@ -286,7 +288,7 @@ class _Plain(Watcher):
         if not path or self.ears is None or self.ears.paused:
             return super().call(path, forward, args, kwargs)
         with self.ears.pause():
-            out = super().call(path, forward, args, kwargs)
+            out = super().call(path, forward, _plain(args), _plain(kwargs))
         return self.ears.heard_module(path, args, kwargs, out)
 
 
@@ -379,7 +381,8 @@ class _Ears(TorchFunctionMode):
         if type(value) is dict:
             return {key: self.node_of(item) for key, item in value.items()}
         if isinstance(value, _SETTLED):
-            return value
+            plain: Any = next((kind for kind in (float, complex, str) if isinstance(value, kind)), None)
+            return value if plain is None else plain(value)  # numpy has subclasses of these
         raise Deaf(f"hands over a {type(value).__name__}")
 
     def inputs(self, signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -477,6 +480,8 @@ class _Ears(TorchFunctionMode):
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
         self.look_around()
+        if out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args):
+            self.doubts.append(f"calls {name}")
         tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
         if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
@@ -585,7 +590,9 @@ class Heard:
 
     usual: fx.Graph
     doubts: list[str]
-    again: Callable[[bool, bool], _Ears]  # in training? with other dtypes?
+    again: Callable[..., _Ears]  # in training? with other dtypes? at which sizes?
+    free: list[Axis]  # channels of the inputs that may be of any size
+    attributes: dict[str, Any]
 
     @functools.cached_property
     def whole(self) -> fx.Graph:
@@ -596,6 +603,7 @@ class Heard:
         """
         if self.doubts:
             raise Deaf(self.doubts[0])
+        self.try_other_inputs()
         trained = self.again(True, False)
         if trained.doubts:
             raise Deaf(trained.doubts[0])
@@ -605,6 +613,25 @@ class Heard:
                     _tell_dtypes_apart(graph, self.again(training, True).graph)
         return _merged(self.usual, trained.graph)
 
+    def try_other_inputs(self) -> None:
+        """Make sure that the graph does what the code does for inputs of other sizes, where these run at all.
+
+        Raises:
+            Deaf: it does not: a loop runs once for each position, say.
+        """
+        for chosen in (self.free, *([axis] for axis in self.free if len(self.free) > 1)):
+            sizes = Sizes({axis: 2 * axis.size for axis in chosen})
+            try:
+                other = self.again(False, False, sizes).graph
+            except Deaf:  # the code does not run so; one size at a time may do
+                continue
+            worth = Worth(sizes, self.attributes, ())
+            held = all(worth(node.args[0]) for node in self.usual.nodes if node.meta.get("guard"))
+            if held and not _alike(self.usual, other):
+                raise Deaf("does other things for inputs of other sizes")
+            if chosen is self.free:
+                return
+
 
 def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
     """What one run of a module's own code did, as it was recorded.
@@ -612,19 +639,24 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> H
     Raises:
         Deaf: the code cannot be expressed as a graph; the message says why.
     """
+    if type(module) in LEAVES:
+        raise Deaf("is one operation")
     device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
     usual = skeleton(module, program.mode)
 
-    def listen(training: bool, other: bool) -> _Ears:
+    def listen(training: bool, other: bool, sizes: Sizes | None = None) -> _Ears:
         bare, names = _in_other_dtypes(*skeleton(module, program.mode)) if other else usual
-        watcher = _Plain() if training or other else _Follower(program, call)
+        watcher = _Plain() if training or other or sizes else _Follower(program, call)
         track(bare, watcher)
         ears = _Ears(bare, names, watcher, device)
-        _run(bare, ears, call, network, training, other)
+        _run(bare, ears, call, network, training, other, sizes)
         return ears
 
     heard = listen(training=False, other=False)
-    return Heard(heard.graph, heard.doubts, listen)
+    given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
+    free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
+    free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
+    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__))
 
 
 def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
@@ -657,7 +689,7 @@ _DECORATORS = {
 }
 _GRADIENTS = {
     "no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "register_hook",
-    "apply",  # of a torch.autograd.Function, which may have a gradient of its own
+    "random", "apply",  # of a torch.autograd.Function, which may have a gradient of its own
 }  # fmt: skip
 
 
@@ -665,7 +697,9 @@ def _is_torch(code: CodeType) -> bool:
     return code.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
-def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool, other: bool) -> None:
+def _run(
+    module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool, other: bool, sizes: Sizes | None
+) -> None:
     attributes, watcher = [(part, dict(part.__dict__)) for part in named_modules(module).values()], ears.watcher
     given: dict[Any, Tensor] = {}
 
@@ -676,10 +710,14 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
             if isinstance(value, Named):
                 given[value], dims = on_meta(network.tensors[value]).detach(), network.axes[value]
             else:
-                layout, dims = value.meta["layout"], value.meta["dims"]
-                given[value] = torch.empty_strided(*layout, dtype=value.meta["dtype"], device="meta")
+                (shape, strides), dims = value.meta["layout"], value.meta["dims"]
+                given[value] = torch.empty_strided(shape, strides, dtype=value.meta["dtype"], device="meta")
+                if sizes is not None:
+                    order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
+                    shape = tuple(map(sizes, dims))
+                    given[value] = torch.empty_permuted(shape, order, dtype=value.meta["dtype"], device="meta")
             given[value] = given[value].to(_other(given[value].dtype)) if other else given[value]
-            watcher.place(given[value], None if training or other else dims)
+            watcher.place(given[value], None if training or other or sizes else dims)
         return given[value]
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
@@ -697,7 +735,7 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
         if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
             ears.doubts.append(f"sets its attribute {changed[0]}")
         if stores != _stores(module):
-            ears.doubts.append("sets its parameters or buffers")
+            ears.doubts.append("changes what it holds")
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Deaf(f"does not run on its own without data: {first}") from error
@@ -707,9 +745,13 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
             part.__dict__.update(own)
 
 
-def _stores(module: nn.Module) -> list[dict[str, int]]:
+def _stores(module: nn.Module) -> list[dict[Any, int]]:
     """What a module holds, by identity."""
-    return [{key: id(v) for key, v in kept.items()} for kept in (module._parameters, module._buffers, module._modules)]
+    own = [value for value in module.__dict__.values() if type(value) in (dict, list) and value]
+    return [
+        {key: id(item) for key, item in (kept.items() if isinstance(kept, dict) else enumerate(kept))}
+        for kept in (module._parameters, module._buffers, module._modules, *own)
+    ]
 
 
 def _reads_dtype(node: fx.Node) -> bool:
@@ -730,6 +772,74 @@ def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> None:
     for node, twin in zip(left, right, strict=True):
         node.args = named(node.args, twin.args)
         node.kwargs = {key: named(value, twin.kwargs.get(key)) for key, value in node.kwargs.items()}
+
+
+def _guards(graph: fx.Graph) -> set[Any]:
+    """What the code asks of sizes, and the numbers it asks about."""
+    asked = [node.args[0] for node in graph.nodes if node.meta.get("guard")]
+    return {(a.target, tuple(x if not isinstance(x, fx.Node) else x.meta.get("value") for x in a.args)) for a in asked}
+
+
+class Worth:
+    """What the numbers of a graph are at other sizes, given the attributes of its module.
+
+    Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
+    """
+
+    def __init__(self, sizes: Sizes, attributes: Mapping[str, Any], units: Container[Axis]):
+        self.sizes, self.attributes, self.units = sizes, attributes, units
+        self.memo: dict[fx.Node, Any] = {}
+
+    def free(self, axis: Axis) -> bool:
+        """Whether a dimension has other sizes for other inputs: batch, space, time."""
+        return any(leaf not in self.units for leaf in leaves(axis))
+
+    def depends(self, value: Any) -> bool:
+        """Whether a number depends on what the module is given."""
+        if not isinstance(value, fx.Node):
+            return False
+        axis = value.meta.get("axis")
+        if value.op == "placeholder" or (axis is not None and self.free(axis)):
+            return True
+        return any(map(self.depends, value.args))
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in self.memo:
+            self.memo[value] = self.work_out(value)
+        return self.memo[value]
+
+    def work_out(self, node: fx.Node) -> Any:
+        """The value of one node."""
+        if node.meta.get("axis") is not None:
+            return self.sizes(node.meta["axis"])
+        if "attribute" in node.meta:
+            name, index = node.meta["attribute"]
+            return self.attributes[name] if index is None else self.attributes[name][index]
+        if node.op == "call_function" and all("value" in a.meta for a in node.all_input_nodes):
+            return node.target(*map(self, node.args))  # type: ignore[operator]
+        return node.meta["value"]
+
+
+def _alike(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs do the same, but for sizes that they read where they need them."""
+    left, right = _live(one), _live(other)
+    twin = dict(zip(right, left, strict=False))
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, fx.Node):
+            return isinstance(y, fx.Node) and twin.get(y) is x
+        if isinstance(x, tuple | list):
+            return isinstance(y, tuple | list) and len(x) == len(y) and all(map(same, x, y))
+        if isinstance(x, slice):
+            return isinstance(y, slice) and all(map(same, (x.start, x.stop, x.step), (y.start, y.stop, y.step)))
+        return bool(type(x) is type(y) and x == y)
+
+    return len(left) == len(right) and all(
+        (x.op, x.target) == (y.op, y.target) and same(x.args, y.args) and same([*x.kwargs.items()], [*y.kwargs.items()])
+        for x, y in zip(left, right, strict=True)
+    )
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:
@@ -767,6 +877,8 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
                 return usual.call_function(operator.mul, (settled(y), mode))
         raise Deaf("computes other things in training")
 
+    if _guards(training) - _guards(usual):
+        raise Deaf("asks for other sizes in training")
     left, last = _live(usual)[::-1], mode
     for other in _live(training):
         node = left[-1] if left else None

@@ -520,8 +520,15 @@ def _drop_unused(program: Program) -> None:
 
 
 def bare_inputs(inputs: Inputs) -> Inputs:
-    """Inputs without data."""
-    return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)  # type: ignore[no-any-return]
+    """Inputs without data; one that is given twice stays one."""
+    made: dict[int, Tensor] = {}
+
+    def bare(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_like(tensor, device="meta")
+        return made[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, bare, inputs)  # type: ignore[no-any-return]
 
 
 def lend(values: Values, model: nn.Module, bare: nn.Module, names: dict[int, str]) -> None:
