@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat, leaves
+from netsurgery.caches import caches_kept
 from netsurgery.copying import named_modules, named_tensors, on_meta
 from netsurgery.costs import Sizes
 from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
@@ -313,6 +314,7 @@ _STARS: dict[Any, tuple[str, Any]] = {
     inspect.Parameter.VAR_POSITIONAL: ("*", ()),
     inspect.Parameter.VAR_KEYWORD: ("**", {}),
 }
+_OF_MEMORY = {"is_contiguous", "stride", "storage_offset", "data_ptr"}
 _SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, torch.memory_format, complex)
 
 
@@ -404,7 +406,8 @@ class _Ears(TorchFunctionMode):
         """An input of the module, and what the graph makes sure of: that it is of the kind that was traced."""
         if isinstance(value, Tensor):
             kind = "floating" if value.is_floating_point() else "complex" if value.is_complex() else str(value.dtype)
-            self.graph.call_function(expect_tensor, (node, value.dim(), kind, name))
+            check = self.graph.call_function(expect_tensor, (node, value.dim(), kind, name))
+            check.meta["dtype"] = str(value.dtype)
             if id(value) in self.known:  # code may ask whether two inputs are one
                 self.graph.call_function(expect_same, (node, self.known[id(value)], name))
             self.known.setdefault(id(value), node)
@@ -480,7 +483,7 @@ class _Ears(TorchFunctionMode):
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
         self.look_around()
-        if out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args):
+        if name in _OF_MEMORY or (out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args)):
             self.doubts.append(f"calls {name}")
         tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
         if tensors or name == "__setitem__":
@@ -608,9 +611,14 @@ class Heard:
         if trained.doubts:
             raise Deaf(trained.doubts[0])
         for training, graph in ((False, self.usual), (True, trained.graph)):
-            if any(_reads_dtype(node) and node.users for node in graph.nodes):
-                with contextlib.suppress(Deaf):  # other dtypes need not work
-                    _tell_dtypes_apart(graph, self.again(training, True).graph)
+            if any(map(_reads_dtype, graph.nodes)):
+                try:
+                    told = _tell_dtypes_apart(graph, self.again(training, True).graph)
+                except Deaf:
+                    told = False
+                for node in self.usual.nodes if not told else ():  # other dtypes may take another way
+                    if node.target is expect_tensor:
+                        node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
         return _merged(self.usual, trained.graph)
 
     def try_other_inputs(self) -> None:
@@ -728,7 +736,7 @@ def _run(
         module.training = training
         placed = dict(module.__dict__)
         stores = _stores(module)
-        with torch.no_grad(), watcher, ears:
+        with caches_kept(module), torch.no_grad(), watcher, ears:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
@@ -758,11 +766,17 @@ def _reads_dtype(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1:] == ("dtype",)
 
 
-def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> None:
-    """A dtype that the code names stays the same where the inputs have another; one that it reads does not."""
+def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> bool:
+    """A dtype that the code names stays the same where the inputs have another; one that it reads does not.
+
+    Returns:
+        Whether the code does the same for the other dtype.
+    """
     left, right = ([n for n in _live(each) if not _reads_dtype(n)] for each in (graph, other))
+    pair = (left, right)
     if [(n.op, n.target) for n in left] != [(n.op, n.target) for n in right]:
-        return
+        return False
+    numbers = [[v for n in each for v in pytree.tree_leaves((n.args, n.kwargs)) if type(v) is float] for each in pair]
 
     def named(value: Any, twin: Any) -> Any:
         if isinstance(value, tuple | list) and len(value) == len(twin):
@@ -772,6 +786,7 @@ def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> None:
     for node, twin in zip(left, right, strict=True):
         node.args = named(node.args, twin.args)
         node.kwargs = {key: named(value, twin.kwargs.get(key)) for key, value in node.kwargs.items()}
+    return numbers[0] == numbers[1]
 
 
 def _guards(graph: fx.Graph) -> set[Any]:
