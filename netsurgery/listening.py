@@ -610,16 +610,18 @@ class Heard:
         trained = self.again(True, False)
         if trained.doubts:
             raise Deaf(trained.doubts[0])
+        told = True
         for training, graph in ((False, self.usual), (True, trained.graph)):
             if any(map(_reads_dtype, graph.nodes)):
                 try:
-                    told = _tell_dtypes_apart(graph, self.again(training, True).graph)
+                    told &= _tell_dtypes_apart(graph, self.again(training, True).graph)
                 except Deaf:
                     told = False
-                for node in self.usual.nodes if not told else ():  # other dtypes may take another way
-                    if node.target is expect_tensor:
-                        node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
-        return _merged(self.usual, trained.graph)
+        merged = _merged(self.usual, trained.graph)
+        for node in merged.nodes if not told else ():  # other dtypes may take another way
+            if node.target is expect_tensor:
+                node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
+        return merged
 
     def try_other_inputs(self) -> None:
         """Make sure that the graph does what the code does for inputs of other sizes, where these run at all.
