@@ -10,6 +10,7 @@ network means; the reason names the operation and the line of source.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from typing import Literal
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, Fixed, channel, freeze, leaves, resolve, tie
 from netsurgery.copying import named_tensors
@@ -273,6 +275,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
     for name in [name for name in tensors if name not in analysis.used]:
         for axis in analysis.axes[name]:
             freeze(axis, "not used in the recorded run")
+    _freeze_what_is_cut_off(analysis, programs)
     sources = analysis.axes
     classes = analysis.settle_ties()
     memo = analysis.resolve()
@@ -282,6 +285,44 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
     return Network(
         type(model).__name__, programs, tensors, analysis.axes, groups, tuple(t for t in ties if len(t) > 1), inputs
     )
+
+
+def _freeze_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
+    """Of a position embedding or a mask the code takes as much as the input needs; a longer one needs the rest."""
+    working = {leaf for _, _, axis, role in analysis.roles if role in ("produces", "consumes") for leaf in leaves(axis)}
+    read: set[Axis] = set()
+    idle: set[Axis] = set()
+    for program in programs:
+        for node in program.graph.nodes:
+            if node.op == "get_attr" and node.target in analysis.axes:
+                for leaf in set(_leaves_of(node)) - working - read:
+                    if leaf.frozen is None:
+                        (read if _reads(node, leaf) else idle).add(leaf)
+    for leaf in idle - read:
+        freeze(leaf, "beyond what the recorded run uses")
+
+
+_CUTS = (torch.ops.aten.slice.Tensor, operator.getitem)
+
+
+def _reads(node: fx.Node, leaf: Axis) -> bool:
+    """Whether anything is computed from the units of one channel of a tensor."""
+    seen, left = {node}, [node]
+    while left:
+        for user in left.pop().users:
+            if user.op == "output":
+                return True
+            if leaf not in _leaves_of(user):
+                if user.target not in _CUTS:
+                    return True
+            elif user not in seen:
+                seen.add(user)
+                left.append(user)
+    return False
+
+
+def _leaves_of(node: fx.Node) -> list[Axis]:
+    return [leaf for axis in pytree.tree_leaves(node.meta["dims"]) if axis is not None for leaf in leaves(axis)]
 
 
 def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: dict[Axis, Axis]) -> tuple[Group, ...]:

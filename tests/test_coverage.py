@@ -126,6 +126,8 @@ def test_reasons_are_merged():
     there = "fails at other sizes (shape '[2, {}]' is invalid): aten.view in blocks.{} at a.py:7 in blocks.{}.attn"
     assert coverage_rows.short(here.format(1)) == "no rule for this operation: aten.roll at timm/models/swin.py:53"
     assert coverage_rows.short("the code refuses other sizes (no) in the model") == "the code refuses other sizes (no)"
+    training = " at a.py:7{} ({} runs other code in training)"
+    assert coverage_rows.short(training.format(" in a.b", "the code of a.b")) == training.format("", "its code")
     assert coverage_rows.alike(there.format(3, 1, 2)) == coverage_rows.alike(there.format(12, 3, 4))
     assert coverage_rows.alike(here.format(1)).endswith(":53")  # another line is another reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import netsurgery
 import oracles
+from netsurgery.errors import InputError
 from netsurgery.passes import PruneChannels, RandomScore
 
 X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -281,12 +283,54 @@ def test_arguments_of_another_kind_are_an_error() -> None:
     model = build(Itself())
     small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], X)
     h = torch.randn(2, 5, small.first.out_features, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="need_weights"):
+    mask = torch.zeros(5, 5, dtype=torch.float64)
+    with pytest.raises(InputError, match="where 'need_weights' is False, got True: do the surgery again"):
         small.inside.mha(h, h, h, need_weights=True)
-    with pytest.raises(AssertionError, match="attn_mask"):
-        small.inside.mha(h, h, h, need_weights=False, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
-    with pytest.raises(AssertionError, match="value"):
+    with pytest.raises(InputError, match="where 'attn_mask' is None, got a tensor"):
+        small.inside.mha(h, h, h, need_weights=False, attn_mask=mask)
+    with pytest.raises(InputError, match="where 'value' is the same tensor as another input"):
         small.inside.mha(h, h, h.clone(), need_weights=False)
+
+
+class Masks(Attention):
+    """Chooses by its mask, as the attention of Hugging Face does."""
+
+    def forward(self, x: Tensor, mask: Tensor | None, extra: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return default_scale(self, x) * (1.0 if mask is None else mask.double().mean()) * sum(extra.values())
+
+
+def test_masks_of_another_kind_are_an_error() -> None:
+    class Gives(Net):
+        def forward(self, x: Tensor, mask: Tensor | None = None, **extra: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x + self.inside(x, mask, extra))
+
+    torch.manual_seed(0)
+    model, one = Gives(Masks(default_scale)).double().eval(), torch.ones(1, dtype=torch.float64)
+    given = {"x": X, "mask": torch.ones(5, 5, dtype=torch.bool), "a": one}
+    edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], given)
+    small = netsurgery.rewrite(model, edit)
+    assert "inside" in edit.replaced and netsurgery.verify(model, small, edit, given) < 1e-9
+    small(**given)
+    for other, why in (
+        ({"mask": None}, "'mask' is a tensor of 2 dimensions, got None"),
+        ({"mask": torch.ones(1, 5, 5, dtype=torch.bool)}, "'mask' is a tensor of 2 dimensions, got 3"),
+        ({"mask": torch.ones(5, 5)}, "'mask' is a tensor of torch.bool numbers, got torch.float32"),
+        ({"b": one}, r"'extra' is \['a'\], got \['a', 'b'\]"),
+    ):
+        with pytest.raises(InputError, match=why):
+            small(**{**given, **other})
+
+
+def test_traced_with_one_image_is_not_guessed_for_two() -> None:
+    def one(m: Any, x: Tensor) -> Tensor:
+        return default_scale(m, x) * (3 if x.shape[0] == 1 else 1)
+
+    model = build(Attention(one))
+    small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], X[:1])
+    small(X[:1])
+    with pytest.raises(AssertionError, match="other sizes"):
+        small(X)
 
 
 def trains_otherwise(m: Any, x: Tensor) -> Tensor:
@@ -371,3 +415,77 @@ def test_the_whole_model_keeps_its_class() -> None:
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     network = netsurgery.trace(model, x)
     assert all(g.frozen for g in network.groups if g.unit != "channel")
+
+
+def by_position(m: Any, x: Tensor) -> Tensor:
+    y = default_scale(m, x)
+    return torch.stack([y[:, i] * (i + 1) for i in range(x.shape[1])], 1)
+
+
+def for_each(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([row * 2 for row in default_scale(m, x).unbind(1)], 1)
+
+
+@pytest.mark.parametrize("run", [by_position, for_each], ids=lambda run: run.__name__)
+def test_loops_over_positions_are_not_rewritten(run: Callable[..., Tensor]) -> None:
+    model = build(Attention(run))
+    reasons = [g.frozen or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
+    assert any("does other things for inputs of other sizes" in reason for reason in reasons)
+
+
+def test_an_attribute_with_a_second_meaning_keeps_it() -> None:
+    def limited(m: Any, x: Tensor) -> Tensor:
+        return fused(m, x) * (2 if x.shape[1] > m.inner else 1)
+
+    model = build(Attention(limited))
+    small, edit = oracles.check(model, (X,), 1e-9, share=0.5)
+    assert "inside" in edit.replaced
+    longer = torch.randn(1, 20, 8, dtype=torch.float64)  # longer than inner is now, shorter than it was
+    again = netsurgery.Edit(netsurgery.trace(model, longer), edit.keep)
+    assert netsurgery.verify(model, small, again, longer) < 1e-9
+
+
+def test_other_dtypes_that_would_take_another_way_are_an_error() -> None:
+    def clamped(m: Any, x: Tensor) -> Tensor:
+        return default_scale(m, x).clamp(min=torch.finfo(x.dtype).min)
+
+    model = build(Attention(clamped)).float()
+    small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], X.float())
+    with pytest.raises(InputError, match=r"'x' is a tensor of torch.float32 numbers, got torch.bfloat16"):
+        small.bfloat16()(X.bfloat16())
+
+
+def test_copies_that_protect_from_later_writes_stay() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).view(x.shape[0], x.shape[1], -1, 3)
+            y = h.transpose(1, 2).reshape(x.shape[0], -1, 3)  # a view where there is one head
+            h.mul_(2)
+            return self.b(y.reshape(x.shape[0], -1, 2, 3).flatten(2)) if y.shape[1] == 10 else y
+
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    network = netsurgery.trace(Writes().double(), x)
+    assert all(group.frozen for group in network.groups if group.size == 2)
+
+
+@functools.lru_cache
+def ramp(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device, dtype=torch.float64)
+
+
+def test_caches_of_the_users_code_stay_clean() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * ramp(x.shape[1], x.device)[:, None]
+
+    model = Cached().double()
+    netsurgery.trace(model, X)
+    assert model(X).shape == (2, 5, 2)

@@ -62,6 +62,19 @@ def test_operations_left_out_at_the_end_lock() -> None:
     assert "does other things at other sizes" in (netsurgery.trace(Last().double(), X)["a"].frozen or "")
 
 
+def test_another_of_the_same_results_locks() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return (self.c(h), self.b(h))[h.shape[1] >= 6]
+
+    assert "does other things at other sizes" in (netsurgery.trace(Last().double(), X)["a"].frozen or "")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_slices_from_the_end(seed: int) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,72 @@
+"""What a rewritten ``forward`` makes sure of: that it is called in the way it was traced.
+
+Its graph is one way through the original code. Another kind of argument may take another way; so it is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from netsurgery.errors import InputError
+
+__all__ = ["expect_keys", "expect_same", "expect_tensor", "expect_value"]
+
+
+def _refuse(name: str, traced: str, found: str) -> None:
+    raise InputError(
+        f"netsurgery rewrote this module's forward as it runs where '{name}' is {traced}, got {found}: "
+        "do the surgery again with example_inputs of that kind"
+    )
+
+
+def expect_tensor(value: Any, dim: int, kind: str, name: str) -> None:
+    """Make sure of a tensor of ``dim`` dimensions that is "floating", "complex" or of the dtype ``kind``.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        _refuse(name, f"a tensor of {dim} dimensions", repr(value)[:80])
+    elif value.dim() != dim:
+        _refuse(name, f"a tensor of {dim} dimensions", f"{value.dim()}")
+    else:
+        sort = "floating" if torch.is_floating_point(value) else "complex" if torch.is_complex(value) else ""
+        if kind not in (sort, str(value.dtype)):
+            _refuse(name, f"a tensor of {kind} numbers", str(value.dtype))
+
+
+def expect_same(value: Any, other: Any, name: str) -> None:
+    """Make sure that two inputs are one tensor.
+
+    Raises:
+        InputError: they are two.
+    """
+    if value is not other:
+        _refuse(name, "the same tensor as another input", "another one")
+
+
+def expect_value(value: Any, traced: Any, name: str) -> None:
+    """Make sure of an argument that is no tensor.
+
+    Raises:
+        InputError: it has another value.
+    """
+    if value is not traced and (isinstance(value, Tensor) or traced is None or value != traced):
+        _refuse(name, repr(traced), "a tensor" if isinstance(value, Tensor) else repr(value)[:80])
+
+
+def expect_keys(value: Any, traced: int | list[str], name: str) -> None:
+    """Make sure of the keys of a dictionary, or of the length of a list.
+
+    Raises:
+        InputError: they are others.
+    """
+    if (len(value) if isinstance(traced, int) else list(value)) != traced:
+        _refuse(
+            name,
+            f"{traced} items" if isinstance(traced, int) else f"{traced}",
+            f"{list(value) if isinstance(value, dict) else len(value)}",
+        )
