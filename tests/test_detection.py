@@ -30,7 +30,7 @@ TWO_STAGES = {"box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 20, "box_detec
 ONE_STAGE = {"score_thresh": 0.0, "topk_candidates": 20, "detections_per_img": 5}
 
 #: What has classes, coordinates and anchors for units.
-LAST = r"anchor_generator|cls_logits|bbox_pred|bbox_reg|bbox_ctrness|cls_score|mask_fcn_logits|kps_score|_head\.module_list"
+LAST = r"anchor_generator|cls_logits|bbox_(pred|reg|ctrness)|cls_score|mask_fcn_logits|kps_score|_head\.module_list"
 
 
 class Backbone(nn.Module):
