@@ -61,45 +61,6 @@ def _detector(name: str) -> Case:
     )
 
 
-class BackboneAndHeads(nn.Module):
-    """A detector of torchvision without what looks at values: which boxes are proposed and which are returned.
-
-    Takes images, ``(batch, 3, height, width)``, and, for a network in two stages, the boxes that the second looks at:
-    ``(boxes, 5)``, the image and the corners.
-    """
-
-    def __init__(self, detector: Any):
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, images: Tensor, boxes: Tensor | None = None) -> dict[str, Any]:
-        maps = self.detector.backbone(images)
-        if boxes is None:
-            found: dict[str, Any] = self.detector.head(list(maps.values()))
-            return found
-        objects, offsets = self.detector.rpn.head(list(maps.values()))
-        parts, largest = self.detector.roi_heads, next(iter(maps.values()))
-
-        def cropped(pooling: Any) -> Tensor:
-            scale = largest.shape[-1] / images.shape[-1]
-            return torchvision.ops.roi_align(largest, boxes, pooling.output_size, scale, pooling.sampling_ratio)
-
-        found = {"objects": objects, "offsets": offsets}
-        found["boxes"] = parts.box_predictor(parts.box_head(cropped(parts.box_roi_pool)))
-        if parts.has_mask():
-            found["masks"] = parts.mask_predictor(parts.mask_head(cropped(parts.mask_roi_pool)))
-        if parts.has_keypoint():
-            found["keypoints"] = parts.keypoint_predictor(parts.keypoint_head(cropped(parts.keypoint_roi_pool)))
-        return found
-
-
-def _backbone_and_heads(name: str) -> Case:
-    model, (images,) = _detector(name)
-    stack = torch.stack([*images, *images[::-1]])[:2]
-    boxes = torch.tensor([[0, 3.0, 5.0, 60.0, 41.0], [1, 20.0, 2.0, 33.0, 80.0], [0, 0.0, 0.0, 95.0, 95.0]])
-    return BackboneAndHeads(model), (stack, boxes) if "rcnn" in name else (stack,)
-
-
 def _video(name: str) -> Case:
     frames, side = _fit(CLIPS, name, (8, 32))
     return _torchvision(name), (normal(1 if side > 100 else 2, 3, frames, side, side),)
@@ -136,11 +97,7 @@ def _segmentation_cases() -> dict[str, Build]:
 
 
 def _detection_cases() -> dict[str, Build]:
-    names = _listed(torchvision.models.detection)
-    return {
-        **{name: functools.partial(_detector, name) for name in names},
-        **{f"{name} (backbone and heads)": functools.partial(_backbone_and_heads, name) for name in names},
-    }
+    return {name: functools.partial(_detector, name) for name in _listed(torchvision.models.detection)}
 
 
 def _video_cases() -> dict[str, Build]:

@@ -123,14 +123,15 @@ def locked_parameters(network: Network) -> dict[str, float]:
 
 def short(reason: str) -> str:
     """A reason without the paths of modules: one line of code often runs in many places."""
+    reason = re.sub(r"\(the code of \S+ ", "(its code ", reason)
     reason = re.sub(r" in \S+(?= at \S+:\d+)", "", reason)
-    return re.sub(r"(:\d+|\)) in \S+$| in the model$", r"\1", reason)
+    return re.sub(r"(:\d+|\)) in (?:\S+|the model)(?=$| \(its code )", r"\1", reason)
 
 
 def alike(reason: str) -> str:
     """What reasons that differ in numbers alone have in common; the line of code stays."""
-    what, place = re.fullmatch(r"(.*?)( at \S+:\d+)?", short(reason), re.DOTALL).groups("")  # type: ignore[union-attr]
-    return re.sub(r"\d+(\.\d+)?(e-\d+)?", "N", what) + place
+    pieces = re.split(r"( at \S+:\d+)", short(reason))  # every other one is a line of code
+    return "".join(text if i % 2 else re.sub(r"\d+(\.\d+)?(e-\d+)?", "N", text) for i, text in enumerate(pieces))
 
 
 def child(connection: Connection, kind: str, name: str, options: Options) -> None:

@@ -7,10 +7,12 @@ and attributes; its class becomes a subclass of its own class with another ``for
 
 from __future__ import annotations
 
+import copy
 import functools
 import linecache
 import operator
-from collections.abc import Container, Mapping
+import weakref
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, nan, sqrt
 from typing import Any
@@ -20,7 +22,7 @@ from torch import fx, nn
 
 from netsurgery.axes import Axis, leaves
 from netsurgery.costs import Sizes
-from netsurgery.listening import Deaf
+from netsurgery.listening import Deaf, Worth
 
 __all__ = ["Adaptation", "Rewritten", "rebuild", "solve"]
 
@@ -40,11 +42,12 @@ class Adaptation:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    model: weakref.ref[nn.Module] | None = None  # the one whose code it is about
 
     def carry_out(self, model: nn.Module) -> None:
         """Change the attributes and the classes of the modules of a model."""
         for path, values in self.attributes.items():
-            model.get_submodule(path).__dict__.update(values)
+            model.get_submodule(path).__dict__.update({name: copy.copy(value) for name, value in values.items()})
         for path, code in self.code.items():
             module = model.get_submodule(path)
             module.__class__ = _class(_own_class(type(module)), code)
@@ -98,44 +101,6 @@ def _class(kind: type, code: str) -> type:
 # Working out the sizes -----------------------------------------------------------------------------------------
 
 
-class _Values:
-    """The value of each number of a graph at other sizes, given the attributes."""
-
-    def __init__(self, sizes: Sizes, attributes: Attributes, units: Container[Axis]):
-        self.sizes, self.attributes, self.units = sizes, attributes, units
-        self.memo: dict[fx.Node, Any] = {}
-
-    def free(self, axis: Axis) -> bool:
-        """Whether a dimension has other sizes for other inputs: batch, space, time."""
-        return any(leaf not in self.units for leaf in leaves(axis))
-
-    def depends(self, value: Any) -> bool:
-        """Whether a number depends on what the module is given."""
-        if not isinstance(value, fx.Node):
-            return False
-        axis = value.meta.get("axis")
-        if value.op == "placeholder" or (axis is not None and self.free(axis)):
-            return True
-        return any(map(self.depends, value.args))
-
-    def __call__(self, value: Any) -> Any:
-        if not isinstance(value, fx.Node):
-            return value
-        if value not in self.memo:
-            self.memo[value] = self.work_out(value)
-        return self.memo[value]
-
-    def work_out(self, node: fx.Node) -> Any:
-        if node.meta.get("axis") is not None:
-            return self.sizes(node.meta["axis"])
-        if "attribute" in node.meta:
-            name, index = node.meta["attribute"]
-            return self.attributes[name] if index is None else self.attributes[name][index]
-        if node.op == "call_function" and all("value" in a.meta for a in node.all_input_nodes):
-            return node.target(*map(self, node.args))  # type: ignore[operator]
-        return node.meta["value"]
-
-
 def _wants(graph: fx.Graph) -> list[tuple[fx.Node, tuple[int, ...], Any, Axis]]:
     """Every integer that is the size of a dimension: its node, its place there, itself, the dimension."""
     found = []
@@ -149,21 +114,66 @@ def _wants(graph: fx.Graph) -> list[tuple[fx.Node, tuple[int, ...], Any, Axis]]:
     return found
 
 
-def solve(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> dict[str, Any]:
-    """The attributes of a module that must change so that its code follows; empty where none or no value does."""
+def solve(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, Any], bool]:
+    """The attributes of a module that are sizes of dimensions, at other sizes; and whether that is all they are."""
     found: dict[tuple[str, int | None], set[int]] = {}
     for _, _, value, axis in _wants(graph):
         if isinstance(value, fx.Node) and "attribute" in value.meta:
             found.setdefault(value.meta["attribute"], set()).add(sizes(axis))
-    if any(len(wanted) > 1 for wanted in found.values()):
-        return {}
+    agreed = {key: wanted for key, wanted in found.items() if len(wanted) == 1}
     attributes: dict[str, Any] = {}
-    for (name, index), (wanted,) in found.items():
+    for (name, index), (wanted,) in agreed.items():
         old = attributes.get(name, module.__dict__[name])
         new = wanted if index is None else type(old)([*old[:index], wanted, *old[index + 1 :]])
         if new != old:
             attributes[name] = new
-    return attributes
+    return attributes, len(agreed) == len(found) and not _used_otherwise(graph, agreed)
+
+
+def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]) -> bool:
+    """Whether one of these attributes is also used for something that is not the size of a dimension."""
+    places = {(node, place) for node, place, _, _ in _wants(graph)}
+    numbers = [node for node in graph.nodes if node.meta.get("attribute") in found]
+    while numbers:
+        number = numbers.pop()
+        for user in number.users:
+            if "value" in user.meta and any(node.meta.get("axis") is not None for node in _sources(user)):
+                return True  # computed from a size too, or compared with one
+            if "value" in user.meta:
+                numbers.append(user)
+            elif not user.meta.get("guard") and any(
+                value is number and (user, place) not in places for place, value in _placed((), user.args)
+            ):
+                return True
+    return False
+
+
+def _settle_other_uses(graph: fx.Graph, attributes: Attributes) -> None:
+    """Where an attribute that changes is no size of a dimension, its old value stays."""
+    places = {(node, place) for node, place, _, _ in _wants(graph)}
+    for number in list(graph.nodes):
+        if number.meta.get("attribute", ("",))[0] not in attributes:
+            continue
+        for user in list(number.users):
+            for place, value in _placed((), user.args):
+                if value is number and (user, place) not in places:
+                    user.args = _put(user.args, place, number.meta["value"])
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """A number and all that it is computed from."""
+    return [node, *(found for source in node.all_input_nodes if "value" in source.meta for found in _sources(source))]
+
+
+def _placed(place: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Every argument with its place."""
+    if isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            yield from _placed((*place, index), item)
+    elif isinstance(value, slice):
+        yield from _placed(place, (value.start, value.stop, value.step))
+    else:
+        yield place, value
 
 
 def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attributes, units: Container[Axis]) -> str:
@@ -174,34 +184,35 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     Raises:
         Deaf: a size cannot be worked out.
     """
-    copy = fx.Graph()
+    new_graph = fx.Graph()
     renamed: dict[fx.Node, fx.Node] = {}
-    result = copy.graph_copy(graph, renamed)
-    copy.output(result)
+    result = new_graph.graph_copy(graph, renamed)
+    new_graph.output(result)
     for old, new in renamed.items():
         new.meta = dict(old.meta)
     known = {name: attributes.get(name, value) for name, value in module.__dict__.items()}
-    values = _Values(sizes, known, units)
-    for node, place, value, axis in _wants(copy):
+    values = Worth(sizes, known, units)
+    _settle_other_uses(new_graph, attributes)
+    for node, place, value, axis in _wants(new_graph):
         if values(value) != sizes(axis):
             node.args = _put(node.args, place, _mended(value, axis, values, node))
-    for node in list(copy.nodes):
+    for node in list(new_graph.nodes):
         axis = node.meta.get("scale")
         if axis is not None and sizes(axis) != axis.size:
             node.kwargs = {**node.kwargs, "scale": 1.0 / sqrt(axis.size)}
         if node.meta.get("guard") and not (values(node.args[0]) and values.depends(node.args[0])):
-            copy.erase_node(node)
-    for node in reversed(list(copy.nodes)):
+            new_graph.erase_node(node)
+    for node in reversed(list(new_graph.nodes)):
         bare = "value" in node.meta or node.op == "get_attr" or node.target in (operator.getitem, getattr)
         if bare and not node.users and node.op != "placeholder":
-            copy.erase_node(node)
-    code = copy.python_code("self")
+            new_graph.erase_node(node)
+    code = new_graph.python_code("self")
     foreign = {name: f for name, f in code.globals.items() if name not in _SCOPE and name in code.src}
     lines = [f"from {f.__module__} import {f.__qualname__} as {name}" for name, f in foreign.items()]
     return "\n".join([*lines, code.src])
 
 
-def _mended(value: Any, axis: Axis, values: _Values, node: fx.Node) -> Any:
+def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node) -> Any:
     """An expression that has the right value: the old one with other constants, or a constant."""
     sizes = values.sizes
     changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}

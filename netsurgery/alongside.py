@@ -44,11 +44,18 @@ class Alongside(Watcher):
 
     def leave_out(self, node: fx.Node) -> bool:
         """Pass over a recorded copy that the memory's layout did not ask for here, if nothing writes to it."""
-        if node.target is not _CLONE or _is_written(node) or _is_written(node.args[0]):  # type: ignore[arg-type]
+        if node.target is not _CLONE or self.written_later(node) or self.written_later(node.args[0]):
             return False
         self.position += 1
         self.left_out.add(node)
         return True
+
+    def written_later(self, source: Any) -> bool:
+        """Whether a later operation writes to the memory that a recorded result is in."""
+        node = source[0] if isinstance(source, tuple) else source
+        while (base := _base(node)) is not None:
+            node = base
+        return _is_written(node, dict.fromkeys(self.program.operations[self.position :]))
 
     def origin(self, node: fx.Node) -> Any:
         """What a recorded node stands for in this run."""
@@ -60,16 +67,27 @@ class Alongside(Watcher):
 _CLONE = torch.ops.aten.clone.default
 
 
-def _is_written(node: fx.Node) -> bool:
-    """Whether an operation writes into a tensor or a view of it."""
+def _base(node: fx.Node) -> fx.Node | None:
+    """The tensor that a recorded result is a view of, or that was written to make it."""
+    if _is_part(node):
+        return node.args[0]  # type: ignore[return-value]
+    schema = getattr(node.target, "_schema", None)
+    pairs = zip(schema.arguments, node.args, strict=False) if schema is not None else ()
+    return next((given for a, given in pairs if a.alias_info is not None and isinstance(given, fx.Node)), None)
+
+
+def _is_written(node: fx.Node, later: dict[fx.Node, None]) -> bool:
+    """Whether one of some operations writes into a tensor or a view of it."""
     for user in node.users:
         schema = getattr(user.target, "_schema", None)
         if schema is None:
-            if _is_part(user) and _is_written(user):
+            if _is_part(user) and _is_written(user, later):
                 return True
             continue
         aliases = [a.alias_info for a, given in zip(schema.arguments, user.args, strict=False) if given is node]
-        if any(alias is not None and (alias.is_write or _is_written(user)) for alias in aliases):
+        if any(
+            alias is not None and ((alias.is_write and user in later) or _is_written(user, later)) for alias in aliases
+        ):
             return True
     return False
 

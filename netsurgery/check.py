@@ -6,6 +6,7 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
 from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
-from netsurgery.errors import RewriteError
+from netsurgery.errors import InputError, RewriteError
 from netsurgery.listening import Deaf, Heard, hear
 from netsurgery.network import Network
 from netsurgery.rules import SIZED, Op
@@ -96,7 +97,7 @@ class _Attempt:
         self.model, self.network, self.sizes, self.changed = model, network, sizes, changed
         self.shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
         self.kinds = {path: type(module) for path, module in named_modules(model).items()}
-        self.adaptation = Adaptation()
+        self.adaptation = Adaptation(model=weakref.ref(model))
         self.tried: set[str] = set()
 
     def failures(self) -> dict[str, tuple[dict[str, str], bool]]:
@@ -125,10 +126,12 @@ class _Attempt:
             if path not in self.tried:
                 self.tried.add(path)
                 found = [solve(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
-                if found[0] and all(one == found[0] for one in found):
-                    self.adaptation.attributes[path] = found[0]
-                    return True
+                if all(one == found[0] for one in found) and found[0][0]:
+                    self.adaptation.attributes[path], enough = found[0]
+                    if enough:
+                        return True
             if not path:  # the user's own class stays
+                self.adaptation.attributes.pop(path, None)
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
             codes = {rebuild(run.whole, module, self.sizes, attributes, self.network.by_channel) for run in runs}
@@ -144,17 +147,16 @@ class _Attempt:
     def heard(self, path: str) -> list[Heard]:
         """What the code of a module does, each time it runs."""
         program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
-        if path not in program.heard:
-            module = self.model.get_submodule(path)
+        module = self.model.get_submodule(path)
+        if path not in program.heard or program.heard[path][0]() is not module:
             try:
-                program.heard[path] = [
-                    hear(module, program, call, self.network) for call in program.calls if call.path == path
-                ]
+                runs = [hear(module, program, call, self.network) for call in program.calls if call.path == path]
+                program.heard[path] = weakref.ref(module), runs
             except Deaf as reason:
-                program.heard[path] = reason
-        found: list[Heard] | Deaf = program.heard[path]
-        if isinstance(found, Deaf):
-            raise found
+                program.heard[path] = weakref.ref(module), str(reason)
+        found: list[Heard] | str = program.heard[path][1]
+        if isinstance(found, str):
+            raise Deaf(found)
         return found
 
 
@@ -202,7 +204,7 @@ class _Checker(Alongside):
         try:
             out = super().call(path, forward, args, kwargs)
             self.arrive(call.end)
-        except RAISED_BY_MODELS as error:
+        except (*RAISED_BY_MODELS, InputError) as error:
             if path not in self.blamed:  # what follows from a size already found wrong says nothing new
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
                 does = "does other things at" if isinstance(error, LeftPath) else "refuses"
@@ -288,6 +290,9 @@ class _Checker(Alongside):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = self.expected(func)
         if node is None:
+            source = self.sources.get(id(args[0]))
+            if isinstance(source, fx.Node | tuple) and self.written_later(source):
+                raise LeftPath("a copy is made that was not made when it was traced")
             out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
             return self.same(args[0], out)
         out = self.answer(node, func, args, kwargs)

@@ -62,12 +62,12 @@ _CONTAINERS = frozenset([dict, list, tuple])
 _INTERNAL = frozenset(nn.Module().__dict__)
 
 
-def _contained(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def _contained(name: str, value: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(item, Tensor):
-            yield f"{name}[{key}]", item
-        elif type(item) in _CONTAINERS:
-            yield from _contained(f"{name}[{key}]", item)
+            yield f"{name}[{key!r}]", item
+        elif type(item) in _CONTAINERS and id(item) not in around:
+            yield from _contained(f"{name}[{key!r}]", item, (*around, id(value)))
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:

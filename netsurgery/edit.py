@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from netsurgery.adapting import Adaptation
 from netsurgery.costs import Cost
@@ -75,6 +75,11 @@ class Edit:
         Known once ``plan`` has tried the model's code; an edit made by hand is tried by ``rewrite``.
         """
         return dict(self.adaptation.reasons) if self.adaptation else {}
+
+    def adaptation_for(self, model: nn.Module) -> Adaptation | None:
+        """What the code of this very model needs, if it has been tried at the sizes of this edit."""
+        known = self.adaptation
+        return known if known is not None and known.model is not None and known.model() is model else None
 
     @property
     def before(self) -> Cost:

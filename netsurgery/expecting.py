@@ -33,8 +33,8 @@ def expect_tensor(value: Any, dim: int, kind: str, name: str) -> None:
     elif value.dim() != dim:
         _refuse(name, f"a tensor of {dim} dimensions", f"{value.dim()}")
     else:
-        floating = "floating" if torch.is_floating_point(value) else "complex" if torch.is_complex(value) else ""
-        if kind != (floating or str(value.dtype)):
+        sort = "floating" if torch.is_floating_point(value) else "complex" if torch.is_complex(value) else ""
+        if kind not in (sort, str(value.dtype)):
             _refuse(name, f"a tensor of {kind} numbers", str(value.dtype))
 
 

@@ -38,16 +38,16 @@ def infer_inputs(model: nn.Module) -> tuple[Inputs, Program]:
 
 def _candidates(model: nn.Module) -> Iterator[Tensor]:
     reference = next(model.parameters(), torch.empty(0))
-    factory = {"dtype": reference.dtype, "device": reference.device}
+    factory = {"dtype": reference.dtype, "device": "meta"}  # values are drawn where the code looks at some
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd):
             for side in _SIDES:
                 spatial = [side] * len(module.kernel_size)
-                yield torch.zeros(1, module.in_channels, *spatial, **factory)  # type: ignore[call-overload]
+                yield torch.empty(1, module.in_channels, *spatial, **factory)  # type: ignore[call-overload]
             return
         if isinstance(module, nn.Linear):
-            yield torch.zeros(1, module.in_features, **factory)  # type: ignore[call-overload]
+            yield torch.empty(1, module.in_features, **factory)  # type: ignore[call-overload]
             return
         if isinstance(module, nn.Embedding):
-            yield torch.zeros(1, 16, dtype=torch.int64, device=reference.device)
+            yield torch.empty(1, 16, dtype=torch.int64, device="meta")
             return

@@ -15,7 +15,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -29,15 +29,18 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from netsurgery.axes import Axis, channel, concat
+from netsurgery.axes import Axis, channel, concat, leaves
+from netsurgery.caches import caches_kept
 from netsurgery.copying import named_modules, named_tensors, on_meta
+from netsurgery.costs import Sizes
 from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
+from netsurgery.leaves import LEAVES
 from netsurgery.network import Network
 from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
-__all__ = ["Deaf", "Heard", "hear"]
+__all__ = ["Deaf", "Heard", "Worth", "hear"]
 
 
 class Deaf(Exception):
@@ -290,7 +293,7 @@ class _Plain(Watcher):
         if not path or self.ears is None or self.ears.paused:
             return super().call(path, forward, args, kwargs)
         with self.ears.pause():
-            out = super().call(path, forward, args, kwargs)
+            out = super().call(path, forward, _plain(args), _plain(kwargs))
         return self.ears.heard_module(path, args, kwargs, out)
 
 
@@ -315,6 +318,7 @@ _STARS: dict[Any, tuple[str, Any]] = {
     inspect.Parameter.VAR_POSITIONAL: ("*", ()),
     inspect.Parameter.VAR_KEYWORD: ("**", {}),
 }
+_OF_MEMORY = {"is_contiguous", "stride", "storage_offset", "data_ptr"}
 _SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, torch.memory_format, complex)
 
 
@@ -383,7 +387,8 @@ class _Ears(TorchFunctionMode):
         if type(value) is dict:
             return {key: self.node_of(item) for key, item in value.items()}
         if isinstance(value, _SETTLED):
-            return value
+            plain: Any = next((kind for kind in (float, complex, str) if isinstance(value, kind)), None)
+            return value if plain is None else plain(value)  # numpy has subclasses of these
         raise Deaf(f"hands over a {type(value).__name__}")
 
     def inputs(self, signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -405,7 +410,8 @@ class _Ears(TorchFunctionMode):
         """An input of the module, and what the graph makes sure of: that it is of the kind that was traced."""
         if isinstance(value, Tensor):
             kind = "floating" if value.is_floating_point() else "complex" if value.is_complex() else str(value.dtype)
-            self.graph.call_function(expect_tensor, (node, value.dim(), kind, name))
+            check = self.graph.call_function(expect_tensor, (node, value.dim(), kind, name))
+            check.meta["dtype"] = str(value.dtype)
             if id(value) in self.known:  # code may ask whether two inputs are one
                 self.graph.call_function(expect_same, (node, self.known[id(value)], name))
             self.known.setdefault(id(value), node)
@@ -481,6 +487,8 @@ class _Ears(TorchFunctionMode):
         start = len(self.watcher.done)
         out = func(*_plain(args), **_plain(kwargs))
         self.look_around()
+        if name in _OF_MEMORY or (out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args)):
+            self.doubts.append(f"calls {name}")
         tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
         if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
@@ -589,7 +597,9 @@ class Heard:
 
     usual: fx.Graph
     doubts: list[str]
-    again: Callable[[bool, bool], _Ears]  # in training? with other dtypes?
+    again: Callable[..., _Ears]  # in training? with other dtypes? at which sizes?
+    free: list[Axis]  # channels of the inputs that may be of any size
+    attributes: dict[str, Any]
 
     @functools.cached_property
     def whole(self) -> fx.Graph:
@@ -600,14 +610,41 @@ class Heard:
         """
         if self.doubts:
             raise Deaf(self.doubts[0])
+        self.try_other_inputs()
         trained = self.again(True, False)
         if trained.doubts:
             raise Deaf(trained.doubts[0])
+        told = True
         for training, graph in ((False, self.usual), (True, trained.graph)):
-            if any(_reads_dtype(node) and node.users for node in graph.nodes):
-                with contextlib.suppress(Deaf):  # other dtypes need not work
-                    _tell_dtypes_apart(graph, self.again(training, True).graph)
-        return _merged(self.usual, trained.graph)
+            if any(map(_reads_dtype, graph.nodes)):
+                try:
+                    told &= _tell_dtypes_apart(graph, self.again(training, True).graph)
+                except Deaf:
+                    told = False
+        merged = _merged(self.usual, trained.graph)
+        for node in merged.nodes if not told else ():  # other dtypes may take another way
+            if node.target is expect_tensor:
+                node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
+        return merged
+
+    def try_other_inputs(self) -> None:
+        """Make sure that the graph does what the code does for inputs of other sizes, where these run at all.
+
+        Raises:
+            Deaf: it does not: a loop runs once for each position, say.
+        """
+        for chosen in (self.free, *([axis] for axis in self.free if len(self.free) > 1)):
+            sizes = Sizes({axis: 2 * axis.size for axis in chosen})
+            try:
+                other = self.again(False, False, sizes).graph
+            except Deaf:  # the code does not run so; one size at a time may do
+                continue
+            worth = Worth(sizes, self.attributes, ())
+            held = all(worth(node.args[0]) for node in self.usual.nodes if node.meta.get("guard"))
+            if held and not _alike(self.usual, other):
+                raise Deaf("does other things for inputs of other sizes")
+            if chosen is self.free:
+                return
 
 
 def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
@@ -616,19 +653,24 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> H
     Raises:
         Deaf: the code cannot be expressed as a graph; the message says why.
     """
+    if type(module) in LEAVES:
+        raise Deaf("is one operation")
     device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
     usual = skeleton(module, program.mode)
 
-    def listen(training: bool, other: bool) -> _Ears:
+    def listen(training: bool, other: bool, sizes: Sizes | None = None) -> _Ears:
         bare, names = _in_other_dtypes(*skeleton(module, program.mode)) if other else usual
-        watcher = _Plain() if training or other else _Follower(program, call)
+        watcher = _Plain() if training or other or sizes else _Follower(program, call)
         track(bare, watcher)
         ears = _Ears(bare, names, watcher, device)
-        _run(bare, ears, call, network, training, other)
+        _run(bare, ears, call, network, training, other, sizes)
         return ears
 
     heard = listen(training=False, other=False)
-    return Heard(heard.graph, heard.doubts, listen)
+    given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
+    free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
+    free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
+    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__))
 
 
 def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
@@ -661,7 +703,7 @@ _DECORATORS = {
 }
 _GRADIENTS = {
     "no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "register_hook",
-    "apply",  # of a torch.autograd.Function, which may have a gradient of its own
+    "random", "apply",  # of a torch.autograd.Function, which may have a gradient of its own
 }  # fmt: skip
 
 
@@ -669,7 +711,9 @@ def _is_torch(code: CodeType) -> bool:
     return code.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
-def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool, other: bool) -> None:
+def _run(
+    module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool, other: bool, sizes: Sizes | None
+) -> None:
     attributes, watcher = [(part, dict(part.__dict__)) for part in named_modules(module).values()], ears.watcher
     given: dict[Any, Tensor] = {}
 
@@ -680,10 +724,14 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
             if isinstance(value, Named):
                 given[value], dims = on_meta(network.tensors[value]).detach(), network.axes[value]
             else:
-                layout, dims = value.meta["layout"], value.meta["dims"]
-                given[value] = torch.empty_strided(*layout, dtype=value.meta["dtype"], device="meta")
+                (shape, strides), dims = value.meta["layout"], value.meta["dims"]
+                given[value] = torch.empty_strided(shape, strides, dtype=value.meta["dtype"], device="meta")
+                if sizes is not None:
+                    order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
+                    shape = tuple(map(sizes, dims))
+                    given[value] = torch.empty_permuted(shape, order, dtype=value.meta["dtype"], device="meta")
             given[value] = given[value].to(_other(given[value].dtype)) if other else given[value]
-            watcher.place(given[value], None if training or other else dims)
+            watcher.place(given[value], None if training or other or sizes else dims)
         return given[value]
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
@@ -694,14 +742,14 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
         module.training = training
         placed = dict(module.__dict__)
         stores = _stores(module)
-        with torch.no_grad(), watcher, ears:
+        with caches_kept(module), torch.no_grad(), watcher, ears:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
         if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
             ears.doubts.append(f"sets its attribute {changed[0]}")
         if stores != _stores(module):
-            ears.doubts.append("sets its parameters or buffers")
+            ears.doubts.append("changes what it holds")
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Deaf(f"does not run on its own without data: {first}") from error
@@ -711,20 +759,30 @@ def _run(module: nn.Module, ears: _Ears, call: Call, network: Network, training:
             part.__dict__.update(own)
 
 
-def _stores(module: nn.Module) -> list[dict[str, int]]:
+def _stores(module: nn.Module) -> list[dict[Any, int]]:
     """What a module holds, by identity."""
-    return [{key: id(v) for key, v in kept.items()} for kept in (module._parameters, module._buffers, module._modules)]
+    own = [value for value in module.__dict__.values() if type(value) in (dict, list) and value]
+    return [
+        {key: id(item) for key, item in (kept.items() if isinstance(kept, dict) else enumerate(kept))}
+        for kept in (module._parameters, module._buffers, module._modules, *own)
+    ]
 
 
 def _reads_dtype(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1:] == ("dtype",)
 
 
-def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> None:
-    """A dtype that the code names stays the same where the inputs have another; one that it reads does not."""
+def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> bool:
+    """A dtype that the code names stays the same where the inputs have another; one that it reads does not.
+
+    Returns:
+        Whether the code does the same for the other dtype.
+    """
     left, right = ([n for n in _live(each) if not _reads_dtype(n)] for each in (graph, other))
+    pair = (left, right)
     if [(n.op, n.target) for n in left] != [(n.op, n.target) for n in right]:
-        return
+        return False
+    numbers = [[v for n in each for v in pytree.tree_leaves((n.args, n.kwargs)) if type(v) is float] for each in pair]
 
     def named(value: Any, twin: Any) -> Any:
         if isinstance(value, tuple | list) and len(value) == len(twin):
@@ -734,6 +792,75 @@ def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> None:
     for node, twin in zip(left, right, strict=True):
         node.args = named(node.args, twin.args)
         node.kwargs = {key: named(value, twin.kwargs.get(key)) for key, value in node.kwargs.items()}
+    return numbers[0] == numbers[1]
+
+
+def _guards(graph: fx.Graph) -> set[Any]:
+    """What the code asks of sizes, and the numbers it asks about."""
+    asked = [node.args[0] for node in graph.nodes if node.meta.get("guard")]
+    return {(a.target, tuple(x if not isinstance(x, fx.Node) else x.meta.get("value") for x in a.args)) for a in asked}
+
+
+class Worth:
+    """What the numbers of a graph are at other sizes, given the attributes of its module.
+
+    Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
+    """
+
+    def __init__(self, sizes: Sizes, attributes: Mapping[str, Any], units: Container[Axis]):
+        self.sizes, self.attributes, self.units = sizes, attributes, units
+        self.memo: dict[fx.Node, Any] = {}
+
+    def free(self, axis: Axis) -> bool:
+        """Whether a dimension has other sizes for other inputs: batch, space, time."""
+        return any(leaf not in self.units for leaf in leaves(axis))
+
+    def depends(self, value: Any) -> bool:
+        """Whether a number depends on what the module is given."""
+        if not isinstance(value, fx.Node):
+            return False
+        axis = value.meta.get("axis")
+        if value.op == "placeholder" or (axis is not None and self.free(axis)):
+            return True
+        return any(map(self.depends, value.args))
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in self.memo:
+            self.memo[value] = self.work_out(value)
+        return self.memo[value]
+
+    def work_out(self, node: fx.Node) -> Any:
+        """The value of one node."""
+        if node.meta.get("axis") is not None:
+            return self.sizes(node.meta["axis"])
+        if "attribute" in node.meta:
+            name, index = node.meta["attribute"]
+            return self.attributes[name] if index is None else self.attributes[name][index]
+        if node.op == "call_function" and all("value" in a.meta for a in node.all_input_nodes):
+            return node.target(*map(self, node.args))  # type: ignore[operator]
+        return node.meta["value"]
+
+
+def _alike(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs do the same, but for sizes that they read where they need them."""
+    left, right = _live(one), _live(other)
+    twin = dict(zip(right, left, strict=False))
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, fx.Node):
+            return isinstance(y, fx.Node) and twin.get(y) is x
+        if isinstance(x, tuple | list):
+            return isinstance(y, tuple | list) and len(x) == len(y) and all(map(same, x, y))
+        if isinstance(x, slice):
+            return isinstance(y, slice) and all(map(same, (x.start, x.stop, x.step), (y.start, y.stop, y.step)))
+        return bool(type(x) is type(y) and x == y)
+
+    return len(left) == len(right) and all(
+        (x.op, x.target) == (y.op, y.target) and same(x.args, y.args) and same([*x.kwargs.items()], [*y.kwargs.items()])
+        for x, y in zip(left, right, strict=True)
+    )
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:
@@ -771,6 +898,8 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
                 return usual.call_function(operator.mul, (settled(y), mode))
         raise Deaf("computes other things in training")
 
+    if _guards(training) - _guards(usual):
+        raise Deaf("asks for other sizes in training")
     left, last = _live(usual)[::-1], mode
     for other in _live(training):
         node = left[-1] if left else None

@@ -68,10 +68,11 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     Args:
         model: any module. It is neither touched nor run; a copy without weights is, with its hooks.
         example_inputs: a tuple of the positional inputs, one tensor, or a dictionary of keyword inputs; only shapes
-            and dtypes count. None: inferred from the first layer.
+            and dtypes count, unless the code looks at values. None: inferred from the first layer.
 
     Raises:
-        TraceError: the model does not run on such inputs; the message names the module and the line.
+        TraceError: the model does not run on such inputs; the message names the module and the line. Or its code
+            looks at values of a model on the meta device.
 
     Example:
         >>> import torch, netsurgery

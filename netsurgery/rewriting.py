@@ -53,7 +53,9 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
         if name not in tensors or tuple(tensors[name].shape) != tuple(axis.size for axis in axes):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise RewriteError(f"the edit is for another model: {name} is {[a.size for a in axes]} there, {found} here")
-    adaptation, refused = (edit.adaptation, None) if edit.adaptation else adapt(model, network, edit.counts)
+    adaptation, refused = edit.adaptation_for(model), dict[str, str]()
+    if adaptation is None:
+        adaptation, refused = adapt(model, network, edit.counts)
     if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")

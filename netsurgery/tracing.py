@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
+from netsurgery.caches import caches_kept
 from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
 from netsurgery.leaves import LEAVES, Leaf, leaf_of
@@ -448,7 +449,7 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torc
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:
-        with torch.no_grad(), contextlib.ExitStack() as stack:
+        with torch.no_grad(), caches_kept(bare), contextlib.ExitStack() as stack:
             if watcher.values is not None:
                 stack.enter_context(_own_random_numbers(device))
             stack.enter_context(Posing(watcher.read, device))
@@ -520,8 +521,15 @@ def _drop_unused(program: Program) -> None:
 
 
 def bare_inputs(inputs: Inputs) -> Inputs:
-    """Inputs without data."""
-    return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)  # type: ignore[no-any-return]
+    """Inputs without data; one that is given twice stays one."""
+    made: dict[int, Tensor] = {}
+
+    def bare(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_like(tensor, device="meta")
+        return made[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, bare, inputs)  # type: ignore[no-any-return]
 
 
 def lend(values: Values, model: nn.Module, bare: nn.Module, names: dict[int, str]) -> None:

@@ -77,7 +77,14 @@ def draw(inputs: Any, device: torch.device) -> Any:
     """Inputs with values: their own where they have some, else random numbers, or zeros where these are integers."""
     generator = torch.Generator().manual_seed(0)
 
+    made: dict[int, Tensor] = {}
+
     def fill(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:  # one that is given twice stays one
+            made[id(tensor)] = drawn(tensor)
+        return made[id(tensor)]
+
+    def drawn(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return tensor.to(device)
         if tensor.dtype.is_floating_point:

@@ -29,8 +29,8 @@ SIZES = {"min_size": 64, "max_size": 96}
 TWO_STAGES = {"box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
 ONE_STAGE = {"score_thresh": 0.0, "topk_candidates": 20, "detections_per_img": 5}
 
-#: The layers whose units are classes, coordinates and anchors.
-LAST = r"cls_logits|bbox_pred|bbox_reg|bbox_ctrness|cls_score|mask_fcn_logits|kps_score|_head\.module_list"
+#: What has classes, coordinates and anchors for units.
+LAST = r"anchor_generator|cls_logits|bbox_(pred|reg|ctrness)|cls_score|mask_fcn_logits|kps_score|_head\.module_list"
 
 
 class Backbone(nn.Module):

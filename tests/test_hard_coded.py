@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 from collections.abc import Callable
@@ -414,3 +415,77 @@ def test_the_whole_model_keeps_its_class() -> None:
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     network = netsurgery.trace(model, x)
     assert all(g.frozen for g in network.groups if g.unit != "channel")
+
+
+def by_position(m: Any, x: Tensor) -> Tensor:
+    y = default_scale(m, x)
+    return torch.stack([y[:, i] * (i + 1) for i in range(x.shape[1])], 1)
+
+
+def for_each(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([row * 2 for row in default_scale(m, x).unbind(1)], 1)
+
+
+@pytest.mark.parametrize("run", [by_position, for_each], ids=lambda run: run.__name__)
+def test_loops_over_positions_are_not_rewritten(run: Callable[..., Tensor]) -> None:
+    model = build(Attention(run))
+    reasons = [g.frozen or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
+    assert any("does other things for inputs of other sizes" in reason for reason in reasons)
+
+
+def test_an_attribute_with_a_second_meaning_keeps_it() -> None:
+    def limited(m: Any, x: Tensor) -> Tensor:
+        return fused(m, x) * (2 if x.shape[1] > m.inner else 1)
+
+    model = build(Attention(limited))
+    small, edit = oracles.check(model, (X,), 1e-9, share=0.5)
+    assert "inside" in edit.replaced
+    longer = torch.randn(1, 20, 8, dtype=torch.float64)  # longer than inner is now, shorter than it was
+    again = netsurgery.Edit(netsurgery.trace(model, longer), edit.keep)
+    assert netsurgery.verify(model, small, again, longer) < 1e-9
+
+
+def test_other_dtypes_that_would_take_another_way_are_an_error() -> None:
+    def clamped(m: Any, x: Tensor) -> Tensor:
+        return default_scale(m, x).clamp(min=torch.finfo(x.dtype).min)
+
+    model = build(Attention(clamped)).float()
+    small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], X.float())
+    with pytest.raises(InputError, match=r"'x' is a tensor of torch.float32 numbers, got torch.bfloat16"):
+        small.bfloat16()(X.bfloat16())
+
+
+def test_copies_that_protect_from_later_writes_stay() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).view(x.shape[0], x.shape[1], -1, 3)
+            y = h.transpose(1, 2).reshape(x.shape[0], -1, 3)  # a view where there is one head
+            h.mul_(2)
+            return self.b(y.reshape(x.shape[0], -1, 2, 3).flatten(2)) if y.shape[1] == 10 else y
+
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    network = netsurgery.trace(Writes().double(), x)
+    assert all(group.frozen for group in network.groups if group.size == 2)
+
+
+@functools.lru_cache
+def ramp(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device, dtype=torch.float64)
+
+
+def test_caches_of_the_users_code_stay_clean() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * ramp(x.shape[1], x.device)[:, None]
+
+    model = Cached().double()
+    netsurgery.trace(model, X)
+    assert model(X).shape == (2, 5, 2)

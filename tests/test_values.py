@@ -298,8 +298,9 @@ def test_inputs_without_data_are_drawn() -> None:
     bare = X.to("meta")
     first, second = (record(model, ((bare,), {})) for _ in range(2))
     assert first.values == "all" and str(first.graph) == str(second.graph)
-    edit = netsurgery.plan(model, HALF, bare)
-    assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit) < 1e-10
+    for example in (bare, None):
+        edit = netsurgery.plan(model, HALF, example)
+        assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit) < 1e-10
 
 
 def test_a_model_without_data_whose_code_looks_at_values_is_refused() -> None:
