@@ -1,0 +1,84 @@
+"""The criteria of hierarchical group sparse regularisation, and how they read a weight.
+
+Source: Mitsuno, Miyao, Kurita, "Hierarchical Group Sparse Regularization for Deep Convolutional Neural Networks",
+IJCNN 2020, arXiv 2004.04394.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["CRITERIA", "Criterion", "Name", "Reading", "canonical", "reading"]
+
+Name = Literal[
+    "l1", "group_lasso", "hierarchical_sqrt_group_lasso", "hierarchical_sq_group_lasso", "exclusive_sparsity",
+    "hierarchical_sqrt_exclusive", "hierarchical_sq_exclusive", "group_l12", "hierarchical_sqrt_group_l12",
+    "hierarchical_sq_group_l12",
+]  # fmt: skip
+
+
+class Criterion(NamedTuple):
+    """``sum over outer groups of (sum over the group's kernels of (norm of the kernel)^inner)^outer``.
+
+    Attributes:
+        norm: 1 or 2, the norm over a kernel's elements.
+        inner: power of each kernel's norm.
+        outer: power of each outer group's sum.
+    """
+
+    norm: int
+    inner: float
+    outer: float
+
+    @property
+    def degree(self) -> float:
+        """d in R(cW) = |c|^d R(W)."""
+        return self.inner * self.outer
+
+
+CRITERIA: dict[Name, Criterion] = {
+    "l1": Criterion(1, 1, 1),
+    "group_lasso": Criterion(2, 2, 0.5),
+    "hierarchical_sqrt_group_lasso": Criterion(2, 1, 0.5),
+    "hierarchical_sq_group_lasso": Criterion(2, 1, 2),
+    "exclusive_sparsity": Criterion(1, 1, 2),
+    "hierarchical_sqrt_exclusive": Criterion(1, 2, 0.5),
+    "hierarchical_sq_exclusive": Criterion(1, 2, 2),
+    "group_l12": Criterion(1, 1, 0.5),
+    "hierarchical_sqrt_group_l12": Criterion(1, 0.5, 0.5),
+    "hierarchical_sq_group_l12": Criterion(1, 0.5, 2),
+}
+
+
+class Reading(NamedTuple):
+    """How a weight is read: blocks of kernels, in columns that are the outer groups.
+
+    Attributes:
+        blocks: groups of a grouped convolution, the leading factor of axis 0; they share no outer group.
+        outer: the axes whose positions are the outer groups, together with the blocks.
+        window: the axes of a kernel's elements. What is left is summed over within an outer group.
+    """
+
+    blocks: int = 1
+    outer: tuple[int, ...] = (1,)
+    window: tuple[int, ...] = ()
+
+
+def reading(shape: tuple[int, ...], grouping: str, groups: int = 1, transposed: bool = False) -> Reading:
+    """The reading of a layer's weight ``(out, in / groups, *kernel)``, transposed ``(in, out / groups, *kernel)``."""
+    return Reading(groups, (int((grouping == "feature") != transposed),), tuple(range(2, len(shape))))
+
+
+def canonical(weight: Tensor, how: Reading) -> Tensor:
+    """The weight as ``(blocks, rows, columns, window)``: a view wherever its strides allow one.
+
+    The outer groups are the blocks times the columns; rows are summed over.
+    """
+    split: Tensor = weight.unflatten(0, (how.blocks, -1))  # (blocks, axis 0 / blocks, other axes)
+    outer, window = [axis + 1 for axis in how.outer], [axis + 1 for axis in how.window]
+    rows = [axis for axis in range(1, split.dim()) if axis not in (*outer, *window)]
+    sizes = [prod(split.shape[axis] for axis in axes) for axes in (rows, outer, window)]
+    return split.permute(0, *rows, *outer, *window).reshape(how.blocks, *sizes)
