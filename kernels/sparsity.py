@@ -25,7 +25,7 @@ from netsurgery.kernels import hgsr_cpu
 from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, reading
 from netsurgery.kernels.hgsr_reference import power
 
-__all__ = ["Layout", "add_gradient", "hgsr", "outer_terms", "values"]
+__all__ = ["Layout", "add_gradient", "backend", "columns", "hgsr", "outer_terms", "values"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,10 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
     _checked(weights, criterion)
     if not weights:
         return torch.zeros(2)
+    if _sharded(weights):
+        from netsurgery.kernels import sharded
+
+        return sharded.values(weights, layout, criterion)
     layout = layout.to(weights[0].device)
     found: Tensor = _values(list(weights), layout.index, layout.groups, layout.key, criterion)[0]
     return found
@@ -146,7 +150,7 @@ def outer_terms(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> T
     layout = layout.to(weights[0].device)
     weights = [weight.detach() for weight in weights]
     rule = CRITERIA[criterion]
-    found: Tensor = _backend(weights).sums(weights, layout.readings, layout.index, layout.groups, rule, layout.counted)[
+    found: Tensor = backend(weights).sums(weights, layout.readings, layout.index, layout.groups, rule, layout.counted)[
         0
     ]
     return power(found, rule.outer)
@@ -168,12 +172,16 @@ def add_gradient(
     _checked(weights, criterion)
     if not weights:
         return torch.zeros(2)
-    layout, rule, backend = layout.to(weights[0].device), CRITERIA[criterion], _backend(weights)
+    if _sharded(weights):
+        from netsurgery.kernels import sharded
+
+        return sharded.add_gradient(weights, layout, criterion, scale, outs)
+    layout, rule, work = layout.to(weights[0].device), CRITERIA[criterion], backend(weights)
     weights = [weight.detach() for weight in weights]
     how = layout.readings, layout.index
-    found, slopes = backend.value(weights, *how, layout.groups, rule, layout.counted)
-    backend.gradient(weights, *how, slopes, rule, layout.counted, scale, outs, True)
-    return found  # type: ignore[no-any-return]
+    found: tuple[Tensor, Tensor] = work.value(weights, *how, layout.groups, rule, layout.counted)
+    work.gradient(weights, *how, found[1], rule, layout.counted, scale, outs, True)
+    return found[0]
 
 
 def _checked(weights: Sequence[Tensor], criterion: str) -> None:
@@ -186,7 +194,12 @@ def _checked(weights: Sequence[Tensor], criterion: str) -> None:
         raise ValueError(f"hgsr: weights on several devices ({', '.join(sorted(map(str, devices)))}): call it for each")
 
 
-def _backend(weights: Sequence[Tensor]) -> Any:
+def _sharded(weights: Sequence[Tensor]) -> bool:
+    return any(getattr(weight, "placements", None) is not None for weight in weights)
+
+
+def backend(weights: Sequence[Tensor]) -> Any:
+    """The module that does the work on the weights' device."""
     if weights[0].is_cuda and find_spec("triton"):
         return import_module("netsurgery.kernels.hgsr_triton")
     return hgsr_cpu
@@ -202,7 +215,7 @@ def _values(
     """(R, sum of absolute values), shape (2,); and the derivative of R by the sum of each outer group."""
     readings, counted = _parsed(layout)
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
-    found: tuple[Tensor, Tensor] = _backend(weights).value(weights, readings, index, groups, rule, counted)
+    found: tuple[Tensor, Tensor] = backend(weights).value(weights, readings, index, groups, rule, counted)
     return found
 
 
@@ -218,7 +231,7 @@ def _gradient(
     readings, counted = _parsed(layout)
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     outs = [torch.empty_like(weight) for weight in weights]
-    _backend(weights).gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
+    backend(weights).gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
     return outs
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from netsurgery.axes import Axis, leaves, product, resolve
 from netsurgery.kernels.criteria import Reading
-from netsurgery.kernels.sparsity import Layout
+from netsurgery.kernels.sparsity import Layout, columns
 from netsurgery.network import Network
 from netsurgery.tracing import Program
 
@@ -50,6 +50,11 @@ class Layer:
     def module(self) -> str:
         """Path of the module that owns the weight."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name in that module."""
+        return self.name.rpartition(".")[2]
 
 
 def layers(network: Network) -> tuple[Layer, ...]:
@@ -97,13 +102,13 @@ def _layer(network: Network, node: fx.Node, name: str, dims: Dimensions, role: L
     consumes, produces, window = (tuple(sorted(places[what])) for what in ("consumes", "produces", "window"))
     axes = network.axes[name]
 
-    def columns(where: tuple[int, ...]) -> Axis:
+    def channels(where: tuple[int, ...]) -> Axis:
         inner = [axes[axis] for axis in where if axis or shared.size == 1]
         return product([axes[0]] if 0 in where else [shared, *inner])
 
     return Layer(
         name, shape, role, Reading(shared.size, consumes, window), Reading(shared.size, produces, window),
-        columns(consumes), columns(produces),
+        channels(consumes), channels(produces),
     )  # fmt: skip
 
 
@@ -179,11 +184,15 @@ class OuterGroups:
     Attributes:
         layers: a layer is listed once for each of its weight's readings.
         layout: the readings.
+        counts: in how many outer groups each of these takes part.
+        total: the number of outer groups.
         units: where each group of the network has its outer groups, one for each unit; "coupled" only.
     """
 
     layers: tuple[Layer, ...]
     layout: Layout
+    counts: tuple[int, ...]
+    total: int
     units: Mapping[str, slice]
 
 
@@ -196,7 +205,8 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     """
     if grouping != "coupled":
         readings = tuple(layer.inputs if grouping == "feature" else layer.outputs for layer in chosen)
-        return OuterGroups(tuple(chosen), Layout(readings, (True,) * len(chosen)), {})
+        counts = tuple(columns(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
+        return OuterGroups(tuple(chosen), Layout(readings, (True,) * len(chosen)), counts, sum(counts), {})
     read = {channel for layer in chosen for channel in leaves(layer.input_axis)}
     units: dict[str, slice] = {}
     start = 0
@@ -209,7 +219,8 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     counted = tuple(i == 0 or listed[i - 1][0] is not layer for i, (layer, _) in enumerate(listed))
     index = torch.cat([index for _, index in listed]) if listed else torch.zeros(0, dtype=torch.int64)
     layout = Layout(tuple(layer.inputs for layer, _ in listed), counted, index, start)
-    return OuterGroups(tuple(layer for layer, _ in listed), layout, units)
+    counts = tuple(len(one[one >= 0].unique()) for _, one in listed)
+    return OuterGroups(tuple(layer for layer, _ in listed), layout, counts, start, units)
 
 
 def _indices(network: Network, layer: Layer, units: Mapping[str, slice]) -> list[Tensor]:
