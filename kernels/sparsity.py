@@ -263,7 +263,8 @@ def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     index, slopes, *weights = ctx.saved_tensors
     if scale is None:
         return None, None, None, None, None
-    grads = _gradient([weight.detach() for weight in weights], index, slopes, scale, ctx.layout, ctx.criterion)
+    # The weights are not detached: a second derivative, of which there is none here, is then an error and not zero.
+    grads = _gradient(weights, index, slopes, scale, ctx.layout, ctx.criterion)
     return grads, None, None, None, None
 
 
