@@ -7,6 +7,7 @@ together with all that is computed from them; nothing of the weights' size is wr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from math import prod
 
 import torch
@@ -50,6 +51,17 @@ class _Walk:
         self.ones = torch.ones(self.elements, dtype=self.dtype, device=weight.device)
         self.room = room
 
+    def pieces(self) -> Iterator[Piece]:
+        """Slices in the order of memory, of at most PIECE elements where that leaves kernels whole."""
+        shape = self.weight.shape
+        room = PIECE // max(1, shape[self.window])
+        cuts: list[list[slice]] = []
+        for axis in reversed(range(4)):
+            step = max(1, shape[axis] if axis == self.window else min(shape[axis], room))
+            cuts.insert(0, [slice(start, start + step) for start in range(0, shape[axis], step)])
+            room //= 1 if axis == self.window else step
+        return product(*cuts)
+
     def columns(self, values: Tensor, piece: Piece) -> Tensor:
         """Of values by column those that a piece belongs to."""
         laid = values.view(self.by_column).permute(self.order)
@@ -71,15 +83,6 @@ class _Walk:
             torch.mv(powers.view(-1, self.elements), self.ones, out=kernels.view(-1))  # `out`: autocast leaves it alone
             return kernels[..., None]
         return powers.sum(self.window, keepdim=True)
-
-
-def _pieces(shape: Sequence[int]) -> Iterator[Piece]:
-    inner = prod(shape[1:])
-    if len(shape) > 1 and inner > PIECE:
-        yield from ((slice(i, i + 1), *rest) for i in range(shape[0]) for rest in _pieces(shape[1:]))
-    elif inner:
-        step, whole = max(1, PIECE // inner), [slice(None)] * (len(shape) - 1)
-        yield from ((slice(i, i + step), *whole) for i in range(0, shape[0], step))
 
 
 def value(
@@ -116,7 +119,7 @@ def sums(
     for weight, how, count in zip(weights, readings, counted, strict=True):
         walk = _Walk(weight, how, rule, room)
         found.append(weight.new_zeros(prod(walk.by_column), dtype=walk.dtype))
-        for piece in _pieces(walk.weight.shape):
+        for piece in walk.pieces():
             part = walk.weight[piece]
             kernels = walk.powers(part)
             if count:
@@ -159,23 +162,28 @@ def gradient(
             continue
         target = canonical(out, how)
         ordered = target.permute(walk.order)
-        for piece in _pieces(walk.weight.shape):
+        for piece in walk.pieces():
             part, goal = walk.weight[piece], ordered[piece]
-            direct = goal.dtype == part.dtype == walk.dtype and not accumulate
-            step = goal if direct else second.like(part, walk.dtype)
             factor = _factor(walk, part, walk.columns(slope, piece))
-            if walk.norm == 1:
-                torch.sign(part, out=step) if part.dtype == step.dtype else step.copy_(part).sign_()
-                step.mul_(factor + sign if sign and count else factor)
-            else:
-                torch.mul(part, factor, out=step)
-                if sign and count:
-                    step.add_(part.sign(), alpha=sign)
-            if not direct:
+            alike = goal.dtype == part.dtype == walk.dtype
+            step = goal if alike and not accumulate else second.like(part, walk.dtype)
+            _step(part, factor, step, walk.norm, sign if count else 0.0)
+            if step is not goal:
                 goal.add_(step) if accumulate else goal.copy_(step)
         if target.data_ptr() != out.data_ptr():
             view, _ = arranged(out, how)
             view.copy_(target.reshape(view.shape))
+
+
+def _step(part: Tensor, factor: Tensor, step: Tensor, norm: int, sign: float) -> None:
+    """step = factor * d|w|^norm/dw / norm + sign * d|w|/dw."""
+    if norm == 1:
+        torch.sign(part, out=step) if part.dtype == step.dtype else step.copy_(part).sign_()
+        step.mul_(factor + sign if sign else factor)
+    else:
+        torch.mul(part, factor, out=step)
+        if sign:
+            step.add_(part.sign(), alpha=sign)
 
 
 def _factor(walk: _Walk, part: Tensor, slope: Tensor) -> Tensor:

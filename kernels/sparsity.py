@@ -140,19 +140,16 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
 
         return sharded.values(weights, layout, criterion)
     layout = layout.to(weights[0].device)
-    found: Tensor = _values(list(weights), layout.index, layout.groups, layout.key, criterion)[0]
+    found: Tensor = _values(list(weights), layout.index, _groups(weights, layout), layout.key, criterion)[0]
     return found
 
 
 def outer_terms(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
     """The term of each outer group in the criterion: shape (groups,); no gradient."""
     _checked(weights, criterion)
-    layout = layout.to(weights[0].device)
+    layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
     weights = [weight.detach() for weight in weights]
-    rule = CRITERIA[criterion]
-    found: Tensor = backend(weights).sums(weights, layout.readings, layout.index, layout.groups, rule, layout.counted)[
-        0
-    ]
+    found, _ = backend(weights).sums(weights, layout.readings, layout.index, groups, rule, layout.counted)
     return power(found, rule.outer)
 
 
@@ -176,12 +173,18 @@ def add_gradient(
         from netsurgery.kernels import sharded
 
         return sharded.add_gradient(weights, layout, criterion, scale, outs)
-    layout, rule, work = layout.to(weights[0].device), CRITERIA[criterion], backend(weights)
-    weights = [weight.detach() for weight in weights]
-    how = layout.readings, layout.index
-    found: tuple[Tensor, Tensor] = work.value(weights, *how, layout.groups, rule, layout.counted)
-    work.gradient(weights, *how, found[1], rule, layout.counted, scale, outs, True)
+    layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
+    weights, work = [weight.detach() for weight in weights], backend(weights)
+    found: tuple[Tensor, Tensor] = work.value(weights, layout.readings, layout.index, groups, rule, layout.counted)
+    work.gradient(weights, layout.readings, layout.index, found[1], rule, layout.counted, scale, outs, True)
     return found[0]
+
+
+def _groups(weights: Sequence[Tensor], layout: Layout) -> int:
+    """The number of outer groups."""
+    if layout.index is not None:
+        return layout.groups
+    return sum(columns(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True))
 
 
 def _checked(weights: Sequence[Tensor], criterion: str) -> None:
@@ -239,8 +242,6 @@ def _gradient(
 def _(
     weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: str, criterion: str
 ) -> tuple[Tensor, Tensor]:
-    if index is None:
-        groups = sum(columns(weight.shape, how) for weight, how in zip(weights, _parsed(layout)[0], strict=True))
     dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
     return weights[0].new_empty(2, dtype=dtype), weights[0].new_empty(groups, dtype=dtype)
 

@@ -88,8 +88,10 @@ def _layer(network: Network, node: fx.Node, name: str, dims: Dimensions, role: L
     places: dict[str, list[int]] = {"consumes": [], "produces": [], "window": [], "carries": []}
     blocks: list[Axis] = []
     memo: dict[Axis, Axis] = {}
-    for source, axis, what in dims:
-        at = next((i for i, one in enumerate(own) if one is source), None)
+    found = [next((i for i, one in enumerate(own) if one is source), None) for source, _, _ in dims]
+    left = [i for i in range(len(own)) if i not in found]
+    for (_, axis, what), place in zip(dims, found, strict=True):
+        at = place if place is not None else left[0] if found.count(None) == len(left) == 1 else None  # a slice of it
         if at is None:
             return None
         if what == "carries":

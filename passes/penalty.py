@@ -56,8 +56,8 @@ class HGSR:
         2      2x8    classifier             8
 
     Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394: feature-wise and neuron-wise, strength 1e-3, l1_ratio 0.5, over
-    all convolutions but those of shortcuts. Linear layers other than the classifier, ``coupled`` and schedules are ours. A
-    weight that is computed from several parameters is left out.
+    all convolutions but those of shortcuts. Hidden linear layers, "coupled" and schedules are ours. A weight that is
+    computed from several parameters is left out.
     """
 
     def __init__(
