@@ -9,13 +9,11 @@ the meaning.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from math import prod
 from typing import Any, Literal
 
 import torch
@@ -50,15 +48,28 @@ class Layout:
         return self if same else replace(self, index=self.index.to(device))  # type: ignore[union-attr]
 
     @property
-    def key(self) -> str:
-        """The readings in a form that an operator of torch takes."""
-        return repr([(*how, count) for how, count in zip(self.readings, self.counted, strict=True)])
+    def key(self) -> list[int]:
+        """The readings as an operator of torch takes them: of each its blocks, both kinds of axes as bits, counted."""
+        found: list[int] = []
+        for how, count in zip(self.readings, self.counted, strict=True):
+            found += [how.blocks, _bits(how.outer), _bits(how.window), int(count)]
+        return found
+
+
+def _bits(axes: tuple[int, ...]) -> int:
+    found = 0
+    for axis in axes:
+        found += 2**axis
+    return found
 
 
 @lru_cache(maxsize=256)
-def _parsed(key: str) -> tuple[tuple[Reading, ...], tuple[bool, ...]]:
-    found = ast.literal_eval(key)
-    return tuple(Reading(*how) for *how, _ in found), tuple(count for *_, count in found)
+def _parsed(key: tuple[int, ...]) -> tuple[tuple[Reading, ...], tuple[bool, ...]]:
+    def axes(bits: int) -> tuple[int, ...]:
+        return tuple(axis for axis in range(bits.bit_length()) if bits >> axis & 1)
+
+    rows = [key[i : i + 4] for i in range(0, len(key), 4)]
+    return tuple(Reading(n, axes(outer), axes(window)) for n, outer, window, _ in rows), tuple(bool(r[3]) for r in rows)
 
 
 def hgsr(
@@ -127,7 +138,10 @@ def _indexed(weights: list[Tensor], readings: Sequence[Reading], grouping: Seque
 
 def columns(shape: Sequence[int], how: Reading) -> int:
     """The number of columns of a weight: its blocks times the positions of its outer axes."""
-    return prod(shape[axis] for axis in how.outer) * (1 if 0 in how.outer else how.blocks)
+    count = 1 if 0 in how.outer else how.blocks
+    for axis in how.outer:  # torch.compile does not take math.prod of a generator
+        count *= shape[axis]
+    return count
 
 
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
@@ -138,7 +152,8 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
     if _sharded(weights):
         from netsurgery.kernels import sharded
 
-        return sharded.values(weights, layout, criterion)
+        on_all_ranks: Tensor = sharded.values(weights, layout, criterion)
+        return on_all_ranks
     layout = layout.to(weights[0].device)
     found: Tensor = _values(list(weights), layout.index, _groups(weights, layout), layout.key, criterion)[0]
     return found
@@ -213,10 +228,10 @@ def backend(weights: Sequence[Tensor]) -> Any:
 
 @torch.library.custom_op("netsurgery::hgsr", mutates_args=())
 def _values(
-    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: str, criterion: str
+    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
     """(R, sum of absolute values), shape (2,); and the derivative of R by the sum of each outer group."""
-    readings, counted = _parsed(layout)
+    readings, counted = _parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     found: tuple[Tensor, Tensor] = backend(weights).value(weights, readings, index, groups, rule, counted)
     return found
@@ -228,10 +243,10 @@ def _gradient(
     index: Tensor | None,
     slopes: Tensor,
     scale: Tensor,
-    layout: str,
+    layout: Sequence[int],
     criterion: str,
 ) -> list[Tensor]:
-    readings, counted = _parsed(layout)
+    readings, counted = _parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     outs = [torch.empty_like(weight) for weight in weights]
     backend(weights).gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
@@ -240,7 +255,7 @@ def _gradient(
 
 @_values.register_fake
 def _(
-    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: str, criterion: str
+    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
     return weights[0].new_empty(2, dtype=dtype), weights[0].new_empty(groups, dtype=dtype)
@@ -248,7 +263,12 @@ def _(
 
 @_gradient.register_fake
 def _(
-    weights: Sequence[Tensor], index: Tensor | None, slopes: Tensor, scale: Tensor, layout: str, criterion: str
+    weights: Sequence[Tensor],
+    index: Tensor | None,
+    slopes: Tensor,
+    scale: Tensor,
+    layout: Sequence[int],
+    criterion: str,
 ) -> list[Tensor]:
     return [torch.empty_like(weight) for weight in weights]
 

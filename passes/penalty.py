@@ -27,7 +27,8 @@ class HGSR:
 
     Args:
         model: any module; it is traced once, and its parameters are looked up by name at each call. Build the penalty
-            before ``fully_shard``; a model in DistributedDataParallel or torch.compile may be given as it is.
+            before ``fully_shard`` and, in each step, call it after the model; a model in DistributedDataParallel or
+            torch.compile may be given as it is.
         example_inputs: as for ``netsurgery.trace``.
         criterion: one of the ten of the paper.
         grouping: "feature", an outer group for each input channel of each layer; "neuron", for each output channel;
@@ -133,10 +134,15 @@ class HGSR:
     def add_gradient(self, scale: float = 1.0) -> Tensor:
         """Add the penalty's gradient to that of the parameters in place, and return the penalty.
 
-        Parameters that require no gradient get none.
+        Parameters that require no gradient get none. Under ``fully_shard`` with a MixedPrecisionPolicy this is the way
+        to be exact: the penalty in the loss reads some weights in low precision.
 
         Args:
             scale: a factor of the gradient: a GradScaler's ``get_scale()`` where the gradients there are scaled still.
+
+        Raises:
+            InputError: a weight is no parameter that an optimizer holds: computed from others, or not sharded just now.
+            ValueError: a gradient is placed on the ranks otherwise than its weight.
         """
         weights = self._weights()
         self._check_parameters(weights)

@@ -287,14 +287,17 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_compiled_step(grouping: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("grouping", "dynamic"),
+    [("feature", False), ("coupled", False), pytest.param("neuron", True, marks=pytest.mark.slow)],
+)
+def test_compiled_step(grouping: str, dynamic: bool, backend: str) -> None:
     x, y = batch()
     model, twin = net(), net()
     schedule = lambda step: 0.1 * (step + 1)  # noqa: E731
     penalty, eager = penalty_of(model, grouping, strength=schedule), penalty_of(twin, grouping, strength=schedule)
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(lambda: loss_of(model, x, y) + penalty(), fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda: loss_of(model, x, y) + penalty(), fullgraph=True, dynamic=dynamic, backend=counter)
     optimizers = [torch.optim.SGD(one.parameters(), 1e-3) for one in (model, twin)]
     found = []
     for _ in range(3):
@@ -328,9 +331,10 @@ def test_compiled_in_float32_from_the_first_call() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_bare_function_compiles() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_bare_function_compiles(dynamic: bool) -> None:
     weights = [one.weight for one in (net().first, net().hidden)]
-    compiled = torch.compile(hgsr, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(hgsr, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     value = compiled(weights, criterion="group_lasso", grouping="neuron")
     assert value.item() == pytest.approx(hgsr(weights, "group_lasso", "neuron").item(), rel=1e-12)
     value.backward()
