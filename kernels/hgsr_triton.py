@@ -56,15 +56,15 @@ class Sizes(NamedTuple):
         chunk: elements read by one program, about.
         unit: (slow, fast) sizes of a tile of neighbours.
         strided: the same, small: of each line fetched, elements wait in the cache for the rest of the window.
-        window: the same, times the window.
+        window: elements of a tile of whole windows.
         wide: elements at a time in the last program.
     """
 
     chunk: int = 16384
-    unit: tuple[int, int] = (16, 128)
+    unit: tuple[int, int] = (8, 128)
     strided: tuple[int, int] = (2, 128)
-    window: tuple[int, int] = (2, 32)
-    wide: int = 4096
+    window: int = 1024
+    wide: int = 1024
 
 
 SIZES = Sizes()
@@ -353,18 +353,19 @@ def _write(
             part = inside
         read = source + _rows(entry, rows, READ, SHAPE) + depth * inward
         write = target + _rows(entry, rows, WRITE, SHAPE) + depth * outward
-        # A window of one tile's depth stays in registers between the two uses of it.
+        # What was read stays in registers, so that only a window deeper than the tile is read again, from the cache.
         w = tl.load(read, mask=part, other=0.0).to(ACC)
         q = _raised(w, window, NORM, POWER)
-        for k in range(SHAPE[4], window, SHAPE[4]):
-            more = tl.load(read + k * inward, mask=inside & (k + depth < window), other=0.0).to(ACC)
-            q += _raised(more, window, NORM, POWER)
+        if SHAPE[4] == 1:
+            for k in range(1, window):
+                more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
+                q += _raised(more, window, NORM, POWER)
         factor = tl.expand_dims(_term(q, window, NORM, POWER)[1], 2) * _along(slope, SHAPE)
         _add(write, w, factor, level, part, window, ACC, NORM, POWER, ACCUMULATE)
-        for k in range(SHAPE[4], window, SHAPE[4]):
-            part = inside & (k + depth < window)
-            more = tl.load(read + k * inward, mask=part, other=0.0).to(ACC)
-            _add(write + k * outward, more, factor, level, part, window, ACC, NORM, POWER, ACCUMULATE)
+        if SHAPE[4] == 1:
+            for k in range(1, window):
+                more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
+                _add(write + k * outward, more, factor, level, inside, window, ACC, NORM, POWER, ACCUMULATE)
 
 
 @triton.jit
@@ -495,8 +496,9 @@ def _shape(
     unit = aligned and (by_rows or blocks == 1) and all(each[fast] == 1 for each in strides)
     if unit and all(number % VECTOR.value == 0 for number in multiples):
         return (by_rows, True, *tile.unit, 1)
-    if writes and window > 1 and strides[0][3] < strides[0][fast]:
-        return (by_rows, False, *tile.window, min(16, triton.next_power_of_2(window)))
+    depth = triton.next_power_of_2(window)
+    if writes and 1 < depth <= tile.window // 8 and strides[0][3] < strides[0][fast]:
+        return (by_rows, False, 2, tile.window // (2 * depth), depth)
     return (by_rows, False, *tile.strided, 1)
 
 
