@@ -46,7 +46,7 @@ READ = tl.constexpr(len(FIELDS))
 WRITE = tl.constexpr(len(FIELDS) + 4)
 WIDTH = tl.constexpr(len(FIELDS) + 8)
 VECTOR = tl.constexpr(8)  # elements that strides and lengths of a "unit" tile are multiples of
-FOLD = tl.constexpr(16)  # chunks added at a time
+FOLD = tl.constexpr(8)  # chunks added at a time
 
 
 class Sizes(NamedTuple):
@@ -133,21 +133,9 @@ def _pointer(pointers, number, WHICH: tl.constexpr, DTYPE: tl.constexpr, UNIT: t
 
 
 @triton.jit
-def _along(columns, SHAPE: tl.constexpr):
-    """A vector over columns as an axis of the tile ``(slow, fast, depth)``."""
-    if SHAPE[0]:
-        return columns[:, None, None]
-    else:
-        return columns[None, :, None]
-
-
-@triton.jit
-def _across(rows, SHAPE: tl.constexpr):
-    """A vector over rows as an axis of the tile ``(slow, fast, depth)``."""
-    if SHAPE[0]:
-        return rows[None, :, None]
-    else:
-        return rows[:, None, None]
+def _axis(x, FAST: tl.constexpr):
+    """A vector as an axis of the tile ``(slow, fast, depth)``."""
+    return x[None, :, None] if FAST else x[:, None, None]
 
 
 @triton.jit
@@ -159,17 +147,14 @@ def _columns(entry, columns, STRIDES: tl.constexpr, SHAPE: tl.constexpr):
         block = tl.load(entry + BLOCK).to(tl.int32)
         offsets = (columns // block) * _stride(entry, STRIDES, SHAPE[1])
         offsets += (columns % block) * _stride(entry, STRIDES + 2, SHAPE[1])
-    return _along(offsets, SHAPE)
+    return _axis(offsets, not SHAPE[0])
 
 
 @triton.jit
 def _rows(entry, rows, STRIDES: tl.constexpr, SHAPE: tl.constexpr):
     """Where rows begin, in elements, as an axis of the tile."""
-    if SHAPE[1] and SHAPE[0]:
-        offsets = rows.to(tl.int64)
-    else:
-        offsets = rows * _stride(entry, STRIDES + 1, SHAPE[1])
-    return _across(offsets, SHAPE)
+    offsets = rows.to(tl.int64) if SHAPE[1] and SHAPE[0] else rows * _stride(entry, STRIDES + 1, SHAPE[1])
+    return _axis(offsets, SHAPE[0])
 
 
 @triton.jit
@@ -215,9 +200,9 @@ def _visit(
     for row in range(begin, end, step):
         rows = row + tl.arange(0, step)
         here = weight + _rows(entry, rows, READ, SHAPE)
-        inside = _along(known, SHAPE) & _across(rows < end, SHAPE)
+        inside = _axis(known, not SHAPE[0]) & _axis(rows < end, SHAPE[0])
         q = tl.zeros([SHAPE[2], SHAPE[3]], ACC)
-        for k in range(0, window):
+        for k in range(window):
             w = tl.load(here + k * stride, mask=inside, other=0.0).to(ACC)
             q += _raised(w, window, NORM, POWER)
             if NORM == 2:
@@ -346,11 +331,8 @@ def _write(
     depth = tl.arange(0, SHAPE[4])[None, None, :]
     for row in range(begin, end, step):
         rows = row + tl.arange(0, step)
-        inside = _along(known, SHAPE) & _across(rows < end, SHAPE)
-        if SHAPE[4] > 1:
-            part = inside & (depth < window)
-        else:
-            part = inside
+        inside = _axis(known, not SHAPE[0]) & _axis(rows < end, SHAPE[0])
+        part = inside & (depth < window) if SHAPE[4] > 1 else inside
         read = source + _rows(entry, rows, READ, SHAPE) + depth * inward
         write = target + _rows(entry, rows, WRITE, SHAPE) + depth * outward
         # What was read stays in registers, so that only a window deeper than the tile is read again, from the cache.
@@ -360,7 +342,7 @@ def _write(
             for k in range(1, window):
                 more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
                 q += _raised(more, window, NORM, POWER)
-        factor = tl.expand_dims(_term(q, window, NORM, POWER)[1], 2) * _along(slope, SHAPE)
+        factor = tl.expand_dims(_term(q, window, NORM, POWER)[1], 2) * _axis(slope, not SHAPE[0])
         _add(write, w, factor, level, part, window, ACC, NORM, POWER, ACCUMULATE)
         if SHAPE[4] == 1:
             for k in range(1, window):
@@ -448,7 +430,7 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
             made = _CACHE.get((key, None))
         made = make() if made is None else made
         _CAPTURED.append(made)
-        return made  # type: ignore[no-any-return]
+        return made
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     with _LOCK:
         made = _CACHE.get((key, stream))
@@ -460,7 +442,7 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
             _CACHE.move_to_end(name)
         while len(_CACHE) > _LIMIT:
             _CACHE.popitem(last=False)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
@@ -489,7 +471,7 @@ def _shape(
     across, along = strides[0][1], strides[0][2] if columns > 1 else strides[0][0]
     shorter = rows if across < along else blocks * columns
     by_rows = rows > 1 and (across < along or blocks * columns == 1)
-    if shorter < 32 and rows > 1 and blocks * columns > 1:  # most threads of a tile would find nothing
+    if shorter < 16 and rows > 1 and blocks * columns > 1:  # most threads of a tile would find nothing
         by_rows = rows > blocks * columns
     length, fast, others = (rows, 1, (0, 2, 3)) if by_rows else (columns, 2, (0, 1, 3))
     multiples = [length] + [each[axis] for each in strides for axis in others]
@@ -536,8 +518,9 @@ def _plan(
     spans = tuple(slice(firsts[i], firsts[i] + _columns_of(weights[i], readings[i])) for i in members)
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
     return _Plan(
-        tuple(members), spans, frozenset(copied), frozenset(buffered), tuple(shapes), _upload(torch.tensor(rows), device),
-        _upload(owners, device), tiles, partials, torch.zeros(tiles + 1, dtype=torch.int32, device=device),
+        tuple(members), spans, frozenset(copied), frozenset(buffered), tuple(shapes),
+        _upload(torch.tensor(rows), device), _upload(owners, device), tiles, partials,
+        torch.zeros(tiles + 1, dtype=torch.int32, device=device),
     )  # fmt: skip
 
 
@@ -640,6 +623,7 @@ def _reduce(
                 DTYPE=_DTYPES[dtype], ACC=_DTYPES[narrow], NORM=rule.norm, POWER=rule.inner / rule.norm, OUTER=outer,
                 INDEXED=index is not None, SHAPES=plan.shapes, WIDE=SIZES.wide,
                 MEMBERS=min(SIZES.wide, triton.next_power_of_2(max(1, columns // max(1, groups)))),
+                enable_fp_fusion=True,
             )  # fmt: skip
     return (values[0] if len(values) == 1 else values.sum(0)), (result[0] if len(result) == 1 else result.sum(0))
 
@@ -695,10 +679,11 @@ def gradient(
         dtype, target = read[0].dtype, written[0].dtype
         with _on(scale.device):
             _gradient_kernel[(len(plan.owners),)](
-                plan.table, plan.owners, _pointers(plan, read, written), slopes, slopes if index is None else index, scale,
+                plan.table, plan.owners, _pointers(plan, read, written), slopes,
+                slopes if index is None else index, scale,
                 DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target], ACC=tl.float64 if dtype == torch.float64 else tl.float32,
                 NORM=rule.norm, POWER=rule.inner / rule.norm, INDEXED=index is not None, ACCUMULATE=accumulate,
-                SHAPES=plan.shapes,
+                SHAPES=plan.shapes, enable_fp_fusion=True,
             )  # fmt: skip
         for i, buffer in zip(plan.members, written, strict=True):
             if i in plan.buffered:
