@@ -18,11 +18,9 @@ gradient, "window", where the elements of a kernel are the neighbours.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -47,6 +45,12 @@ WRITE = tl.constexpr(len(FIELDS) + 4)
 WIDTH = tl.constexpr(len(FIELDS) + 8)
 VECTOR = tl.constexpr(8)  # elements that strides and lengths of a "unit" tile are multiples of
 FOLD = tl.constexpr(8)  # chunks added at a time
+
+
+# Arguments whose alignment or size is no reason to compile anew.
+_VARY = [
+    "partials", "ends", "columns", "order", "starts", "out", "values", "tiles", "groups", "slopes", "index", "scale"
+]  # fmt: skip
 
 
 class Sizes(NamedTuple):
@@ -251,7 +255,7 @@ def _visit(
     return final
 
 
-@triton.jit(do_not_specialize=["tiles", "groups"])
+@triton.jit(do_not_specialize=_VARY)
 def _value_kernel(
     table, owners, pointers, partials, counters, ends, columns, order, starts, out, values, tiles, groups,
     DTYPE: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr, OUTER: tl.constexpr,
@@ -368,7 +372,7 @@ def _add(
     tl.store(write, result.to(write.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARY)
 def _gradient_kernel(
     table, owners, pointers, slopes, index, scale,
     DTYPE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
@@ -413,8 +417,7 @@ _T = TypeVar("_T")
 _DTYPES = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64
 }  # fmt: skip
-_LOCK = Lock()
-_CACHE: OrderedDict[Hashable, Any] = OrderedDict()
+_CACHE: dict[Hashable, dict[int, Any]] = {}  # what was made, by the stream that it was made on
 _LIMIT = 256
 _CAPTURED: list[Any] = []  # what graphs hold the addresses of
 
@@ -425,24 +428,19 @@ def _capturing(device: torch.device) -> bool:
 
 def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
     """What was made for this key on this stream. A graph may use what was made before; what it makes, it keeps."""
+    made = _CACHE.get(key, {})  # the one hash of a long key
     if _capturing(device):
-        with _LOCK:
-            made = _CACHE.get((key, None))
-        made = make() if made is None else made
-        _CAPTURED.append(made)
-        return made
+        captured: _T = next(iter(made.values())) if made else make()
+        _CAPTURED.append(captured)
+        return captured
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    with _LOCK:
-        made = _CACHE.get((key, stream))
-    if made is None:
-        made = make()
-    with _LOCK:
-        for name in ((key, stream), (key, None)):
-            _CACHE[name] = made
-            _CACHE.move_to_end(name)
-        while len(_CACHE) > _LIMIT:
-            _CACHE.popitem(last=False)
-    return made
+    if stream not in made:
+        made = made | {stream: make()}
+        _CACHE[key] = made
+        for oldest in list(_CACHE)[:-_LIMIT]:
+            _CACHE.pop(oldest, None)
+    result: _T = made[stream]
+    return result
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
@@ -490,7 +488,7 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     """The launch over some weights. Where they lie is no part of it, only their shapes and strides."""
     rows: list[list[int]] = []
-    shapes: dict[tuple[bool, bool, int, int, int], int] = {}
+    shapes: list[tuple[bool, bool, int, int, int]] = []
     copied, buffered = set(), set()
     programs, tiles, partials, owned = 0, 0, 0, []
     for i in members:
@@ -507,18 +505,22 @@ def _plan(
         count, step = (shape[2], shape[3]) if shape[0] else (shape[3], shape[2])
         chunk = step * max(1, sizes.chunk // (step * count * max(1, window)))
         chunks, across = max(1, triton.cdiv(down, chunk)), triton.cdiv(blocks * columns, count)
+        shapes.append(shape)
         rows.append([
-            shapes.setdefault(shape, len(shapes)), columns, blocks * columns, down, window, chunk, chunks,
+            0, columns, blocks * columns, down, window, chunk, chunks,
             int(counted[i]), firsts[i], programs, tiles, partials, *strides[0], *strides[-1],
         ])  # fmt: skip
         owned.append(chunks * across)
         programs, tiles = programs + chunks * across, tiles + across
         partials += across * chunks * (count + 1) if chunks > 1 else 0
+    kinds = tuple(sorted(set(shapes)))  # the kernel is compiled for them, in this order
+    for row, shape in zip(rows, shapes, strict=True):
+        row[KIND.value] = kinds.index(shape)
     device = weights[members[0]].device
     spans = tuple(slice(firsts[i], firsts[i] + _columns_of(weights[i], readings[i])) for i in members)
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
     return _Plan(
-        tuple(members), spans, frozenset(copied), frozenset(buffered), tuple(shapes),
+        tuple(members), spans, frozenset(copied), frozenset(buffered), kinds,
         _upload(torch.tensor(rows), device), _upload(owners, device), tiles, partials,
         torch.zeros(tiles + 1, dtype=torch.int32, device=device),
     )  # fmt: skip
@@ -529,16 +531,16 @@ def _plans(
 ) -> list[_Plan]:
     """A launch for each dtype; and, where gradients are written, so that none is written twice in one."""
     device, targets = weights[0].device, weights if outs is None else outs
-    layout = [
-        (w.shape, w.stride(), w.dtype, w.data_ptr() % 16, how, once, o.stride(), o.dtype, o.data_ptr() % 16)
-        for w, how, once, o in zip(weights, readings, counted, targets, strict=True)
+    layout: list[Hashable] = [
+        (w.shape, w.stride(), w.dtype, w.data_ptr() % 16, how, once)
+        for w, how, once in zip(weights, readings, counted, strict=True)
     ]
-    seen: dict[int, int] = {}
     rounds = [0] * len(weights)
     if outs is not None:
+        seen: dict[int, int] = {}
         for i, out in enumerate(outs):
-            rounds[i] = seen.get(out.data_ptr(), 0)
-            seen[out.data_ptr()] = rounds[i] + 1
+            rounds[i] = seen[out.data_ptr()] = seen.get(out.data_ptr(), -1) + 1
+            layout.append((out.stride(), out.dtype, out.data_ptr() % 16))
 
     def make() -> list[_Plan]:
         firsts, first = [], 0
@@ -547,14 +549,14 @@ def _plans(
             firsts.append(first)
             columns = _columns_of(w, how)
             first += columns
-            if columns:
+            if columns if outs is None else w.numel():
                 launches.setdefault((rounds[i], w.dtype, targets[i].dtype), []).append(i)
         return [
             _plan(launches[key], weights, readings, counted, outs, firsts, SIZES)
             for key in sorted(launches, key=lambda key: key[0])
         ]
 
-    return _cached((device, SIZES, outs is not None, tuple(rounds), *layout), device, make)
+    return _cached((device, SIZES, tuple(rounds), *layout), device, make)
 
 
 def _columns_of(weight: Tensor, how: Reading) -> int:
