@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Reading, canonical
+from netsurgery.kernels.criteria import Criterion, Reading, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_reference import power
 
 __all__ = ["gradient", "sums", "value"]
@@ -484,7 +483,7 @@ def _shape(
 
 def _plan(
     members: Sequence[int], weights: Sequence[Tensor], readings: Sequence[Reading], counted: Sequence[bool],
-    outs: Sequence[Tensor] | None, firsts: Sequence[int], sizes: Sizes,
+    outs: Sequence[Tensor | None] | None, firsts: Sequence[int], sizes: Sizes,
 ) -> _Plan:  # fmt: skip
     """The launch over some weights. Where they lie is no part of it, only their shapes and strides."""
     rows: list[list[int]] = []
@@ -495,11 +494,11 @@ def _plan(
         view = canonical(weights[i], readings[i])
         copied.update([] if _same_memory(view, weights[i]) else [i])
         strides, aligned = [_strides(view)], i in copied or weights[i].data_ptr() % 16 == 0
-        if outs is not None:
-            target = canonical(outs[i], readings[i])
-            buffered.update([] if _same_memory(target, outs[i]) else [i])
+        if outs is not None and (out := outs[i]) is not None:
+            target = canonical(out, readings[i])
+            buffered.update([] if _same_memory(target, out) else [i])
             strides.append(_strides(target))
-            aligned = aligned and (i in buffered or outs[i].data_ptr() % 16 == 0)
+            aligned = aligned and (i in buffered or out.data_ptr() % 16 == 0)
         blocks, down, columns, window = view.shape
         shape = _shape(view.shape, strides, aligned, outs is not None, sizes)
         count, step = (shape[2], shape[3]) if shape[0] else (shape[3], shape[2])
@@ -517,7 +516,7 @@ def _plan(
     for row, shape in zip(rows, shapes, strict=True):
         row[KIND.value] = kinds.index(shape)
     device = weights[members[0]].device
-    spans = tuple(slice(firsts[i], firsts[i] + _columns_of(weights[i], readings[i])) for i in members)
+    spans = tuple(slice(firsts[i], firsts[i] + column_count(weights[i].shape, readings[i])) for i in members)
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
     return _Plan(
         tuple(members), spans, frozenset(copied), frozenset(buffered), kinds,
@@ -527,7 +526,10 @@ def _plan(
 
 
 def _plans(
-    weights: Sequence[Tensor], readings: Sequence[Reading], counted: Sequence[bool], outs: Sequence[Tensor] | None
+    weights: Sequence[Tensor],
+    readings: Sequence[Reading],
+    counted: Sequence[bool],
+    outs: Sequence[Tensor | None] | None,
 ) -> list[_Plan]:
     """A launch for each dtype; and, where gradients are written, so that none is written twice in one."""
     device, targets = weights[0].device, weights if outs is None else outs
@@ -539,28 +541,25 @@ def _plans(
     if outs is not None:
         seen: dict[int, int] = {}
         for i, out in enumerate(outs):
-            rounds[i] = seen[out.data_ptr()] = seen.get(out.data_ptr(), -1) + 1
-            layout.append((out.stride(), out.dtype, out.data_ptr() % 16))
+            if out is not None:
+                rounds[i] = seen[out.data_ptr()] = seen.get(out.data_ptr(), -1) + 1
+            layout.append(None if out is None else (out.stride(), out.dtype, out.data_ptr() % 16))
 
     def make() -> list[_Plan]:
         firsts, first = [], 0
         launches: dict[tuple[int, torch.dtype, torch.dtype], list[int]] = {}
         for i, (w, how) in enumerate(zip(weights, readings, strict=True)):
             firsts.append(first)
-            columns = _columns_of(w, how)
-            first += columns
-            if columns if outs is None else w.numel():
-                launches.setdefault((rounds[i], w.dtype, targets[i].dtype), []).append(i)
+            count, target = column_count(w.shape, how), targets[i]
+            first += count
+            if target is not None and (count if outs is None else w.numel()):
+                launches.setdefault((rounds[i], w.dtype, target.dtype), []).append(i)
         return [
             _plan(launches[key], weights, readings, counted, outs, firsts, SIZES)
             for key in sorted(launches, key=lambda key: key[0])
         ]
 
     return _cached((device, SIZES, tuple(rounds), *layout), device, make)
-
-
-def _columns_of(weight: Tensor, how: Reading) -> int:
-    return how.blocks * prod(weight.shape[axis] // (how.blocks if axis == 0 else 1) for axis in how.outer)
 
 
 def _pointers(plan: _Plan, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
@@ -663,20 +662,24 @@ def sums(
 
 def gradient(
     weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, slopes: Tensor, rule: Criterion,
-    counted: Sequence[bool], scale: Tensor, outs: Sequence[Tensor], accumulate: bool,
+    counted: Sequence[bool], scale: Tensor, outs: Sequence[Tensor | None], accumulate: bool,
 ) -> None:  # fmt: skip
     """Writes ``scale[0] * slopes[group] * d norm^inner / dw + scale[1] * sign(w) * counted``, or adds it.
 
     Args:
         slopes: shape (groups,), as ``value`` returns them.
         scale: shape (2,), on the device of the weights.
-        outs: written; each of its weight's shape, any strides.
+        outs: written; each of its weight's shape, any strides; or None, where it is not wanted.
         accumulate: whether to add to what is there. A weight that stands twice is then written once after the other.
     """
     for plan in _plans(weights, readings, counted, outs) if weights else []:
-        read = _read(plan, weights, readings)
+        read, wanted = (
+            _read(plan, weights, readings),
+            [(out, readings[i]) for i in plan.members if (out := outs[i]) is not None],
+        )
+        copies = [i in plan.buffered for i in plan.members]
         written = [
-            canonical(outs[i], readings[i]).contiguous() if i in plan.buffered else outs[i] for i in plan.members
+            canonical(out, how).contiguous() if copy else out for copy, (out, how) in zip(copies, wanted, strict=True)
         ]
         dtype, target = read[0].dtype, written[0].dtype
         with _on(scale.device):
@@ -687,15 +690,7 @@ def gradient(
                 NORM=rule.norm, POWER=rule.inner / rule.norm, INDEXED=index is not None, ACCUMULATE=accumulate,
                 SHAPES=plan.shapes, enable_fp_fusion=True,
             )  # fmt: skip
-        for i, buffer in zip(plan.members, written, strict=True):
-            if i in plan.buffered:
-                _unmerged(outs[i], readings[i], buffer)
-
-
-def _unmerged(out: Tensor, how: Reading, buffer: Tensor) -> None:
-    """Copies a canonical buffer to where ``criteria.canonical`` read it."""
-    split: Tensor = out.unflatten(0, (how.blocks, -1))
-    outer, window = [axis + 1 for axis in how.outer], [axis + 1 for axis in how.window]
-    rows = [axis for axis in range(1, split.dim()) if axis not in (*outer, *window)]
-    into = split.permute(0, *rows, *outer, *window)
-    into.copy_(buffer.view(into.shape))
+        for copy, (out, how), buffer in zip(copies, wanted, written, strict=True):
+            if copy:
+                view, _ = arranged(out, how)
+                view.copy_(buffer.view(view.shape))
