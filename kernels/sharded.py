@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from netsurgery.kernels.criteria import CRITERIA, Name, Reading
+from netsurgery.kernels.criteria import CRITERIA, Name, Reading, column_count
 from netsurgery.kernels.hgsr_cpu import finished
-from netsurgery.kernels.sparsity import Layout, backend, columns
+from netsurgery.kernels.sparsity import Layout, backend
 
 __all__ = ["add_gradient", "values"]
 
@@ -26,7 +26,7 @@ class _Shards:
     """
 
     def __init__(self, weights: Sequence[Tensor], layout: Layout):
-        sizes = [columns(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True)]
+        sizes = [column_count(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True)]
         groups = sum(sizes) if layout.index is None else layout.groups
         index = torch.arange(groups) if layout.index is None else layout.index
         self.local = [local_part(weight) for weight in weights]
@@ -54,7 +54,7 @@ class _Shards:
     def value(self, criterion: Name, like: Tensor) -> tuple[Tensor, Tensor]:
         """The criterion and the sum of absolute values, the same on all ranks; and the slopes."""
         rule, how, weights = CRITERIA[criterion], self.layout, self.parts(self.local)
-        parts = how.index.split([columns(w.shape, r) for w, r in zip(weights, how.readings, strict=True)])  # type: ignore[union-attr]
+        parts = how.index.split([column_count(w.shape, r) for w, r in zip(weights, how.readings, strict=True)])  # type: ignore[union-attr]
         total = like.new_zeros(how.groups + 1)
         for way, groups in self.reduce.items():
             mine = torch.zeros_like(total)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from netsurgery.kernels import hgsr_cpu
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, reading
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
 
-__all__ = ["Layout", "add_gradient", "backend", "columns", "hgsr", "outer_terms", "values"]
+__all__ = ["Layout", "add_gradient", "backend", "hgsr", "outer_terms", "values"]
 
 
 @dataclass(frozen=True)
@@ -128,20 +128,12 @@ def hgsr(
 
 
 def _indexed(weights: list[Tensor], readings: Sequence[Reading], grouping: Sequence[Tensor]) -> dict[str, Any]:
-    sizes = [columns(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
+    sizes = [column_count(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
     given = [tuple(one.shape) for one in grouping]
     if given != [(size,) for size in sizes]:
         raise ValueError(f"hgsr: the weights have {sizes} input channels, but grouping has shapes {given}")
     index = torch.cat([one.long() for one in grouping]) if grouping else torch.zeros(0, dtype=torch.int64)
     return {"index": index, "groups": int(index.max()) + 1 if len(index) else 0}
-
-
-def columns(shape: Sequence[int], how: Reading) -> int:
-    """The number of columns of a weight: its blocks times the positions of its outer axes."""
-    count = 1 if 0 in how.outer else how.blocks
-    for axis in how.outer:  # torch.compile does not take math.prod of a generator
-        count *= shape[axis]
-    return count
 
 
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
@@ -199,7 +191,7 @@ def _groups(weights: Sequence[Tensor], layout: Layout) -> int:
     """The number of outer groups."""
     if layout.index is not None:
         return layout.groups
-    return sum(columns(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True))
+    return sum(column_count(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True))
 
 
 def _checked(weights: Sequence[Tensor], criterion: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, leaves, product, resolve
-from netsurgery.kernels.criteria import Reading
-from netsurgery.kernels.sparsity import Layout, columns
+from netsurgery.kernels.criteria import Reading, column_count
+from netsurgery.kernels.sparsity import Layout
 from netsurgery.network import Network
 from netsurgery.tracing import Program
 
@@ -207,7 +207,7 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     """
     if grouping != "coupled":
         readings = tuple(layer.inputs if grouping == "feature" else layer.outputs for layer in chosen)
-        counts = tuple(columns(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
+        counts = tuple(column_count(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
         return OuterGroups(tuple(chosen), Layout(readings, (True,) * len(chosen)), counts, sum(counts), {})
     read = {channel for layer in chosen for channel in leaves(layer.input_axis)}
     units: dict[str, slice] = {}
