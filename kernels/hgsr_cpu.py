@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical
-from netsurgery.kernels.hgsr_reference import power
+from netsurgery.kernels.hgsr_reference import finished
 
-__all__ = ["finished", "gradient", "sums", "value"]
+__all__ = ["gradient", "sums", "value"]
 
 PIECE = 1 << 18  # elements
 Piece = tuple[slice, ...]
@@ -104,12 +104,6 @@ def value(
     return finished(found, absolute, rule)
 
 
-def finished(found: Tensor, absolute: Tensor, rule: Criterion) -> tuple[Tensor, Tensor]:
-    """What ``value`` returns, from what ``sums`` returns."""
-    slopes = rule.outer * power(found, rule.outer - 1)
-    return torch.stack([power(found, rule.outer).sum(), absolute]), slopes
-
-
 def sums(
     weights: Sequence[Tensor],
     readings: Sequence[Reading],
@@ -120,7 +114,8 @@ def sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums of norm^inner over the kernels of each outer group, and the sum of absolute values of what is counted."""
     found: list[Tensor] = []
-    absolute = weights[0].new_zeros((), dtype=torch.float64)
+    double = weights[0].device.type != "mps"  # which has none
+    absolute = weights[0].new_zeros((), dtype=torch.float64 if double else torch.float32)
     room = _Room()
     for weight, how, count in zip(weights, readings, counted, strict=True):
         walk = _Walk(weight, how, rule, room)
@@ -194,7 +189,10 @@ def _step(part: Tensor, factor: Tensor, step: Tensor, norm: int, sign: float) ->
 
 
 def _factor(walk: _Walk, part: Tensor, slope: Tensor) -> Tensor:
-    """slope * q^(power - 1), by kernel; for q = 0 any finite number, since every element is 0 then."""
+    """slope * q^(power - 1), by kernel; for q = 0 any finite number, as it is multiplied by elements that are 0 then.
+
+    (Or so small that their squares are: below 1e-22 in float32 the gradient of a 2-norm fades to 0.)
+    """
     if walk.power == 1:
         return slope
     kernels = walk.powers(part)

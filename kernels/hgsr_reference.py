@@ -9,15 +9,15 @@ from torch import Tensor
 
 from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, canonical
 
-__all__ = ["column_sums", "power", "reference"]
+__all__ = ["column_sums", "finished", "power", "reference"]
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
     """``x ** exponent`` for x >= 0, where the derivative at 0 is 0 (that of a square root is infinite)."""
     if exponent == 1:
         return x
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1) ** exponent, 0)
+    other = x != 0  # also NaN, which must not get lost
+    return torch.where(other, torch.where(other, x, 1) ** exponent, 0)
 
 
 def column_sums(weight: Tensor, how: Reading, criterion: Criterion) -> Tensor:
@@ -52,3 +52,9 @@ def reference(
     if index is not None:
         sums = sums.new_zeros(groups).index_add(0, index[index >= 0], sums[index >= 0])
     return power(sums, rule.outer).sum()
+
+
+def finished(sums: Tensor, absolute: Tensor, rule: Criterion) -> tuple[Tensor, Tensor]:
+    """The criterion and the sum of absolute values, shape (2,); and the criterion's derivative by each group's sum."""
+    slopes = rule.outer * power(sums, rule.outer - 1)
+    return torch.stack([power(sums, rule.outer).sum(), absolute]), slopes

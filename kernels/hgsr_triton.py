@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from netsurgery.kernels.criteria import Criterion, Reading, arranged, canonical, column_count
-from netsurgery.kernels.hgsr_reference import power
+from netsurgery.kernels.hgsr_reference import finished
 
 __all__ = ["gradient", "sums", "value"]
 
@@ -77,8 +77,8 @@ SIZES = Sizes()
 def _root(x):
     """The root of x >= 0 and its inverse, 0 for 0 (also where the hardware takes a tiny x for 0)."""
     root = tl.sqrt(x)
-    positive = root > 0
-    return root, tl.where(positive, 1.0 / tl.where(positive, root, 1.0), 0.0)
+    other = root != 0  # also NaN, which must not get lost
+    return root, tl.where(other, 1.0 / tl.where(other, root, 1.0), 0.0)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _power(x, EXPONENT: tl.constexpr):
     elif EXPONENT == 2:
         result, slope = x * x, 2.0 * x
     else:
-        result, slope = x, tl.where(x > 0, x * 0.0 + 1.0, 0.0)
+        result, slope = x, tl.where(x != 0, x * 0.0 + 1.0, 0.0)
     return result, slope
 
 
@@ -648,7 +648,7 @@ def value(
         return _reduce(weights, readings, index, groups, rule, counted, rule.outer)
     # A group may have columns of several launches.
     total, l1 = sums(weights, readings, index, groups, rule, counted)
-    return torch.stack([power(total, rule.outer).sum(), l1]), rule.outer * power(total, rule.outer - 1)
+    return finished(total, l1, rule)
 
 
 def sums(
@@ -672,6 +672,8 @@ def gradient(
         outs: written; each of its weight's shape, any strides; or None, where it is not wanted.
         accumulate: whether to add to what is there. A weight that stands twice is then written once after the other.
     """
+    slopes, scale = slopes.contiguous(), scale.contiguous()  # the kernel knows no strides of these
+    index = None if index is None else index.contiguous()
     for plan in _plans(weights, readings, counted, outs) if weights else []:
         read, wanted = (
             _read(plan, weights, readings),

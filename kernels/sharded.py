@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from netsurgery.kernels.criteria import CRITERIA, Name, Reading, column_count
-from netsurgery.kernels.hgsr_cpu import finished
+from netsurgery.kernels.hgsr_reference import finished
 from netsurgery.kernels.sparsity import Layout, backend
 
 __all__ = ["add_gradient", "values"]

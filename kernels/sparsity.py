@@ -18,12 +18,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from netsurgery.kernels import hgsr_cpu
 from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
 
 __all__ = ["Layout", "add_gradient", "backend", "hgsr", "outer_terms", "values"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,21 @@ def add_gradient(
         from netsurgery.kernels import sharded
 
         return sharded.add_gradient(weights, layout, criterion, scale, outs)
+    for i, out in enumerate(outs):
+        if out is not None and (out.layout != torch.strided or _overlaps(out)):
+            raise ValueError(
+                f"hgsr: gradient {i} is sparse, or expanded: make it dense with p.grad = p.grad.to_dense()"
+            )
     layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
     weights, work = [weight.detach() for weight in weights], backend(weights)
     found: tuple[Tensor, Tensor] = work.value(weights, layout.readings, layout.index, groups, rule, layout.counted)
     work.gradient(weights, layout.readings, layout.index, found[1], rule, layout.counted, scale, outs, True)
     return found[0]
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether an element stands for several."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _groups(weights: Sequence[Tensor], layout: Layout) -> int:
@@ -204,8 +217,13 @@ def _checked(weights: Sequence[Tensor], criterion: str) -> None:
     if criterion not in CRITERIA:
         raise ValueError(f"there is no criterion '{criterion}': choose one of {', '.join(CRITERIA)}")
     for i, weight in enumerate(weights):
-        if not weight.is_floating_point():
-            raise ValueError(f"hgsr: weight {i} is of {weight.dtype}: expected a floating-point type")
+        if weight.dtype not in DTYPES or weight.layout != torch.strided:
+            raise ValueError(
+                f"hgsr: weight {i} is of {weight.dtype}, {weight.layout}: expected a dense tensor of "
+                "float16, bfloat16, float32 or float64"
+            )
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(w).tangent is not None for w in weights):
+        raise ValueError("hgsr: it has no forward-mode derivative: use backward")
     if len(devices := {weight.device for weight in weights}) > 1:
         raise ValueError(f"hgsr: weights on several devices ({', '.join(sorted(map(str, devices)))}): call it for each")
 
@@ -224,7 +242,8 @@ def backend(weights: Sequence[Tensor]) -> Any:
 # Two operators, so that torch.compile takes each as one step --------------------------------------------------------
 
 
-@torch.library.custom_op("netsurgery::hgsr", mutates_args=())
+# Their tables on the device outlive a call: a pool of torch.compile's CUDA graphs is no place for them.
+@torch.library.custom_op("netsurgery::hgsr", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _values(
     weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
@@ -235,7 +254,7 @@ def _values(
     return found
 
 
-@torch.library.custom_op("netsurgery::hgsr_gradient", mutates_args=())
+@torch.library.custom_op("netsurgery::hgsr_gradient", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _gradient(
     weights: Sequence[Tensor],
     index: Tensor | None,
@@ -243,12 +262,14 @@ def _gradient(
     scale: Tensor,
     layout: Sequence[int],
     criterion: str,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
+    """Of the weights whose gradient is not wanted, a tensor without elements."""
     readings, counted = _parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
-    outs = [torch.empty_like(weight) for weight in weights]
+    outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
     backend(weights).gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
-    return outs
+    return [weights[0].new_empty(0) if out is None else out for out in outs]
 
 
 @_values.register_fake
@@ -267,8 +288,9 @@ def _(
     scale: Tensor,
     layout: Sequence[int],
     criterion: str,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return [torch.empty_like(weight) for weight in weights]
+    return [torch.empty_like(w) if want else w.new_empty(0) for w, want in zip(weights, wanted, strict=True)]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -282,9 +304,10 @@ def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     index, slopes, *weights = ctx.saved_tensors
     if scale is None:
         return None, None, None, None, None
+    wanted = list(ctx.needs_input_grad[0])
     # The weights are not detached: a second derivative, of which there is none here, is then an error and not zero.
-    grads = _gradient(weights, index, slopes, scale, ctx.layout, ctx.criterion)
-    return grads, None, None, None, None
+    grads = _gradient(weights, index, slopes, scale, ctx.layout, ctx.criterion, wanted)
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)], None, None, None, None
 
 
 _values.register_autograd(_backward, setup_context=_remember)

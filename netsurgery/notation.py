@@ -300,9 +300,8 @@ def _note_roles(
     """What each name does in each parameter; a name that only one operand has is worked across."""
     uses = [{name for name, _ in origin} for origin in origins]
     fed = {name for mine, node in zip(uses, nodes, strict=True) if "params" not in node.meta for name in mine}
-    weights = op.node.meta[
-        "weights"
-    ] = []  # what it contracts with: the node, and (source, axis, role) of its dimensions
+    # Parameters that activations are contracted with: the node, and (source, axis, role) of its dimensions.
+    weights = op.node.meta.setdefault("weights", [])
     for mine, origin, node in zip(uses, origins, nodes, strict=True):
         contracts = not mine <= written
         roles = []

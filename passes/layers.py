@@ -18,7 +18,7 @@ from netsurgery.tracing import Program
 __all__ = ["ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "layers", "outer_groups", "units_of"]
 
 aten = torch.ops.aten
-LayerRole = Literal["convolution", "linear", "shortcut", "classifier"]
+LayerRole = Literal["convolution", "linear", "shortcut", "classifier", "computed"]
 Grouping = Literal["feature", "neuron", "coupled"]
 ROLES: tuple[LayerRole, ...] = ("convolution", "linear", "shortcut", "classifier")
 
@@ -31,7 +31,8 @@ class Layer:
         name: its state_dict name.
         shape: its shape.
         role: "classifier", a layer after which no other comes; "shortcut", a convolution on its own beside at least two
-            layers that its result is added to; else "convolution" or "linear".
+            layers of a residual branch; "computed", made from several parameters, of which this is one; else
+            "convolution" or "linear".
         inputs: how to read it with an outer group for each input channel.
         outputs: how to read it with an outer group for each output channel.
         input_axis: what its input channels are, in the order of the outer groups.
@@ -58,50 +59,48 @@ class Layer:
 
 
 def layers(network: Network) -> tuple[Layer, ...]:
-    """The layers in the order of the state dict. A weight that is used in several places is read as in the first."""
-    found: dict[str, Layer] = {}
+    """The layers in the order of the state dict; a weight that is read in two ways is listed twice."""
+    found: dict[str, dict[tuple[Reading, Reading], Layer]] = {}
     for program in network.programs:
         roles = _roles(program)
-        for node, name, dims in _contractions(program):
-            if name in network.tensors and name not in found:
-                layer = _layer(network, node, name, dims, roles[node])
-                if layer is not None:
-                    found[name] = layer
-    return tuple(found[name] for name in network.tensors if name in found)
+        for node, weight, dims in _contractions(program):
+            computed = len(weight.meta["params"]) > 1
+            for name in weight.meta["params"]:
+                if name in network.tensors and network.tensors[name].dim() > 1:
+                    layer = _layer(network, node, name, dims, "computed" if computed else roles[node])
+                    if layer is not None:
+                        found.setdefault(name, {}).setdefault((layer.inputs, layer.outputs), layer)
+    return tuple(layer for name in network.tensors for layer in found.get(name, {}).values())
 
 
 Dimensions = list[tuple[Axis, Axis, str]]  # of a weight: as it stands there, what it has become, its role
 
 
-def _contractions(program: Program) -> Iterator[tuple[fx.Node, str, Dimensions]]:
-    """Nodes that contract activations with one parameter."""
+def _contractions(program: Program) -> Iterator[tuple[fx.Node, fx.Node, Dimensions]]:
+    """Nodes that contract activations with what comes from parameters alone."""
     for node in program.graph.nodes:
-        for weight, dims in node.meta.get("weights", ()):
-            if "params" not in node.meta and len(weight.meta["params"]) == 1:
-                yield node, weight.meta["params"][0], dims
+        if "params" not in node.meta:
+            yield from ((node, weight, dims) for weight, dims in node.meta.get("weights", ()))
 
 
 def _layer(network: Network, node: fx.Node, name: str, dims: Dimensions, role: LayerRole) -> Layer | None:
-    """None where the weight is used in another arrangement than it is kept in."""
+    """None where the weight is used in an arrangement that its own axes do not show."""
     own = _source(node, name)
-    shape = network.tensors[name].shape
-    places: dict[str, list[int]] = {"consumes": [], "produces": [], "window": [], "carries": []}
+    where = _places([source for source, _, _ in dims], own)
+    if where is None:
+        return None
+    by_role: dict[str, set[int]] = {"consumes": set(), "produces": set(), "window": set(), "carries": set()}
     blocks: list[Axis] = []
     memo: dict[Axis, Axis] = {}
-    found = [next((i for i, one in enumerate(own) if one is source), None) for source, _, _ in dims]
-    left = [i for i in range(len(own)) if i not in found]
-    for (_, axis, what), place in zip(dims, found, strict=True):
-        at = place if place is not None else left[0] if found.count(None) == len(left) == 1 else None  # a slice of it
-        if at is None:
-            return None
+    for (_, axis, what), places in zip(dims, where, strict=True):
         if what == "carries":
             blocks.append(resolve(axis, memo))
-        if at not in places[what]:
-            places[what].append(at)
+        by_role[what].update(places)
+    consumes, produces, window = (tuple(sorted(by_role[what])) for what in ("consumes", "produces", "window"))
     shared = product(blocks)
-    if shared.size > 1 and places["carries"] != [0]:
+    mixed = len({*consumes, *produces, *window}) < len(consumes) + len(produces) + len(window)
+    if mixed or not consumes or (shared.size > 1 and by_role["carries"] != {0}):
         return None
-    consumes, produces, window = (tuple(sorted(places[what])) for what in ("consumes", "produces", "window"))
     axes = network.axes[name]
 
     def channels(where: tuple[int, ...]) -> Axis:
@@ -109,8 +108,8 @@ def _layer(network: Network, node: fx.Node, name: str, dims: Dimensions, role: L
         return product([axes[0]] if 0 in where else [shared, *inner])
 
     return Layer(
-        name, shape, role, Reading(shared.size, consumes, window), Reading(shared.size, produces, window),
-        channels(consumes), channels(produces),
+        name, network.tensors[name].shape, role, Reading(shared.size, consumes, window),
+        Reading(shared.size, produces, window), channels(consumes), channels(produces),
     )  # fmt: skip
 
 
@@ -126,6 +125,37 @@ def _source(node: fx.Node, name: str) -> tuple[Axis, ...]:
     return ()
 
 
+def _places(dims: list[Axis], own: tuple[Axis, ...]) -> list[tuple[int, ...]] | None:
+    """Which of a weight's own axes each dimension is: as it is kept, or after views, permutations and slices."""
+    found: list[tuple[int, ...] | None] = [
+        next(((i,) for i, one in enumerate(own) if one is axis), None) for axis in dims
+    ]
+    taken = {i for place in found if place for i in place}
+    parts = [list(leaves(axis)) if axis.size > 1 else [] for axis in own]
+    for at, axis in enumerate(dims):
+        if found[at] is None and axis in dims[:at]:
+            found[at] = found[dims.index(axis)]
+        elif found[at] is None:
+            found[at] = () if axis.size == 1 else _spanned(list(leaves(axis)), parts, taken)
+            taken.update(found[at] or ())
+    left = [i for i, axis in enumerate(own) if i not in taken and axis.size > 1]
+    if found.count(None) == len(left) == 1:  # a slice of what is left
+        found[found.index(None)] = (left[0],)
+    return [place for place in found if place is not None] if None not in found else None
+
+
+def _spanned(wanted: list[Axis], parts: list[list[Axis]], taken: set[int]) -> tuple[int, ...] | None:
+    """The axes in a row that a merged dimension spans, or the one that it is a factor of."""
+    place, rest = [], wanted
+    for i, part in enumerate(parts):
+        if part and i not in taken and rest[: len(part)] == part:
+            place.append(i)
+            rest = rest[len(part) :]
+    if place and not rest:
+        return tuple(place)
+    return next(((i,) for i, part in enumerate(parts) if set(wanted) < set(part)), None)
+
+
 def _roles(program: Program) -> dict[fx.Node, LayerRole]:
     """The role of each node that contracts with a parameter."""
     contractions = list(dict.fromkeys(node for node, _, _ in _contractions(program)))
@@ -133,18 +163,30 @@ def _roles(program: Program) -> dict[fx.Node, LayerRole]:
     before: dict[fx.Node, int] = {}  # layers that a node's value comes from, itself included
     followed = shortcuts = 0
     for node in program.graph.nodes:
-        sources = [before[source] for source in node.all_input_nodes]
         before[node] = bits.get(node, 0)
-        for mask in sources:
-            before[node] |= mask
+        for source in node.all_input_nodes:
+            before[node] |= before[source]
         if node in bits:
             followed |= before[node] & ~bits[node]
-        if node.target in (aten.add.Tensor, aten.add_.Tensor) and len(sources) == 2:
-            for mine, other in (sources, sources[::-1]):
-                alone = mine & ~other
-                if alone.bit_count() == 1 and (other & ~mine).bit_count() > 1:
+        if node.target in (aten.add.Tensor, aten.add_.Tensor) and len(node.all_input_nodes) == 2:
+            for mine, other in (node.all_input_nodes, node.all_input_nodes[::-1]):
+                alone, beside = before[mine] & ~before[other], before[other] & ~before[mine]
+                if alone.bit_count() == 1 and beside.bit_count() > 1 and _ends_in(node, other, beside, before):
                     shortcuts |= alone
     return {node: _role(node, not bit & followed, bool(bit & shortcuts)) for node, bit in bits.items()}
+
+
+def _ends_in(sum_: fx.Node, branch: fx.Node, beside: int, before: dict[fx.Node, int]) -> bool:
+    """Whether all that the layers of a branch compute goes into a sum, as in a residual block (not in a pyramid)."""
+    inside, left = {branch}, [branch]
+    while left:
+        for source in left.pop().all_input_nodes:
+            if before[source] & beside and source not in inside:
+                inside.add(source)
+                left.append(source)
+    return all(
+        user in inside or user is sum_ or not (user.users or user.op == "output") for m in inside for user in m.users
+    )
 
 
 def _role(node: fx.Node, last: bool, aside: bool) -> LayerRole:
@@ -207,8 +249,9 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     """
     if grouping != "coupled":
         readings = tuple(layer.inputs if grouping == "feature" else layer.outputs for layer in chosen)
+        counted = _first_of([layer.name for layer in chosen])
         counts = tuple(column_count(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
-        return OuterGroups(tuple(chosen), Layout(readings, (True,) * len(chosen)), counts, sum(counts), {})
+        return OuterGroups(tuple(chosen), Layout(readings, counted), counts, sum(counts), {})
     read = {channel for layer in chosen for channel in leaves(layer.input_axis)}
     units: dict[str, slice] = {}
     start = 0
@@ -218,11 +261,16 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     listed: list[tuple[Layer, Tensor]] = []
     for layer in chosen:
         listed.extend((layer, index) for index in _indices(network, layer, units))
-    counted = tuple(i == 0 or listed[i - 1][0] is not layer for i, (layer, _) in enumerate(listed))
+    counted = _first_of([layer.name for layer, _ in listed])
     index = torch.cat([index for _, index in listed]) if listed else torch.zeros(0, dtype=torch.int64)
     layout = Layout(tuple(layer.inputs for layer, _ in listed), counted, index, start)
     counts = tuple(len(one[one >= 0].unique()) for _, one in listed)
     return OuterGroups(tuple(layer for layer, _ in listed), layout, counts, start, units)
+
+
+def _first_of(names: list[str]) -> tuple[bool, ...]:
+    """Where each name comes for the first time."""
+    return tuple(name not in names[:i] for i, name in enumerate(names))
 
 
 def _indices(network: Network, layer: Layer, units: Mapping[str, slice]) -> list[Tensor]:

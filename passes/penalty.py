@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -52,13 +53,13 @@ class HGSR:
         >>> (model(torch.ones(1, 4)).sum() + penalty()).backward()
         >>> print(penalty)
         hierarchical_sq_group_l12, coupled, strength 0.001, l1_ratio 0.5: 2 of 2 layers, 8 outer groups
-        layer  shape  role        outer groups
-        0      8x4    linear                 0
-        2      2x8    classifier             8
+        weight    shape  role        outer groups
+        0.weight  8x4    linear                 0
+        2.weight  2x8    classifier             8
 
     Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394: feature-wise and neuron-wise, strength 1e-3, l1_ratio 0.5, over
-    all convolutions but those of shortcuts. Hidden linear layers, "coupled" and schedules are ours. A weight that is
-    computed from several parameters is left out.
+    all convolutions but those of shortcuts (``roles=["convolution"]``). Hidden linear layers, "coupled" and schedules
+    are ours. A weight "computed" from several parameters (weight norm, low-rank updates) never takes part.
     """
 
     def __init__(
@@ -78,17 +79,18 @@ class HGSR:
             raise InputError(f"HGSR has no criterion '{criterion}': choose one of {', '.join(CRITERIA)}")
         if grouping not in get_args(Grouping):
             raise InputError(f"HGSR(grouping='{grouping}'): 'feature', 'neuron' or 'coupled'")
-        if not 0 <= l1_ratio <= 1:
-            raise InputError(f"HGSR(l1_ratio={l1_ratio}): the share of plain L1 must be in [0, 1]")
+        if not (_is_number(l1_ratio) and 0 <= l1_ratio <= 1):
+            raise InputError(f"HGSR(l1_ratio={l1_ratio!r}): the share of plain L1 must be a number in [0, 1]")
         if roles is None:
             roles = ROLES if grouping == "coupled" else ("convolution", "linear")
         if isinstance(roles, str) or not set(roles) <= set(ROLES):
             raise InputError(f"HGSR(roles={roles!r}): expected a list of {', '.join(map(repr, ROLES))}")
         model = _unwrapped(model)
-        network = trace(model, example_inputs)
+        with torch.inference_mode(False):
+            network = trace(model, example_inputs)
         include, exclude = as_patterns(include), as_patterns(exclude)
         check_patterns(network, (*include, *exclude))
-        self.criterion, self.grouping, self.strength, self.l1_ratio = criterion, grouping, strength, l1_ratio
+        self.criterion, self.grouping, self._strength, self._l1_ratio = criterion, grouping, strength, l1_ratio
         self._all = layers(network)
         chosen = [
             layer
@@ -101,12 +103,12 @@ class HGSR:
             rows = columns(_rows(self._all, {}))
             raise InputError(f"HGSR: no layer of {network.model_name} takes part. Its layers:\n{rows}")
         self._groups = outer_groups(network, chosen, grouping)
-        self._layout = self._groups.layout
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._owners = [(modules[layer.module], layer.parameter) for layer in self._groups.layers]
-        self._around = tuple(
-            dict.fromkeys(one for layer in self._groups.layers for one in _path(modules, layer.module))
-        )
+        if grouping == "coupled" and not self._groups.total:
+            raise InputError(
+                f"HGSR: no layer that takes part reads a group of {network.model_name} that can be pruned. "
+                f"Its groups:\n{network}"
+            )
+        self._layout, self._model = self._groups.layout, model
         self._factors = torch.zeros(2, dtype=torch.float64)
         self.steps = 0
         self.load_state_dict({"steps": 0})
@@ -118,17 +120,25 @@ class HGSR:
         return tuple(dict.fromkeys(layer.name for layer in self._groups.layers))
 
     @property
-    def now(self) -> float:
-        """The strength at this step."""
-        now = self.strength(self.steps) if callable(self.strength) else self.strength
-        if not 0 <= now < float("inf"):
-            raise InputError(f"HGSR: a strength of {now} at step {self.steps}: expected a number of at least 0")
-        return float(now)
+    def strength(self) -> float | Callable[[int], float]:
+        """A number, or a function of the number of steps; it is asked when it is set and at each ``step``."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float | Callable[[int], float]) -> None:
+        self._strength = strength
+        self.load_state_dict(self.state_dict())
+
+    @property
+    def l1_ratio(self) -> float:
+        """The share of plain L1."""
+        return self._l1_ratio
 
     def __call__(self) -> Tensor:
         """The penalty: a scalar of float32 (float64 if a weight is), differentiable once."""
         weights = self._weights()
-        return (values(weights, self._layout, self.criterion) * self._factors).sum()
+        factors = self._factors.clone()  # a step of the schedule may come before backward
+        return (values(weights, self._layout, self.criterion) * factors).sum()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def add_gradient(self, scale: float = 1.0) -> Tensor:
@@ -164,8 +174,12 @@ class HGSR:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the schedule from there."""
         self.steps = state["steps"]
-        now = self.now  # written in place: what was compiled or captured in a graph reads it there
-        self._factors.copy_(torch.tensor([now * (1 - self.l1_ratio), now * self.l1_ratio], dtype=torch.float64))
+        now = self.strength(self.steps) if callable(self.strength) else self.strength
+        if not (_is_number(now) and 0 <= now < float("inf")):
+            raise InputError(f"HGSR: a strength of {now!r} at step {self.steps}: expected a number of at least 0")
+        self.now = float(now)
+        factors = [self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]
+        self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # there what was compiled or captured reads it
 
     def __str__(self) -> str:
         counts = dict.fromkeys(self.layers, 0)
@@ -179,7 +193,7 @@ class HGSR:
 
     def _weights(self) -> list[Tensor]:
         """The parameters as they are now; what is kept beside them goes to their device and type."""
-        weights = [getattr(module, name) for module, name in self._owners]
+        weights = [_at(self._model, layer.name) for layer in self._groups.layers]
         for layer, weight in zip(self._groups.layers, weights, strict=True):
             if weight.shape != layer.shape:
                 raise InputError(
@@ -193,23 +207,43 @@ class HGSR:
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         if device.type == "meta" or (self._factors.device == device and self._factors.dtype == dtype):
             return  # what goes to the meta device would not come back
-        self._layout = self._layout.to(device)
-        self._factors = torch.zeros(2, dtype=dtype, device=device)
-        self.load_state_dict(self.state_dict())
+        with torch.inference_mode(False):  # what is made here is used in training too
+            self._layout = self._layout.to(device)
+            self._factors = torch.zeros(2, dtype=dtype, device=device)
+            self.load_state_dict(self.state_dict())
 
     def _check_parameters(self, weights: Sequence[Tensor]) -> None:
         """What is added to the gradient of a tensor that the optimizer does not hold would be lost."""
-        sharding = any(hasattr(type(module), "set_reshard_after_backward") for module in self._around)
+        if torch.is_inference_mode_enabled():
+            raise InputError("HGSR.add_gradient: gradients made in inference mode are of no use: call it outside")
         for layer, weight in zip(self._groups.layers, weights, strict=True):
             if not weight.is_leaf:
                 raise InputError(
                     f"HGSR.add_gradient: {layer.name} is computed from other parameters: add the penalty to the loss"
                 )
-            if sharding and getattr(weight, "placements", None) is None:
+            if getattr(weight, "placements", None) is None and self._is_sharded(layer):
                 raise InputError(
                     f"HGSR.add_gradient: {layer.name} is not sharded now, but its module is: call it after backward, "
                     "when fully_shard has sharded the parameters again, or add the penalty to the loss"
                 )
+
+    def _is_sharded(self, layer: Layer) -> bool:
+        """Whether ``fully_shard`` was called on a module around a layer."""
+        parts = layer.module.split(".") if layer.module else []
+        around = (_at(self._model, ".".join(parts[:i])) for i in range(len(parts) + 1))
+        return any(hasattr(type(module), "set_reshard_after_backward") for module in around)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    """What stands at a path in a model now."""
+    found: Any = model
+    for part in path.split(".") if path else ():
+        found = getattr(found, part)
+    return found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -223,16 +257,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _path(modules: Mapping[str, nn.Module], name: str) -> Iterator[nn.Module]:
-    """The modules around a module, and itself."""
-    parts = name.split(".") if name else []
-    return (modules[".".join(parts[:i])] for i in range(len(parts) + 1))
-
-
 def _rows(all_layers: Sequence[Layer], counts: Mapping[str, int]) -> list[tuple[str, ...]]:
     """One row for each layer; those without a count do not take part."""
-    rows: list[tuple[str, ...]] = [("layer", "shape", "role", "outer groups")]
+    rows: list[tuple[str, ...]] = [("weight", "shape", "role", "outer groups")]
     for layer in all_layers:
         count = f"{counts[layer.name]:,}" if layer.name in counts else "-"
-        rows.append((layer.module, "x".join(map(str, layer.shape)), layer.role, count))
+        rows.append((layer.name, "x".join(map(str, layer.shape)), layer.role, count))
     return rows

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from netsurgery.kernels import CRITERIA, hgsr, hgsr_cpu
 from netsurgery.kernels.criteria import Name, Reading, reading
@@ -224,7 +226,9 @@ def test_errors() -> None:
         hgsr([weight], groups=3)
     with pytest.raises(ValueError, match="1 weights, but groups for 2 and transposed for 1"):
         hgsr([weight], groups=[1, 1])
-    with pytest.raises(ValueError, match=r"weight 0 is of torch.int64: expected a floating-point type"):
+    with pytest.raises(
+        ValueError, match=r"weight 0 is of torch.int64, torch.strided: expected a dense tensor of float16"
+    ):
         hgsr([weight.long()])
     with pytest.raises(ValueError, match=r"have \[3\] input channels, but grouping has shapes \[\(2,\)\]"):
         hgsr([weight], "l1", [torch.zeros(2, dtype=torch.int64)])
@@ -235,3 +239,45 @@ def test_errors() -> None:
             hgsr([weight], "l1", [wrong])
     with pytest.raises(ValueError, match=r"weights on several devices \(cpu, meta\)"):
         hgsr([weight, weight.to("meta")])
+
+
+def test_nan_is_not_lost() -> None:
+    for criterion in CRITERIA:
+        weight = torch.ones(3, 4, 2)
+        weight[0, 1, 0] = float("nan")
+        weight.requires_grad_()
+        value = hgsr([weight], criterion)
+        assert bool(value.isnan())
+        (grad,) = torch.autograd.grad(value, weight)
+        assert criterion == "l1" or bool(grad[0, 1, 0].isnan())  # torch's sign of NaN is 0
+        assert bool(reference([weight], criterion, [reading(weight.shape, "feature")]).isnan())
+
+
+def test_weights_that_need_no_gradient_cost_none() -> None:
+    weight, frozen = torch.ones(2, 3, requires_grad=True), torch.ones(500, 500)
+    value = hgsr([frozen, weight], "group_lasso")
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        value.backward()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(sizes, default=0) < frozen.nbytes / 10
+    assert weight.grad is not None and frozen.grad is None
+
+
+def test_derivatives_that_there_are_none_of_are_refused() -> None:
+    weight = torch.ones(2, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(hgsr([weight], "group_lasso"), weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")  # torch's own, as it loads what this takes
+        dual = forward_ad.make_dual(weight.detach(), torch.ones(2, 3))
+        with pytest.raises(ValueError, match="no forward-mode derivative: use backward"):
+            hgsr([dual])
+
+
+def test_gradients_that_cannot_be_added_to() -> None:
+    weight = torch.ones(2, 3)
+    layout = Layout((reading(weight.shape, "feature"),), (True,))
+    for out in (torch.zeros(1, 1).expand(2, 3), torch.zeros(2, 3).to_sparse()):
+        with pytest.raises(ValueError, match="gradient 0 is sparse, or expanded: make it dense"):
+            add_gradient([weight], layout, "l1", torch.ones(2), [out])

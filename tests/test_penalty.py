@@ -157,14 +157,14 @@ def test_printed() -> None:
         str(HGSR(net, x, grouping="coupled", exclude="turned"))
         == """\
 hierarchical_sq_group_l12, coupled, strength 0.001, l1_ratio 0.5: 6 of 7 layers, 11 outer groups
-layer      shape    role         outer groups
-stem       4x3x3x3  convolution             0
-one        4x4x3x3  convolution             4
-other      4x4x1x1  convolution             4
-grouped    4x4x3x3  convolution             4
-depthwise  4x1x3x3  convolution             2
-turned     4x5x2x2  convolution             -
-head       2x45     classifier              5"""
+weight            shape    role         outer groups
+stem.weight       4x3x3x3  convolution             0
+one.weight        4x4x3x3  convolution             4
+other.weight      4x4x1x1  convolution             4
+grouped.weight    4x4x3x3  convolution             4
+depthwise.weight  4x1x3x3  convolution             2
+turned.weight     4x5x2x2  convolution             -
+head.weight       2x45     classifier              5"""
     )
 
 
@@ -210,12 +210,12 @@ def test_errors() -> None:
     for arguments, message in {
         "criterion='l2'": "HGSR has no criterion 'l2': choose one of l1, group_lasso",
         "grouping='unit'": r"HGSR\(grouping='unit'\): 'feature', 'neuron' or 'coupled'",
-        "l1_ratio=1.5": r"HGSR\(l1_ratio=1.5\): the share of plain L1 must be in \[0, 1\]",
+        "l1_ratio=1.5": r"HGSR\(l1_ratio=1.5\): the share of plain L1 must be a number in \[0, 1\]",
         "strength=-1.0": "a strength of -1.0 at step 0: expected a number of at least 0",
         "roles=['norm']": r"HGSR\(roles=\['norm'\]\): expected a list of 'convolution', 'linear', 'short",
         "roles='linear'": "HGSR\\(roles='linear'\\): expected a list of",
         "include='conv*'": r"pattern 'conv\*' matches no module with parameters in Everything",
-        "roles=['shortcut']": "no layer of Everything takes part. Its layers:\nlayer",
+        "roles=['shortcut']": "no layer of Everything takes part. Its layers:\nweight",
     }.items():
         with pytest.raises(InputError, match=message):
             eval(f"HGSR(net, x, {arguments})", {"HGSR": HGSR, "net": net, "x": x})
@@ -249,3 +249,122 @@ def test_scores_by_neuron() -> None:
     net = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 1))
     scores = HGSRScore("group_lasso", "neuron").run(netsurgery.trace(net, torch.zeros(1, 1, 4, 4))).scores
     torch.testing.assert_close(scores["0"], net[0].weight.detach().flatten(1).norm(dim=1))
+
+
+class Views(nn.Module):
+    """Weights used otherwise than they are kept: by einsum, merged, with more axes, and turned round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Linear(4, 6)
+        self.heads = nn.Parameter(torch.randn(2, 6, 3))  # (heads, in, head_dim)
+        self.kernel = nn.Parameter(torch.randn(5, 6))
+        self.code = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inward(x).relu()  # (b, 3, 6)
+        heads = torch.einsum("btd,hdk->bhtk", x, self.heads).flatten(1)[:, :1]
+        x = torch.nn.functional.conv2d(x.transpose(1, 2)[..., None], self.kernel[..., None, None]).mean((2, 3))
+        code = self.code(x.relu()).relu()
+        return heads + torch.nn.functional.linear(code, self.code.weight.t()).sum(1, keepdim=True)
+
+
+def test_weights_used_otherwise_than_they_are_kept() -> None:
+    torch.manual_seed(0)
+    net, x = Views(), torch.zeros(2, 3, 4)
+    network = netsurgery.trace(net, x)
+    penalty = HGSR(net, x, criterion="group_lasso", grouping="coupled", strength=1.0, l1_ratio=0.0)
+    assert set(penalty.layers) == {"heads", "kernel", "inward.weight", "code.weight"}
+    units = [
+        own_terms([net.heads[:, i].reshape(-1, 1), net.kernel[:, i].reshape(-1, 1)], "group_lasso") for i in range(6)
+    ]
+    scores = HGSRScore("group_lasso", "coupled").run(network).scores
+    torch.testing.assert_close(scores["inward"], torch.stack(units).detach())
+    weight = net.code.weight.detach()  # it reads the units of `kernel` along axis 1, and its own along axis 0
+    torch.testing.assert_close(scores["code"], weight.norm(dim=1))
+    torch.testing.assert_close(scores["kernel"], weight.norm(dim=0))
+    counted = HGSR(net, x, grouping="coupled", strength=1.0, l1_ratio=1.0)
+    torch.testing.assert_close(counted(), sum(net.get_parameter(name).abs().sum() for name in counted.layers))
+
+
+def test_computed_weights_are_listed_and_scored_but_not_penalised() -> None:
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 2)
+    )
+    penalty = HGSR(net, torch.zeros(1, 3), roles=["linear", "classifier"])
+    assert penalty.layers == ("0.weight", "4.weight")
+    assert "2.parametrizations.weight.original1  5x4    computed               -" in str(penalty)
+    scores = HGSRScore("group_lasso").run(netsurgery.trace(net, torch.zeros(1, 3))).scores
+    torch.testing.assert_close(scores["0"], net[2].parametrizations.weight.original1.detach().norm(dim=0))
+
+
+class Pyramid(nn.Module):
+    """Two levels of features, joined as in a feature pyramid: its lateral layers are no shortcuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high, self.top = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.lateral, self.inner = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.out, self.other = nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.low(x).relu()
+        high = self.inner(self.top(self.high(low).relu()).relu())
+        joined = self.lateral(low) + torch.nn.functional.interpolate(high, scale_factor=4.0)
+        return self.out(joined), self.other(high)
+
+
+def test_lateral_layers_are_no_shortcuts() -> None:
+    found = layers(netsurgery.trace(Pyramid(), torch.zeros(1, 3, 32, 32)))
+    assert [layer.role for layer in found if layer.module == "lateral"] == ["convolution"]
+
+
+def test_what_changes_afterwards() -> None:
+    net, x = everything()
+    penalty = HGSR(net, x, strength=1.0, l1_ratio=0.0)
+    whole = penalty()
+    penalty.strength = 0.25
+    torch.testing.assert_close(penalty(), 0.25 * whole)
+    assert "strength 0.25" in str(penalty)
+    with pytest.raises(AttributeError):
+        penalty.l1_ratio = 0.5  # type: ignore[misc]
+    net.one = nn.Conv2d(4, 4, 3, padding=1).double()
+    with torch.no_grad():
+        net.one.weight.zero_()
+    assert penalty() < 0.25 * whole
+    penalty.add_gradient()
+    assert net.one.weight.grad is not None
+    net.one = nn.Conv2d(8, 8, 3).double()
+    with pytest.raises(InputError, match=r"one.weight had shape \(4, 4, 3, 3\) and has \(8, 8, 3, 3\) now: build the"):
+        penalty()
+
+
+def test_a_step_of_the_schedule_before_backward() -> None:
+    net, x = everything()
+    penalty = HGSR(net, x, strength=lambda step: 1.0 + step)
+    value = penalty()
+    penalty.step()
+    value.backward()
+    found = net.one.weight.grad
+    assert found is not None
+    torch.testing.assert_close(torch.autograd.grad(penalty(), net.one.weight)[0], 2 * found)
+
+
+def test_inference_mode_spoils_nothing() -> None:
+    net, x = everything()
+    with torch.inference_mode():
+        penalty = HGSR(net, x, strength=1.0)
+        net.float()
+        value = penalty()
+        with pytest.raises(InputError, match="gradients made in inference mode are of no use: call it outside"):
+            penalty.add_gradient()
+    net = net.double().float()
+    assert penalty.strength == 1.0
+    penalty.step()
+    torch.testing.assert_close(penalty().detach(), value.clone())
+
+
+def test_coupled_needs_a_group_to_prune() -> None:
+    net = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(InputError, match="no layer that takes part reads a group of Sequential that can be pruned"):
+        HGSR(net, torch.zeros(1, 3), grouping="coupled")
