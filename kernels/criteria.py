@@ -9,9 +9,10 @@ from __future__ import annotations
 from math import prod
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Criterion", "Name", "Reading", "canonical", "reading"]
+__all__ = ["CRITERIA", "Criterion", "Name", "Reading", "accumulator", "arranged", "canonical", "reading"]
 
 Name = Literal[
     "l1", "group_lasso", "hierarchical_sqrt_group_lasso", "hierarchical_sq_group_lasso", "exclusive_sparsity",
@@ -72,13 +73,24 @@ def reading(shape: tuple[int, ...], grouping: str, groups: int = 1, transposed: 
     return Reading(groups, (int((grouping == "feature") != transposed),), tuple(range(2, len(shape))))
 
 
+def arranged(weight: Tensor, how: Reading) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """A view of the weight with its axes in the order blocks, rows, columns, window; and the sizes of these four."""
+    split: Tensor = weight.unflatten(0, (how.blocks, -1))  # (blocks, axis 0 / blocks, other axes)
+    outer, window = [axis + 1 for axis in how.outer], [axis + 1 for axis in how.window]
+    rows = [axis for axis in range(1, split.dim()) if axis not in (*outer, *window)]
+    sizes = [prod(split.shape[axis] for axis in axes) for axes in (rows, outer, window)]
+    return split.permute(0, *rows, *outer, *window), (how.blocks, sizes[0], sizes[1], sizes[2])
+
+
 def canonical(weight: Tensor, how: Reading) -> Tensor:
     """The weight as ``(blocks, rows, columns, window)``: a view wherever its strides allow one.
 
     The outer groups are the blocks times the columns; rows are summed over.
     """
-    split: Tensor = weight.unflatten(0, (how.blocks, -1))  # (blocks, axis 0 / blocks, other axes)
-    outer, window = [axis + 1 for axis in how.outer], [axis + 1 for axis in how.window]
-    rows = [axis for axis in range(1, split.dim()) if axis not in (*outer, *window)]
-    sizes = [prod(split.shape[axis] for axis in axes) for axes in (rows, outer, window)]
-    return split.permute(0, *rows, *outer, *window).reshape(how.blocks, *sizes)
+    view, sizes = arranged(weight, how)
+    return view.reshape(sizes)
+
+
+def accumulator(weight: Tensor) -> torch.dtype:
+    """The type to add in: float32, or float64 for weights of float64."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -300,8 +300,12 @@ def _note_roles(
     """What each name does in each parameter; a name that only one operand has is worked across."""
     uses = [{name for name, _ in origin} for origin in origins]
     fed = {name for mine, node in zip(uses, nodes, strict=True) if "params" not in node.meta for name in mine}
+    weights = op.node.meta[
+        "weights"
+    ] = []  # what it contracts with: the node, and (source, axis, role) of its dimensions
     for mine, origin, node in zip(uses, origins, nodes, strict=True):
         contracts = not mine <= written
+        roles = []
         for name, source in origin:
             if name not in written and sum(name in other for other in uses) == 1:
                 role = "window"
@@ -310,5 +314,9 @@ def _note_roles(
                 role = "consumes"
             else:
                 role = "produces" if contracts and name not in fed else "carries"
-            if "params" in node.meta:
-                op.analysis.note_role(node, source, names.axes.get(name, source), role)
+            roles.append((source, names.axes.get(name, source), role))
+        if "params" in node.meta:
+            for source, axis, role in roles:
+                op.analysis.note_role(node, source, axis, role)
+            if any(role == "consumes" for *_, role in roles):
+                weights.append((node, roles))

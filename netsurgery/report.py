@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from netsurgery.costs import Cost
     from netsurgery.network import Group, Network
 
-__all__ = ["cost_table", "network_table", "prunable_share"]
+__all__ = ["columns", "cost_table", "network_table", "prunable_share"]
 
 
-def _columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows as lines of text, with the columns `right` aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -69,7 +70,7 @@ def network_table(network: Network) -> str:
         f"{len(network.groups)} groups, {len(network.groups) - len(network.prunable)} locked, "
         f"{100 * prunable_share(network):.1f}% of the parameters prunable"
     )
-    return head + "\n" + _columns(rows, right=(1,))
+    return head + "\n" + columns(rows, right=(1,))
 
 
 def _list(modules: Sequence[str], most: int = 3) -> str:
@@ -83,4 +84,4 @@ def cost_table(cost: Cost) -> str:
         ("module", "parameters", "MACs"),
         *((p or "(top)", f"{n:,}", f"{m:,}") for p, (n, m) in cost.modules.items()),
     ]
-    return _columns([*rows, ("total", f"{cost.params:,}", f"{cost.macs:,}")], right=(1, 2))
+    return columns([*rows, ("total", f"{cost.params:,}", f"{cost.macs:,}")], right=(1, 2))

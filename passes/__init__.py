@@ -1,8 +1,9 @@
-"""Passes to compose: scores, and removals that need them."""
+"""Passes to compose: scores, and removals that need them; and the training penalty that prepares for them."""
 
 if __name__ != "netsurgery.passes":
     raise ImportError("import this package as netsurgery.passes")
 
+from netsurgery.passes.penalty import HGSR as HGSR
 from netsurgery.passes.removal import PruneChannels as PruneChannels
 from netsurgery.passes.scores import HGSRScore as HGSRScore
 from netsurgery.passes.scores import MagnitudeScore as MagnitudeScore

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,6 +13,7 @@ from torch import Tensor
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
+from netsurgery.passes.patterns import as_patterns, check_patterns, matches
 from netsurgery.pipeline import Pass
 
 __all__ = ["PruneChannels"]
@@ -102,8 +102,7 @@ class PruneChannels(Pass):
         if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= self.max_ratio <= 1:
             raise InputError("PruneChannels: multiple_of and min_channels are at least 1, max_ratio is in [0, 1]")
         for name in ("include", "exclude"):
-            patterns = getattr(self, name)
-            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+            object.__setattr__(self, name, as_patterns(getattr(self, name)))
 
     def run(self, network: Network) -> Edit:
         """Choose the units that stay."""
@@ -162,18 +161,10 @@ class PruneChannels(Pass):
         return bundles
 
     def _selected(self, network: Network) -> dict[str, Group]:
-        modules = {module for name in network.tensors for module in _prefixes(name.rpartition(".")[0])}
-
-        def matches(pattern: str, module: str) -> bool:
-            return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in _prefixes(module))
-
-        for pattern in (*self.include, *self.exclude):
-            if not any(fnmatch.fnmatchcase(module, pattern) for module in modules):
-                raise InputError(f"pattern '{pattern}' matches no module with parameters in {network.model_name}")
+        check_patterns(network, (*self.include, *self.exclude))
 
         def hit(group: Group, patterns: Sequence[str]) -> bool:
-            owners = [member.module for member in group.members if member.role != "consumes"]
-            return any(matches(pattern, owner) for pattern in patterns for owner in owners)
+            return any(matches(patterns, member.module) for member in group.members if member.role != "consumes")
 
         return {
             group.name: group
@@ -233,11 +224,6 @@ class PruneChannels(Pass):
 
 def _is_count(value: object) -> bool:
     return isinstance(value, Integral)
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _first(ranked: Sequence[object], enough: Callable[[int], bool]) -> int:

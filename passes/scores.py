@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from netsurgery.axes import Axis, leaves, product
+from netsurgery.axes import Axis
 from netsurgery.errors import InputError
-from netsurgery.kernels.hgsr import CRITERIA, Name
+from netsurgery.kernels.criteria import CRITERIA, Name
+from netsurgery.kernels.sparsity import outer_terms
 from netsurgery.network import Group, Network
+from netsurgery.passes.layers import Grouping, layers, outer_groups, units_of
 from netsurgery.pipeline import Pass
 
 __all__ = ["HGSRScore", "MagnitudeScore", "RandomScore"]
@@ -25,38 +26,12 @@ def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
     Args:
         values: shape ``(axis.size,)``.
     """
-    if not axis.op:
-        return {axis: values}
     found: dict[Axis, Tensor] = {}
-    if axis.op == "concat":
-        blocks = list(values.split([term.size for term in axis.terms]))
-    else:
-        grid = values.reshape([term.size for term in axis.terms])
-        blocks = [grid.sum([d for d in range(grid.dim()) if d != dim]) for dim in range(grid.dim())]
-    for term, block in zip(axis.terms, blocks, strict=True):
-        for channel, units in per_unit(term, block).items():
-            found[channel] = found[channel] + units if channel in found else units
+    for channel, units in units_of(axis):
+        units = units.to(values.device)
+        sums = found.setdefault(channel, values.new_zeros(channel.size))
+        sums.index_add_(0, units[units >= 0], values[units >= 0])
     return found
-
-
-class _Sums:
-    """Scores by group name, added up from values along axes."""
-
-    def __init__(self, network: Network):
-        self.network = network
-        self.found: dict[str, Tensor] = {}
-
-    def add(self, axis: Axis, values: Tensor) -> None:
-        for channel, units in per_unit(axis, values).items():
-            group = self.network.by_channel.get(channel)
-            if group is not None and group.frozen is None:
-                self.found[group.name] = self.found[group.name] + units if group.name in self.found else units
-
-
-def _blocks(axes: tuple[Axis, ...], carried: Callable[[Axis], bool]) -> Axis:
-    """The groups of a grouped convolution: the leading factors of its outputs that its inputs have too."""
-    factors = axes[0].terms if axes and axes[0].op == "product" else axes[:1]
-    return product(itertools.takewhile(lambda factor: all(map(carried, leaves(factor))), factors))
 
 
 def _collect(
@@ -93,14 +68,17 @@ def _accumulated(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HGSRScore(Pass):
-    """Each unit's own terms of the hierarchical group sparse criterion: of the channels that layers read from it.
+    """Each unit's own terms of the hierarchical group sparse criterion.
 
     Args:
         criterion: one of the ten of the paper.
+        grouping: "feature", the terms of the input channels that layers read from a unit; "neuron", of the output
+            channels that produce it; "coupled", one term over all layers that read it, as in ``HGSR``.
 
-    Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394, feature-wise: an outer group is what one input channel feeds;
-    layers are summed. A unit that is several channels (groups, flattened features), or that several layers read, has
-    the sum of their terms; that is our choice, as the source is silent.
+    Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394, feature-wise and neuron-wise: an outer group is one channel of one
+    layer; layers are summed. A unit that is several channels (groups, flattened features), or that several layers
+    read, has the sum of their terms; that is our choice, as the source is silent. "coupled" is ours. A unit that no
+    layer reads (or produces) is scored by the absolute values that carry it.
 
     Example:
         >>> import torch, netsurgery
@@ -112,44 +90,32 @@ class HGSRScore(Pass):
     """
 
     criterion: Name = "hierarchical_sq_group_l12"
+    grouping: Grouping = "feature"
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise InputError(f"HGSRScore has no criterion '{self.criterion}': choose one of {', '.join(CRITERIA)}")
+        if self.grouping not in get_args(Grouping):
+            raise InputError(f"HGSRScore(grouping='{self.grouping}'): 'feature', 'neuron' or 'coupled'")
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
-        scores = _Sums(network)
-        roles = {(m.parameter, m.axis, g.channel): m.role for g in network.groups for m in g.members}
-        for name, axes in network.axes.items():
-            read = [
-                axis
-                for axis in range(len(axes))
-                if any(roles.get((name, axis, c)) == "consumes" for c in leaves(axes[axis]))
-            ]
-            blocks = _blocks(axes, lambda leaf: roles.get((name, 0, leaf)) == "carries")  # noqa: B023
-            if read or (len(axes) > 2 and blocks.size > 1):
-                self._add_terms(scores, network.tensors[name], axes, read[0] if read else 1, blocks)
-        missing = [group for group in network.prunable if group.name not in scores.found]  # nothing reads them
+        found = outer_groups(network, layers(network), self.grouping)
+        weights = [network.tensors[layer.name] for layer in found.layers]
+        terms = outer_terms(weights, found.layout, self.criterion) if weights else torch.zeros(0)
+        scores = {name: terms[where] for name, where in found.units.items()}
+        if self.grouping != "coupled":
+            axes = [layer.input_axis if self.grouping == "feature" else layer.output_axis for layer in found.layers]
+            for axis, term in zip(axes, terms.split([axis.size for axis in axes]), strict=True):
+                for channel, units in per_unit(axis, term).items():
+                    group = network.by_channel.get(channel)
+                    if group is not None and group.frozen is None:
+                        scores[group.name] = scores[group.name] + units if group.name in scores else units
+        missing = [group for group in network.prunable if group.name not in scores]
         rest = _collect(network, missing, ("produces", "carries"), lambda w, axis: _outer_sums(w.abs(), axis))
-        return network.with_scores({**scores.found, **rest})
-
-    def _add_terms(self, scores: _Sums, weight: Tensor, axes: tuple[Axis, ...], axis: int, blocks: Axis) -> None:
-        """Add the term of each channel that a weight reads along ``axis`` to the units it belongs to."""
-        norm, inner, outer, _ = CRITERIA[self.criterion]
-        weight = _accumulated(weight)
-        windows = tuple(range(2, weight.dim()))
-        kernels = torch.linalg.vector_norm(weight, norm, dim=windows) if windows else weight.abs()
-        if axis == 0:
-            scores.add(axes[0], outer(inner(kernels).sum(1)))
-        else:  # of a grouped convolution, each group of outputs reads channels of its own
-            terms = outer(
-                inner(kernels).reshape(blocks.size, -1, kernels.shape[1]).sum(1)
-            )  # (groups, inputs of a group)
-            scores.add(axes[1], terms.sum(0))
-            scores.add(blocks, terms.sum(1))
+        return network.with_scores({**scores, **rest})
 
 
 @dataclass(frozen=True)

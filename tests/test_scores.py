@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.kernels import CRITERIA
-from netsurgery.kernels.hgsr import Name
+from netsurgery.kernels.criteria import Name
 from netsurgery.passes import HGSRScore, MagnitudeScore, RandomScore
 
 # METHODS: the criteria on [[1, 4], [9, 16]] (rows: outputs), feature-wise

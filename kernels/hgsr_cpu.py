@@ -1,0 +1,191 @@
+"""The hierarchical group sparse criteria in torch operations, piece by piece.
+
+A weight is read twice, once for the value and once for the gradient, in pieces that stay in the processor's cache
+together with all that is computed from them; nothing of the weights' size is written but the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical
+from netsurgery.kernels.hgsr_reference import power
+
+__all__ = ["finished", "gradient", "sums", "value"]
+
+PIECE = 1 << 17  # elements
+Piece = tuple[slice, ...]
+
+
+class _Room:
+    """Memory for one piece, used again and again: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.dtype, Tensor] = {}
+
+    def like(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.held or self.held[dtype].numel() < part.numel():
+            self.held[dtype] = torch.empty(max(PIECE, part.numel()), dtype=dtype, device=part.device)
+        return self.held[dtype][: part.numel()].view(part.shape)
+
+
+class _Walk:
+    """A weight's four axes in the order of memory, and what is computed from its pieces."""
+
+    def __init__(self, weight: Tensor, how: Reading, rule: Criterion, room: _Room):
+        read = canonical(weight, how)
+        strides = read.stride()
+        self.order = sorted(range(4), key=lambda axis: (-strides[axis], axis))
+        self.weight = read.permute(self.order)
+        self.rows, self.window = self.order.index(1), self.order.index(3)
+        self.elements = read.shape[3]
+        self.by_column = (read.shape[0], 1, read.shape[2], 1)
+        self.norm = 1 if self.elements == 1 else rule.norm  # of one element both norms are its absolute value
+        self.power = rule.inner / self.norm
+        self.dtype = accumulator(weight)
+        self.ones = torch.ones(self.elements, dtype=self.dtype, device=weight.device)
+        self.room = room
+
+    def pieces(self) -> Iterator[Piece]:
+        """Slices in the order of memory, of at most PIECE elements where that leaves kernels whole."""
+        shape = self.weight.shape
+        room = PIECE // max(1, shape[self.window])
+        cuts: list[list[slice]] = []
+        for axis in reversed(range(4)):
+            step = max(1, shape[axis] if axis == self.window else min(shape[axis], room))
+            cuts.insert(0, [slice(start, start + step) for start in range(0, shape[axis], step)])
+            room //= 1 if axis == self.window else step
+        return product(*cuts)
+
+    def columns(self, values: Tensor, piece: Piece) -> Tensor:
+        """Of values by column those that a piece belongs to."""
+        laid = values.view(self.by_column).permute(self.order)
+        return laid[tuple(slice(None) if i in (self.rows, self.window) else s for i, s in enumerate(piece))]
+
+    def powers(self, part: Tensor) -> Tensor:
+        """The sums of |w|^norm over each kernel of a piece."""
+        powers = self.room.like(part, self.dtype)
+        if part.dtype != self.dtype:
+            part = powers.copy_(part)
+        if self.norm == 1:
+            torch.abs(part, out=powers)
+        else:
+            torch.mul(part, part, out=powers)
+        if self.elements == 1:
+            return powers
+        if self.window == 3:  # a product with ones is several times faster than torch's sum over a few neighbours
+            kernels = torch.empty(part.shape[:3], dtype=self.dtype, device=part.device)
+            torch.mv(powers.view(-1, self.elements), self.ones, out=kernels.view(-1))  # `out`: autocast leaves it alone
+            return kernels[..., None]
+        return powers.sum(self.window, keepdim=True)
+
+
+def value(
+    weights: Sequence[Tensor],
+    readings: Sequence[Reading],
+    index: Tensor | None,
+    groups: int,
+    rule: Criterion,
+    counted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The criterion and the sum of absolute values, shape (2,); and the criterion's derivative by each group's sum."""
+    found, absolute = sums(weights, readings, index, groups, rule, counted)
+    return finished(found, absolute, rule)
+
+
+def finished(found: Tensor, absolute: Tensor, rule: Criterion) -> tuple[Tensor, Tensor]:
+    """What ``value`` returns, from what ``sums`` returns."""
+    slopes = rule.outer * power(found, rule.outer - 1)
+    return torch.stack([power(found, rule.outer).sum(), absolute]), slopes
+
+
+def sums(
+    weights: Sequence[Tensor],
+    readings: Sequence[Reading],
+    index: Tensor | None,
+    groups: int,
+    rule: Criterion,
+    counted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """Sums of norm^inner over the kernels of each outer group, and the sum of absolute values of what is counted."""
+    found: list[Tensor] = []
+    absolute = weights[0].new_zeros((), dtype=torch.float64)
+    room = _Room()
+    for weight, how, count in zip(weights, readings, counted, strict=True):
+        walk = _Walk(weight, how, rule, room)
+        found.append(weight.new_zeros(prod(walk.by_column), dtype=walk.dtype))
+        for piece in walk.pieces():
+            part = walk.weight[piece]
+            kernels = walk.powers(part)
+            if count:
+                absolute += (kernels if walk.norm == 1 else part.abs()).sum(dtype=walk.dtype)
+            if walk.power != 1:
+                kernels = kernels.sqrt_() if walk.power == 0.5 else kernels.square_()
+            walk.columns(found[-1], piece).add_(kernels.sum(walk.rows, keepdim=True))
+    by_column = torch.cat(found)
+    if index is not None:  # what belongs to no group is added up behind the last one, and left there
+        by_column = by_column.new_zeros(groups + 1).index_add_(0, index.where(index >= 0, groups), by_column)[:groups]
+    return by_column, absolute.to(by_column.dtype)
+
+
+def gradient(
+    weights: Sequence[Tensor],
+    readings: Sequence[Reading],
+    index: Tensor | None,
+    slopes: Tensor,
+    rule: Criterion,
+    counted: Sequence[bool],
+    scale: Tensor,
+    outs: Sequence[Tensor | None],
+    accumulate: bool,
+) -> None:
+    """Write the gradient of scale[0] * criterion + scale[1] * (sum of absolute values of what is counted).
+
+    Args:
+        slopes: the criterion's derivative by each group's sum.
+        outs: a tensor for each weight, of its shape, or None where it is not wanted.
+        accumulate: add to what stands there.
+    """
+    room, second = _Room(), _Room()
+    group, sign = scale.tolist()
+    by_column = group * (slopes if index is None else torch.cat([slopes, slopes.new_zeros(1)])[index])
+    start = 0
+    for weight, how, count, out in zip(weights, readings, counted, outs, strict=True):
+        walk = _Walk(weight, how, rule, room)
+        slope = by_column[start : (start := start + prod(walk.by_column))].to(walk.dtype) * (walk.power * walk.norm)
+        if out is None:
+            continue
+        target = canonical(out, how)
+        ordered = target.permute(walk.order)
+        for piece in walk.pieces():
+            part, goal = walk.weight[piece], ordered[piece]
+            direct = goal.dtype == part.dtype == walk.dtype and not accumulate
+            step = goal if direct else second.like(part, walk.dtype)
+            factor = _factor(walk, part, walk.columns(slope, piece))
+            if walk.norm == 1:
+                torch.sign(part, out=step) if part.dtype == step.dtype else step.copy_(part).sign_()
+                step.mul_(factor + sign if sign and count else factor)
+            else:
+                torch.mul(part, factor, out=step)
+                if sign and count:
+                    step.add_(part.sign(), alpha=sign)
+            if not direct:
+                goal.add_(step) if accumulate else goal.copy_(step)
+        if target.data_ptr() != out.data_ptr():
+            view, _ = arranged(out, how)
+            view.copy_(target.reshape(view.shape))
+
+
+def _factor(walk: _Walk, part: Tensor, slope: Tensor) -> Tensor:
+    """slope * q^(power - 1), by kernel; for q = 0 any finite number, since every element is 0 then."""
+    if walk.power == 1:
+        return slope
+    kernels = walk.powers(part)
+    if walk.power == 0.5:
+        kernels.clamp_min_(torch.finfo(walk.dtype).tiny).rsqrt_()
+    return kernels.mul_(slope)

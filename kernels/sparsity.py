@@ -1,0 +1,270 @@
+"""Hierarchical group sparse regularisation of a list of weights: the value, and its exact gradient.
+
+    R(W) = sum over outer groups of (sum over the group's kernels of (norm of the kernel)^inner)^outer
+
+``hgsr`` is the function to call; ``values``, ``add_gradient`` and ``outer_terms`` take a ``Layout`` and are what it is
+made of. ``hgsr_cpu`` does the work or, on a GPU, ``hgsr_triton`` in one launch over all weights; ``hgsr_reference`` is
+the meaning.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from netsurgery.kernels import hgsr_cpu
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, reading
+from netsurgery.kernels.hgsr_reference import power
+
+__all__ = ["Layout", "add_gradient", "backend", "columns", "hgsr", "outer_terms", "values"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a list of weights falls into outer groups.
+
+    Attributes:
+        readings: how each weight is read. A weight may be listed twice, read in two ways.
+        counted: whether each is counted in the sum of absolute values.
+        index: int64, shape (columns of all weights,): each column's outer group, -1 for none; None: each its own.
+        groups: the number of outer groups, where there is an index.
+    """
+
+    readings: tuple[Reading, ...]
+    counted: tuple[bool, ...]
+    index: Tensor | None = None
+    groups: int = 0
+
+    def to(self, device: torch.device) -> Layout:
+        """The layout for weights on a device."""
+        same = self.index is None or self.index.device == device
+        return self if same else replace(self, index=self.index.to(device))  # type: ignore[union-attr]
+
+    @property
+    def key(self) -> str:
+        """The readings in a form that an operator of torch takes."""
+        return repr([(*how, count) for how, count in zip(self.readings, self.counted, strict=True)])
+
+
+@lru_cache(maxsize=256)
+def _parsed(key: str) -> tuple[tuple[Reading, ...], tuple[bool, ...]]:
+    found = ast.literal_eval(key)
+    return tuple(Reading(*how) for *how, _ in found), tuple(count for *_, count in found)
+
+
+def hgsr(
+    weights: Sequence[Tensor],
+    criterion: Name = "hierarchical_sq_group_l12",
+    grouping: Literal["feature", "neuron"] | Sequence[Tensor] = "feature",
+    *,
+    groups: int | Sequence[int] = 1,
+    transposed: bool | Sequence[bool] = False,
+) -> Tensor:
+    """The value of a criterion over a list of weights, differentiable once; the gradient is exact and never NaN.
+
+    Args:
+        weights: of linear layers ``(out, in)``, of convolutions ``(out, in / groups, *kernel)`` and of transposed ones
+            ``(in, out / groups, *kernel)``; float16, bfloat16, float32 or float64, of any strides, on one device.
+        criterion: one of the ten of ``CRITERIA``.
+        grouping: "feature", an outer group for each input channel; "neuron", one for each output channel; or for each
+            weight an int64 tensor ``(in,)`` with the outer group of each input channel, -1 for none.
+        groups: of grouped convolutions, one number for all or one for each weight.
+        transposed: which weights are of transposed convolutions, likewise.
+
+    Returns:
+        A scalar: float32 (float64 if a weight is), which sums are taken in. Where a kernel, or a group, is zero, the
+        gradient is 0.
+
+    Raises:
+        ValueError: no such criterion or grouping, weights of wrong shape or type, or on several devices.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> weight = torch.tensor([[1.0, 4.0], [9.0, 16.0]], requires_grad=True)
+        >>> netsurgery.kernels.hgsr([weight])
+        tensor(52., grad_fn=<SelectBackward0>)
+
+    Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394: layers are summed, without normalisation by size.
+    """
+    weights = list(weights)
+    many = len(weights)
+    blocks = [groups] * many if isinstance(groups, int) else list(groups)
+    turned = [transposed] * many if isinstance(transposed, bool) else list(transposed)
+    if len(blocks) != many or len(turned) != many:
+        raise ValueError(f"hgsr: {many} weights, but groups for {len(blocks)} and transposed for {len(turned)}")
+    if isinstance(grouping, str) and grouping not in ("feature", "neuron"):
+        raise ValueError(f"hgsr(grouping='{grouping}'): 'feature', 'neuron', or a tensor for each weight")
+    for i, (weight, n) in enumerate(zip(weights, blocks, strict=True)):
+        if weight.dim() < 2 or n < 1 or weight.shape[0] % n:
+            raise ValueError(
+                f"hgsr: weight {i} of shape {tuple(weight.shape)} in {n} groups: expected (out, in / groups, *kernel)"
+            )
+    kind = grouping if isinstance(grouping, str) else "feature"
+    readings = tuple(reading(w.shape, kind, n, t) for w, n, t in zip(weights, blocks, turned, strict=True))
+    layout = Layout(readings, (False,) * many)
+    if not isinstance(grouping, str):
+        layout = replace(layout, **_indexed(weights, readings, grouping))
+    return values(weights, layout, criterion)[0]
+
+
+def _indexed(weights: list[Tensor], readings: Sequence[Reading], grouping: Sequence[Tensor]) -> dict[str, Any]:
+    sizes = [columns(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
+    given = [tuple(one.shape) for one in grouping]
+    if given != [(size,) for size in sizes]:
+        raise ValueError(f"hgsr: the weights have {sizes} input channels, but grouping has shapes {given}")
+    index = torch.cat([one.long() for one in grouping]) if grouping else torch.zeros(0, dtype=torch.int64)
+    return {"index": index, "groups": int(index.max()) + 1 if len(index) else 0}
+
+
+def columns(shape: Sequence[int], how: Reading) -> int:
+    """The number of columns of a weight: its blocks times the positions of its outer axes."""
+    return prod(shape[axis] for axis in how.outer) * (1 if 0 in how.outer else how.blocks)
+
+
+def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
+    """The criterion, and the sum of absolute values of what is counted in it: shape (2,), differentiable once."""
+    _checked(weights, criterion)
+    if not weights:
+        return torch.zeros(2)
+    if _sharded(weights):
+        from netsurgery.kernels import sharded
+
+        return sharded.values(weights, layout, criterion)
+    layout = layout.to(weights[0].device)
+    found: Tensor = _values(list(weights), layout.index, layout.groups, layout.key, criterion)[0]
+    return found
+
+
+def outer_terms(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
+    """The term of each outer group in the criterion: shape (groups,); no gradient."""
+    _checked(weights, criterion)
+    layout = layout.to(weights[0].device)
+    weights = [weight.detach() for weight in weights]
+    rule = CRITERIA[criterion]
+    found: Tensor = backend(weights).sums(weights, layout.readings, layout.index, layout.groups, rule, layout.counted)[
+        0
+    ]
+    return power(found, rule.outer)
+
+
+@torch.no_grad()
+def add_gradient(
+    weights: Sequence[Tensor], layout: Layout, criterion: Name, scale: Tensor, outs: Sequence[Tensor | None]
+) -> Tensor:
+    """Add the gradient to tensors in place, without autograd.
+
+    Args:
+        scale: shape (2,), on the weights' device: the factors of the criterion and of the sum of absolute values.
+        outs: a tensor for each weight, of its shape, or None where it is not wanted.
+
+    Returns:
+        What ``values`` returns.
+    """
+    _checked(weights, criterion)
+    if not weights:
+        return torch.zeros(2)
+    if _sharded(weights):
+        from netsurgery.kernels import sharded
+
+        return sharded.add_gradient(weights, layout, criterion, scale, outs)
+    layout, rule, work = layout.to(weights[0].device), CRITERIA[criterion], backend(weights)
+    weights = [weight.detach() for weight in weights]
+    how = layout.readings, layout.index
+    found: tuple[Tensor, Tensor] = work.value(weights, *how, layout.groups, rule, layout.counted)
+    work.gradient(weights, *how, found[1], rule, layout.counted, scale, outs, True)
+    return found[0]
+
+
+def _checked(weights: Sequence[Tensor], criterion: str) -> None:
+    if criterion not in CRITERIA:
+        raise ValueError(f"there is no criterion '{criterion}': choose one of {', '.join(CRITERIA)}")
+    for i, weight in enumerate(weights):
+        if not weight.is_floating_point():
+            raise ValueError(f"hgsr: weight {i} is of {weight.dtype}: expected a floating-point type")
+    if len(devices := {weight.device for weight in weights}) > 1:
+        raise ValueError(f"hgsr: weights on several devices ({', '.join(sorted(map(str, devices)))}): call it for each")
+
+
+def _sharded(weights: Sequence[Tensor]) -> bool:
+    return any(getattr(weight, "placements", None) is not None for weight in weights)
+
+
+def backend(weights: Sequence[Tensor]) -> Any:
+    """The module that does the work on the weights' device."""
+    if weights[0].is_cuda and find_spec("triton"):
+        return import_module("netsurgery.kernels.hgsr_triton")
+    return hgsr_cpu
+
+
+# Two operators, so that torch.compile takes each as one step --------------------------------------------------------
+
+
+@torch.library.custom_op("netsurgery::hgsr", mutates_args=())
+def _values(
+    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: str, criterion: str
+) -> tuple[Tensor, Tensor]:
+    """(R, sum of absolute values), shape (2,); and the derivative of R by the sum of each outer group."""
+    readings, counted = _parsed(layout)
+    rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
+    found: tuple[Tensor, Tensor] = backend(weights).value(weights, readings, index, groups, rule, counted)
+    return found
+
+
+@torch.library.custom_op("netsurgery::hgsr_gradient", mutates_args=())
+def _gradient(
+    weights: Sequence[Tensor],
+    index: Tensor | None,
+    slopes: Tensor,
+    scale: Tensor,
+    layout: str,
+    criterion: str,
+) -> list[Tensor]:
+    readings, counted = _parsed(layout)
+    rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
+    outs = [torch.empty_like(weight) for weight in weights]
+    backend(weights).gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
+    return outs
+
+
+@_values.register_fake
+def _(
+    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: str, criterion: str
+) -> tuple[Tensor, Tensor]:
+    if index is None:
+        groups = sum(columns(weight.shape, how) for weight, how in zip(weights, _parsed(layout)[0], strict=True))
+    dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
+    return weights[0].new_empty(2, dtype=dtype), weights[0].new_empty(groups, dtype=dtype)
+
+
+@_gradient.register_fake
+def _(
+    weights: Sequence[Tensor], index: Tensor | None, slopes: Tensor, scale: Tensor, layout: str, criterion: str
+) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weights, index, _, ctx.layout, ctx.criterion = inputs
+    ctx.save_for_backward(index, output[1], *weights)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    index, slopes, *weights = ctx.saved_tensors
+    if scale is None:
+        return None, None, None, None, None
+    grads = _gradient([weight.detach() for weight in weights], index, slopes, scale, ctx.layout, ctx.criterion)
+    return grads, None, None, None, None
+
+
+_values.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,195 @@
+"""Hierarchical group sparse regularisation in a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from netsurgery.errors import InputError
+from netsurgery.kernels.criteria import CRITERIA, Name
+from netsurgery.kernels.sparsity import add_gradient, values
+from netsurgery.passes.layers import ROLES, Grouping, Layer, LayerRole, layers, outer_groups
+from netsurgery.passes.patterns import as_patterns, check_patterns, matches
+from netsurgery.pipeline import trace
+from netsurgery.report import columns
+
+__all__ = ["HGSR"]
+
+
+class HGSR:
+    """The training penalty ``strength * ((1 - l1_ratio) * R(W) + l1_ratio * sum |w|)`` over the layers of a model.
+
+    Call it for a differentiable scalar to add to the loss; or call ``add_gradient`` after ``backward``, which is faster
+    and needs no graph. ``print(penalty)`` lists the layers, which of them take part and in how many outer groups.
+
+    Args:
+        model: any module; it is traced once, and its parameters are looked up by name at each call. Build the penalty
+            before ``fully_shard``; a model in DistributedDataParallel or torch.compile may be given as it is.
+        example_inputs: as for ``netsurgery.trace``.
+        criterion: one of the ten of the paper.
+        grouping: "feature", an outer group for each input channel of each layer; "neuron", for each output channel;
+            "coupled", for each unit of each group that can be pruned, over all layers that read it.
+        strength: a number, or a function of the number of ``step`` calls so far that returns one.
+        l1_ratio: the share of plain L1, in [0, 1].
+        roles: which layers take part: "convolution", "linear", "shortcut" (a convolution beside a residual branch) and
+            "classifier" (a layer that no other follows). None: all if grouping is "coupled", else the first two.
+        include: name patterns of modules (``layer3.*``); only layers in these take part.
+        exclude: likewise; layers in these do not.
+
+    Raises:
+        InputError: an argument out of range, a pattern that matches nothing, or no layer that takes part.
+        TraceError: as for ``netsurgery.trace``.
+
+    Example:
+        >>> import torch
+        >>> from netsurgery.passes import HGSR
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> penalty = HGSR(model, grouping="coupled", strength=1e-3)
+        >>> (model(torch.ones(1, 4)).sum() + penalty()).backward()
+        >>> print(penalty)
+        hierarchical_sq_group_l12, coupled, strength 0.001, l1_ratio 0.5: 2 of 2 layers, 8 outer groups
+        layer  shape  role        outer groups
+        0      8x4    linear                 0
+        2      2x8    classifier             8
+
+    Source: Mitsuno, Miyao, Kurita, arXiv 2004.04394: feature-wise and neuron-wise, strength 1e-3, l1_ratio 0.5, over
+    all convolutions but those of shortcuts. Hidden linear layers, "coupled" and schedules are ours. A weight that is
+    computed from several parameters is left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        criterion: Name = "hierarchical_sq_group_l12",
+        grouping: Grouping = "feature",
+        strength: float | Callable[[int], float] = 1e-3,
+        l1_ratio: float = 0.5,
+        roles: Sequence[LayerRole] | None = None,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+    ):
+        if criterion not in CRITERIA:
+            raise InputError(f"HGSR has no criterion '{criterion}': choose one of {', '.join(CRITERIA)}")
+        if grouping not in get_args(Grouping):
+            raise InputError(f"HGSR(grouping='{grouping}'): 'feature', 'neuron' or 'coupled'")
+        if not 0 <= l1_ratio <= 1:
+            raise InputError(f"HGSR(l1_ratio={l1_ratio}): the share of plain L1 must be in [0, 1]")
+        if roles is None:
+            roles = ROLES if grouping == "coupled" else ("convolution", "linear")
+        if isinstance(roles, str) or not set(roles) <= set(ROLES):
+            raise InputError(f"HGSR(roles={roles!r}): expected a list of {', '.join(map(repr, ROLES))}")
+        model = _unwrapped(model)
+        network = trace(model, example_inputs)
+        include, exclude = as_patterns(include), as_patterns(exclude)
+        check_patterns(network, (*include, *exclude))
+        self.criterion, self.grouping, self.strength, self.l1_ratio = criterion, grouping, strength, l1_ratio
+        self._all = layers(network)
+        chosen = [
+            layer
+            for layer in self._all
+            if layer.role in roles
+            and (not include or matches(include, layer.module))
+            and not matches(exclude, layer.module)
+        ]
+        if not chosen:
+            rows = columns(_rows(self._all, {}))
+            raise InputError(f"HGSR: no layer of {network.model_name} takes part. Its layers:\n{rows}")
+        self._groups = outer_groups(network, chosen, grouping)
+        self._layout = self._groups.layout
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._owners = [(modules[layer.module], layer.parameter) for layer in self._groups.layers]
+        self._factors = torch.zeros(2, dtype=torch.float64)
+        self.steps = 0
+        self.load_state_dict({"steps": 0})
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The state_dict names of the weights that take part."""
+        return tuple(dict.fromkeys(layer.name for layer in self._groups.layers))
+
+    @property
+    def now(self) -> float:
+        """The strength at this step."""
+        now = self.strength(self.steps) if callable(self.strength) else self.strength
+        if not 0 <= now < float("inf"):
+            raise InputError(f"HGSR: a strength of {now} at step {self.steps}: expected a number of at least 0")
+        return float(now)
+
+    def __call__(self) -> Tensor:
+        """The penalty: a scalar of float32 (float64 if a weight is), differentiable once."""
+        weights = self._weights()
+        return (values(weights, self._layout, self.criterion) * self._factors).sum()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def add_gradient(self, scale: float = 1.0) -> Tensor:
+        """Add the penalty's gradient to that of the parameters in place, and return the penalty.
+
+        Parameters that require no gradient get none.
+
+        Args:
+            scale: a factor of the gradient: a GradScaler's ``get_scale()`` where the gradients there are scaled still.
+        """
+        weights = self._weights()
+        for weight in weights:
+            if weight.requires_grad and weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        outs = [weight.grad if weight.requires_grad else None for weight in weights]
+        found = add_gradient(weights, self._layout, self.criterion, self._factors * scale, outs)
+        return (found * self._factors).sum()
+
+    def step(self) -> None:
+        """Go on to the next step of the strength's schedule."""
+        self.load_state_dict({"steps": self.steps + 1})
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the schedule is."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the schedule from there."""
+        self.steps = state["steps"]
+        now = self.now  # written in place: what was compiled or captured in a graph reads it there
+        self._factors.copy_(torch.tensor([now * (1 - self.l1_ratio), now * self.l1_ratio], dtype=torch.float64))
+
+    def __str__(self) -> str:
+        counts = dict.fromkeys(self.layers, 0)
+        for layer, count in zip(self._groups.layers, self._groups.counts, strict=True):
+            counts[layer.name] += count
+        return (
+            f"{self.criterion}, {self.grouping}, strength {self.now:g}, l1_ratio {self.l1_ratio:g}: "
+            f"{len(counts)} of {len(self._all)} layers, {self._groups.total:,} outer groups\n"
+            + columns(_rows(self._all, counts), right=(3,))
+        )
+
+    def _weights(self) -> list[Tensor]:
+        """The parameters as they are now; what is kept beside them goes to their device."""
+        weights = [getattr(module, name) for module, name in self._owners]
+        self._layout = self._layout.to(weights[0].device)
+        exact = any(weight.dtype == torch.float64 for weight in weights)
+        self._factors = self._factors.to(weights[0].device, torch.float64 if exact else torch.float32)
+        return weights
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside torch.compile's or DistributedDataParallel's."""
+    while isinstance(model, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    if any(getattr(parameter, "placements", None) is not None for parameter in model.parameters()):
+        raise InputError(
+            "HGSR: the parameters are sharded already: build the penalty before fully_shard; it follows them"
+        )
+    return model
+
+
+def _rows(all_layers: Sequence[Layer], counts: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """One row for each layer; those without a count do not take part."""
+    rows: list[tuple[str, ...]] = [("layer", "shape", "role", "outer groups")]
+    for layer in all_layers:
+        count = f"{counts[layer.name]:,}" if layer.name in counts else "-"
+        rows.append((layer.module, "x".join(map(str, layer.shape)), layer.role, count))
+    return rows
