@@ -1,4 +1,4 @@
-"""Which penalties empty whole channels by themselves? Digits, every criterion: `python benchmarks/sparsity.py --out DIR`.
+"""Which penalties empty whole channels by themselves, on the digits: `python benchmarks/sparsity.py --out DIR`.
 
 A small convolutional network is trained by SGD on cross-entropy + strength * penalty; nothing sets a weight to zero.
 Then each channel that a convolution reads has a norm: the L2 norm of all the weights that read it. A channel is empty
@@ -20,30 +20,41 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
-from typing import Any, ClassVar
+from statistics import mean, pstdev
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
 from models import machine, parameters
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.demo import accuracy, digits, progress_bar
-from netsurgery.kernels.criteria import CRITERIA, reading
-from netsurgery.kernels.hgsr_reference import reference
-from netsurgery.passes import HGSRScore
+from netsurgery.kernels.criteria import CRITERIA, Name
+from netsurgery.models import DigitsResNet
+from netsurgery.passes import HGSR, HGSRScore
+from netsurgery.passes.layers import Grouping
 
 EMPTY = 1e-3  # a norm or a weight under this counts as zero
 SMALL = 1e-2  # a norm under this share of the layer's largest counts as small
 ALLOWED = 0.5  # points of mean accuracy that a penalty may cost
 BATCH, LR, MOMENTUM, DECAY = 64, 0.1, 0.9, 5e-4
-PUSHES = (0.1, 1.0, 10.0)
+SHOWN = 3  # points of accuracy in the picture
+COLOURS = (  # no penalty, the plain ones, then by the power of an outer group's sum: roots green and blue, squares warm
+    "#777777", "#000000", "#8c564b", "#2ca02c", "#d62728", "#ff7f0e", "#17becf", "#e377c2", "#1f77b4", "#00574b",
+    "#9467bd", "#c5a3e0",
+)  # fmt: skip
+IMAGE = torch.zeros(1, 1, 8, 8)
+NORM = HGSRScore("group_lasso", "coupled")  # of a channel: the L2 norm of all weights that read it
 NONE = "no penalty"
-MIXED = "hierarchical_sq_group_l12 + l1"  # half of each: what the source trains with
-PENALTIES: dict[str, tuple[str, float]] = {**{name: (name, 0.0) for name in CRITERIA}, MIXED: (MIXED.split()[0], 0.5)}
+MIXED = "hierarchical_sq_group_l12, l1"  # half of each: what the source trains with
+PENALTIES: dict[str, tuple[Name, float]] = {  # criterion and share of plain L1
+    **{name: (name, 0.0) for name in CRITERIA},
+    MIXED: ("hierarchical_sq_group_l12", 0.5),
+}
 
 
 class PlainNet(nn.Sequential):
@@ -57,6 +68,12 @@ class PlainNet(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": PlainNet,
+    "residual": functools.partial(DigitsResNet, widths=(12, 24, 48)),
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """One network to train."""
@@ -65,6 +82,8 @@ class Job:
     push: float
     seed: int
     epochs: int
+    network: str = "plain"
+    grouping: Grouping = "feature"
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,11 @@ class Run:
     removed_parameters: int
     removed_accuracy: float
 
+    @property
+    def left(self) -> float:
+        """Percentage of the parameters that the removal leaves."""
+        return 100 * self.removed_parameters / self.parameters
+
 
 @dataclass(frozen=True)
 class RemoveEmpty(netsurgery.Pass):
@@ -97,7 +121,7 @@ class RemoveEmpty(netsurgery.Pass):
         """Choose the units that stay."""
         keep = {}
         for name, norms in norms_of(network).items():
-            stays = ~(norms < self.threshold).index_fill(0, norms.argmax(), False)  # NaN stays
+            stays = (norms >= self.threshold).index_fill(0, norms.argmax(), True)
             keep[name] = tuple(stays.nonzero().flatten().tolist())
         return netsurgery.Edit(network, keep)
 
@@ -112,35 +136,31 @@ def norms_of(network: netsurgery.Network) -> dict[str, Tensor]:
     return {name: score for name, score in network.scores.items() if name in read}
 
 
-def penalty_of(model: nn.Module, name: str, strength: float) -> Callable[[], Tensor]:
-    """The penalty on all convolutions, feature-wise: an outer group is what reads one channel."""
+def penalty_of(model: nn.Module, name: str, grouping: Grouping, strength: float) -> HGSR:
+    """The penalty, on the layers that take part by default."""
     criterion, l1_ratio = PENALTIES[name]
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    readings = [reading(tuple(w.shape), "feature") for w in weights]
-
-    def value() -> Tensor:
-        found = (1 - l1_ratio) * reference(weights, criterion, readings)
-        return strength * (found + l1_ratio * reference(weights, "l1", readings) if l1_ratio else found)
-
-    return value
+    return HGSR(model, IMAGE, criterion=criterion, grouping=grouping, strength=strength, l1_ratio=l1_ratio)
 
 
-def untrained(seed: int) -> nn.Module:
+def untrained(network: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
-        return PlainNet().to(memory_format=torch.channels_last)  # faster on a CPU
+        return NETWORKS[network]().to(memory_format=torch.channels_last)  # faster on a CPU
 
 
 @functools.cache
-def strength_of(penalty: str, push: float) -> float:
+def strength_of(network: str, grouping: Grouping, penalty: str, push: float) -> float:
     """The strength of a push: the same for all seeds."""
-    return push * math.log(10) / penalty_of(untrained(0), penalty, 1.0)().item()
+    if penalty == NONE:
+        return 0.0
+    return push * math.log(10) / penalty_of(untrained(network, 0), penalty, grouping, 1.0)().detach().item()
 
 
 def train(job: Job) -> nn.Module:
     """Minimise cross-entropy + strength * penalty by SGD with momentum, the rate falling to 0 along half a cosine."""
-    model = untrained(job.seed)
-    penalty = penalty_of(model, job.penalty, strength_of(job.penalty, job.push)) if job.push else None
+    model = untrained(job.network, job.seed)
+    strength = strength_of(job.network, job.grouping, job.penalty, job.push)
+    penalty = penalty_of(model, job.penalty, job.grouping, strength) if strength else None
     x, y = digits(job.seed).train
     order = torch.Generator().manual_seed(job.seed)
     batches = -(-len(x) // BATCH)
@@ -149,8 +169,9 @@ def train(job: Job) -> nn.Module:
     for _ in range(job.epochs):
         for picked in torch.randperm(len(x), generator=order).chunk(batches):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x[picked]), y[picked])
-            (loss + penalty() if penalty else loss).backward()
+            F.cross_entropy(model(x[picked]), y[picked]).backward()
+            if penalty:
+                penalty.add_gradient()
             optimizer.step()
             schedule.step()
     return model.eval()
@@ -159,30 +180,30 @@ def train(job: Job) -> nn.Module:
 def measure(job: Job) -> Run:
     """Train, look at the weights, remove the empty channels."""
     model = train(job)
+    small, norms = model, []
+    if all(bool(p.isfinite().all()) for p in model.parameters()):  # a network that diverged has no empty channels
+        edit = netsurgery.plan(model, [NORM, RemoveEmpty(EMPTY)], IMAGE)
+        small = netsurgery.rewrite(model, edit)
+        norms = list(norms_of(edit.network).values())
     test = digits(job.seed).test
-    norm = HGSRScore("group_lasso")  # of a channel: the L2 norm of the weights of each layer that reads it, summed
-    edit = netsurgery.plan(model, [norm, RemoveEmpty(EMPTY)], (test[0][:1],))
-    small = netsurgery.rewrite(model, edit)
-    norms = norms_of(norm.run(edit.network)).values()
-    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() == 4])
     return Run(
         penalty=job.penalty,
         push=job.push,
-        strength=strength_of(job.penalty, job.push) if job.push else 0.0,
+        strength=strength_of(job.network, job.grouping, job.penalty, job.push),
         seed=job.seed,
         accuracy=accuracy(model, test),
-        empty=share(torch.cat([n < EMPTY for n in norms])),
-        small=share(torch.cat([n < SMALL * n.max() for n in norms])),
-        weights=share(weights.abs() < EMPTY),
+        empty=share([n < EMPTY for n in norms]),
+        small=share([n < SMALL * n.max() for n in norms]),
+        weights=share([p.detach().flatten().abs() < EMPTY for p in model.parameters() if p.dim() == 4]),
         parameters=parameters(model),
         removed_parameters=parameters(small),
         removed_accuracy=accuracy(small, test),
     )
 
 
-def share(chosen: Tensor) -> float:
-    """Percentage of a mask that is true."""
-    return 100 * float(chosen.double().mean())
+def share(chosen: list[Tensor]) -> float:
+    """Percentage of masks that is true; 0 of none."""
+    return 100 * float(torch.cat(chosen).double().mean()) if chosen else 0.0
 
 
 def average(runs: Iterable[Run], what: str) -> float:
@@ -216,24 +237,42 @@ def workers(jobs: int) -> Iterator[Callable[[Callable[[Job], Run], Iterable[Job]
         yield pool.map
 
 
-def search(
-    seeds: int, pushes: tuple[float, ...], rounds: int, epochs: int, jobs: int, console: Console
-) -> dict[str, Tried]:
-    """Train everything: without penalty, at the fixed pushes, then at one more push for each penalty in every round."""
-    found: dict[str, Tried] = {NONE: {}, **{name: {} for name in PENALTIES}}
-    with workers(jobs) as run_all, progress_bar(console) as progress:
-        bar = progress.add_task("training", total=seeds * (1 + len(PENALTIES) * (len(pushes) + rounds)))
+@dataclass(frozen=True)
+class Study:
+    """What is trained: `pushes` for every penalty, then one more in each of `rounds`; `jobs` networks at a time."""
 
-        def try_all(wanted: list[tuple[str, float]]) -> None:
-            for run in run_all(measure, [Job(name, push, seed, epochs) for name, push in wanted for seed in range(seeds)]):
-                found[run.penalty].setdefault(run.push, []).append(run)
-                progress.advance(bar)
+    network: str = "plain"
+    grouping: Grouping = "feature"
+    seeds: int = 3
+    pushes: tuple[float, ...] = (0.3, 3.0)
+    rounds: int = 3
+    epochs: int = 24
+    jobs: int = 2
 
-        try_all([(NONE, 0.0), *((name, push) for name in PENALTIES for push in pushes)])
-        least = average(found[NONE][0.0], "accuracy") - ALLOWED
-        for _ in range(rounds):
-            try_all([(name, next_push(found[name], least)) for name in PENALTIES])
-    return found
+    def search(self, console: Console) -> dict[str, Tried]:
+        """Train everything."""
+        found: dict[str, Tried] = {NONE: {}, **{name: {} for name in PENALTIES}}
+        with workers(self.jobs) as run_all, progress_bar(console) as progress:
+            total = self.seeds * (1 + len(PENALTIES) * (len(self.pushes) + self.rounds))
+            bar = progress.add_task("training", total=total)
+
+            def try_all(wanted: list[tuple[str, float]]) -> None:
+                for run in run_all(measure, [job for name, push in wanted for job in self.of(name, push)]):
+                    found[run.penalty].setdefault(run.push, []).append(run)
+                    progress.advance(bar)
+
+            try_all([(NONE, 0.0), *((name, push) for name in PENALTIES for push in self.pushes)])
+            least = average(found[NONE][0.0], "accuracy") - ALLOWED
+            for _ in range(self.rounds):
+                try_all([(name, next_push(found[name], least)) for name in PENALTIES])
+        return found
+
+    def of(self, penalty: str, push: float) -> list[Job]:
+        """The networks of one push: one for each seed."""
+        return [Job(penalty, push, seed, self.epochs, self.network, self.grouping) for seed in range(self.seeds)]
+
+
+QUICK = Study(seeds=1, pushes=(3.0,), rounds=1, epochs=1, jobs=1)
 
 
 def matched(found: dict[str, Tried]) -> dict[str, list[Run]]:
@@ -264,17 +303,32 @@ def cells(name: str, runs: list[Run]) -> list[str]:
         spread([run.empty for run in runs]),
         spread([run.small for run in runs]),
         spread([run.weights for run in runs]),
-        spread([100 * run.removed_parameters / run.parameters for run in runs]),
+        spread([run.left for run in runs]),
         spread([run.removed_accuracy for run in runs], 2),
     ]
 
 
-def terminal(rows: list[list[str]]) -> Table:
-    view = Table(title="Channels that penalties empty by themselves, at matched accuracy")
-    for index, name in enumerate(HEADER):
-        view.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        view.add_row(*row)
+def terminal(best: dict[str, list[Run]]) -> Table:
+    """The table in 80 columns: means over the seeds, and the standard deviation of what it is about."""
+    view = Table(title="Channels that penalties empty by themselves, in percent", box=SIMPLE_HEAD, pad_edge=False)
+    view.add_column("penalty", no_wrap=True)
+    for name in ("test acc.", "empty channels", "small", "weights < 1e-3", "param. left", "acc. then"):
+        view.add_column(name, justify="right")
+    for name, runs in best.items():
+        if not runs:
+            view.add_row(name, "none allowed")
+            continue
+        means = {what: average(runs, what) for what in ("accuracy", "small", "weights", "left", "removed_accuracy")}
+        spread = pstdev(run.empty for run in runs)
+        view.add_row(
+            name,
+            f"{means['accuracy']:.2f}",
+            f"{average(runs, 'empty'):.1f} ± {spread:.1f}",
+            f"{means['small']:.1f}",
+            f"{means['weights']:.1f}",
+            f"{means['left']:.1f}",
+            f"{means['removed_accuracy']:.2f}",
+        )
     return view
 
 
@@ -283,78 +337,93 @@ def markdown(rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def run(
-    out: Path,
-    console: Console,
-    *,
-    seeds: int = 3,
-    pushes: tuple[float, ...] = PUSHES,
-    rounds: int = 3,
-    epochs: int = 24,
-    jobs: int = 1,
-) -> dict[str, Any]:
+def run(study: Study, out: Path, console: Console) -> dict[str, Any]:
     """Train, print the table, and write `sparsity.json`, `sparsity.md` and `sparsity.png` to the folder `out`."""
     start = time.perf_counter()
-    found = search(seeds, pushes, rounds, epochs, jobs, console)
+    before = machine()
+    found = study.search(console)
     best = matched(found)
     rows = [cells(name, runs) for name, runs in best.items()]
-    settings = {"seeds": seeds, "pushes": pushes, "rounds": rounds, "epochs": epochs, "batch": BATCH, "lr": LR}
-    settings |= {"momentum": MOMENTUM, "weight_decay": DECAY, "empty": EMPTY, "small": SMALL, "allowed": ALLOWED}
     result: dict[str, Any] = {
-        "machine": machine(),
-        "settings": {**settings, "jobs": jobs},
+        "machine": before,
+        "study": {**asdict(study), "pushes": list(study.pushes)},
+        "training": {"batch": BATCH, "lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY},
+        "thresholds": {"empty": EMPTY, "small": SMALL, "allowed": ALLOWED},
         "seconds": time.perf_counter() - start,
         "matched": {name: runs[0].push if runs else None for name, runs in best.items()},
-        "runs": [asdict(r) for tried in found.values() for push in sorted(tried) for r in tried[push]],
+        "runs": [asdict(one) for tried in found.values() for push in sorted(tried) for one in tried[push]],
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "sparsity.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "sparsity.md").write_text(markdown(rows))
     plot(found, best, out / "sparsity.png")
-    console.print(terminal(rows))
+    console.print(terminal(best))
     console.print(f"Wrote sparsity.json, sparsity.md and sparsity.png to {out}.", markup=False, soft_wrap=True)
     return result
 
 
 def plot(found: dict[str, Tried], best: dict[str, list[Run]], path: Path) -> None:
     """Empty channels against accuracy, a line for each penalty; beside it the matched points as bars (PNG)."""
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's state alone
-    curves, bars = figure.subplots(1, 2)
-    least = average(found[NONE][0.0], "accuracy") - ALLOWED
-    colours = dict(zip(found, ["#555555", *map(colormaps["tab20"], range(len(found)))], strict=False))
+    curves, bars = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    colours = dict(zip(found, COLOURS, strict=True))
+    plot_curves(curves, found, colours)
+    plot_bars(bars, best, colours)
+    for axes in (curves, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def plot_curves(axes: Any, found: dict[str, Tried], colours: dict[str, str]) -> None:
+    whole = average(found[NONE][0.0], "accuracy")
+    left = whole - SHOWN
     for name, tried in found.items():
         points = [tried[push] for push in sorted(tried)]
         x, y = [average(runs, "accuracy") for runs in points], [average(runs, "empty") for runs in points]
-        curves.plot(x, y, "o-", color=colours[name], label=name, markersize=4)
-    curves.axvline(least, color="#999999", linestyle="--", linewidth=1)
-    names = list(best)[::-1]
-    for place, name in enumerate(names):
-        values = [r.empty for r in best[name]] or [0.0]
-        bars.barh(place, mean(values), color=colours[name])
-        bars.plot(values, [place] * len(values), "k.", markersize=4)
-    bars.set_yticks(range(len(names)), names, fontsize=9)
-    figure.savefig(path)
+        marker = "s" if name == NONE else "o"
+        axes.plot(x, y, marker=marker, color=colours[name], markersize=5, linewidth=1.3, clip_on=True)
+    axes.axvline(whole - ALLOWED, color="#999999", linestyle="--", linewidth=1)
+    axes.text(whole - ALLOWED, 101, f"{ALLOWED} points below no penalty", ha="center", fontsize=8, color="#666666")
+    axes.set(xlim=(left, 100), ylim=(-2, 100), xlabel="test accuracy, % (mean over the seeds)")
+    axes.set_ylabel(f"channels with a norm under {EMPTY:g}, %")
+    axes.set_title("Stronger and stronger penalties: colours as on the right", pad=18)
+
+
+def plot_bars(axes: Any, best: dict[str, list[Run]], colours: dict[str, str]) -> None:
+    for place, (name, runs) in enumerate(best.items()):
+        values = [run.empty for run in runs]
+        if not values:
+            axes.text(1, place, "no strength is allowed", va="center", fontsize=9)
+            continue
+        axes.barh(place, mean(values), color=colours[name])
+        axes.plot(values, [place] * len(values), "k.", markersize=5)
+        axes.text(max(values) + 2, place, f"{mean(values):.0f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(best)), list(best), fontsize=9)
+    for label in axes.get_yticklabels():
+        label.set(color=colours[label.get_text()], fontweight="bold")
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 105), xlabel=f"channels with a norm under {EMPTY:g}, % (dots: seeds)")
+    axes.set_title(f"At the strongest that costs at most {ALLOWED} points", pad=18)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for sparsity.json, sparsity.md, sparsity.png")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3, help="steps of the bisection")
-    parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument("--jobs", type=int, default=2, help="networks trained at a time, on one core each")
-    parser.add_argument("--quick", action="store_true", help="one seed, two strengths, few epochs: only to try it out")
-    options = parser.parse_args()
+    parser.add_argument("--network", choices=tuple(NETWORKS), default=Study.network)
+    parser.add_argument("--grouping", choices=get_args(Grouping), default=Study.grouping)
+    parser.add_argument("--seeds", type=int, default=Study.seeds)
+    parser.add_argument("--rounds", type=int, default=Study.rounds, help="steps of the search for the strongest")
+    parser.add_argument("--epochs", type=int, default=Study.epochs)
+    parser.add_argument("--jobs", type=int, default=Study.jobs, help="networks trained at a time, on one core each")
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch: only to try it out")
+    options = vars(parser.parse_args())
     torch.set_num_threads(1)
-    if options.quick:
-        run(options.out, Console(), **QUICK)
-    else:
-        run(options.out, Console(), seeds=options.seeds, rounds=options.rounds, epochs=options.epochs, jobs=options.jobs)
+    out, quick = options.pop("out"), options.pop("quick")
+    run(QUICK if quick else Study(**options), out, Console())
 
 
 if __name__ == "__main__":
