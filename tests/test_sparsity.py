@@ -66,7 +66,7 @@ def test_the_figures_are_in_range_and_written(ran: tuple[dict[str, Any], Path, s
         assert (run["removed_parameters"] < run["parameters"]) == (run["empty"] > 0)
         assert run["strength"] > 0 or run["penalty"] == NONE
     alone = next(run for run in result["runs"] if run["penalty"] == NONE)
-    assert alone["accuracy"] > 80  # chance is 10
+    assert alone["accuracy"] > 50  # after one epoch; chance is 10
     assert alone["empty"] == 0
 
 
@@ -74,8 +74,8 @@ def test_the_matched_push_costs_at_most_half_a_point(ran: tuple[dict[str, Any], 
     runs = ran[0]["runs"]
     least = next(run["accuracy"] for run in runs if run["penalty"] == NONE) - 0.5
     for name, push in ran[0]["matched"].items():
-        allowed = [run["push"] for run in runs if run["penalty"] == name and run["accuracy"] >= least]
-        assert push == max(allowed, default=None)
+        weaker = [run["accuracy"] for run in runs if run["penalty"] == name and run["push"] <= (push or 0)]
+        assert not weaker or sum(weaker) / len(weaker) >= least
 
 
 def test_the_picture_opens_and_is_not_blank(ran: tuple[dict[str, Any], Path, str]) -> None:
@@ -142,7 +142,12 @@ def tried(**accuracies: float) -> dict[float, list[Run]]:
 
 def test_the_search_goes_on_where_the_accuracy_breaks() -> None:
     assert sparsity.next_push(tried(p1=99, p100=90), 98) == 10
-    assert sparsity.next_push(tried(p1=99, p4=97, p100=98.5), 98) == 1000  # the strongest that is allowed counts
-    assert sparsity.next_push(tried(p1=97, p100=90), 98) == 0.1
+    assert sparsity.next_push(tried(p1=99, p4=99, p100=98.5), 98) == 300
+    assert sparsity.next_push(tried(p3=97, p100=90), 98) == 1
+
+
+def test_a_lucky_accuracy_counts_no_more_than_its_neighbours() -> None:
+    assert sparsity.allowed(tried(p9=98, p1=99, p4=96), 98) == [1]  # 96 and 98 count as 97 and 97
+    assert sparsity.allowed(tried(p9=98, p1=99, p4=96), 97) == [1, 4, 9]
     found = {NONE: tried(p0=98.5), "l1": tried(p1=99, p4=98, p9=97), "group_lasso": tried(p1=50)}
     assert sparsity.matched(found) == {NONE: found[NONE][0.0], "l1": found["l1"][4.0], "group_lasso": []}
