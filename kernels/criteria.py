@@ -6,13 +6,24 @@ IJCNN 2020, arXiv 2004.04394.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Criterion", "Name", "Reading", "accumulator", "arranged", "canonical", "reading"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Name",
+    "Reading",
+    "accumulator",
+    "arranged",
+    "canonical",
+    "column_count",
+    "reading",
+]
 
 Name = Literal[
     "l1", "group_lasso", "hierarchical_sqrt_group_lasso", "hierarchical_sq_group_lasso", "exclusive_sparsity",
@@ -71,6 +82,14 @@ class Reading(NamedTuple):
 def reading(shape: tuple[int, ...], grouping: str, groups: int = 1, transposed: bool = False) -> Reading:
     """The reading of a layer's weight ``(out, in / groups, *kernel)``, transposed ``(in, out / groups, *kernel)``."""
     return Reading(groups, (int((grouping == "feature") != transposed),), tuple(range(2, len(shape))))
+
+
+def column_count(shape: Sequence[int], how: Reading) -> int:
+    """The number of columns of a weight: its blocks times the positions of its outer axes."""
+    count = 1 if 0 in how.outer else how.blocks
+    for axis in how.outer:  # torch.compile does not take math.prod of a generator
+        count *= shape[axis]
+    return count
 
 
 def arranged(weight: Tensor, how: Reading) -> tuple[Tensor, tuple[int, int, int, int]]:

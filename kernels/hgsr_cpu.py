@@ -164,21 +164,26 @@ def gradient(
         ordered = target.permute(walk.order)
         for piece in walk.pieces():
             part, goal = walk.weight[piece], ordered[piece]
-            direct = goal.dtype == part.dtype == walk.dtype and not accumulate
-            step = goal if direct else second.like(part, walk.dtype)
             factor = _factor(walk, part, walk.columns(slope, piece))
-            if walk.norm == 1:
-                torch.sign(part, out=step) if part.dtype == step.dtype else step.copy_(part).sign_()
-                step.mul_(factor + sign if sign and count else factor)
-            else:
-                torch.mul(part, factor, out=step)
-                if sign and count:
-                    step.add_(part.sign(), alpha=sign)
-            if not direct:
+            alike = goal.dtype == part.dtype == walk.dtype
+            step = goal if alike and not accumulate else second.like(part, walk.dtype)
+            _step(part, factor, step, walk.norm, sign if count else 0.0)
+            if step is not goal:
                 goal.add_(step) if accumulate else goal.copy_(step)
         if target.data_ptr() != out.data_ptr():
             view, _ = arranged(out, how)
             view.copy_(target.reshape(view.shape))
+
+
+def _step(part: Tensor, factor: Tensor, step: Tensor, norm: int, sign: float) -> None:
+    """step = factor * d|w|^norm/dw / norm + sign * d|w|/dw."""
+    if norm == 1:
+        torch.sign(part, out=step) if part.dtype == step.dtype else step.copy_(part).sign_()
+        step.mul_(factor + sign if sign else factor)
+    else:
+        torch.mul(part, factor, out=step)
+        if sign:
+            step.add_(part.sign(), alpha=sign)
 
 
 def _factor(walk: _Walk, part: Tensor, slope: Tensor) -> Tensor:

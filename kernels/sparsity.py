@@ -9,23 +9,21 @@ the meaning.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from netsurgery.kernels import hgsr_cpu
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, reading
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
 
-__all__ = ["Layout", "add_gradient", "backend", "columns", "hgsr", "outer_terms", "values"]
+__all__ = ["Layout", "add_gradient", "backend", "hgsr", "outer_terms", "values"]
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,28 @@ class Layout:
         return self if same else replace(self, index=self.index.to(device))  # type: ignore[union-attr]
 
     @property
-    def key(self) -> str:
-        """The readings in a form that an operator of torch takes."""
-        return repr([(*how, count) for how, count in zip(self.readings, self.counted, strict=True)])
+    def key(self) -> list[int]:
+        """The readings as an operator of torch takes them: of each its blocks, both kinds of axes as bits, counted."""
+        found: list[int] = []
+        for how, count in zip(self.readings, self.counted, strict=True):
+            found += [how.blocks, _bits(how.outer), _bits(how.window), int(count)]
+        return found
+
+
+def _bits(axes: tuple[int, ...]) -> int:
+    found = 0
+    for axis in axes:
+        found += 2**axis
+    return found
 
 
 @lru_cache(maxsize=256)
-def _parsed(key: str) -> tuple[tuple[Reading, ...], tuple[bool, ...]]:
-    found = ast.literal_eval(key)
-    return tuple(Reading(*how) for *how, _ in found), tuple(count for *_, count in found)
+def _parsed(key: tuple[int, ...]) -> tuple[tuple[Reading, ...], tuple[bool, ...]]:
+    def axes(bits: int) -> tuple[int, ...]:
+        return tuple(axis for axis in range(bits.bit_length()) if bits >> axis & 1)
+
+    rows = [key[i : i + 4] for i in range(0, len(key), 4)]
+    return tuple(Reading(n, axes(outer), axes(window)) for n, outer, window, _ in rows), tuple(bool(r[3]) for r in rows)
 
 
 def hgsr(
@@ -117,17 +128,12 @@ def hgsr(
 
 
 def _indexed(weights: list[Tensor], readings: Sequence[Reading], grouping: Sequence[Tensor]) -> dict[str, Any]:
-    sizes = [columns(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
+    sizes = [column_count(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
     given = [tuple(one.shape) for one in grouping]
     if given != [(size,) for size in sizes]:
         raise ValueError(f"hgsr: the weights have {sizes} input channels, but grouping has shapes {given}")
     index = torch.cat([one.long() for one in grouping]) if grouping else torch.zeros(0, dtype=torch.int64)
     return {"index": index, "groups": int(index.max()) + 1 if len(index) else 0}
-
-
-def columns(shape: Sequence[int], how: Reading) -> int:
-    """The number of columns of a weight: its blocks times the positions of its outer axes."""
-    return prod(shape[axis] for axis in how.outer) * (1 if 0 in how.outer else how.blocks)
 
 
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
@@ -138,21 +144,19 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
     if _sharded(weights):
         from netsurgery.kernels import sharded
 
-        return sharded.values(weights, layout, criterion)
+        on_all_ranks: Tensor = sharded.values(weights, layout, criterion)
+        return on_all_ranks
     layout = layout.to(weights[0].device)
-    found: Tensor = _values(list(weights), layout.index, layout.groups, layout.key, criterion)[0]
+    found: Tensor = _values(list(weights), layout.index, _groups(weights, layout), layout.key, criterion)[0]
     return found
 
 
 def outer_terms(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
     """The term of each outer group in the criterion: shape (groups,); no gradient."""
     _checked(weights, criterion)
-    layout = layout.to(weights[0].device)
+    layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
     weights = [weight.detach() for weight in weights]
-    rule = CRITERIA[criterion]
-    found: Tensor = backend(weights).sums(weights, layout.readings, layout.index, layout.groups, rule, layout.counted)[
-        0
-    ]
+    found, _ = backend(weights).sums(weights, layout.readings, layout.index, groups, rule, layout.counted)
     return power(found, rule.outer)
 
 
@@ -176,12 +180,18 @@ def add_gradient(
         from netsurgery.kernels import sharded
 
         return sharded.add_gradient(weights, layout, criterion, scale, outs)
-    layout, rule, work = layout.to(weights[0].device), CRITERIA[criterion], backend(weights)
-    weights = [weight.detach() for weight in weights]
-    how = layout.readings, layout.index
-    found: tuple[Tensor, Tensor] = work.value(weights, *how, layout.groups, rule, layout.counted)
-    work.gradient(weights, *how, found[1], rule, layout.counted, scale, outs, True)
+    layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
+    weights, work = [weight.detach() for weight in weights], backend(weights)
+    found: tuple[Tensor, Tensor] = work.value(weights, layout.readings, layout.index, groups, rule, layout.counted)
+    work.gradient(weights, layout.readings, layout.index, found[1], rule, layout.counted, scale, outs, True)
     return found[0]
+
+
+def _groups(weights: Sequence[Tensor], layout: Layout) -> int:
+    """The number of outer groups."""
+    if layout.index is not None:
+        return layout.groups
+    return sum(column_count(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True))
 
 
 def _checked(weights: Sequence[Tensor], criterion: str) -> None:
@@ -210,10 +220,10 @@ def backend(weights: Sequence[Tensor]) -> Any:
 
 @torch.library.custom_op("netsurgery::hgsr", mutates_args=())
 def _values(
-    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: str, criterion: str
+    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
     """(R, sum of absolute values), shape (2,); and the derivative of R by the sum of each outer group."""
-    readings, counted = _parsed(layout)
+    readings, counted = _parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     found: tuple[Tensor, Tensor] = backend(weights).value(weights, readings, index, groups, rule, counted)
     return found
@@ -225,10 +235,10 @@ def _gradient(
     index: Tensor | None,
     slopes: Tensor,
     scale: Tensor,
-    layout: str,
+    layout: Sequence[int],
     criterion: str,
 ) -> list[Tensor]:
-    readings, counted = _parsed(layout)
+    readings, counted = _parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     outs = [torch.empty_like(weight) for weight in weights]
     backend(weights).gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
@@ -237,17 +247,20 @@ def _gradient(
 
 @_values.register_fake
 def _(
-    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: str, criterion: str
+    weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
-    if index is None:
-        groups = sum(columns(weight.shape, how) for weight, how in zip(weights, _parsed(layout)[0], strict=True))
     dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
     return weights[0].new_empty(2, dtype=dtype), weights[0].new_empty(groups, dtype=dtype)
 
 
 @_gradient.register_fake
 def _(
-    weights: Sequence[Tensor], index: Tensor | None, slopes: Tensor, scale: Tensor, layout: str, criterion: str
+    weights: Sequence[Tensor],
+    index: Tensor | None,
+    slopes: Tensor,
+    scale: Tensor,
+    layout: Sequence[int],
+    criterion: str,
 ) -> list[Tensor]:
     return [torch.empty_like(weight) for weight in weights]
 
@@ -263,7 +276,8 @@ def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     index, slopes, *weights = ctx.saved_tensors
     if scale is None:
         return None, None, None, None, None
-    grads = _gradient([weight.detach() for weight in weights], index, slopes, scale, ctx.layout, ctx.criterion)
+    # The weights are not detached: a second derivative, of which there is none here, is then an error and not zero.
+    grads = _gradient(weights, index, slopes, scale, ctx.layout, ctx.criterion)
     return grads, None, None, None, None
 
 

@@ -144,6 +144,8 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
     for path, module in plain:
         target = memo[id(module)].__dict__
         for key, value in module.__dict__.items():
+            if key == "_compiled_call_impl":  # of module.compile(): it would run the module that was copied
+                continue
             kind = type(value)
             if kind in _ATOMS:
                 target[key] = value

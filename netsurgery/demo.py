@@ -1,4 +1,4 @@
-"""The main job on real data: train a small residual network on handwritten digits, prune, fine-tune, verify, report."""
+"""The main job on real data: train a small residual network with the penalty, prune, fine-tune, verify, report."""
 
 import copy
 import json
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.models import DigitsResNet
-from netsurgery.passes import HGSRScore, PruneChannels
+from netsurgery.passes import HGSR, HGSRScore, PruneChannels
 
 BATCH = 64  # images in a training step
 TIMED_BATCH = 256  # images in a timed forward pass
-PASSES = (HGSRScore(), PruneChannels(params=0.5, scope="global"))
+STRENGTH = 1e-4  # of the penalty in training
+PASSES = (HGSRScore(grouping="coupled"), PruneChannels(params=0.5, scope="global"))
 Step = Callable[[], None]  # says that a step of the work is done
 Stage = Callable[[str, int], Step]  # announces a stage of the work and its number of steps
 
@@ -60,8 +61,16 @@ def digits(seed: int) -> Digits:
     return Digits((x[train], y[train]), (x[test], y[test]))
 
 
-def fit(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, lr: float, seed: int, step: Step) -> None:
-    """Minimise the cross-entropy by AdamW under a one-cycle schedule; `step` is called after every epoch."""
+def fit(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    epochs: int,
+    lr: float,
+    seed: int,
+    step: Step,
+    penalty: HGSR | None = None,
+) -> None:
+    """Minimise the cross-entropy, and a penalty, by AdamW on a one-cycle schedule; `step` is called after an epoch."""
     x, y = data
     order = torch.Generator().manual_seed(seed)
     batches = -(-len(x) // BATCH)
@@ -72,6 +81,8 @@ def fit(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, lr: float, s
         for picked in torch.randperm(len(x), generator=order).chunk(batches):
             optimizer.zero_grad()
             F.cross_entropy(model(x[picked]), y[picked]).backward()
+            if penalty is not None:
+                penalty.add_gradient()
             optimizer.step()
             schedule.step()
         step()
@@ -143,7 +154,7 @@ def progress_bar(console: Console) -> Progress:
 def operate(
     data: Digits, seed: int, epochs: int, finetune_epochs: int, stage: Stage
 ) -> tuple[dict[str, nn.Module], float]:
-    """Train, score, prune, verify and fine-tune.
+    """Train with the penalty, score, prune, verify and fine-tune without it.
 
     Returns:
         The networks by name in the order of the table, and the proof figure of the pruned one.
@@ -151,7 +162,8 @@ def operate(
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         trained = DigitsResNet()
-    fit(trained, data.train, epochs, 3e-3, seed, stage("training", epochs))
+    penalty = HGSR(trained, data.test[0], grouping="coupled", strength=STRENGTH)
+    fit(trained, data.train, epochs, 3e-3, seed, stage("training", epochs), penalty)
     step = stage("surgery", 3)
     edit = netsurgery.plan(trained, PASSES, (data.test[0],))
     step()
@@ -191,7 +203,7 @@ def run(
     finetune_epochs: int = 10,
     rounds: int = 50,
 ) -> dict[str, Any]:
-    """Train on digits, score with HGSR, remove half of the parameters, verify, fine-tune, and print a table.
+    """Train on digits with HGSR, remove half of the parameters by its score, verify, fine-tune, and print a table.
 
     Args:
         seed: fixes the split, the initial weights and the order of the images: the same table again, latency aside.

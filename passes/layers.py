@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, leaves, product, resolve
-from netsurgery.kernels.criteria import Reading
-from netsurgery.kernels.sparsity import Layout, columns
+from netsurgery.kernels.criteria import Reading, column_count
+from netsurgery.kernels.sparsity import Layout
 from netsurgery.network import Network
 from netsurgery.tracing import Program
 
@@ -88,8 +88,10 @@ def _layer(network: Network, node: fx.Node, name: str, dims: Dimensions, role: L
     places: dict[str, list[int]] = {"consumes": [], "produces": [], "window": [], "carries": []}
     blocks: list[Axis] = []
     memo: dict[Axis, Axis] = {}
-    for source, axis, what in dims:
-        at = next((i for i, one in enumerate(own) if one is source), None)
+    found = [next((i for i, one in enumerate(own) if one is source), None) for source, _, _ in dims]
+    left = [i for i in range(len(own)) if i not in found]
+    for (_, axis, what), place in zip(dims, found, strict=True):
+        at = place if place is not None else left[0] if found.count(None) == len(left) == 1 else None  # a slice of it
         if at is None:
             return None
         if what == "carries":
@@ -205,7 +207,7 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     """
     if grouping != "coupled":
         readings = tuple(layer.inputs if grouping == "feature" else layer.outputs for layer in chosen)
-        counts = tuple(columns(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
+        counts = tuple(column_count(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
         return OuterGroups(tuple(chosen), Layout(readings, (True,) * len(chosen)), counts, sum(counts), {})
     read = {channel for layer in chosen for channel in leaves(layer.input_axis)}
     units: dict[str, slice] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -27,7 +27,8 @@ class HGSR:
 
     Args:
         model: any module; it is traced once, and its parameters are looked up by name at each call. Build the penalty
-            before ``fully_shard``; a model in DistributedDataParallel or torch.compile may be given as it is.
+            before ``fully_shard`` and, in each step, call it after the model; a model in DistributedDataParallel or
+            torch.compile may be given as it is.
         example_inputs: as for ``netsurgery.trace``.
         criterion: one of the ten of the paper.
         grouping: "feature", an outer group for each input channel of each layer; "neuron", for each output channel;
@@ -103,9 +104,13 @@ class HGSR:
         self._layout = self._groups.layout
         modules = dict(model.named_modules(remove_duplicate=False))
         self._owners = [(modules[layer.module], layer.parameter) for layer in self._groups.layers]
+        self._around = tuple(
+            dict.fromkeys(one for layer in self._groups.layers for one in _path(modules, layer.module))
+        )
         self._factors = torch.zeros(2, dtype=torch.float64)
         self.steps = 0
         self.load_state_dict({"steps": 0})
+        self._weights()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -129,12 +134,18 @@ class HGSR:
     def add_gradient(self, scale: float = 1.0) -> Tensor:
         """Add the penalty's gradient to that of the parameters in place, and return the penalty.
 
-        Parameters that require no gradient get none.
+        Parameters that require no gradient get none. Under ``fully_shard`` with a MixedPrecisionPolicy this is the way
+        to be exact: the penalty in the loss reads some weights in low precision.
 
         Args:
             scale: a factor of the gradient: a GradScaler's ``get_scale()`` where the gradients there are scaled still.
+
+        Raises:
+            InputError: a weight is no parameter that an optimizer holds: computed from others, or not sharded just now.
+            ValueError: a gradient is placed on the ranks otherwise than its weight.
         """
         weights = self._weights()
+        self._check_parameters(weights)
         for weight in weights:
             if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -167,12 +178,38 @@ class HGSR:
         )
 
     def _weights(self) -> list[Tensor]:
-        """The parameters as they are now; what is kept beside them goes to their device."""
+        """The parameters as they are now; what is kept beside them goes to their device and type."""
         weights = [getattr(module, name) for module, name in self._owners]
-        self._layout = self._layout.to(weights[0].device)
+        for layer, weight in zip(self._groups.layers, weights, strict=True):
+            if weight.shape != layer.shape:
+                raise InputError(
+                    f"HGSR: {layer.name} had shape {tuple(layer.shape)} and has {tuple(weight.shape)} now: build the "
+                    "penalty again after pruning; to shard the parameters, use fully_shard"
+                )
         exact = any(weight.dtype == torch.float64 for weight in weights)
-        self._factors = self._factors.to(weights[0].device, torch.float64 if exact else torch.float32)
+        self._move(weights[0].device, torch.float64 if exact else torch.float32)
         return weights
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type == "meta" or (self._factors.device == device and self._factors.dtype == dtype):
+            return  # what goes to the meta device would not come back
+        self._layout = self._layout.to(device)
+        self._factors = torch.zeros(2, dtype=dtype, device=device)
+        self.load_state_dict(self.state_dict())
+
+    def _check_parameters(self, weights: Sequence[Tensor]) -> None:
+        """What is added to the gradient of a tensor that the optimizer does not hold would be lost."""
+        sharding = any(hasattr(type(module), "set_reshard_after_backward") for module in self._around)
+        for layer, weight in zip(self._groups.layers, weights, strict=True):
+            if not weight.is_leaf:
+                raise InputError(
+                    f"HGSR.add_gradient: {layer.name} is computed from other parameters: add the penalty to the loss"
+                )
+            if sharding and getattr(weight, "placements", None) is None:
+                raise InputError(
+                    f"HGSR.add_gradient: {layer.name} is not sharded now, but its module is: call it after backward, "
+                    "when fully_shard has sharded the parameters again, or add the penalty to the loss"
+                )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -184,6 +221,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "HGSR: the parameters are sharded already: build the penalty before fully_shard; it follows them"
         )
     return model
+
+
+def _path(modules: Mapping[str, nn.Module], name: str) -> Iterator[nn.Module]:
+    """The modules around a module, and itself."""
+    parts = name.split(".") if name else []
+    return (modules[".".join(parts[:i])] for i in range(len(parts) + 1))
 
 
 def _rows(all_layers: Sequence[Layer], counts: Mapping[str, int]) -> list[tuple[str, ...]]:

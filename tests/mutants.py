@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: The quickest first: pytest stops at the first failure.
 TESTS = (
     "test_by_hand.py",
+    "test_hgsr.py",
+    "test_penalty.py",
     "test_scores.py",
     "test_selection.py",
     "test_pipeline.py",
@@ -353,9 +355,9 @@ MUTANTS = (
     ),
     Mutant(
         "scores of a product summed along the wrong factor",
-        "netsurgery/passes/scores.py",
-        "for d in range(grid.dim()) if d != dim]) for dim in range(grid.dim())",
-        "for d in range(grid.dim()) if d != dim]) for dim in reversed(range(grid.dim()))",
+        "passes/layers.py",
+        "for place, term in enumerate(axis.terms):",
+        "for place, term in enumerate(reversed(axis.terms)):",
     ),
     # code that looks at values
     Mutant(
@@ -426,6 +428,79 @@ MUTANTS = (
         "netsurgery/verification.py",
         "            stays[_units(keep)(axis)] = True\n",
         "            stays[:] = True\n",
+    ),
+    # the penalty: which kernels, which groups, which factors
+    Mutant(
+        "a layer's blocks share outer groups",
+        "kernels/criteria.py",
+        "    return Reading(groups, (int(",
+        "    return Reading(1, (int(",
+    ),
+    Mutant(
+        "transposed weights read as others",
+        "kernels/criteria.py",
+        '(int((grouping == "feature") != transposed),)',
+        '(int(grouping == "feature"),)',
+    ),
+    Mutant(
+        "kernels cut into pieces",
+        "kernels/hgsr_cpu.py",
+        "step = max(1, shape[axis] if axis == self.window else min(shape[axis], room))",
+        "step = max(1, min(shape[axis], room))",
+    ),
+    Mutant(
+        "a piece's sums replace those before",
+        "kernels/hgsr_cpu.py",
+        "walk.columns(found[-1], piece).add_(kernels.sum(walk.rows, keepdim=True))",
+        "walk.columns(found[-1], piece).copy_(kernels.sum(walk.rows, keepdim=True))",
+    ),
+    Mutant(
+        "the gradient replaces what was there",
+        "kernels/hgsr_cpu.py",
+        "goal.add_(step) if accumulate else goal.copy_(step)",
+        "goal.copy_(step)",
+    ),
+    Mutant(
+        "no guard at zero kernels",
+        "kernels/hgsr_cpu.py",
+        "kernels.clamp_min_(torch.finfo(walk.dtype).tiny).rsqrt_()",
+        "kernels.rsqrt_()",
+    ),
+    Mutant(
+        "a copy of strange strides is not written back",
+        "kernels/hgsr_cpu.py",
+        "            view.copy_(target.reshape(view.shape))\n",
+        "            view.shape\n",
+    ),
+    Mutant(
+        "columns of no group are in the first",
+        "kernels/hgsr_cpu.py",
+        "index.where(index >= 0, groups)",
+        "index.where(index >= 0, 0)",
+    ),
+    Mutant(
+        "absolute values counted at each reading",
+        "passes/layers.py",
+        "counted = tuple(i == 0 or listed[i - 1][0] is not layer for",
+        "counted = tuple(i >= 0 or listed[i - 1][0] is not layer for",
+    ),
+    Mutant(
+        "a unit's group only in the first part of a concatenation",
+        "passes/layers.py",
+        "            start += term.size\n        return found",
+        "        return found",
+    ),
+    Mutant(
+        "shortcuts are convolutions like others",
+        "passes/layers.py",
+        "shortcuts |= alone",
+        "shortcuts |= 0",
+    ),
+    Mutant(
+        "the share of L1 is the other one",
+        "passes/penalty.py",
+        "[now * (1 - self.l1_ratio), now * self.l1_ratio]",
+        "[now * self.l1_ratio, now * (1 - self.l1_ratio)]",
     ),
 )
 

@@ -221,3 +221,31 @@ def test_errors() -> None:
             eval(f"HGSR(net, x, {arguments})", {"HGSR": HGSR, "net": net, "x": x})
     with pytest.raises(InputError, match=r"HGSRScore\(grouping='unit'\): 'feature', 'neuron' or 'coupled'"):
         HGSRScore(grouping="unit")  # type: ignore[arg-type]
+
+
+def test_layers_of_attention_and_of_weights_kept_the_other_way_round() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)  # uses its weight in slices
+            self.inward = nn.Parameter(torch.randn(8, 6))  # (in, out)
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            last: Tensor = self.last(self.attention(x, y, y, need_weights=False)[0] @ self.inward)
+            return last
+
+    net = Net()
+    found = layers(netsurgery.trace(net, (torch.zeros(1, 3, 8), torch.zeros(1, 5, 8))))
+    assert [(layer.name, layer.role, layer.inputs.outer, layer.outputs.outer) for layer in found] == [
+        ("inward", "linear", (0,), (1,)),
+        ("attention.in_proj_weight", "linear", (1,), (0,)),
+        ("attention.out_proj.weight", "linear", (1,), (0,)),
+        ("last.weight", "classifier", (1,), (0,)),
+    ]
+
+
+def test_scores_by_neuron() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    scores = HGSRScore("group_lasso", "neuron").run(netsurgery.trace(net, torch.zeros(1, 1, 4, 4))).scores
+    torch.testing.assert_close(scores["0"], net[0].weight.detach().flatten(1).norm(dim=1))

@@ -1,0 +1,185 @@
+"""Value and gradient of the HGSR penalty over all weights of a network, side by side: `python benchmarks/hgsr.py`.
+
+The ways take turns in every round, and their agreement is checked before anything is timed. Bytes are those that must
+move: the weights read for the value, read for the gradient, and the gradient written.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from statistics import median, quantiles
+
+import torch
+from models import build, machine, print_table
+from torch import Tensor, nn
+
+from netsurgery.kernels import CRITERIA, hgsr
+from netsurgery.kernels.criteria import Name, reading
+from netsurgery.kernels.hgsr_reference import reference
+from netsurgery.kernels.sparsity import Layout, add_gradient
+
+Way = Callable[[], Sequence[Tensor]]
+
+
+def weights_of(name: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """The convolutions and linear layers of a network; `linear_0.25`: 0.25 billion in a transformer's layers."""
+    if name.startswith("linear_"):
+        width = 2048
+        shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+        blocks = max(1, round(float(name.partition("_")[2]) * 1e9 / (12 * width * width)))
+        generator = torch.Generator(device).manual_seed(0)
+        return [
+            (torch.randn(shape, device=device, dtype=dtype, generator=generator) / 50).requires_grad_()
+            for _ in range(blocks)
+            for shape in shapes
+        ]
+    layers = [m for m in build(name).modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.MultiheadAttention)]
+    found = [m.in_proj_weight if isinstance(m, nn.MultiheadAttention) else m.weight for m in layers]
+    return [weight.detach().to(device, dtype).requires_grad_() for weight in found]
+
+
+def plain(weights: Sequence[Tensor], criterion: Name) -> Tensor:
+    """As one would write it down, feature-wise; its gradient is NaN at zero kernels."""
+    rule = CRITERIA[criterion]
+    total = weights[0].new_zeros((), dtype=torch.float32)
+    for weight in weights:
+        norms = torch.linalg.vector_norm(weight.float().flatten(2), rule.norm, 2) if weight.dim() > 2 else weight.abs()
+        total = total + norms.float().pow(rule.inner).sum(0).pow(rule.outer).sum()
+    return total
+
+
+def ways(weights: list[Tensor], criterion: Name) -> dict[str, Way]:
+    """What is compared: each gives the gradients of all weights."""
+    readings = [reading(weight.shape, "feature") for weight in weights]
+    layout = Layout(tuple(readings), (False,) * len(weights))
+    scale = torch.tensor([1.0, 0.0], device=weights[0].device)
+    held = [torch.zeros_like(weight) for weight in weights]
+
+    def graph(function: Callable[[], Tensor]) -> Way:
+        return lambda: torch.autograd.grad(function(), weights)
+
+    def in_place() -> Sequence[Tensor]:
+        add_gradient(weights, layout, criterion, scale, held)
+        return held
+
+    compiled = torch.compile(lambda: reference(weights, criterion, readings))
+    return {
+        "reference": graph(lambda: reference(weights, criterion, readings)),
+        "as written down": graph(lambda: plain(weights, criterion)),
+        "torch.compile": graph(compiled),
+        "ours": graph(lambda: hgsr(weights, criterion)),
+        "ours, add_gradient": in_place,
+    }
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(way: Way, device: str) -> float:
+    """Milliseconds of one call; what it returns is dropped within, as a training loop does."""
+    wait(device)
+    start = time.perf_counter()
+    way()
+    wait(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def extra_memory(way: Way, device: str) -> float:
+    """Bytes allocated at the peak above what stood before and what is returned."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = way()
+        peak, kept = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        del out
+        return peak - kept
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = way()
+    del out
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes, initial=0)) - sum(changes)
+
+
+def agreement(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference, relative to the largest gradient of the same weight."""
+    return max(
+        float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second of a copy: what is read and what is written."""
+    one = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
+    other = torch.empty_like(one)
+    times = [timed(lambda: [other.copy_(one)], device) for _ in range(12)]
+    return 2 * one.nbytes / (median(times[2:]) / 1e3)
+
+
+def compare(name: str, criterion: Name, device: str, dtype: torch.dtype, rounds: int, skip: Sequence[str]) -> None:
+    """Measure one list of weights and print its table."""
+    weights = weights_of(name, device, dtype)
+    size = sum(weight.nbytes for weight in weights)
+    found = {label: way for label, way in ways(weights, criterion).items() if label not in skip}
+    start = time.perf_counter()
+    if "torch.compile" in found:
+        found["torch.compile"]()
+    compile_s = time.perf_counter() - start
+    wanted = [gradient.clone() for gradient in found["ours"]()]
+    for label, way in found.items():
+        if label != "ours, add_gradient":
+            difference = agreement(way(), wanted)
+            limit = 1e-4 if dtype == torch.float32 else 2e-2
+            assert difference < limit, f"{label} differs by {difference:.1e}"
+    del wanted
+    memory = {label: extra_memory(way, device) for label, way in found.items()}
+    times: dict[str, list[float]] = {label: [] for label in found}
+    for _ in range(rounds + 2):
+        for label, way in found.items():
+            times[label].append(timed(way, device))
+    copied = bandwidth(device)
+    ours = median(times["ours"][2:])
+    print(
+        f"\n{name}, {criterion}, {str(dtype)[6:]}: {len(weights)} weights, {size / 2**20:,.0f} MiB; a copy moves "
+        f"{copied / 1e9:,.0f} GB/s; torch.compile took {compile_s:.0f} s\n"
+    )
+    rows = []
+    for label, taken in times.items():
+        low, middle, high = quantiles(taken[2:], n=4)
+        share = 3 * size / (middle / 1e3) / copied
+        ratio = [t / o for t, o in zip(taken[2:], times["ours"][2:], strict=True)]
+        spread = f"{middle / ours:.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
+        moved = f"{3 * size / (middle / 1e3) / 1e9:,.1f}"
+        extra = f"{100 * memory[label] / size:.1f}%"
+        rows.append([label, f"{middle:.2f} ({low:.2f} to {high:.2f})", spread, moved, f"{100 * share:.0f}%", extra])
+    print_table(
+        ["way", "ms (quartiles)", "of ours (min to max)", "GB/s", "of the copy", "extra memory, of the weights"], rows
+    )
+
+
+def main() -> None:
+    """Print a table for each network."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--weights", default="resnet50,vit_b_16," + ("linear_1" if cuda else "linear_0.25"))
+    parser.add_argument("--criteria", default="hierarchical_sq_group_l12")
+    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--skip", default="", help="ways to leave out, such as torch.compile")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{machine()}; on {device}; {options.rounds} rounds")
+    for name in options.weights.split(","):
+        for criterion in options.criteria.split(","):
+            for dtype in options.dtypes.split(","):
+                compare(name, criterion, options.device, getattr(torch, dtype), options.rounds, options.skip.split(","))
+
+
+if __name__ == "__main__":
+    main()

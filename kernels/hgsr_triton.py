@@ -1,0 +1,696 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""The hierarchical group sparse criteria in Triton: one launch over all weights for the value, one for the gradient.
+
+Plan. A weight is read as ``(blocks, rows, columns, window)`` (see ``criteria.canonical``); its ``blocks * columns``
+are the outer groups' columns. A program takes a tile of columns and a chunk of their rows, and walks down the chunk. A
+table in device memory says where each weight lies and which programs are its own.
+
+Value: a program leaves its columns' sums in scratch memory; whoever arrives last at a tile of columns adds the chunks;
+whoever arrives last of all adds the tiles, or, where there is an index, the columns of each group. Every sum has a
+fixed order whoever does it, so the same weights give the same bits.
+
+Gradient: programs are independent of each other: each reads its kernels once, and writes their gradient.
+
+A tile has a fast axis, along which threads lie next to each other in memory. Its kind, per weight, is one of: along
+columns or along rows; "unit", neighbours in memory and aligned, read in words of 16 bytes; strided; and, in the
+gradient, "window", where the elements of a kernel are the neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from netsurgery.kernels.criteria import Criterion, Reading, arranged, canonical, column_count
+from netsurgery.kernels.hgsr_reference import power
+
+__all__ = ["gradient", "sums", "value"]
+
+# The table's columns. Strides, in elements, come in fours: blocks, rows, columns, window.
+FIELDS = (
+    "KIND", "BLOCK", "COLUMNS", "ROWS", "WINDOW", "CHUNK", "CHUNKS", "COUNTED", "FIRST", "PROGRAM", "TILE", "PARTIAL",
+)  # fmt: skip
+KIND, BLOCK, COLUMNS, ROWS, WINDOW, CHUNK, CHUNKS, COUNTED, FIRST, PROGRAM, TILE, PARTIAL = (
+    tl.constexpr(i) for i in range(len(FIELDS))
+)
+READ = tl.constexpr(len(FIELDS))
+WRITE = tl.constexpr(len(FIELDS) + 4)
+WIDTH = tl.constexpr(len(FIELDS) + 8)
+VECTOR = tl.constexpr(8)  # elements that strides and lengths of a "unit" tile are multiples of
+FOLD = tl.constexpr(8)  # chunks added at a time
+
+
+# Arguments whose alignment or size is no reason to compile anew.
+_VARY = [
+    "partials", "ends", "columns", "order", "starts", "out", "values", "tiles", "groups", "slopes", "index", "scale"
+]  # fmt: skip
+
+
+class Sizes(NamedTuple):
+    """Tile sizes, in elements; small ones make small tests walk many tiles.
+
+    Attributes:
+        chunk: elements read by one program, about.
+        unit: (slow, fast) sizes of a tile of neighbours.
+        strided: the same, small: of each line fetched, elements wait in the cache for the rest of the window.
+        window: elements of a tile of whole windows.
+        wide: elements at a time in the last program.
+    """
+
+    chunk: int = 16384
+    unit: tuple[int, int] = (8, 128)
+    strided: tuple[int, int] = (2, 128)
+    window: int = 1024
+    wide: int = 1024
+
+
+SIZES = Sizes()
+
+
+@triton.jit
+def _root(x):
+    """The root of x >= 0 and its inverse, 0 for 0 (also where the hardware takes a tiny x for 0)."""
+    root = tl.sqrt(x)
+    positive = root > 0
+    return root, tl.where(positive, 1.0 / tl.where(positive, root, 1.0), 0.0)
+
+
+@triton.jit
+def _power(x, EXPONENT: tl.constexpr):
+    """``x ** EXPONENT`` and its derivative, 0 at 0."""
+    if EXPONENT == 0.5:
+        root, inverse = _root(x)
+        result, slope = root, 0.5 * inverse
+    elif EXPONENT == 2:
+        result, slope = x * x, 2.0 * x
+    else:
+        result, slope = x, tl.where(x > 0, x * 0.0 + 1.0, 0.0)
+    return result, slope
+
+
+@triton.jit
+def _sign(x, ACC: tl.constexpr):
+    return (x > 0).to(ACC) - (x < 0).to(ACC)
+
+
+@triton.jit
+def _place(entry, program, SHAPE: tl.constexpr):
+    """Of a program: its tile and chunk, the columns of its tile, their mask, its rows' begin and end."""
+    local = (program - tl.load(entry + PROGRAM)).to(tl.int32)
+    chunks = tl.load(entry + CHUNKS).to(tl.int32)
+    tile, chunk = local // chunks, local % chunks
+    count: tl.constexpr = SHAPE[2] if SHAPE[0] else SHAPE[3]
+    columns = tile * count + tl.arange(0, count)
+    length = tl.load(entry + COLUMNS).to(tl.int32)
+    if SHAPE[1] and not SHAPE[0]:
+        length = tl.multiple_of(length, VECTOR)
+    step = tl.load(entry + CHUNK).to(tl.int32)
+    down = tl.load(entry + ROWS).to(tl.int32)
+    if SHAPE[1] and SHAPE[0]:
+        step, down = tl.multiple_of(step, VECTOR), tl.multiple_of(down, VECTOR)
+    begin = chunk * step
+    end = tl.minimum(begin + step, down)
+    return tile, chunk, columns, columns < length, begin, end
+
+
+@triton.jit
+def _stride(entry, FIELD: tl.constexpr, UNIT: tl.constexpr):
+    stride = tl.load(entry + FIELD)
+    if UNIT:
+        stride = tl.multiple_of(stride, VECTOR)
+    return stride
+
+
+@triton.jit
+def _pointer(pointers, number, WHICH: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr):
+    pointer = tl.load(pointers + 2 * number + WHICH).to(tl.pointer_type(DTYPE))
+    if UNIT:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _axis(x, FAST: tl.constexpr):
+    """A vector as an axis of the tile ``(slow, fast, depth)``."""
+    return x[None, :, None] if FAST else x[:, None, None]
+
+
+@triton.jit
+def _columns(entry, columns, STRIDES: tl.constexpr, SHAPE: tl.constexpr):
+    """Where columns begin, in elements, as an axis of the tile."""
+    if SHAPE[1] and not SHAPE[0]:
+        offsets = columns.to(tl.int64)
+    else:
+        block = tl.load(entry + BLOCK).to(tl.int32)
+        offsets = (columns // block) * _stride(entry, STRIDES, SHAPE[1])
+        offsets += (columns % block) * _stride(entry, STRIDES + 2, SHAPE[1])
+    return _axis(offsets, not SHAPE[0])
+
+
+@triton.jit
+def _rows(entry, rows, STRIDES: tl.constexpr, SHAPE: tl.constexpr):
+    """Where rows begin, in elements, as an axis of the tile."""
+    offsets = rows.to(tl.int64) if SHAPE[1] and SHAPE[0] else rows * _stride(entry, STRIDES + 1, SHAPE[1])
+    return _axis(offsets, SHAPE[0])
+
+
+@triton.jit
+def _raised(w, window, NORM: tl.constexpr, POWER: tl.constexpr):
+    """The share of each element in q, where the kernel's term is q^POWER; a single element needs no square."""
+    x = tl.abs(w)
+    if NORM == 1:
+        q = x
+    elif POWER == 0.5:
+        q = tl.where(window == 1, x, x * x)
+    else:
+        q = x * x
+    return tl.sum(q, 2)
+
+
+@triton.jit
+def _term(q, window, NORM: tl.constexpr, POWER: tl.constexpr):
+    """``q^POWER``, and its slope in sign(w), or in w where the norm is 2."""
+    term, slope = _power(q, POWER)
+    if NORM == 2:
+        slope = 2.0 * slope
+        if POWER == 0.5:
+            term = tl.where(window == 1, q, term)
+            slope = tl.where(window == 1, 1.0, slope)
+    return term, slope
+
+
+@triton.jit
+def _visit(
+    table, pointers, partials, counters, ends, out, number, program, tiles,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr, OUTER: tl.constexpr,
+    INDEXED: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """A program's sums; the tile's, where it is the last there; returns whether it is the last of all."""
+    entry = table + number * WIDTH
+    tile, chunk, columns, known, begin, end = _place(entry, program, SHAPE)
+    window = tl.load(entry + WINDOW).to(tl.int32)
+    weight = _pointer(pointers, number, 0, DTYPE, SHAPE[1]) + _columns(entry, columns, READ, SHAPE)
+    stride = _stride(entry, READ + 3, SHAPE[1])
+    step: tl.constexpr = SHAPE[3] if SHAPE[0] else SHAPE[2]
+    total = tl.zeros([SHAPE[2], SHAPE[3]], ACC)
+    absolute = tl.zeros([SHAPE[2], SHAPE[3]], ACC)
+    for row in range(begin, end, step):
+        rows = row + tl.arange(0, step)
+        here = weight + _rows(entry, rows, READ, SHAPE)
+        inside = _axis(known, not SHAPE[0]) & _axis(rows < end, SHAPE[0])
+        q = tl.zeros([SHAPE[2], SHAPE[3]], ACC)
+        for k in range(window):
+            w = tl.load(here + k * stride, mask=inside, other=0.0).to(ACC)
+            q += _raised(w, window, NORM, POWER)
+            if NORM == 2:
+                absolute += tl.sum(tl.abs(w), 2)
+        if NORM == 1:
+            absolute += q
+        total += _term(q, window, NORM, POWER)[0]
+    sums = tl.sum(total, 1 if SHAPE[0] else 0)
+    l1 = tl.sum(tl.sum(absolute, 1), 0) * tl.load(entry + COUNTED).to(ACC)
+
+    # The chunks of a tile: all add up in the same order, the last one's own not excepted.
+    count: tl.constexpr = SHAPE[2] if SHAPE[0] else SHAPE[3]
+    chunks = tl.load(entry + CHUNKS).to(tl.int32)
+    place = tl.load(entry + TILE) + tile
+    last = chunks == 1
+    if chunks > 1:
+        tile_partials = partials + tl.load(entry + PARTIAL) + tile.to(tl.int64) * chunks * (count + 1)
+        tl.store(tile_partials + chunk * count + tl.arange(0, count), sums)
+        tl.store(tile_partials + chunks * count + chunk, l1)
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + 1 + place, 1, sem="acq_rel") == chunks - 1
+        if last:
+            sums = tl.zeros([count], ACC)
+            parts = tl.zeros([FOLD], ACC)
+            for c in range(0, chunks, FOLD):
+                fold = c + tl.arange(0, FOLD)
+                here = tile_partials + fold[:, None] * count + tl.arange(0, count)[None, :]
+                sums += tl.sum(tl.load(here, mask=fold[:, None] < chunks, other=0.0, cache_modifier=".cg"), 0)
+                here = tile_partials + chunks * count + fold
+                parts += tl.load(here, mask=fold < chunks, other=0.0, cache_modifier=".cg")
+            l1 = tl.sum(parts, 0)
+            tl.store(counters + 1 + place, 0)
+
+    final = tile < 0
+    if last:
+        if INDEXED or OUTER == 0:
+            tl.store(out + tl.load(entry + FIRST) + columns, sums, mask=known)
+            tl.store(ends + place, l1 * 0.0)
+        else:
+            term, slope = _power(sums, OUTER)
+            tl.store(out + tl.load(entry + FIRST) + columns, slope, mask=known)
+            tl.store(ends + place, tl.sum(tl.where(known, term, 0.0), 0))
+        tl.store(ends + tiles + place, l1)
+        tl.debug_barrier()
+        final = tl.atomic_add(counters, 1, sem="acq_rel") == tiles - 1
+    return final
+
+
+@triton.jit(do_not_specialize=_VARY)
+def _value_kernel(
+    table, owners, pointers, partials, counters, ends, columns, order, starts, out, values, tiles, groups,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr, OUTER: tl.constexpr,
+    INDEXED: tl.constexpr, SHAPES: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    number = tl.load(owners + program)
+    kind = tl.load(table + number * WIDTH + KIND)
+    final = program < 0
+    column_out = columns if INDEXED else out
+    for i in tl.static_range(len(SHAPES)):
+        if kind == i:
+            final = _visit(
+                table, pointers, partials, counters, ends, column_out, number, program, tiles,
+                DTYPE, ACC, NORM, POWER, OUTER, INDEXED, SHAPES[i],
+            )  # fmt: skip
+    if final:
+        tl.store(counters, 0)
+        total = tl.zeros([WIDE], ACC)
+        absolute = tl.zeros([WIDE], ACC)
+        for first in range(0, tiles, WIDE):
+            here = first + tl.arange(0, WIDE)
+            total += tl.load(ends + here, mask=here < tiles, other=0.0, cache_modifier=".cg")
+            absolute += tl.load(ends + tiles + here, mask=here < tiles, other=0.0, cache_modifier=".cg")
+        if INDEXED:
+            total = _group_sums(columns, order, starts, out, groups, ACC, OUTER, WIDE, MEMBERS)
+        tl.store(values, tl.sum(total, 0))
+        tl.store(values + 1, tl.sum(absolute, 0))
+
+
+@triton.jit
+def _group_sums(
+    columns, order, starts, out, groups, ACC: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Writes each group's sum or slope, from its columns ``order[starts[g]:starts[g + 1]]``; returns the terms."""
+    lanes: tl.constexpr = WIDE // MEMBERS
+    total = tl.zeros([lanes], ACC)
+    for first in range(0, groups, lanes):
+        group = first + tl.arange(0, lanes)
+        begin = tl.load(starts + group, mask=group < groups, other=0)
+        length = (tl.load(starts + group + 1, mask=group < groups, other=0) - begin).to(tl.int32)
+        sums = tl.zeros([lanes], ACC)
+        for m in range(0, tl.max(length, 0), MEMBERS):
+            member = (m + tl.arange(0, MEMBERS))[None, :]
+            inside = member < length[:, None]
+            column = tl.load(order + begin[:, None] + member, mask=inside, other=0)
+            sums += tl.sum(tl.load(columns + column, mask=inside, other=0.0, cache_modifier=".cg"), 1)
+        if OUTER == 0:
+            tl.store(out + group, sums, mask=group < groups)
+        else:
+            term, slope = _power(sums, OUTER)
+            tl.store(out + group, slope, mask=group < groups)
+            total += term
+    return total
+
+
+@triton.jit
+def _write(
+    entry, pointers, slopes, index, scale, number, program,
+    DTYPE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
+    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    _, _, columns, known, begin, end = _place(entry, program, SHAPE)
+    window = tl.load(entry + WINDOW).to(tl.int32)
+    group = tl.load(entry + FIRST) + columns
+    grouped = known
+    if INDEXED:
+        group = tl.load(index + group, mask=known, other=-1)
+        grouped = known & (group >= 0)
+    slope = tl.load(slopes + group, mask=grouped, other=0.0).to(ACC) * tl.load(scale).to(ACC)
+    level = tl.load(scale + 1).to(ACC) * tl.load(entry + COUNTED).to(ACC)
+    source = _pointer(pointers, number, 0, DTYPE, SHAPE[1]) + _columns(entry, columns, READ, SHAPE)
+    target = _pointer(pointers, number, 1, TARGET, SHAPE[1]) + _columns(entry, columns, WRITE, SHAPE)
+    inward, outward = _stride(entry, READ + 3, SHAPE[1]), _stride(entry, WRITE + 3, SHAPE[1])
+    step: tl.constexpr = SHAPE[3] if SHAPE[0] else SHAPE[2]
+    depth = tl.arange(0, SHAPE[4])[None, None, :]
+    for row in range(begin, end, step):
+        rows = row + tl.arange(0, step)
+        inside = _axis(known, not SHAPE[0]) & _axis(rows < end, SHAPE[0])
+        part = inside & (depth < window) if SHAPE[4] > 1 else inside
+        read = source + _rows(entry, rows, READ, SHAPE) + depth * inward
+        write = target + _rows(entry, rows, WRITE, SHAPE) + depth * outward
+        # What was read stays in registers, so that only a window deeper than the tile is read again, from the cache.
+        w = tl.load(read, mask=part, other=0.0).to(ACC)
+        q = _raised(w, window, NORM, POWER)
+        if SHAPE[4] == 1:
+            for k in range(1, window):
+                more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
+                q += _raised(more, window, NORM, POWER)
+        factor = tl.expand_dims(_term(q, window, NORM, POWER)[1], 2) * _axis(slope, not SHAPE[0])
+        _add(write, w, factor, level, part, window, ACC, NORM, POWER, ACCUMULATE)
+        if SHAPE[4] == 1:
+            for k in range(1, window):
+                more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
+                _add(write + k * outward, more, factor, level, inside, window, ACC, NORM, POWER, ACCUMULATE)
+
+
+@triton.jit
+def _add(
+    write, w, factor, level, inside, window, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Stores, or adds, the gradient of elements whose kernel's factor is given."""
+    sign = _sign(w, ACC)
+    if NORM == 1:
+        result = (factor + level) * sign
+    elif POWER == 0.5:
+        result = factor * tl.where(window == 1, sign, w) + level * sign
+    else:
+        result = factor * w + level * sign
+    if ACCUMULATE:
+        result += tl.load(write, mask=inside, other=0.0).to(ACC)
+    tl.store(write, result.to(write.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_VARY)
+def _gradient_kernel(
+    table, owners, pointers, slopes, index, scale,
+    DTYPE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
+    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, SHAPES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    number = tl.load(owners + program)
+    entry = table + number * WIDTH
+    kind = tl.load(entry + KIND)
+    for i in tl.static_range(len(SHAPES)):
+        if kind == i:
+            _write(
+                entry, pointers, slopes, index, scale, number, program,
+                DTYPE, TARGET, ACC, NORM, POWER, INDEXED, ACCUMULATE, SHAPES[i],
+            )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """One launch: a table of the weights of one dtype.
+
+    Attributes:
+        members: positions in the list, in the order of the table; spans: their columns.
+        copied: those read through a copy, since their strides allow no canonical view; buffered: written so.
+        shapes: the kinds of tiles, (rows are fast, unit, slow, fast, depth).
+        partials: elements of scratch memory for sums of chunks.
+        counters: zero between launches, of those that have arrived: at the end, at each tile.
+    """
+
+    members: tuple[int, ...]
+    spans: tuple[slice, ...]
+    copied: frozenset[int]
+    buffered: frozenset[int]
+    shapes: tuple[tuple[bool, bool, int, int, int], ...]
+    table: Tensor
+    owners: Tensor
+    tiles: int
+    partials: int
+    counters: Tensor
+
+
+_T = TypeVar("_T")
+_DTYPES = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64
+}  # fmt: skip
+_CACHE: dict[Hashable, dict[int, Any]] = {}  # what was made, by the stream that it was made on
+_LIMIT = 256
+_CAPTURED: list[Any] = []  # what graphs hold the addresses of
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
+    """What was made for this key on this stream. A graph may use what was made before; what it makes, it keeps."""
+    made = _CACHE.get(key, {})  # the one hash of a long key
+    if _capturing(device):
+        captured: _T = next(iter(made.values())) if made else make()
+        _CAPTURED.append(captured)
+        return captured
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if stream not in made:
+        made = made | {stream: make()}
+        _CACHE[key] = made
+        for oldest in list(_CACHE)[:-_LIMIT]:
+            _CACHE.pop(oldest, None)
+    result: _T = made[stream]
+    return result
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return values.to(device)
+    pinned = values.pin_memory()
+    if _capturing(device):
+        _CAPTURED.append(pinned)  # read at each replay
+    return pinned.to(device, non_blocking=True)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides of a canonical tensor, 0 along axes of one element."""
+    return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+def _shape(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]], aligned: bool, writes: bool, tile: Sizes
+) -> tuple[bool, bool, int, int, int]:
+    """The kind of tile for a weight: (rows are fast, unit, slow, fast, depth)."""
+    blocks, rows, columns, window = sizes
+    across, along = strides[0][1], strides[0][2] if columns > 1 else strides[0][0]
+    shorter = rows if across < along else blocks * columns
+    by_rows = rows > 1 and (across < along or blocks * columns == 1)
+    if shorter < 16 and rows > 1 and blocks * columns > 1:  # most threads of a tile would find nothing
+        by_rows = rows > blocks * columns
+    length, fast, others = (rows, 1, (0, 2, 3)) if by_rows else (columns, 2, (0, 1, 3))
+    multiples = [length] + [each[axis] for each in strides for axis in others]
+    unit = aligned and (by_rows or blocks == 1) and all(each[fast] == 1 for each in strides)
+    if unit and all(number % VECTOR.value == 0 for number in multiples):
+        return (by_rows, True, *tile.unit, 1)
+    depth = triton.next_power_of_2(window)
+    if writes and 1 < depth <= tile.window // 8 and strides[0][3] < strides[0][fast]:
+        return (by_rows, False, 2, tile.window // (2 * depth), depth)
+    return (by_rows, False, *tile.strided, 1)
+
+
+def _plan(
+    members: Sequence[int], weights: Sequence[Tensor], readings: Sequence[Reading], counted: Sequence[bool],
+    outs: Sequence[Tensor | None] | None, firsts: Sequence[int], sizes: Sizes,
+) -> _Plan:  # fmt: skip
+    """The launch over some weights. Where they lie is no part of it, only their shapes and strides."""
+    rows: list[list[int]] = []
+    shapes: list[tuple[bool, bool, int, int, int]] = []
+    copied, buffered = set(), set()
+    programs, tiles, partials, owned = 0, 0, 0, []
+    for i in members:
+        view = canonical(weights[i], readings[i])
+        copied.update([] if _same_memory(view, weights[i]) else [i])
+        strides, aligned = [_strides(view)], i in copied or weights[i].data_ptr() % 16 == 0
+        if outs is not None and (out := outs[i]) is not None:
+            target = canonical(out, readings[i])
+            buffered.update([] if _same_memory(target, out) else [i])
+            strides.append(_strides(target))
+            aligned = aligned and (i in buffered or out.data_ptr() % 16 == 0)
+        blocks, down, columns, window = view.shape
+        shape = _shape(view.shape, strides, aligned, outs is not None, sizes)
+        count, step = (shape[2], shape[3]) if shape[0] else (shape[3], shape[2])
+        chunk = step * max(1, sizes.chunk // (step * count * max(1, window)))
+        chunks, across = max(1, triton.cdiv(down, chunk)), triton.cdiv(blocks * columns, count)
+        shapes.append(shape)
+        rows.append([
+            0, columns, blocks * columns, down, window, chunk, chunks,
+            int(counted[i]), firsts[i], programs, tiles, partials, *strides[0], *strides[-1],
+        ])  # fmt: skip
+        owned.append(chunks * across)
+        programs, tiles = programs + chunks * across, tiles + across
+        partials += across * chunks * (count + 1) if chunks > 1 else 0
+    kinds = tuple(sorted(set(shapes)))  # the kernel is compiled for them, in this order
+    for row, shape in zip(rows, shapes, strict=True):
+        row[KIND.value] = kinds.index(shape)
+    device = weights[members[0]].device
+    spans = tuple(slice(firsts[i], firsts[i] + column_count(weights[i].shape, readings[i])) for i in members)
+    owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
+    return _Plan(
+        tuple(members), spans, frozenset(copied), frozenset(buffered), kinds,
+        _upload(torch.tensor(rows), device), _upload(owners, device), tiles, partials,
+        torch.zeros(tiles + 1, dtype=torch.int32, device=device),
+    )  # fmt: skip
+
+
+def _plans(
+    weights: Sequence[Tensor],
+    readings: Sequence[Reading],
+    counted: Sequence[bool],
+    outs: Sequence[Tensor | None] | None,
+) -> list[_Plan]:
+    """A launch for each dtype; and, where gradients are written, so that none is written twice in one."""
+    device, targets = weights[0].device, weights if outs is None else outs
+    layout: list[Hashable] = [
+        (w.shape, w.stride(), w.dtype, w.data_ptr() % 16, how, once)
+        for w, how, once in zip(weights, readings, counted, strict=True)
+    ]
+    rounds = [0] * len(weights)
+    if outs is not None:
+        seen: dict[int, int] = {}
+        for i, out in enumerate(outs):
+            if out is not None:
+                rounds[i] = seen[out.data_ptr()] = seen.get(out.data_ptr(), -1) + 1
+            layout.append(None if out is None else (out.stride(), out.dtype, out.data_ptr() % 16))
+
+    def make() -> list[_Plan]:
+        firsts, first = [], 0
+        launches: dict[tuple[int, torch.dtype, torch.dtype], list[int]] = {}
+        for i, (w, how) in enumerate(zip(weights, readings, strict=True)):
+            firsts.append(first)
+            count, target = column_count(w.shape, how), targets[i]
+            first += count
+            if target is not None and (count if outs is None else w.numel()):
+                launches.setdefault((rounds[i], w.dtype, target.dtype), []).append(i)
+        return [
+            _plan(launches[key], weights, readings, counted, outs, firsts, SIZES)
+            for key in sorted(launches, key=lambda key: key[0])
+        ]
+
+    return _cached((device, SIZES, tuple(rounds), *layout), device, make)
+
+
+def _pointers(plan: _Plan, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
+    numbers = tuple(number for r, w in zip(read, written, strict=True) for number in (r.data_ptr(), w.data_ptr()))
+    device = plan.table.device
+    return _cached((device, numbers), device, lambda: _upload(torch.tensor(numbers, dtype=torch.int64), device))
+
+
+def _members(index: Tensor, groups: int, plan: _Plan) -> tuple[Tensor, ...]:
+    """The columns of each group that the launch reads: ``order[starts[g]:starts[g + 1]]``."""
+
+    def make() -> tuple[Any, ...]:
+        own = torch.full_like(index, -1)
+        for span in plan.spans:
+            own[span] = index[span]
+        order = torch.argsort(own, stable=True)
+        starts = torch.searchsorted(own[order], torch.arange(groups + 1, device=index.device))
+        return order, starts, index, plan  # the last two so that nothing else takes their addresses
+
+    version = 0 if index.is_inference() else index._version
+    key = (index.device, index.data_ptr(), index.stride(), version, groups, plan.table.data_ptr())
+    return _cached(key, index.device, make)[:2]
+
+
+def _read(plan: _Plan, weights: Sequence[Tensor], readings: Sequence[Reading]) -> list[Tensor]:
+    return [canonical(weights[i], readings[i]).contiguous() if i in plan.copied else weights[i] for i in plan.members]
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _counters(plan: _Plan) -> Tensor:
+    # A graph zeroes its own, whatever else runs while it is replayed.
+    return torch.zeros_like(plan.counters) if _capturing(plan.counters.device) else plan.counters
+
+
+def _reduce(
+    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, groups: int, rule: Criterion,
+    counted: Sequence[bool], outer: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Values (2,), and slopes (groups,), or sums where outer is 0."""
+    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    device = weights[0].device if weights else torch.device("cpu") if index is None else index.device
+    plans = _plans(weights, readings, counted, None) if weights else []
+    if not plans:
+        return torch.zeros(2, dtype=wide, device=device), torch.zeros(groups, dtype=wide, device=device)
+    values = torch.empty(len(plans), 2, dtype=wide, device=device)
+    result = torch.empty(1 if index is None else len(plans), groups, dtype=wide, device=device)
+    for number, plan in enumerate(plans):
+        dtype = weights[plan.members[0]].dtype
+        narrow = torch.float64 if dtype == torch.float64 else torch.float32
+        columns = 0 if index is None else len(index)
+        scratch = torch.empty(plan.partials + 2 * plan.tiles + columns, dtype=narrow, device=device)
+        partials, ends, sums = scratch.split([plan.partials, 2 * plan.tiles, columns])
+        order, starts = (plan.owners, plan.owners) if index is None else _members(index, groups, plan)
+        read = _read(plan, weights, readings)
+        with _on(device):
+            _value_kernel[(len(plan.owners),)](
+                plan.table, plan.owners, _pointers(plan, read, read), partials, _counters(plan), ends, sums,
+                order, starts, result[0 if index is None else number], values[number], plan.tiles, groups,
+                DTYPE=_DTYPES[dtype], ACC=_DTYPES[narrow], NORM=rule.norm, POWER=rule.inner / rule.norm, OUTER=outer,
+                INDEXED=index is not None, SHAPES=plan.shapes, WIDE=SIZES.wide,
+                MEMBERS=min(SIZES.wide, triton.next_power_of_2(max(1, columns // max(1, groups)))),
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return (values[0] if len(values) == 1 else values.sum(0)), (result[0] if len(result) == 1 else result.sum(0))
+
+
+def value(
+    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, groups: int, rule: Criterion,
+    counted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The criterion and L1, and each group's slope.
+
+    Args:
+        index: shape (columns of all weights,), the group of each column, -1 for none; None: each its own.
+        groups: the number of groups: of columns, where there is no index.
+        counted: whether a weight counts in L1.
+
+    Returns:
+        ``sum over g of s_g^outer`` and the sum of absolute weights, shape (2,); and the derivative of the former in
+        each s_g, 0 at 0, shape (groups,). In float32, or float64 if a weight is.
+    """
+    if index is None or len({w.dtype for w in weights}) <= 1:
+        return _reduce(weights, readings, index, groups, rule, counted, rule.outer)
+    # A group may have columns of several launches.
+    total, l1 = sums(weights, readings, index, groups, rule, counted)
+    return torch.stack([power(total, rule.outer).sum(), l1]), rule.outer * power(total, rule.outer - 1)
+
+
+def sums(
+    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, groups: int, rule: Criterion,
+    counted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each group's sum, shape (groups,), and L1; arguments as ``value``."""
+    values, result = _reduce(weights, readings, index, groups, rule, counted, 0)
+    return result, values[1]
+
+
+def gradient(
+    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, slopes: Tensor, rule: Criterion,
+    counted: Sequence[bool], scale: Tensor, outs: Sequence[Tensor | None], accumulate: bool,
+) -> None:  # fmt: skip
+    """Writes ``scale[0] * slopes[group] * d norm^inner / dw + scale[1] * sign(w) * counted``, or adds it.
+
+    Args:
+        slopes: shape (groups,), as ``value`` returns them.
+        scale: shape (2,), on the device of the weights.
+        outs: written; each of its weight's shape, any strides; or None, where it is not wanted.
+        accumulate: whether to add to what is there. A weight that stands twice is then written once after the other.
+    """
+    for plan in _plans(weights, readings, counted, outs) if weights else []:
+        read, wanted = (
+            _read(plan, weights, readings),
+            [(out, readings[i]) for i in plan.members if (out := outs[i]) is not None],
+        )
+        copies = [i in plan.buffered for i in plan.members]
+        written = [
+            canonical(out, how).contiguous() if copy else out for copy, (out, how) in zip(copies, wanted, strict=True)
+        ]
+        dtype, target = read[0].dtype, written[0].dtype
+        with _on(scale.device):
+            _gradient_kernel[(len(plan.owners),)](
+                plan.table, plan.owners, _pointers(plan, read, written), slopes,
+                slopes if index is None else index, scale,
+                DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target], ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+                NORM=rule.norm, POWER=rule.inner / rule.norm, INDEXED=index is not None, ACCUMULATE=accumulate,
+                SHAPES=plan.shapes, enable_fp_fusion=True,
+            )  # fmt: skip
+        for copy, (out, how), buffer in zip(copies, wanted, written, strict=True):
+            if copy:
+                view, _ = arranged(out, how)
+                view.copy_(buffer.view(view.shape))

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from netsurgery.kernels import hgsr_triton
+from netsurgery.kernels.criteria import CRITERIA
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_checks(**environment: str) -> None:
+    """The checks, in a process of their own: Triton interprets either everything or nothing in one."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "hgsr_triton_checks.py")],
+        cwd=ROOT, env=kept | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-20000:] + done.stderr[-5000:]
+
+
+def test_in_the_interpreter() -> None:
+    run_checks(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+def test_on_the_gpu() -> None:
+    run_checks()
+
+
+def kinds(writes: bool) -> list[tuple[bool, bool, int, int, int]]:
+    """Every kind of tile that the launcher can choose, for a value or a gradient."""
+    found = {}
+    for window, by_rows, near in product((1, 2, 3, 9, 27, 49, 128, 200), (False, True), (False, True)):
+        # The window is the fastest axis in memory, or the second.
+        one, other = 64 * window, window if near else 1
+        strides = [0, other, one, 1 if near else 64] if by_rows else [0, one, other, 1 if near else 64]
+        for aligned in (False, True):
+            sizes, each = (1, 64, 64, window), [strides] * (1 + writes)
+            found[hgsr_triton._shape(sizes, each, aligned, writes, hgsr_triton.SIZES)] = None
+    return list(found)
+
+
+SIGNATURE = {
+    "table": "*i64", "owners": "*i32", "pointers": "*i64", "counters": "*i32", "order": "*i64", "starts": "*i64",
+    "tiles": "i32", "groups": "i32", "index": "*i64",
+}  # fmt: skip
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def compiled(kernel: Any, capability: int, dtype: torch.dtype, **constants: Any) -> Any:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    constants |= {"DTYPE": hgsr_triton._DTYPES[dtype], "ACC": hgsr_triton._DTYPES[wide]}
+    signature = {
+        name: "constexpr" if name in constants else SIGNATURE.get(name, "*" + TYPES[wide]) for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+
+
+def check_builds(
+    capability: int, dtype: torch.dtype, norm: int, power: float, outer: float, indexed: bool, only: bool | None = None
+) -> None:
+    """Both kernels build, with every kind of tile (or only those along rows, or columns), and are what they should."""
+    shapes = tuple(shape for shape in kinds(writes=False) if shape[0] != only)
+    common = {"NORM": norm, "POWER": power, "INDEXED": indexed}
+    value = compiled(
+        hgsr_triton._value_kernel, capability, dtype, **common, OUTER=outer, SHAPES=shapes,
+        WIDE=hgsr_triton.SIZES.wide, MEMBERS=4,
+    ).asm["ptx"]  # fmt: skip
+    assert re.search(rf"\.target sm_{capability}a?\b", value)
+    # Per kind of tile, one arrival at the tile's end and one at that of all; partial sums come from the second cache.
+    assert len(re.findall(r"atom\S*\.acq_rel\S*\.add", value)) == len(re.findall(r"\batom\.", value)) == 2 * len(shapes)
+    assert "ld.global.cg" in value and ".local" not in value
+    gradient = compiled(
+        hgsr_triton._gradient_kernel, capability, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True,
+        SHAPES=tuple(shape for shape in kinds(writes=True) if shape[0] != only),
+    ).asm["ptx"]  # fmt: skip
+    assert not re.search(r"\b(atom|red)\.", gradient) and ".local" not in gradient
+    words = r"\.v2\.b64" if dtype == torch.float64 else r"\.v4\.b32"
+    assert re.search(rf"ld\.global{words}", value) and re.search(rf"st\.global{words}", gradient)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_ahead_of_time(capability: int) -> None:
+    old = capability == 80
+    check_builds(capability, torch.float32 if old else torch.bfloat16, 2, 0.5, 0.5, indexed=not old, only=old)
+
+
+RULES = sorted({(rule.norm, rule.inner / rule.norm, rule.outer) for rule in CRITERIA.values()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("norm", "power", "outer"), RULES)
+def test_every_criterion_compiles(norm: int, power: float, outer: float, dtype: torch.dtype, capability: int) -> None:
+    check_builds(capability, dtype, norm, power, outer, indexed=norm == 1)
