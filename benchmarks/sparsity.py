@@ -43,10 +43,10 @@ EMPTY = 1e-3  # a norm or a weight under this counts as zero
 SMALL = 1e-2  # a norm under this share of the layer's largest counts as small
 ALLOWED = 0.5  # points of mean accuracy that a penalty may cost
 BATCH, LR, MOMENTUM, DECAY = 64, 0.1, 0.9, 5e-4
-SHOWN = 3  # points of accuracy in the picture
-COLOURS = (  # no penalty, the plain ones, then by the power of an outer group's sum: roots green and blue, squares warm
-    "#777777", "#000000", "#8c564b", "#2ca02c", "#d62728", "#ff7f0e", "#17becf", "#e377c2", "#1f77b4", "#00574b",
-    "#9467bd", "#c5a3e0",
+SHOWN = 2  # points of accuracy below no penalty in the picture
+COLOURS = (  # of the penalties in their order, none first
+    "#8a8a8a", "#333333", "#8c564b", "#2ca02c", "#d62728", "#e68a00", "#12a5b5", "#d457a6", "#1f77b4", "#00574b",
+    "#7b4fb0", "#a98bd0",
 )  # fmt: skip
 IMAGE = torch.zeros(1, 1, 8, 8)
 NORM = HGSRScore("group_lasso", "coupled")  # of a channel: the L2 norm of all weights that read it
@@ -321,24 +321,23 @@ def cells(name: str, runs: list[Run]) -> list[str]:
 def terminal(best: dict[str, list[Run]]) -> Table:
     """The table in 80 columns: means over the seeds, and the standard deviation of what it is about."""
     view = Table(title="Channels that penalties empty by themselves, in percent", box=SIMPLE_HEAD, pad_edge=False)
+    view.collapse_padding = True
+    view.caption = (
+        f"empty: the norm of what reads the channel is under {EMPTY:g}; small: under {SMALL:g} of the layer's largest; "
+        f"zeros: weights under {EMPTY:g}; left: parameters without the empty channels, and the accuracy then"
+    )
     view.add_column("penalty", no_wrap=True)
-    for name in ("test acc.", "empty channels", "small", "weights < 1e-3", "param. left", "acc. then"):
-        view.add_column(name, justify="right")
+    for name in ("acc.", "empty", "small", "zeros", "left", "acc."):
+        view.add_column(name, justify="right", no_wrap=True)
     for name, runs in best.items():
         if not runs:
-            view.add_row(name, "none allowed")
+            view.add_row(name, *"------")
             continue
-        means = {what: average(runs, what) for what in ("accuracy", "small", "weights", "left", "removed_accuracy")}
-        spread = pstdev(run.empty for run in runs)
-        view.add_row(
-            name,
-            f"{means['accuracy']:.2f}",
-            f"{average(runs, 'empty'):.1f} ± {spread:.1f}",
-            f"{means['small']:.1f}",
-            f"{means['weights']:.1f}",
-            f"{means['left']:.1f}",
-            f"{means['removed_accuracy']:.2f}",
+        before, empty, small, weights, left, then = (
+            average(runs, what) for what in ("accuracy", "empty", "small", "weights", "left", "removed_accuracy")
         )
+        spread = f"{empty:.1f}±{pstdev(run.empty for run in runs):.1f}"
+        view.add_row(name, f"{before:.2f}", spread, f"{small:.1f}", f"{weights:.1f}", f"{left:.1f}", f"{then:.2f}")
     return view
 
 
@@ -377,30 +376,32 @@ def plot(found: dict[str, Tried], best: dict[str, list[Run]], path: Path) -> Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's state alone
     curves, bars = figure.subplots(1, 2, width_ratios=(1.1, 1))
     colours = dict(zip(found, COLOURS, strict=True))
-    plot_curves(curves, found, colours)
+    plot_curves(curves, found, best, colours)
     plot_bars(bars, best, colours)
     for axes in (curves, bars):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
-def plot_curves(axes: Any, found: dict[str, Tried], colours: dict[str, str]) -> None:
+def plot_curves(axes: Any, found: dict[str, Tried], best: dict[str, list[Run]], colours: dict[str, str]) -> None:
     whole = average(found[NONE][0.0], "accuracy")
-    left = whole - SHOWN
+    highest = max(average(runs, "accuracy") for tried in found.values() for runs in tried.values())
     for name, tried in found.items():
         points = [tried[push] for push in sorted(tried)]
         x, y = [average(runs, "accuracy") for runs in points], [average(runs, "empty") for runs in points]
-        marker = "s" if name == NONE else "o"
-        axes.plot(x, y, marker=marker, color=colours[name], markersize=5, linewidth=1.3, clip_on=True)
+        axes.plot(x, y, "o-", color=colours[name], markersize=4, linewidth=1.2)
+        if runs := best[name]:
+            at = average(runs, "accuracy"), average(runs, "empty")
+            axes.plot(*at, "o", color=colours[name], markersize=10, markeredgecolor="black")
     axes.axvline(whole - ALLOWED, color="#999999", linestyle="--", linewidth=1)
-    axes.text(whole - ALLOWED, 101, f"{ALLOWED} points below no penalty", ha="center", fontsize=8, color="#666666")
-    axes.set(xlim=(left, 100), ylim=(-2, 100), xlabel="test accuracy, % (mean over the seeds)")
+    axes.set(xlim=(whole - SHOWN, highest + 0.1), ylim=(-3, 100))
+    axes.set_xlabel(f"test accuracy, %, mean over the seeds (dashed: {ALLOWED} points below no penalty)")
     axes.set_ylabel(f"channels with a norm under {EMPTY:g}, %")
-    axes.set_title("Stronger and stronger penalties: colours as on the right", pad=18)
+    axes.set_title("Stronger and stronger penalties, from right to left; large dots: the bars")
 
 
 def plot_bars(axes: Any, best: dict[str, list[Run]], colours: dict[str, str]) -> None:
@@ -410,14 +411,14 @@ def plot_bars(axes: Any, best: dict[str, list[Run]], colours: dict[str, str]) ->
             axes.text(1, place, "no strength is allowed", va="center", fontsize=9)
             continue
         axes.barh(place, mean(values), color=colours[name])
-        axes.plot(values, [place] * len(values), "k.", markersize=5)
+        axes.plot(values, [place] * len(values), "o", color="black", markeredgecolor="white", markersize=5)
         axes.text(max(values) + 2, place, f"{mean(values):.0f}", va="center", fontsize=9)
     axes.set_yticks(range(len(best)), list(best), fontsize=9)
     for label in axes.get_yticklabels():
         label.set(color=colours[label.get_text()], fontweight="bold")
     axes.invert_yaxis()
-    axes.set(xlim=(0, 105), xlabel=f"channels with a norm under {EMPTY:g}, % (dots: seeds)")
-    axes.set_title(f"At the strongest that costs at most {ALLOWED} points", pad=18)
+    axes.set(xlim=(0, 100), xlabel=f"channels with a norm under {EMPTY:g}, % (dots: seeds)")
+    axes.set_title(f"At the strongest that costs at most {ALLOWED} points of accuracy")
 
 
 def main() -> None:
