@@ -18,7 +18,7 @@ from netsurgery.kernels.hgsr_reference import power
 
 __all__ = ["finished", "gradient", "sums", "value"]
 
-PIECE = 1 << 17  # elements
+PIECE = 1 << 18  # elements
 Piece = tuple[slice, ...]
 
 
@@ -26,12 +26,18 @@ class _Room:
     """Memory for one piece, used again and again: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.held: dict[torch.dtype, Tensor] = {}
+        self.held: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
 
     def like(self, part: Tensor, dtype: torch.dtype) -> Tensor:
-        if dtype not in self.held or self.held[dtype].numel() < part.numel():
-            self.held[dtype] = torch.empty(max(PIECE, part.numel()), dtype=dtype, device=part.device)
-        return self.held[dtype][: part.numel()].view(part.shape)
+        """As large as a piece, with what was there last."""
+        key = dtype, part.shape
+        if key not in self.held:
+            most = max((one for one in self.held.values() if one.dtype == dtype), key=Tensor.numel, default=None)
+            if most is None or most.numel() < part.numel():
+                self.held = {}  # grown: pieces of other shapes find their place in it again
+                most = torch.empty(part.numel(), dtype=dtype, device=part.device)
+            self.held[key] = most.flatten()[: part.numel()].view(part.shape)
+        return self.held[key]
 
 
 class _Walk:
@@ -44,15 +50,15 @@ class _Walk:
         self.weight = read.permute(self.order)
         self.rows, self.window = self.order.index(1), self.order.index(3)
         self.elements = read.shape[3]
-        self.by_column = (read.shape[0], 1, read.shape[2], 1)
+        self.columns = (read.shape[0], 1, read.shape[2], 1)
         self.norm = 1 if self.elements == 1 else rule.norm  # of one element both norms are its absolute value
         self.power = rule.inner / self.norm
         self.dtype = accumulator(weight)
         self.ones = torch.ones(self.elements, dtype=self.dtype, device=weight.device)
         self.room = room
 
-    def pieces(self) -> Iterator[Piece]:
-        """Slices in the order of memory, of at most PIECE elements where that leaves kernels whole."""
+    def pieces(self) -> Iterator[tuple[Piece, Piece]]:
+        """Slices in memory's order, of at most PIECE elements where that leaves kernels whole; and their columns'."""
         shape = self.weight.shape
         room = PIECE // max(1, shape[self.window])
         cuts: list[list[slice]] = []
@@ -60,12 +66,12 @@ class _Walk:
             step = max(1, shape[axis] if axis == self.window else min(shape[axis], room))
             cuts.insert(0, [slice(start, start + step) for start in range(0, shape[axis], step)])
             room //= 1 if axis == self.window else step
-        return product(*cuts)
+        for piece in product(*cuts):
+            yield piece, tuple(slice(None) if i in (self.rows, self.window) else s for i, s in enumerate(piece))
 
-    def columns(self, values: Tensor, piece: Piece) -> Tensor:
-        """Of values by column those that a piece belongs to."""
-        laid = values.view(self.by_column).permute(self.order)
-        return laid[tuple(slice(None) if i in (self.rows, self.window) else s for i, s in enumerate(piece))]
+    def by_column(self, values: Tensor) -> Tensor:
+        """Values by column, laid out like the weight."""
+        return values.view(self.columns).permute(self.order)
 
     def powers(self, part: Tensor) -> Tensor:
         """The sums of |w|^norm over each kernel of a piece."""
@@ -118,15 +124,16 @@ def sums(
     room = _Room()
     for weight, how, count in zip(weights, readings, counted, strict=True):
         walk = _Walk(weight, how, rule, room)
-        found.append(weight.new_zeros(prod(walk.by_column), dtype=walk.dtype))
-        for piece in walk.pieces():
+        found.append(weight.new_zeros(prod(walk.columns), dtype=walk.dtype))
+        laid = walk.by_column(found[-1])
+        for piece, own in walk.pieces():
             part = walk.weight[piece]
             kernels = walk.powers(part)
             if count:
                 absolute += (kernels if walk.norm == 1 else part.abs()).sum(dtype=walk.dtype)
             if walk.power != 1:
                 kernels = kernels.sqrt_() if walk.power == 0.5 else kernels.square_()
-            walk.columns(found[-1], piece).add_(kernels.sum(walk.rows, keepdim=True))
+            laid[own].add_(kernels.sum(walk.rows, keepdim=True))
     by_column = torch.cat(found)
     if index is not None:  # what belongs to no group is added up behind the last one, and left there
         by_column = by_column.new_zeros(groups + 1).index_add_(0, index.where(index >= 0, groups), by_column)[:groups]
@@ -157,14 +164,14 @@ def gradient(
     start = 0
     for weight, how, count, out in zip(weights, readings, counted, outs, strict=True):
         walk = _Walk(weight, how, rule, room)
-        slope = by_column[start : (start := start + prod(walk.by_column))].to(walk.dtype) * (walk.power * walk.norm)
+        slope = by_column[start : (start := start + prod(walk.columns))].to(walk.dtype) * (walk.power * walk.norm)
         if out is None:
             continue
         target = canonical(out, how)
-        ordered = target.permute(walk.order)
-        for piece in walk.pieces():
+        ordered, laid = target.permute(walk.order), walk.by_column(slope)
+        for piece, own in walk.pieces():
             part, goal = walk.weight[piece], ordered[piece]
-            factor = _factor(walk, part, walk.columns(slope, piece))
+            factor = _factor(walk, part, laid[own])
             alike = goal.dtype == part.dtype == walk.dtype
             step = goal if alike and not accumulate else second.like(part, walk.dtype)
             _step(part, factor, step, walk.norm, sign if count else 0.0)

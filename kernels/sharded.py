@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from netsurgery.kernels.criteria import CRITERIA, Name, Reading, column_count
@@ -18,54 +21,85 @@ from netsurgery.kernels.sparsity import Layout, backend
 __all__ = ["add_gradient", "values"]
 
 
-class _Shards:
-    """What this rank holds of a list of weights, and the layout of that.
+class _Spec(NamedTuple):
+    """Of a weight its whole shape and, if it is sharded, over which ranks and how."""
 
-    Raises:
-        ValueError: a weight is sharded so that kernels are cut, or in a way that is not known here.
+    shape: torch.Size
+    mesh: DeviceMesh | None = None
+    placements: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What this rank holds of the weights that are sharded in the same way.
+
+    Attributes:
+        one: one of these weights.
+        dims: the dimensions of its mesh over which ranks hold its parts together.
+        rows: a weight, where rows of what this rank holds begin, how many.
+        layout: of these.
     """
 
-    def __init__(self, weights: Sequence[Tensor], layout: Layout):
-        sizes = [column_count(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True)]
-        groups = sum(sizes) if layout.index is None else layout.groups
-        index = torch.arange(groups) if layout.index is None else layout.index
-        self.local = [local_part(weight) for weight in weights]
-        self.reduce: dict[Any, list[Any]] = {}  # each way to shard: the process groups to add sums over
-        self.ways: list[Any] = []
-        self.rows: list[tuple[int, int, int]] = []  # a weight, where rows of what this rank holds begin, how many
-        readings, indices = [], []
-        for i, (weight, ids) in enumerate(zip(weights, index.split(sizes), strict=True)):
-            way, self.reduce[way] = _way(i, weight)  # on every rank in the same order, whether it holds anything or not
-            for start, size, how, part in _cut(i, weight, layout.readings[i], ids):
-                self.ways.append(way)
-                self.rows.append((i, start, size))
-                readings.append(how)
-                indices.append(part)
-        index = torch.cat(indices) if indices else index[:0]
-        counted = tuple(layout.counted[i] for i, _, _ in self.rows)
-        self.layout = Layout(tuple(readings), counted, index.to(weights[0].device), groups)
+    one: int
+    dims: tuple[int, ...]
+    rows: tuple[tuple[int, int, int], ...]
+    layout: Layout
 
     def parts(self, local: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The rows that the layout reads, of a tensor for each weight or None."""
         found = [(local[i], start, size) for i, start, size in self.rows]
         return [None if one is None else one.detach().narrow(0, start, size) for one, start, size in found]
 
+
+@lru_cache(maxsize=64)  # the index is made, and sent to the device, once
+def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> tuple[_Share, ...]:
+    """A share for each way to shard, on every rank in the same order, whether it holds anything or not.
+
+    Raises:
+        ValueError: a weight is sharded so that kernels are cut, or in a way that is not known here.
+    """
+    sizes = [column_count(spec.shape, how) for spec, how in zip(specs, layout.readings, strict=True)]
+    groups = sum(sizes) if layout.index is None else layout.groups
+    index = torch.arange(groups) if layout.index is None else layout.index
+    held: dict[Any, tuple[int, list[tuple[tuple[int, int, int], Reading, bool, Tensor]]]] = {}
+    for i, (spec, ids) in enumerate(zip(specs, index.split(sizes), strict=True)):
+        _, pieces = held.setdefault(_way(i, spec), (i, []))
+        for start, size, how, part in _cut(i, spec, layout.readings[i], ids):
+            pieces.append(((i, start, size), how, layout.counted[i], part))
+    shares = []
+    for (_, dims), (one, pieces) in held.items():
+        rows, readings, counted, parts = zip(*pieces, strict=True) if pieces else ((), (), (), (index[:0],))
+        share = Layout(readings, counted, torch.cat(parts).to(device), groups)
+        shares.append(_Share(one, dims, rows, share))
+    return tuple(shares)
+
+
+class _Shards:
+    """What this rank holds of a list of weights."""
+
+    def __init__(self, weights: Sequence[Tensor], layout: Layout):
+        specs = tuple(
+            _Spec(one.shape, one.device_mesh, tuple(one.placements)) if isinstance(one, DTensor) else _Spec(one.shape)
+            for one in weights
+        )
+        self.meshes = [spec.mesh for spec in specs]
+        self.local = [local_part(weight) for weight in weights]
+        self.shares = _shares(layout, specs, weights[0].device)
+
     @torch.no_grad()
     def value(self, criterion: Name, like: Tensor) -> tuple[Tensor, Tensor]:
         """The criterion and the sum of absolute values, the same on all ranks; and the slopes."""
-        rule, how, weights = CRITERIA[criterion], self.layout, self.parts(self.local)
-        parts = how.index.split([column_count(w.shape, r) for w, r in zip(weights, how.readings, strict=True)])  # type: ignore[union-attr]
-        total = like.new_zeros(how.groups + 1)
-        for way, groups in self.reduce.items():
-            mine = torch.zeros_like(total)
-            held = [i for i, one in enumerate(self.ways) if one == way]
-            if held:
+        rule = CRITERIA[criterion]
+        total = like.new_zeros(self.shares[0].layout.groups + 1)
+        for share in self.shares:
+            how, mine = share.layout, torch.zeros_like(total)
+            if share.rows:
                 mine[:-1], mine[-1] = backend(self.local).sums(
-                    [weights[i] for i in held], [how.readings[i] for i in held], torch.cat([parts[i] for i in held]),
-                    how.groups, rule, [how.counted[i] for i in held],
-                )  # fmt: skip
-            for group in groups:
-                dist.all_reduce(mine, group=group)
+                    share.parts(self.local), how.readings, how.index, how.groups, rule, how.counted
+                )
+            if mesh := self.meshes[share.one]:  # of now: the processes may have been brought together anew
+                for dim in share.dims:
+                    dist.all_reduce(mine, group=mesh.get_group(dim))
             total += mine
         return finished(total[:-1], total[-1], rule)
 
@@ -73,12 +107,13 @@ class _Shards:
         self, criterion: Name, slopes: Tensor, scale: Tensor, outs: Sequence[Tensor | None], add: bool
     ) -> None:
         """Of what this rank holds, for a tensor for each weight or None."""
-        if self.rows:
-            how = self.layout
-            backend(self.local).gradient(
-                self.parts(self.local), how.readings, how.index, slopes, CRITERIA[criterion], how.counted, scale,
-                self.parts(outs), add,
-            )  # fmt: skip
+        for share in self.shares:
+            if share.rows:
+                how, parts = share.layout, share.parts(self.local)
+                backend(self.local).gradient(
+                    parts, how.readings, how.index, slopes, CRITERIA[criterion], how.counted, scale,
+                    share.parts(outs), add,
+                )  # fmt: skip
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -86,36 +121,31 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _way(i: int, weight: Tensor) -> tuple[Any, list[Any]]:
-    """How a weight is sharded, and the process groups that hold its parts together."""
-    if not isinstance(weight, DTensor):
-        return None, []
+def _way(i: int, weight: _Spec) -> tuple[Any, tuple[int, ...]]:
+    """How a weight is sharded: over which ranks, along which dimensions of these."""
     if not all(type(placement) in (Shard, Replicate) for placement in weight.placements):
         raise ValueError(
             f"hgsr: weight {i} of shape {tuple(weight.shape)} is placed as {weight.placements}: "
             "place it by Shard and Replicate only, or leave it out with exclude="
         )
-    mesh = weight.device_mesh
-    cut = tuple(dim for dim, placement in enumerate(weight.placements) if isinstance(placement, Shard))
-    return (mesh, cut), [mesh.get_group(dim) for dim in cut]
+    return weight.mesh, tuple(dim for dim, one in enumerate(weight.placements) if isinstance(one, Shard))
 
 
-def _held(weight: DTensor) -> list[tuple[int, int]]:
+def _held(weight: _Spec) -> list[tuple[int, int]]:
     """For each axis where what this rank holds begins, and its size: as torch.chunk cuts."""
     held = [(0, size) for size in weight.shape]
     for dim, placement in enumerate(weight.placements):
-        if isinstance(placement, Shard):
+        if weight.mesh is not None and isinstance(placement, Shard):
             start, size = held[placement.dim]
-            each = -(-size // weight.device_mesh.size(dim))
-            before = min(each * weight.device_mesh.get_local_rank(dim), size)
+            each = -(-size // weight.mesh.size(dim))
+            before = min(each * weight.mesh.get_local_rank(dim), size)
             held[placement.dim] = start + before, min(each, size - before)
     return held
 
 
-def _cut(i: int, weight: Tensor, how: Reading, ids: Tensor) -> Iterator[tuple[int, int, Reading, Tensor]]:
+def _cut(i: int, weight: _Spec, how: Reading, ids: Tensor) -> Iterator[tuple[int, int, Reading, Tensor]]:
     """What this rank holds of a weight, as (first row, rows, reading, outer groups of the columns)."""
-    shape = weight.shape
-    held = _held(weight) if isinstance(weight, DTensor) else [(0, size) for size in shape]
+    shape, held = weight.shape, _held(weight)
     for axis in how.window:
         if held[axis][1] != shape[axis]:
             raise ValueError(

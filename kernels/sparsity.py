@@ -132,8 +132,14 @@ def _indexed(weights: list[Tensor], readings: Sequence[Reading], grouping: Seque
     given = [tuple(one.shape) for one in grouping]
     if given != [(size,) for size in sizes]:
         raise ValueError(f"hgsr: the weights have {sizes} input channels, but grouping has shapes {given}")
-    index = torch.cat([one.long() for one in grouping]) if grouping else torch.zeros(0, dtype=torch.int64)
-    return {"index": index, "groups": int(index.max()) + 1 if len(index) else 0}
+    if not weights:
+        return {}
+    index = torch.cat([one.to(weights[0].device) for one in grouping])
+    if index.is_floating_point() or index.is_complex() or bool((index < -1).any()):
+        raise ValueError(
+            "hgsr: grouping holds something else than the numbers of outer groups, from 0 up, and -1 for none"
+        )
+    return {"index": index.long(), "groups": int(index.max()) + 1 if len(index) else 0}
 
 
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:

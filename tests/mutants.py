@@ -451,8 +451,8 @@ MUTANTS = (
     Mutant(
         "a piece's sums replace those before",
         "kernels/hgsr_cpu.py",
-        "walk.columns(found[-1], piece).add_(kernels.sum(walk.rows, keepdim=True))",
-        "walk.columns(found[-1], piece).copy_(kernels.sum(walk.rows, keepdim=True))",
+        "laid[own].add_(kernels.sum(walk.rows, keepdim=True))",
+        "laid[own].copy_(kernels.sum(walk.rows, keepdim=True))",
     ),
     Mutant(
         "the gradient replaces what was there",

@@ -60,7 +60,7 @@ def net() -> Net:
 
 def batch() -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    return torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    return torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
 
 
 def mine(tensor: Tensor) -> Tensor:
@@ -212,7 +212,8 @@ def frozen() -> None:
 def replicated() -> None:
     """Hybrid sharding: over one axis of the mesh copies, over the other parts."""
     size = dist.get_world_size()
-    for how, shape in (("loss", (2, size // 2)), ("add", (1, size))):
+    copies = size if size % 2 else 2
+    for how, shape in (("loss", (copies, size // copies)), ("add", (1, size))):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts"))
         as_in_one_process(lambda model, mesh=mesh: layer_by_layer(model, mesh=mesh), how, "feature")
 

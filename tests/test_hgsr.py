@@ -228,5 +228,10 @@ def test_errors() -> None:
         hgsr([weight.long()])
     with pytest.raises(ValueError, match=r"have \[3\] input channels, but grouping has shapes \[\(2,\)\]"):
         hgsr([weight], "l1", [torch.zeros(2, dtype=torch.int64)])
+    for wrong in (torch.zeros(3), torch.tensor([0, -2, 1])):
+        with pytest.raises(
+            ValueError, match="something else than the numbers of outer groups, from 0 up, and -1 for none"
+        ):
+            hgsr([weight], "l1", [wrong])
     with pytest.raises(ValueError, match=r"weights on several devices \(cpu, meta\)"):
         hgsr([weight, weight.to("meta")])
