@@ -48,6 +48,7 @@ COLOURS = (  # of the penalties in their order, none first
     "#8a8a8a", "#333333", "#8c564b", "#2ca02c", "#d62728", "#e68a00", "#12a5b5", "#d457a6", "#1f77b4", "#00574b",
     "#7b4fb0", "#a98bd0",
 )  # fmt: skip
+images = functools.cache(digits)
 IMAGE = torch.zeros(1, 1, 8, 8)
 NORM = HGSRScore("group_lasso", "coupled")  # of a channel: the L2 norm of all weights that read it
 NONE = "no penalty"
@@ -150,20 +151,22 @@ def untrained(network: str, seed: int) -> nn.Module:
 
 
 @functools.cache
-def strength_of(network: str, grouping: Grouping, penalty: str, push: float) -> float:
+def value_of(network: str, grouping: Grouping, penalty: str) -> float:
+    """The penalty of the untrained network, at a strength of 1."""
+    return float(penalty_of(untrained(network, 0), penalty, grouping, 1.0)().detach())
+
+
+def strength_of(job: Job) -> float:
     """The strength of a push: the same for all seeds."""
-    if penalty == NONE:
-        return 0.0
-    value = penalty_of(untrained(network, 0), penalty, grouping, 1.0)()
-    return push * math.log(10) / float(value.detach())
+    return job.push * math.log(10) / value_of(job.network, job.grouping, job.penalty) if job.push else 0.0
 
 
 def train(job: Job) -> nn.Module:
     """Minimise cross-entropy + strength * penalty by SGD with momentum, the rate falling to 0 along half a cosine."""
     model = untrained(job.network, job.seed)
-    strength = strength_of(job.network, job.grouping, job.penalty, job.push)
+    strength = strength_of(job)
     penalty = penalty_of(model, job.penalty, job.grouping, strength) if strength else None
-    x, y = digits(job.seed).train
+    x, y = images(job.seed).train
     order = torch.Generator().manual_seed(job.seed)
     batches = -(-len(x) // BATCH)
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY)
@@ -187,11 +190,11 @@ def measure(job: Job) -> Run:
         edit = netsurgery.plan(model, [NORM, RemoveEmpty(EMPTY)], IMAGE)
         small = netsurgery.rewrite(model, edit)
         norms = list(norms_of(edit.network).values())
-    test = digits(job.seed).test
+    test = images(job.seed).test
     return Run(
         penalty=job.penalty,
         push=job.push,
-        strength=strength_of(job.network, job.grouping, job.penalty, job.push),
+        strength=strength_of(job),
         seed=job.seed,
         accuracy=accuracy(model, test),
         empty=share([n < EMPTY for n in norms]),
@@ -225,7 +228,7 @@ def allowed(tried: Tried, least: float) -> list[float]:
 
     pushes = sorted(tried)
     falling = isotonic_regression([average(tried[push], "accuracy") for push in pushes], increasing=False)
-    return [push for push, mean_accuracy in zip(pushes, falling, strict=True) if mean_accuracy >= least]
+    return [push for push, mean_accuracy in zip(pushes, falling, strict=True) if mean_accuracy >= least - 1e-9]
 
 
 def next_push(tried: Tried, least: float) -> float:
@@ -253,7 +256,7 @@ class Study:
 
     network: str = "plain"
     grouping: Grouping = "feature"
-    seeds: int = 4
+    seeds: int = 3
     pushes: tuple[float, ...] = (0.3, 1.0, 3.0)
     rounds: int = 1
     epochs: int = 24
@@ -282,7 +285,7 @@ class Study:
         return [Job(penalty, push, seed, self.epochs, self.network, self.grouping) for seed in range(self.seeds)]
 
 
-QUICK = Study(seeds=1, pushes=(3.0,), rounds=1, epochs=1, jobs=1)
+QUICK = Study(seeds=1, pushes=(1.0,), rounds=0, epochs=1, jobs=1)
 
 
 def matched(found: dict[str, Tried]) -> dict[str, list[Run]]:
@@ -430,7 +433,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Study.rounds, help="steps of the search for the strongest")
     parser.add_argument("--epochs", type=int, default=Study.epochs)
     parser.add_argument("--jobs", type=int, default=Study.jobs, help="networks trained at a time, on one core each")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch: only to try it out")
+    parser.add_argument("--quick", action="store_true", help="one seed, one strength, one epoch: only to try it out")
     options = vars(parser.parse_args())
     torch.set_num_threads(1)
     out, quick = options.pop("out"), options.pop("quick")
