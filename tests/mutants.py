@@ -481,8 +481,8 @@ MUTANTS = (
     Mutant(
         "absolute values counted at each reading",
         "passes/layers.py",
-        "counted = tuple(i == 0 or listed[i - 1][0] is not layer for",
-        "counted = tuple(i >= 0 or listed[i - 1][0] is not layer for",
+        "return tuple(name not in names[:i] for i, name in enumerate(names))",
+        "return tuple(True for i, name in enumerate(names))",
     ),
     Mutant(
         "a unit's group only in the first part of a concatenation",
@@ -497,10 +497,22 @@ MUTANTS = (
         "shortcuts |= 0",
     ),
     Mutant(
+        "NaN is taken for zero",
+        "kernels/hgsr_reference.py",
+        "other = x != 0  # also",
+        "other = x > 0  # also",
+    ),
+    Mutant(
+        "a weight read in two ways counts in one",
+        "passes/layers.py",
+        ".setdefault((layer.inputs, layer.outputs), layer)",
+        ".setdefault((), layer)",
+    ),
+    Mutant(
         "the share of L1 is the other one",
         "passes/penalty.py",
-        "[now * (1 - self.l1_ratio), now * self.l1_ratio]",
-        "[now * self.l1_ratio, now * (1 - self.l1_ratio)]",
+        "[self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]",
+        "[self.now * self.l1_ratio, self.now * (1 - self.l1_ratio)]",
     ),
 )
 
