@@ -2,10 +2,12 @@
 
 A small convolutional network is trained by SGD on cross-entropy + strength * penalty; nothing sets a weight to zero.
 Then each channel that a convolution reads has a norm: the L2 norm of all the weights that read it. A channel is empty
-when that is under 1e-3. Equally many strengths of each penalty are tried: a few fixed ones, then by bisection towards
-the strongest at which the mean test accuracy is still within half a point of no penalty. There the penalties are
-compared, and there the empty channels are removed by netsurgery to see what they were worth. The test images that
-choose the strength also give the accuracy, which is therefore a little too high, for all penalties alike.
+when that is under 1e-3; netsurgery then removes the empty ones, to see what they were worth.
+
+Penalties are compared where each costs half a point of mean test accuracy. Equally many strengths of each are tried, a
+few fixed ones and then some near that place, and all figures are interpolated between the two strengths around it.
+Accuracy is noisy, one image is 0.2 points: the means are first made to fall with the strength by isotonic regression,
+and everything is done again on seeds drawn with replacement, which gives the range in brackets (nine in ten draws).
 
 A strength is given as a push: the penalty of the untrained network, divided by the cross-entropy of guessing.
 """
@@ -21,7 +23,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, pstdev
+from random import Random
+from statistics import mean, quantiles
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -41,7 +44,8 @@ from netsurgery.passes.layers import Grouping
 
 EMPTY = 1e-3  # a norm or a weight under this counts as zero
 SMALL = 1e-2  # a norm under this share of the layer's largest counts as small
-ALLOWED = 0.5  # points of mean accuracy that a penalty may cost
+ALLOWED = 0.5  # points of mean accuracy that a penalty costs where penalties are compared
+DRAWS = 200  # of seeds with replacement
 BATCH, LR, MOMENTUM, DECAY = 64, 0.1, 0.9, 5e-4
 SHOWN = 2  # points of accuracy below no penalty in the picture
 COLOURS = (  # of the penalties in their order, none first
@@ -211,33 +215,66 @@ def share(chosen: list[Tensor]) -> float:
     return 100 * float(torch.cat(chosen).double().mean()) if chosen else 0.0
 
 
+FIGURES = ("strength", "accuracy", "empty", "small", "weights", "left", "removed_accuracy")
+
+
 def average(runs: Iterable[Run], what: str) -> float:
     return float(mean(getattr(run, what) for run in runs))
 
 
-Tried = dict[float, list[Run]]  # by push, the runs of all seeds
+Tried = dict[float, list[Run]]  # by push, 0 for no penalty, the runs of all seeds
 
 
-def allowed(tried: Tried, least: float) -> list[float]:
-    """The pushes, ascending, up to the strongest whose mean accuracy is at least so much.
+def limit(tried: Tried) -> float:
+    """The mean accuracy at which penalties are compared."""
+    return average(tried[0.0], "accuracy") - ALLOWED
 
-    One image is 0.2 points and a lucky run is no result: the means are first made to fall with the push, by isotonic
-    regression (means that rise are averaged with their neighbours).
-    """
+
+def falling(tried: Tried) -> list[tuple[float, float]]:
+    """Pushes, ascending, and mean accuracies, made to fall: those that rise are averaged with their neighbours."""
     from sklearn.isotonic import isotonic_regression
 
     pushes = sorted(tried)
-    falling = isotonic_regression([average(tried[push], "accuracy") for push in pushes], increasing=False)
-    return [push for push, mean_accuracy in zip(pushes, falling, strict=True) if mean_accuracy >= least - 1e-9]
+    means = [average(tried[push], "accuracy") for push in pushes]
+    return list(zip(pushes, isotonic_regression(means, increasing=False).tolist(), strict=True))
 
 
-def next_push(tried: Tried, least: float) -> float:
-    """Between the strongest push that is allowed and the next that was tried, or three times beyond all of them."""
-    good = allowed(tried, least)
-    if not good:
-        return min(tried) / 3
-    above = [push for push in tried if push > good[-1]]
-    return math.sqrt(good[-1] * min(above)) if above else 3 * good[-1]
+def around(tried: Tried) -> tuple[float, float | None, float]:
+    """The strongest push that is within the limit, the next, and how far from the one to the other the limit is."""
+    curve = falling(tried)
+    at = max(index for index, (_, mean_accuracy) in enumerate(curve) if mean_accuracy >= limit(tried) - 1e-9)
+    if at + 1 == len(curve):
+        return curve[at][0], None, 0.0
+    (push, before), (after_push, after) = curve[at : at + 2]
+    return push, after_push, (before - limit(tried)) / (before - after)
+
+
+def next_push(tried: Tried) -> float:
+    """Between the pushes around the limit, or three times beyond all of them."""
+    low, high, _ = around(tried)
+    if high is None:
+        return 3 * low
+    return math.sqrt(low * high) if low else high / 3
+
+
+def matched(tried: Tried) -> dict[str, float]:
+    """The figures at the limit; those of the strongest push where that is within it."""
+    low, high, way = around(tried)
+    here = {what: average(tried[low], what) for what in FIGURES}
+    if high is None:
+        return here
+    return {what: value + way * (average(tried[high], what) - value) for what, value in here.items()}
+
+
+def drawn(tried: Tried) -> tuple[float, float]:
+    """The range of the share of empty channels, when the seeds are drawn with replacement: 5th and 95th percentile."""
+    random, seeds = Random(0), range(len(tried[0.0]))
+    shares = []
+    for _ in range(DRAWS):
+        chosen = random.choices(seeds, k=len(seeds))
+        shares.append(matched({push: [runs[seed] for seed in chosen] for push, runs in tried.items()})["empty"])
+    cuts = quantiles(shares, n=20)
+    return cuts[0], cuts[-1]
 
 
 @contextmanager
@@ -264,20 +301,20 @@ class Study:
 
     def search(self, console: Console) -> dict[str, Tried]:
         """Train everything."""
-        found: dict[str, Tried] = {NONE: {}, **{name: {} for name in PENALTIES}}
+        found: dict[str, Tried] = {name: {} for name in (NONE, *PENALTIES)}
         with workers(self.jobs) as run_all, progress_bar(console) as progress:
             total = self.seeds * (1 + len(PENALTIES) * (len(self.pushes) + self.rounds))
             bar = progress.add_task("training", total=total)
 
             def try_all(wanted: list[tuple[str, float]]) -> None:
                 for run in run_all(measure, [job for name, push in wanted for job in self.of(name, push)]):
-                    found[run.penalty].setdefault(run.push, []).append(run)
+                    for name in found if run.penalty == NONE else (run.penalty,):  # every curve begins at no penalty
+                        found[name].setdefault(run.push, []).append(run)
                     progress.advance(bar)
 
             try_all([(NONE, 0.0), *((name, push) for name in PENALTIES for push in self.pushes)])
-            least = average(found[NONE][0.0], "accuracy") - ALLOWED
             for _ in range(self.rounds):
-                try_all([(name, next_push(found[name], least)) for name in PENALTIES])
+                try_all([(name, next_push(found[name])) for name in PENALTIES])
         return found
 
     def of(self, penalty: str, push: float) -> list[Job]:
@@ -288,41 +325,50 @@ class Study:
 QUICK = Study(seeds=1, pushes=(1.0,), rounds=0, epochs=1, jobs=1)
 
 
-def matched(found: dict[str, Tried]) -> dict[str, list[Run]]:
-    """For each penalty the runs at its strongest push that is allowed; none where no push is."""
-    least = average(found[NONE][0.0], "accuracy") - ALLOWED
-    strongest = {name: max(allowed(tried, least), default=None) for name, tried in found.items()}
-    return {name: found[name][push] if push is not None else [] for name, push in strongest.items()}
+@dataclass(frozen=True)
+class Row:
+    """A penalty where it costs half a point: figures, and the range of the share of empty channels."""
+
+    penalty: str
+    strength: float
+    accuracy: float
+    empty: float
+    small: float
+    weights: float
+    left: float
+    removed_accuracy: float
+    low: float
+    high: float
+
+
+def rows_of(found: dict[str, Tried]) -> list[Row]:
+    return [
+        Row(name, **matched(tried), **dict(zip(("low", "high"), drawn(tried), strict=True)))
+        for name, tried in found.items()
+    ]
 
 
 HEADER = (
     "penalty", "strength", "accuracy %", "empty channels %", "small channels %", "weights under 1e-3 %",
-    "parameters left %", "accuracy after removal %",
+    "parameters left %", "accuracy then %",
 )  # fmt: skip
 
 
-def cells(name: str, runs: list[Run]) -> list[str]:
-    """A row of the table: means over the seeds, the range in brackets."""
-    if not runs:
-        return [name, "none allowed", *["-"] * (len(HEADER) - 2)]
-
-    def spread(values: list[float], digits: int = 1) -> str:
-        return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
+def cells(row: Row) -> list[str]:
     return [
-        name,
-        f"{runs[0].strength:.1e}",
-        spread([run.accuracy for run in runs], 2),
-        spread([run.empty for run in runs]),
-        spread([run.small for run in runs]),
-        spread([run.weights for run in runs]),
-        spread([run.left for run in runs]),
-        spread([run.removed_accuracy for run in runs], 2),
+        row.penalty,
+        f"{row.strength:.1e}" if row.strength else "-",
+        f"{row.accuracy:.2f}",
+        f"{row.empty:.0f} ({row.low:.0f} to {row.high:.0f})",
+        f"{row.small:.0f}",
+        f"{row.weights:.0f}",
+        f"{row.left:.0f}",
+        f"{row.removed_accuracy:.2f}",
     ]
 
 
-def terminal(best: dict[str, list[Run]]) -> Table:
-    """The table in 80 columns: means over the seeds, and the standard deviation of what it is about."""
+def terminal(rows: list[Row]) -> Table:
+    """The table in 80 columns."""
     view = Table(title="Channels that penalties empty by themselves, in percent", box=SIMPLE_HEAD, pad_edge=False)
     view.collapse_padding = True
     view.caption = (
@@ -332,50 +378,48 @@ def terminal(best: dict[str, list[Run]]) -> Table:
     view.add_column("penalty", no_wrap=True)
     for name in ("acc.", "empty", "small", "zeros", "left", "acc."):
         view.add_column(name, justify="right", no_wrap=True)
-    for name, runs in best.items():
-        if not runs:
-            view.add_row(name, *"------")
-            continue
-        before, empty, small, weights, left, then = (
-            average(runs, what) for what in ("accuracy", "empty", "small", "weights", "left", "removed_accuracy")
-        )
-        spread = f"{empty:.1f}±{pstdev(run.empty for run in runs):.1f}"
-        view.add_row(name, f"{before:.2f}", spread, f"{small:.1f}", f"{weights:.1f}", f"{left:.1f}", f"{then:.2f}")
+    for row in rows:
+        name, _, *rest = cells(row)
+        view.add_row(name, *rest)
     return view
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *rows]
+def markdown(rows: list[Row]) -> str:
+    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *map(cells, rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def run(study: Study, out: Path, console: Console) -> dict[str, Any]:
+def run(study: Study, out: Path, console: Console) -> list[Row]:
     """Train, print the table, and write `sparsity.json`, `sparsity.md` and `sparsity.png` to the folder `out`."""
-    start = time.perf_counter()
-    before = machine()
+    start, before = time.perf_counter(), machine()
     found = study.search(console)
-    best = matched(found)
-    rows = [cells(name, runs) for name, runs in best.items()]
+    rows = rows_of(found)
     result: dict[str, Any] = {
         "machine": before,
+        "seconds": time.perf_counter() - start,
         "study": {**asdict(study), "pushes": list(study.pushes)},
         "training": {"batch": BATCH, "lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY},
         "thresholds": {"empty": EMPTY, "small": SMALL, "allowed": ALLOWED},
-        "seconds": time.perf_counter() - start,
-        "matched": {name: runs[0].push if runs else None for name, runs in best.items()},
-        "runs": [asdict(one) for tried in found.values() for push in sorted(tried) for one in tried[push]],
+        "rows": [asdict(row) for row in rows],
+        "runs": [
+            asdict(one)
+            for name, tried in found.items()
+            for runs in tried.values()
+            for one in runs
+            if one.penalty == name
+        ],
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "sparsity.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "sparsity.md").write_text(markdown(rows))
-    plot(found, best, out / "sparsity.png")
-    console.print(terminal(best))
+    plot(found, rows, out / "sparsity.png")
+    console.print(terminal(rows))
     console.print(f"Wrote sparsity.json, sparsity.md and sparsity.png to {out}.", markup=False, soft_wrap=True)
-    return result
+    return rows
 
 
-def plot(found: dict[str, Tried], best: dict[str, list[Run]], path: Path) -> None:
-    """Empty channels against accuracy, a line for each penalty; beside it the matched points as bars (PNG)."""
+def plot(found: dict[str, Tried], rows: list[Row], path: Path) -> None:
+    """Empty channels against accuracy, a line for each penalty; beside it the points at the limit as bars (PNG)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -383,45 +427,37 @@ def plot(found: dict[str, Tried], best: dict[str, list[Run]], path: Path) -> Non
     FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's state alone
     curves, bars = figure.subplots(1, 2, width_ratios=(1.1, 1))
     colours = dict(zip(found, COLOURS, strict=True))
-    plot_curves(curves, found, best, colours)
-    plot_bars(bars, best, colours)
+    plot_curves(curves, found, colours)
+    plot_bars(bars, rows, colours)
     for axes in (curves, bars):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
-def plot_curves(axes: Any, found: dict[str, Tried], best: dict[str, list[Run]], colours: dict[str, str]) -> None:
+def plot_curves(axes: Any, found: dict[str, Tried], colours: dict[str, str]) -> None:
     whole = average(found[NONE][0.0], "accuracy")
-    highest = max(average(runs, "accuracy") for tried in found.values() for runs in tried.values())
     for name, tried in found.items():
-        points = [tried[push] for push in sorted(tried)]
-        x, y = [average(runs, "accuracy") for runs in points], [average(runs, "empty") for runs in points]
-        axes.plot(x, y, "o-", color=colours[name], markersize=4, linewidth=1.2)
-        if runs := best[name]:
-            at = average(runs, "accuracy"), average(runs, "empty")
-            axes.plot(*at, "o", color=colours[name], markersize=10, markeredgecolor="black")
+        x = [mean_accuracy for _, mean_accuracy in falling(tried)]
+        y = [average(tried[push], "empty") for push in sorted(tried)]
+        axes.plot(x, y, "o-", color=colours[name], markersize=5, linewidth=1.4)
     axes.axvline(whole - ALLOWED, color="#999999", linestyle="--", linewidth=1)
-    axes.set(xlim=(whole - SHOWN, highest + 0.1), ylim=(-3, 100))
-    axes.set_xlabel(f"test accuracy, %, mean over the seeds (dashed: {ALLOWED} points below no penalty)")
+    axes.set(xlim=(whole - SHOWN, whole + 0.3), ylim=(-3, 100))
+    axes.set_xlabel(f"test accuracy, %, made to fall with the strength (dashed: {ALLOWED} points below no penalty)")
     axes.set_ylabel(f"channels with a norm under {EMPTY:g}, %")
-    axes.set_title("Stronger and stronger penalties, from right to left; large dots: the bars")
+    axes.set_title("Stronger and stronger penalties, from right to left")
 
 
-def plot_bars(axes: Any, best: dict[str, list[Run]], colours: dict[str, str]) -> None:
-    for place, (name, runs) in enumerate(best.items()):
-        values = [run.empty for run in runs]
-        if not values:
-            axes.text(1, place, "no strength is allowed", va="center", fontsize=9)
-            continue
-        axes.barh(place, mean(values), color=colours[name])
-        axes.plot(values, [place] * len(values), "o", color="black", markeredgecolor="white", markersize=5)
-        axes.text(max(values) + 2, place, f"{mean(values):.0f}", va="center", fontsize=9)
-    axes.set_yticks(range(len(best)), list(best), fontsize=9)
+def plot_bars(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
+    for place, row in enumerate(rows):
+        axes.barh(place, row.empty, color=colours[row.penalty])
+        axes.plot([row.low, row.high], [place, place], color="black", marker="|", markersize=9)
+        axes.text(max(row.empty, row.high) + 2, place, f"{row.empty:.0f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row.penalty for row in rows], fontsize=9)
     for label in axes.get_yticklabels():
         label.set(color=colours[label.get_text()], fontweight="bold")
     axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel=f"channels with a norm under {EMPTY:g}, % (dots: seeds)")
-    axes.set_title(f"At the strongest that costs at most {ALLOWED} points of accuracy")
+    axes.set(xlim=(0, 100), xlabel=f"channels with a norm under {EMPTY:g}, % (lines: seeds drawn again)")
+    axes.set_title(f"Where each costs {ALLOWED} points of accuracy")
 
 
 def main() -> None:

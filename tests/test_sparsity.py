@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -30,9 +31,12 @@ STRONG = Job("hierarchical_sqrt_group_lasso", 10.0, 0, 6)
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
-    """What the quick mode returned, where it wrote, and what it printed."""
+    """What the quick mode wrote, where, and what it printed."""
     out, text = tmp_path_factory.mktemp("sparsity") / "made" / "here", io.StringIO()
-    return sparsity.run(QUICK, out, Console(file=text, width=80)), out, text.getvalue()
+    rows = sparsity.run(QUICK, out, Console(file=text, width=80))
+    result = json.loads((out / "sparsity.json").read_text())
+    assert result["rows"] == [dataclasses.asdict(row) for row in rows]
+    return result, out, text.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +47,11 @@ def strong() -> Run:
 def test_every_criterion_is_trained_beside_no_penalty_and_the_mixture(ran: tuple[dict[str, Any], Path, str]) -> None:
     result, out, text = ran
     names = [NONE, *CRITERIA, MIXED]
-    assert list(result["matched"]) == names
+    assert [row["penalty"] for row in result["rows"]] == names
     pushes = {name: [r["push"] for r in result["runs"] if r["penalty"] == name] for name in names}
     assert pushes[NONE] == [0.0]
     for name in names[1:]:
         assert pushes[name] == list(QUICK.pushes)
-        assert result["matched"][name] in [None, *pushes[name]]
     table = (out / "sparsity.md").read_text().splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in table[2:]] == names
     assert len({line.count("|") for line in table}) == 1
@@ -57,9 +60,11 @@ def test_every_criterion_is_trained_beside_no_penalty_and_the_mixture(ran: tuple
     assert max(map(len, text.splitlines()[:-1])) <= 80
 
 
-def test_the_figures_are_in_range_and_written(ran: tuple[dict[str, Any], Path, str]) -> None:
-    result, out, _ = ran
-    assert json.loads((out / "sparsity.json").read_text()) == result
+def test_the_figures_are_in_range(ran: tuple[dict[str, Any], Path, str]) -> None:
+    result = ran[0]
+    for row in result["rows"]:
+        assert 0 <= row["low"] <= row["high"] <= 100
+        assert all(0 <= row[what] <= 100 for what in ("accuracy", "empty", "small", "weights", "left"))
     for run in result["runs"]:
         assert all(0 <= run[what] <= 100 for what in ("accuracy", "empty", "small", "weights", "removed_accuracy"))
         assert run["parameters"] == sum(p.numel() for p in sparsity.PlainNet().parameters())
@@ -68,14 +73,6 @@ def test_the_figures_are_in_range_and_written(ran: tuple[dict[str, Any], Path, s
     alone = next(run for run in result["runs"] if run["penalty"] == NONE)
     assert alone["accuracy"] > 50  # after one epoch; chance is 10
     assert alone["empty"] == 0
-
-
-def test_the_matched_push_costs_at_most_half_a_point(ran: tuple[dict[str, Any], Path, str]) -> None:
-    runs = ran[0]["runs"]
-    least = next(run["accuracy"] for run in runs if run["penalty"] == NONE) - 0.5
-    for name, push in ran[0]["matched"].items():
-        weaker = [run["accuracy"] for run in runs if run["penalty"] == name and run["push"] <= (push or 0)]
-        assert not weaker or sum(weaker) / len(weaker) >= least
 
 
 def test_the_picture_opens_and_is_not_blank(ran: tuple[dict[str, Any], Path, str]) -> None:
@@ -139,18 +136,44 @@ def test_a_network_that_diverged_has_no_empty_channels() -> None:
     assert run.accuracy < 20
 
 
-def tried(**accuracies: float) -> dict[float, list[Run]]:
-    """Runs of two seeds whose mean accuracy is as given, by push (`p3=99`)."""
+def tried(seeds: int = 2, **accuracies: float) -> dict[float, list[Run]]:
+    """Runs whose mean accuracy is as given, by push (`p3=99`); the share of empty channels is 10 times the push."""
     return {
-        float(name[1:]): [Run("l1", 0, 0, seed, mean + shift, 0, 0, 0, 1, 1, 0) for seed, shift in enumerate((-1, 1))]
-        for name, mean in accuracies.items()
+        (push := float(name[1:])): [
+            Run("l1", push, push, seed, accuracy + (-1) ** seed, 10 * push, 0, 0, 100, 100, accuracy)
+            for seed in range(seeds)
+        ]
+        for name, accuracy in accuracies.items()
     }
 
 
-def test_the_search_goes_on_where_the_accuracy_breaks() -> None:
-    assert sparsity.next_push(tried(p1=99, p100=90), 98) == 10
-    assert sparsity.next_push(tried(p1=99, p4=99, p100=98.5), 98) == 300
-    assert sparsity.next_push(tried(p3=97, p100=90), 98) == 1
+def test_figures_are_interpolated_where_half_a_point_is_lost() -> None:
+    found = sparsity.matched(tried(p0=99, p1=98.75, p3=98.25))
+    assert (found["accuracy"], found["strength"], found["empty"], found["left"]) == pytest.approx((98.5, 2, 20, 100))
+    assert sparsity.matched(tried(p0=99, p4=97))["empty"] == pytest.approx(10)  # from no penalty on
+    assert sparsity.matched(tried(p0=99, p1=98.9, p4=98.8))["empty"] == 40  # the strongest, all are within
+
+
+def test_a_lucky_accuracy_counts_no_more_than_its_neighbours() -> None:
+    lucky = tried(p4=98.75, p0=99, p1=97.75)  # 97.75 and 98.75 count as 98.25 and 98.25: the limit is 2/3 of the way
+    assert sparsity.falling(lucky) == [(0, 99), (1, 98.25), (4, 98.25)]
+    assert sparsity.matched(lucky)["empty"] == pytest.approx(20 / 3)
+
+
+def test_the_range_is_that_of_seeds_drawn_again() -> None:
+    assert sparsity.drawn(tried(p0=99, p1=98.75, p3=98.25)) == pytest.approx((20, 20))  # seeds differ alike everywhere
+    low, high = sparsity.drawn(tried(seeds=1, p0=99, p3=98))
+    assert low == high == pytest.approx(15)
+    mixed = tried(p0=99, p1=98.75, p3=98.25)
+    mixed[3.0][0] = dataclasses.replace(mixed[3.0][0], empty=90)  # the other has 30
+    low, high = sparsity.drawn(mixed)
+    assert low < 22 and high > 45  # 20 or 50 where one of them is drawn twice
+
+
+def test_the_search_goes_on_where_the_limit_is() -> None:
+    assert sparsity.next_push(tried(p0=99, p1=99, p100=90)) == 10
+    assert sparsity.next_push(tried(p0=99, p1=99, p4=98.75)) == 12
+    assert sparsity.next_push(tried(p0=99, p3=98, p9=97)) == 1
 
 
 def test_every_round_tries_one_more_push_of_each_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,13 +184,7 @@ def test_every_round_tries_one_more_push_of_each_penalty(monkeypatch: pytest.Mon
     monkeypatch.setattr(sparsity, "measure", made)
     found = sparsity.Study(seeds=2, pushes=(1, 4), rounds=2, jobs=1).search(Console(file=io.StringIO()))
     assert list(found) == [NONE, *sparsity.PENALTIES]
-    assert list(found["l1"]) == [1, 4, 2, math.sqrt(8)]
-    assert list(found["group_lasso"]) == [1, 4, 12, 36]
+    assert list(found[NONE]) == [0]
+    assert list(found["l1"]) == [0, 1, 4, 2, math.sqrt(8)]
+    assert list(found["group_lasso"]) == [0, 1, 4, 12, 36]
     assert all([run.seed for run in runs] == [0, 1] for each in found.values() for runs in each.values())
-
-
-def test_a_lucky_accuracy_counts_no_more_than_its_neighbours() -> None:
-    assert sparsity.allowed(tried(p9=98, p1=99, p4=96), 98) == [1]  # 96 and 98 count as 97 and 97
-    assert sparsity.allowed(tried(p9=98, p1=99, p4=96), 97) == [1, 4, 9]
-    found = {NONE: tried(p0=98.5), "l1": tried(p1=99, p4=98, p9=97), "group_lasso": tried(p1=50)}
-    assert sparsity.matched(found) == {NONE: found[NONE][0.0], "l1": found["l1"][4.0], "group_lasso": []}
