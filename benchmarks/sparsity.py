@@ -442,7 +442,7 @@ def plot_curves(axes: Any, found: dict[str, Tried], colours: dict[str, str]) -> 
         axes.plot(x, y, "o-", color=colours[name], markersize=5, linewidth=1.4)
     axes.axvline(whole - ALLOWED, color="#999999", linestyle="--", linewidth=1)
     axes.set(xlim=(whole - SHOWN, whole + 0.3), ylim=(-3, 100))
-    axes.set_xlabel(f"test accuracy, %, made to fall with the strength (dashed: {ALLOWED} points below no penalty)")
+    axes.set_xlabel(f"test accuracy, % (dashed: {ALLOWED} points below no penalty)")
     axes.set_ylabel(f"channels with a norm under {EMPTY:g}, %")
     axes.set_title("Stronger and stronger penalties, from right to left")
 
