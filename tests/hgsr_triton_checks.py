@@ -370,3 +370,28 @@ def test_little_memory(dtype: torch.dtype) -> None:
     hgsr_triton.gradient(*arguments[:3], slopes, *arguments[4:], scale, outs, accumulate=False)
     extra = torch.cuda.max_memory_allocated() - before
     assert extra < 0.05 * sum(w.nbytes for w in weights)
+
+
+def test_gradients_that_are_not_wanted_and_what_has_strides() -> None:
+    weights = [torch.randn(shape, device=DEVICE) for shape in ((8, 4, 3, 3), (5, 6), (6, 6, 2))]
+    readings = [reading(tuple(w.shape), "feature") for w in weights]
+    index = torch.stack([torch.arange(16, device=DEVICE), torch.full((16,), -1, device=DEVICE)], 1)[:, 0]
+    arguments = (weights, readings, index, 16, CRITERIA["group_lasso"], [True] * 3)
+    _, slopes = hgsr_triton.value(*arguments)
+    scale = torch.tensor([0.5, 3.0], device=DEVICE)[:1].expand(2)  # as a sum's backward makes it
+    whole = [torch.empty_like(w) for w in weights]
+    hgsr_triton.gradient(weights, readings, index, slopes, *arguments[4:], scale, whole, False)
+    outs = [torch.zeros_like(weights[0]), None, torch.zeros_like(weights[2])]
+    dense = torch.full((2,), 0.5, device=DEVICE)
+    hgsr_triton.gradient(weights, readings, index.contiguous(), slopes, *arguments[4:], dense, outs, True)
+    for out, one in zip(outs, whole, strict=True):
+        assert out is None or torch.equal(out, one)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_nan_is_not_lost(name: str) -> None:
+    weight = torch.ones(4, 3, 2, device=DEVICE)
+    weight[0, 1, 0] = float("nan")
+    values, slopes = hgsr_triton.value([weight], [reading((4, 3, 2), "feature")], None, 3, CRITERIA[name], [True])
+    assert values.isnan().all()
+    assert name == "l1" or slopes[1].isnan()
