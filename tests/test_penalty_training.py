@@ -504,3 +504,22 @@ def test_on_two_ranks(check: str) -> None:
 def test_on_several_ranks(size: int) -> None:
     output = ranks(size, THOROUGH)
     assert all(f"passed {check}\n" in output for check in THOROUGH), output[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_on_the_gpu(mode: str | None) -> None:
+    model = net(torch.float32)
+    penalty = penalty_of(model)
+    value, expected = expected_gradients(penalty, model)
+    model.cuda()
+    step = penalty if mode is None else torch.compile(penalty.__call__, mode=mode)
+    for _ in range(3):
+        model.zero_grad()
+        found = step()
+        found.backward()
+    assert found.item() == pytest.approx(value, rel=1e-5)
+    found_gradients = {name: None if one is None else one.cpu() for name, one in gradients(model).items()}
+    assert_equal(found_gradients, expected, 1e-5)
+    penalty.add_gradient()
+    assert_equal({n: None if one is None else one.cpu() for n, one in gradients(model).items()}, expected, 1e-5)
