@@ -90,7 +90,7 @@ class HGSR:
             network = trace(model, example_inputs)
         include, exclude = as_patterns(include), as_patterns(exclude)
         check_patterns(network, (*include, *exclude))
-        self.criterion, self.grouping, self._strength, self._l1_ratio = criterion, grouping, strength, l1_ratio
+        self.criterion, self.grouping, self._l1_ratio = criterion, grouping, l1_ratio
         self._all = layers(network)
         chosen = [
             layer
@@ -110,8 +110,7 @@ class HGSR:
             )
         self._layout, self._model = self._groups.layout, model
         self._factors = torch.zeros(2, dtype=torch.float64)
-        self.steps = 0
-        self.load_state_dict({"steps": 0})
+        self._set(strength, 0)
         self._weights()
 
     @property
@@ -126,8 +125,7 @@ class HGSR:
 
     @strength.setter
     def strength(self, strength: float | Callable[[int], float]) -> None:
-        self._strength = strength
-        self.load_state_dict(self.state_dict())
+        self._set(strength, self.steps)
 
     @property
     def l1_ratio(self) -> float:
@@ -173,11 +171,13 @@ class HGSR:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the schedule from there."""
-        self.steps = state["steps"]
-        now = self.strength(self.steps) if callable(self.strength) else self.strength
+        self._set(self._strength, state["steps"])
+
+    def _set(self, strength: float | Callable[[int], float], steps: int) -> None:
+        now = strength(steps) if callable(strength) else strength
         if not (_is_number(now) and 0 <= now < float("inf")):
-            raise InputError(f"HGSR: a strength of {now!r} at step {self.steps}: expected a number of at least 0")
-        self.now = float(now)
+            raise InputError(f"HGSR: a strength of {now!r} at step {steps}: expected a number of at least 0")
+        self._strength, self.steps, self.now = strength, steps, float(now)
         factors = [self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]
         self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # there what was compiled or captured reads it
 
@@ -187,7 +187,7 @@ class HGSR:
             counts[layer.name] += count
         return (
             f"{self.criterion}, {self.grouping}, strength {self.now:g}, l1_ratio {self.l1_ratio:g}: "
-            f"{len(counts)} of {len(self._all)} layers, {self._groups.total:,} outer groups\n"
+            f"{len(counts)} of {len(_rows(self._all, {})) - 1} layers, {self._groups.total:,} outer groups\n"
             + columns(_rows(self._all, counts), right=(3,))
         )
 
@@ -210,7 +210,7 @@ class HGSR:
         with torch.inference_mode(False):  # what is made here is used in training too
             self._layout = self._layout.to(device)
             self._factors = torch.zeros(2, dtype=dtype, device=device)
-            self.load_state_dict(self.state_dict())
+            self._set(self._strength, self.steps)
 
     def _check_parameters(self, weights: Sequence[Tensor]) -> None:
         """What is added to the gradient of a tensor that the optimizer does not hold would be lost."""
@@ -260,7 +260,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _rows(all_layers: Sequence[Layer], counts: Mapping[str, int]) -> list[tuple[str, ...]]:
     """One row for each layer; those without a count do not take part."""
     rows: list[tuple[str, ...]] = [("weight", "shape", "role", "outer groups")]
-    for layer in all_layers:
+    for layer in {layer.name: layer for layer in all_layers}.values():
         count = f"{counts[layer.name]:,}" if layer.name in counts else "-"
         rows.append((layer.name, "x".join(map(str, layer.shape)), layer.role, count))
     return rows
