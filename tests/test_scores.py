@@ -10,7 +10,8 @@ import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.kernels import CRITERIA
 from netsurgery.kernels.criteria import Name
-from netsurgery.passes import HGSRScore, MagnitudeScore, RandomScore
+from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
+from netsurgery.passes.layers import Grouping
 
 # METHODS: the criteria on [[1, 4], [9, 16]] (rows: outputs), feature-wise
 VECTORS = {
@@ -127,3 +128,13 @@ def test_half_precision_is_summed_in_single() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).half()
     network = netsurgery.trace(net)
     assert MagnitudeScore().run(network).scores["0"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("grouping", ["feature", "neuron", "coupled"])
+def test_units_with_nan_are_refused_not_removed(grouping: Grouping) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight[1, 0] = float("nan")
+        net[2].weight[0, 1] = float("nan")
+    with pytest.raises(InputError, match=r"scores of group '0' are NaN or infinite at units \[1\]"):
+        netsurgery.plan(net, [HGSRScore("group_lasso", grouping), PruneChannels(0.5)], torch.zeros(1, 3))
