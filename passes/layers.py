@@ -138,14 +138,11 @@ def _places(dims: list[Axis], own: tuple[Axis, ...]) -> list[tuple[int, ...]] | 
         elif found[at] is None:
             found[at] = () if axis.size == 1 else _spanned(list(leaves(axis)), parts, taken)
             taken.update(found[at] or ())
-    left = [i for i, axis in enumerate(own) if i not in taken and axis.size > 1]
-    if found.count(None) == len(left) == 1:  # a slice of what is left
-        found[found.index(None)] = (left[0],)
     return [place for place in found if place is not None] if None not in found else None
 
 
 def _spanned(wanted: list[Axis], parts: list[list[Axis]], taken: set[int]) -> tuple[int, ...] | None:
-    """The axes in a row that a merged dimension spans, or the one that it is a factor of."""
+    """The axes in a row that a merged dimension spans, or the one that it is a factor or a slice of."""
     place, rest = [], wanted
     for i, part in enumerate(parts):
         if part and i not in taken and rest[: len(part)] == part:

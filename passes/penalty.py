@@ -91,17 +91,23 @@ class HGSR:
         include, exclude = as_patterns(include), as_patterns(exclude)
         check_patterns(network, (*include, *exclude))
         self.criterion, self.grouping, self._l1_ratio = criterion, grouping, l1_ratio
-        self._all = layers(network)
+        found = layers(network)
+        self._rows: dict[str, tuple[str, str, str]] = {
+            layer.name: (layer.name, "x".join(map(str, layer.shape)), layer.role) for layer in found
+        }
+        for member in (member for group in network.groups for member in group.members if member.role == "consumes"):
+            shape = network.tensors[member.parameter].shape  # read in a way that the weight's own axes do not show
+            if len(shape) > 1 and member.parameter not in self._rows:
+                self._rows[member.parameter] = (member.parameter, "x".join(map(str, shape)), "unknown")
         chosen = [
             layer
-            for layer in self._all
+            for layer in found
             if layer.role in roles
             and (not include or matches(include, layer.module))
             and not matches(exclude, layer.module)
         ]
         if not chosen:
-            rows = columns(_rows(self._all, {}))
-            raise InputError(f"HGSR: no layer of {network.model_name} takes part. Its layers:\n{rows}")
+            raise InputError(f"HGSR: no layer of {network.model_name} takes part. Its layers:\n{self._table({})}")
         self._groups = outer_groups(network, chosen, grouping)
         if grouping == "coupled" and not self._groups.total:
             raise InputError(
@@ -187,9 +193,13 @@ class HGSR:
             counts[layer.name] += count
         return (
             f"{self.criterion}, {self.grouping}, strength {self.now:g}, l1_ratio {self.l1_ratio:g}: "
-            f"{len(counts)} of {len(_rows(self._all, {})) - 1} layers, {self._groups.total:,} outer groups\n"
-            + columns(_rows(self._all, counts), right=(3,))
+            f"{len(counts)} of {len(self._rows)} layers, {self._groups.total:,} outer groups\n{self._table(counts)}"
         )
+
+    def _table(self, counts: Mapping[str, int]) -> str:
+        """One row for each layer; those without a count do not take part."""
+        rows = [(*row, f"{counts[name]:,}" if name in counts else "-") for name, row in self._rows.items()]
+        return columns([("weight", "shape", "role", "outer groups"), *rows], right=(3,))
 
     def _weights(self) -> list[Tensor]:
         """The parameters as they are now; what is kept beside them goes to their device and type."""
@@ -255,12 +265,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "HGSR: the parameters are sharded already: build the penalty before fully_shard; it follows them"
         )
     return model
-
-
-def _rows(all_layers: Sequence[Layer], counts: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """One row for each layer; those without a count do not take part."""
-    rows: list[tuple[str, ...]] = [("weight", "shape", "role", "outer groups")]
-    for layer in {layer.name: layer for layer in all_layers}.values():
-        count = f"{counts[layer.name]:,}" if layer.name in counts else "-"
-        rows.append((layer.name, "x".join(map(str, layer.shape)), layer.role, count))
-    return rows

@@ -368,3 +368,23 @@ def test_coupled_needs_a_group_to_prune() -> None:
     net = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises(InputError, match="no layer that takes part reads a group of Sequential that can be pruned"):
         HGSR(net, torch.zeros(1, 3), grouping="coupled")
+
+
+class Reshaped(nn.Module):
+    """A weight whose axes are cut otherwise when it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 16)
+        self.weight = nn.Parameter(torch.randn(12, 4))
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.last(torch.nn.functional.linear(self.first(x).relu(), self.weight.view(3, 16)).relu())
+        return last
+
+
+def test_what_cannot_take_part_is_listed() -> None:
+    penalty = HGSR(Reshaped(), torch.zeros(1, 3))
+    assert penalty.layers == ("first.weight",)
+    assert "\nweight        12x4   unknown                -" in str(penalty)
