@@ -281,3 +281,19 @@ def test_gradients_that_cannot_be_added_to() -> None:
     for out in (torch.zeros(1, 1).expand(2, 3), torch.zeros(2, 3).to_sparse()):
         with pytest.raises(ValueError, match="gradient 0 is sparse, or expanded: make it dense"):
             add_gradient([weight], layout, "l1", torch.ones(2), [out])
+
+
+@pytest.mark.parametrize("grouping", ["feature", "neuron"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_groups_are_layers_of_their_own_and_transposed_weights_are_turned(criterion: Name, grouping: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4, 3, dtype=torch.float64)
+    parts = hgsr(list(weight.chunk(2)), criterion, grouping)  # type: ignore[arg-type]
+    torch.testing.assert_close(hgsr([weight], criterion, grouping, groups=2), parts)  # type: ignore[arg-type]
+    turned = hgsr([weight.transpose(0, 1)], criterion, grouping)  # type: ignore[arg-type]
+    torch.testing.assert_close(hgsr([weight], criterion, grouping, transposed=True), turned)  # type: ignore[arg-type]
+    turned = hgsr([part.transpose(0, 1) for part in weight.chunk(2)], criterion, grouping)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        hgsr([weight], criterion, grouping, groups=[2], transposed=[True]),
+        turned,  # type: ignore[arg-type]
+    )

@@ -388,3 +388,26 @@ def test_what_cannot_take_part_is_listed() -> None:
     penalty = HGSR(Reshaped(), torch.zeros(1, 3))
     assert penalty.layers == ("first.weight",)
     assert "\nweight        12x4   unknown                -" in str(penalty)
+
+
+class Joined(nn.Module):
+    """Two branches side by side, one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(2, 3), nn.Linear(2, 5), nn.Linear(11, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x).relu(), self.b(x).relu()
+        last: Tensor = self.last(torch.cat([a, b, a], 1))
+        return last
+
+
+def test_each_part_of_a_concatenation_has_its_own_units() -> None:
+    net, x = Joined(), torch.zeros(1, 2)
+    scores = HGSRScore("group_lasso", "coupled").run(netsurgery.trace(net, x)).scores
+    weight = net.last.weight.detach()
+    torch.testing.assert_close(scores["a"], torch.cat([weight[:, :3], weight[:, 8:]]).norm(dim=0))
+    torch.testing.assert_close(scores["b"], weight[:, 3:8].norm(dim=0))
+    by_layer = HGSRScore("group_lasso").run(netsurgery.trace(net, x)).scores
+    torch.testing.assert_close(by_layer["a"], weight[:, :3].norm(dim=0) + weight[:, 8:].norm(dim=0))
