@@ -38,6 +38,8 @@ def strided(weight: Tensor, how: str) -> Tensor:
         return weight.to(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
     if how == "transposed":
         return weight.transpose(0, 1).contiguous().transpose(0, 1)
+    if how == "turned kernels":  # no view has their elements in one axis
+        return weight.transpose(-1, -2).contiguous().transpose(-1, -2)
     if how == "sliced":
         return torch.stack([weight, weight + 1], -1).flatten(-2)[..., ::2]
     return weight
@@ -79,7 +81,7 @@ def test_vectors(criterion: Name, wanted: tuple[float, float]) -> None:
         assert hgsr([weight[..., None, None]], criterion, grouping).item() == pytest.approx(value, rel=2e-4)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "transposed", "turned kernels", "sliced"])
 @pytest.mark.parametrize("grouping", ["feature", "neuron"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_against_the_reference(criterion: Name, grouping: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
