@@ -110,6 +110,6 @@ def canonical(weight: Tensor, how: Reading) -> Tensor:
     return view.reshape(sizes)
 
 
-def accumulator(weight: Tensor) -> torch.dtype:
-    """The type to add in: float32, or float64 for weights of float64."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+def accumulator(*weights: Tensor) -> torch.dtype:
+    """The type to add in: float32, or float64 if a weight is."""
+    return torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32

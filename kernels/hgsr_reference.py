@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, canonical
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, accumulator, canonical
 
 __all__ = ["column_sums", "finished", "power", "reference"]
 
@@ -26,8 +26,7 @@ def column_sums(weight: Tensor, how: Reading, criterion: Criterion) -> Tensor:
     Returns:
         Shape (blocks * columns,), in float32, or float64 for weights of float64.
     """
-    if weight.dtype != torch.float64:
-        weight = weight.float()
+    weight = weight.to(accumulator(weight))
     powers = canonical(weight, how).abs() if criterion.norm == 1 else canonical(weight, how).square()
     return power(powers.sum(3), criterion.inner / criterion.norm).sum(1).flatten()
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Reading, arranged, canonical, column_count
+from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_reference import finished
 
 __all__ = ["gradient", "sums", "value"]
@@ -602,7 +602,7 @@ def _reduce(
     counted: Sequence[bool], outer: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Values (2,), and slopes (groups,), or sums where outer is 0."""
-    wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    wide = accumulator(*weights)
     device = weights[0].device if weights else torch.device("cpu") if index is None else index.device
     plans = _plans(weights, readings, counted, None) if weights else []
     if not plans:
@@ -610,8 +610,8 @@ def _reduce(
     values = torch.empty(len(plans), 2, dtype=wide, device=device)
     result = torch.empty(1 if index is None else len(plans), groups, dtype=wide, device=device)
     for number, plan in enumerate(plans):
-        dtype = weights[plan.members[0]].dtype
-        narrow = torch.float64 if dtype == torch.float64 else torch.float32
+        first = weights[plan.members[0]]  # of a launch all are of its type
+        dtype, narrow = first.dtype, accumulator(first)
         columns = 0 if index is None else len(index)
         scratch = torch.empty(plan.partials + 2 * plan.tiles + columns, dtype=narrow, device=device)
         partials, ends, sums = scratch.split([plan.partials, 2 * plan.tiles, columns])
@@ -675,24 +675,19 @@ def gradient(
     slopes, scale = slopes.contiguous(), scale.contiguous()  # the kernel knows no strides of these
     index = None if index is None else index.contiguous()
     for plan in _plans(weights, readings, counted, outs) if weights else []:
-        read, wanted = (
-            _read(plan, weights, readings),
-            [(out, readings[i]) for i in plan.members if (out := outs[i]) is not None],
-        )
-        copies = [i in plan.buffered for i in plan.members]
-        written = [
-            canonical(out, how).contiguous() if copy else out for copy, (out, how) in zip(copies, wanted, strict=True)
-        ]
+        read = _read(plan, weights, readings)
+        wanted = [(out, readings[i], i in plan.buffered) for i in plan.members if (out := outs[i]) is not None]
+        written = [canonical(out, how).contiguous() if copy else out for out, how, copy in wanted]
         dtype, target = read[0].dtype, written[0].dtype
         with _on(scale.device):
             _gradient_kernel[(len(plan.owners),)](
                 plan.table, plan.owners, _pointers(plan, read, written), slopes,
                 slopes if index is None else index, scale,
-                DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target], ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+                DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target], ACC=_DTYPES[accumulator(read[0])],
                 NORM=rule.norm, POWER=rule.inner / rule.norm, INDEXED=index is not None, ACCUMULATE=accumulate,
                 SHAPES=plan.shapes, enable_fp_fusion=True,
             )  # fmt: skip
-        for copy, (out, how), buffer in zip(copies, wanted, written, strict=True):
+        for (out, how, copy), buffer in zip(wanted, written, strict=True):
             if copy:
                 view, _ = arranged(out, how)
                 view.copy_(buffer.view(view.shape))

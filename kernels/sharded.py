@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from netsurgery.kernels.criteria import CRITERIA, Name, Reading, column_count
+from netsurgery.kernels.criteria import CRITERIA, Name, Reading, accumulator, column_count
 from netsurgery.kernels.hgsr_reference import finished
 from netsurgery.kernels.sparsity import Layout, backend
 
@@ -192,8 +192,7 @@ class _Values(torch.autograd.Function):
 
 
 def _like(weights: Sequence[Tensor]) -> Tensor:
-    exact = any(weight.dtype == torch.float64 for weight in weights)
-    return torch.empty(0, dtype=torch.float64 if exact else torch.float32, device=weights[0].device)
+    return torch.empty(0, dtype=accumulator(*weights), device=weights[0].device)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

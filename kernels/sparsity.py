@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from netsurgery.kernels import hgsr_cpu
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, column_count, reading
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, accumulator, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
 
 __all__ = ["Layout", "add_gradient", "backend", "hgsr", "outer_terms", "values"]
@@ -276,7 +276,7 @@ def _gradient(
 def _(
     weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
+    dtype = accumulator(*weights)
     return weights[0].new_empty(2, dtype=dtype), weights[0].new_empty(groups, dtype=dtype)
 
 

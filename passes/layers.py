@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, leaves, product, resolve
-from netsurgery.kernels.criteria import Reading, column_count
+from netsurgery.errors import InputError
+from netsurgery.kernels.criteria import CRITERIA, Reading, column_count
 from netsurgery.kernels.sparsity import Layout
 from netsurgery.network import Network
 from netsurgery.tracing import Program
 
-__all__ = ["ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "layers", "outer_groups", "units_of"]
+__all__ = [
+    "ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "check_choice", "layers", "outer_groups", "units_of",
+]  # fmt: skip
 
 aten = torch.ops.aten
 LayerRole = Literal["convolution", "linear", "shortcut", "classifier", "computed"]
@@ -51,11 +54,6 @@ class Layer:
     def module(self) -> str:
         """Path of the module that owns the weight."""
         return self.name.rpartition(".")[0]
-
-    @property
-    def parameter(self) -> str:
-        """The weight's name in that module."""
-        return self.name.rpartition(".")[2]
 
 
 def layers(network: Network) -> tuple[Layer, ...]:
@@ -216,6 +214,18 @@ def units_of(axis: Axis) -> list[tuple[Axis, Tensor]]:
         shape = [size if i == place else 1 for i, size in enumerate(sizes)]
         found.extend((channel, units.view(shape).expand(sizes).reshape(-1)) for channel, units in units_of(term))
     return found
+
+
+def check_choice(who: str, criterion: str, grouping: str) -> None:
+    """Make sure that there are such a criterion and such a grouping.
+
+    Raises:
+        InputError: there is none; the message names ``who`` was asked for it.
+    """
+    if criterion not in CRITERIA:
+        raise InputError(f"{who} has no criterion '{criterion}': choose one of {', '.join(CRITERIA)}")
+    if grouping not in get_args(Grouping):
+        raise InputError(f"{who}(grouping='{grouping}'): 'feature', 'neuron' or 'coupled'")
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from itertools import accumulate
 from numbers import Real
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from netsurgery.errors import InputError
-from netsurgery.kernels.criteria import CRITERIA, Name
+from netsurgery.kernels.criteria import Name, accumulator
 from netsurgery.kernels.sparsity import add_gradient, values
-from netsurgery.passes.layers import ROLES, Grouping, Layer, LayerRole, layers, outer_groups
+from netsurgery.passes.layers import ROLES, Grouping, Layer, LayerRole, check_choice, layers, outer_groups
 from netsurgery.passes.patterns import as_patterns, check_patterns, matches
 from netsurgery.pipeline import trace
 from netsurgery.report import columns
@@ -23,8 +25,8 @@ __all__ = ["HGSR"]
 class HGSR:
     """The training penalty ``strength * ((1 - l1_ratio) * R(W) + l1_ratio * sum |w|)`` over the layers of a model.
 
-    Call it for a differentiable scalar to add to the loss; or call ``add_gradient`` after ``backward``, which is faster
-    and needs no graph. ``print(penalty)`` lists the layers, which of them take part and in how many outer groups.
+    Call it for a differentiable scalar to add to the loss; or call ``add_gradient`` after ``backward``, which needs no
+    graph. ``print(penalty)`` lists the layers, which of them take part and in how many outer groups.
 
     Args:
         model: any module; it is traced once, and its parameters are looked up by name at each call. Build the penalty
@@ -75,10 +77,7 @@ class HGSR:
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
     ):
-        if criterion not in CRITERIA:
-            raise InputError(f"HGSR has no criterion '{criterion}': choose one of {', '.join(CRITERIA)}")
-        if grouping not in get_args(Grouping):
-            raise InputError(f"HGSR(grouping='{grouping}'): 'feature', 'neuron' or 'coupled'")
+        check_choice("HGSR", criterion, grouping)
         if not (_is_number(l1_ratio) and 0 <= l1_ratio <= 1):
             raise InputError(f"HGSR(l1_ratio={l1_ratio!r}): the share of plain L1 must be a number in [0, 1]")
         if roles is None:
@@ -114,7 +113,8 @@ class HGSR:
                 f"HGSR: no layer that takes part reads a group of {network.model_name} that can be pruned. "
                 f"Its groups:\n{network}"
             )
-        self._layout, self._model = self._groups.layout, model
+        self._layout = self._groups.layout
+        self._model: Any = model  # what stands at a path in it is looked up as it is needed
         self._factors = torch.zeros(2, dtype=torch.float64)
         self._set(strength, 0)
         self._weights()
@@ -203,15 +203,14 @@ class HGSR:
 
     def _weights(self) -> list[Tensor]:
         """The parameters as they are now; what is kept beside them goes to their device and type."""
-        weights = [_at(self._model, layer.name) for layer in self._groups.layers]
+        weights: list[Tensor] = [reduce(getattr, layer.name.split("."), self._model) for layer in self._groups.layers]
         for layer, weight in zip(self._groups.layers, weights, strict=True):
             if weight.shape != layer.shape:
                 raise InputError(
                     f"HGSR: {layer.name} had shape {tuple(layer.shape)} and has {tuple(weight.shape)} now: build the "
                     "penalty again after pruning; to shard the parameters, use fully_shard"
                 )
-        exact = any(weight.dtype == torch.float64 for weight in weights)
-        self._move(weights[0].device, torch.float64 if exact else torch.float32)
+        self._move(weights[0].device, accumulator(*weights))
         return weights
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -239,21 +238,12 @@ class HGSR:
 
     def _is_sharded(self, layer: Layer) -> bool:
         """Whether ``fully_shard`` was called on a module around a layer."""
-        parts = layer.module.split(".") if layer.module else []
-        around = (_at(self._model, ".".join(parts[:i])) for i in range(len(parts) + 1))
-        return any(hasattr(type(module), "set_reshard_after_backward") for module in around)
+        around = accumulate(layer.name.split("."), getattr, initial=self._model)  # from the model to the weight
+        return any(hasattr(type(one), "set_reshard_after_backward") for one in around)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real)
-
-
-def _at(model: nn.Module, path: str) -> Any:
-    """What stands at a path in a model now."""
-    found: Any = model
-    for part in path.split(".") if path else ():
-        found = getattr(found, part)
-    return found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

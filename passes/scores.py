@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from netsurgery.axes import Axis
 from netsurgery.errors import InputError
-from netsurgery.kernels.criteria import CRITERIA, Name
+from netsurgery.kernels.criteria import Name, accumulator
 from netsurgery.kernels.sparsity import outer_terms
 from netsurgery.network import Group, Network
-from netsurgery.passes.layers import Grouping, layers, outer_groups, units_of
+from netsurgery.passes.layers import Grouping, check_choice, layers, outer_groups, units_of
 from netsurgery.pipeline import Pass
 
 __all__ = ["HGSRScore", "MagnitudeScore", "RandomScore"]
@@ -62,8 +62,7 @@ def _outer_sums(values: Tensor, axis: int) -> Tensor:
 
 
 def _accumulated(weight: Tensor) -> Tensor:
-    weight = weight.detach()
-    return weight if weight.dtype == torch.float64 else weight.float()
+    return weight.detach().to(accumulator(weight))
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,7 @@ class HGSRScore(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise InputError(f"HGSRScore has no criterion '{self.criterion}': choose one of {', '.join(CRITERIA)}")
-        if self.grouping not in get_args(Grouping):
-            raise InputError(f"HGSRScore(grouping='{self.grouping}'): 'feature', 'neuron' or 'coupled'")
+        check_choice("HGSRScore", self.criterion, self.grouping)
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
