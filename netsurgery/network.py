@@ -80,6 +80,7 @@ class Network:
         groups: every group, in the order of the state dict.
         ties: names of groups that must keep equally many units, though not the same ones.
         inputs: the example inputs: positional and keyword.
+        model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
     """
 
@@ -90,6 +91,7 @@ class Network:
     groups: tuple[Group, ...]
     ties: tuple[tuple[str, ...], ...]
     inputs: Inputs = field(repr=False)
+    model: nn.Module = field(repr=False, compare=False)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Group:
@@ -283,7 +285,14 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
     names = {group.channel: group.name for group in groups}
     ties = [tuple(names[leaf] for leaf in members if leaf in names) for members in classes]
     return Network(
-        type(model).__name__, programs, tensors, analysis.axes, groups, tuple(t for t in ties if len(t) > 1), inputs
+        type(model).__name__,
+        programs,
+        tensors,
+        analysis.axes,
+        groups,
+        tuple(t for t in ties if len(t) > 1),
+        inputs,
+        model,
     )
 
 
