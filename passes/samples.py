@@ -80,13 +80,14 @@ def _collected(data: Any, count: int, generator: torch.Generator) -> tuple[Input
         data, collate = data.dataset, data.collate_fn or default_collate
     elif not isinstance(data, Dataset) or isinstance(data, IterableDataset):
         return _chosen(_joined(data, count), count, generator)
+    source: Any = data
     if not isinstance(data, Sized):
         raise InputError(f"the dataset {type(data).__name__} has no length: pass one that has, or an IterableDataset")
     labels = _listed(data)
     picked = _balanced(labels, len(data), generator)[: count if labels is not None else 2 * count].tolist()
     if not picked:
         raise InputError("the data holds no samples")
-    found = _pair(collate([data[index] for index in picked]))
+    found = _pair(collate([source[index] for index in picked]))
     return found if labels is not None else _chosen(found, count, generator)
 
 
