@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from netsurgery.axes import Axis
 from netsurgery.copying import copy_with, like, named_tensors
 from netsurgery.edit import Edit
+from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
-from netsurgery.network import Group, Member, Network
+from netsurgery.network import Group, Network
 from netsurgery.passes.layers import Layer, layers, units_of
 from netsurgery.verification import verify
 
@@ -55,8 +56,8 @@ class Filters:
     Attributes:
         name: of the weight, or of the group.
         size: how many.
-        weights: what produces them: kernels and biases.
-        carriers: what they go through before they meet others: scale and shift of norms, depthwise kernels.
+        weights: the kernels that produce them.
+        carriers: what they go through before they meet others: biases, scale and shift of norms, depthwise kernels.
     """
 
     name: str
@@ -86,30 +87,25 @@ def filters_of_layers(network: Network) -> dict[str, tuple[Layer, Filters]]:
     Not listed: layers whose weight is computed from several parameters, or has its outputs along several axes.
     """
     found: dict[str, tuple[Layer, Filters]] = {}
-    members = {(m.parameter, m.axis): m for group in network.prunable for m in group.members if m.role == "produces"}
-    carriers = [m for group in network.prunable for m in group.members if m.role == "carries"]
+    members = [m for g in network.prunable for m in g.members if _is_weight(network.tensors[m.parameter])]
+    producers = {(m.parameter, m.axis) for m in members if m.role == "produces"}
+    carriers = [m for m in members if m.role == "carries"]
     met = _met(network)
     for layer in layers(network):
         axis = layer.outputs.outer[0] if len(layer.outputs.outer) == 1 else -1
-        if layer.name in found or layer.role == "computed" or (layer.name, axis) not in members:
+        if layer.name in found or layer.role == "computed" or (layer.name, axis) not in producers:
             continue
         if layer.shape[axis] != layer.output_axis.size:  # a grouped transposed convolution
             continue
         rows = torch.arange(layer.output_axis.size)
-        own = [m for m in members.values() if m.module == layer.module and m.parameter != layer.name]
-        mine = [m for m in carriers if met.get(m.parameter, frozenset()) == frozenset({layer.name})]
-
-        def places(some: Iterable[Member], layer: Layer = layer, rows: Tensor = rows) -> tuple[Place, ...]:
-            fitting = dict.fromkeys(
-                (m.parameter, m.axis)
-                for m in some
-                if _same(network.axes[m.parameter][m.axis], layer.output_axis)
-                and _is_weight(network.tensors[m.parameter])
-            )
-            return tuple(Place(name, at, rows) for name, at in fitting)
-
-        weights = (Place(layer.name, axis, rows), *places(own))
-        found[layer.name] = layer, Filters(layer.name, len(rows), weights, places(mine))
+        mine = dict.fromkeys(
+            (m.parameter, m.axis)
+            for m in carriers
+            if met.get(m.parameter) == frozenset({layer.name})
+            and _same(network.axes[m.parameter][m.axis], layer.output_axis)
+        )
+        places = tuple(Place(name, at, rows) for name, at in mine)
+        found[layer.name] = layer, Filters(layer.name, len(rows), (Place(layer.name, axis, rows),), places)
     return found
 
 
@@ -146,24 +142,24 @@ def _origins(program: fx.Graph, produced: frozenset[str]) -> dict[fx.Node, froze
 def _met(network: Network) -> dict[str, frozenset[str]]:
     """For each parameter, the layers whose outputs it is laid on."""
     found: dict[str, frozenset[str]] = {}
+    produced = _produced(network)
     for program in network.programs:
-        origins = _origins(program.graph, _produced(network))
+        origins = _origins(program.graph, produced)
         for node in program.graph.nodes:
             if "params" not in node.meta:
-                with_it = frozenset().union(*(origins[source] for source in node.all_input_nodes))
+                with_it = _own(node, produced) or origins[node]  # a bias belongs to the layer that it is added in
                 for name in (name for source in node.all_input_nodes for name in source.meta.get("params", ())):
                     found[name] = found.get(name, frozenset()) | with_it
     return found
 
 
 def norms(filters: Filters, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The L2 norm of the kernels of each filter (of its biases, where it has none else): float64 on the CPU, (size,).
+    """The L2 norm of the weights of each filter: float64 on the CPU, (size,).
 
     Every process gets the same number from the same weights: nothing is summed in an order that may change.
     """
-    kernels = [place for place in filters.weights if tensors[place.parameter].dim() > 1]
     squares = torch.zeros(filters.size, dtype=torch.float64)
-    for place in kernels or filters.weights:
+    for place in filters.weights:
         weight = tensors[place.parameter].detach().movedim(place.axis, 0).flatten(1)
         found = torch.linalg.vector_norm(weight, dim=1, dtype=accumulator(weight)).to("cpu", torch.float64)
         some = place.units >= 0
@@ -240,7 +236,15 @@ def leaking_groups(model: nn.Module, network: Network) -> list[str]:
 
     Behind a sigmoid a zero is a half; in a layer norm it counts in the mean. Such units cannot be removed without a
     change. Half of the units of every group are set to zero in a copy, and it is seen whether silencing them does more.
+
+    Raises:
+        InputError: the code decides by values of activations.
     """
+    if any(program.values == "all" for program in network.programs):
+        raise InputError(
+            f"SoftPruning: the code of {network.model_name} decides by the values of activations, which a filter of "
+            "zeros may change in ways that its removal does not: it is not supported"
+        )
     halves = {g.name: tuple(range(g.size // 2, g.size)) for g in network.prunable if g.size > 1}
     if not halves or _is_silent(model, network, halves):
         return []

@@ -38,16 +38,16 @@ __all__ = ["SoftPruning", "hard_share", "pruned_share", "soft_factor"]
 Method = Literal["sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp"]
 Grouping = Literal["layer", "coupled"]
 Masks = Mapping[str, Tensor]  # bool, (filters,), by the name of the layer's weight or of the group
-_PINNED, _ZEROED = 0.05, 0.1  # of the epochs, at the end: with the full share of filters; with the factor at 0
 
 
-def pruned_share(epoch: int, epochs: int, ratio: float, *, delay: float = 1 / 8) -> float:
+def pruned_share(epoch: int, epochs: int, ratio: float, *, delay: float = 1 / 8, pinned: float = 0.05) -> float:
     """The share of filters that is pruned after an epoch: ``ratio * (1 - exp(-k * epoch))``, and ``ratio`` at the end.
 
     Args:
         epoch: from 0 to epochs - 1.
-        ratio: the share in the end; it is pinned to this for the last 5% of the epochs, or the last one.
+        ratio: the share in the end.
         delay: three quarters of the ratio are reached after this share of the epochs.
+        pinned: for this share of the epochs, at the end, but at least for the last one, it is the ratio itself.
 
     Source: asymptotic soft filter pruning, He et al., arXiv 1808.07471. Pinning makes the end reach the ratio.
 
@@ -56,16 +56,17 @@ def pruned_share(epoch: int, epochs: int, ratio: float, *, delay: float = 1 / 8)
         >>> [round(pruned_share(t, 200, 0.4), 3) for t in (0, 25, 50, 199)]
         [0.0, 0.3, 0.375, 0.4]
     """
-    if _is_last(epoch, epochs, _PINNED):
+    if _is_last(epoch, epochs, pinned):
         return ratio
     return ratio * (1 - exp(-log(4) * epoch / (delay * epochs)))
 
 
-def soft_factor(epoch: int, epochs: int, *, start: float = 1.0, end: float = 1e-5) -> float:
+def soft_factor(epoch: int, epochs: int, *, start: float = 1.0, end: float = 1e-5, zero: float = 0.1) -> float:
     """What pruned filters are multiplied by after an epoch: from ``start`` exponentially to ``end``, and 0 at the end.
 
     Args:
-        epoch: from 0 to epochs - 1; for the last 10%, or the last one, the factor is 0.
+        epoch: from 0 to epochs - 1.
+        zero: for this share of the epochs, at the end, but at least for the last one, the factor is 0.
 
     Source: softer pruning, Cai et al., arXiv 2010.09498.
 
@@ -74,7 +75,7 @@ def soft_factor(epoch: int, epochs: int, *, start: float = 1.0, end: float = 1e-
         >>> [round(soft_factor(t, 200), 3) for t in (0, 25, 50, 180)]
         [1.0, 0.237, 0.056, 0.0]
     """
-    if start == 0 or _is_last(epoch, epochs, _ZEROED):
+    if start == 0 or _is_last(epoch, epochs, zero):
         return 0.0
     return float(start * (end / (start + 0.01 * end)) ** (epoch / epochs))
 
@@ -118,9 +119,9 @@ class SoftPruning:
     ghfp    ratio                  ``soft_factor``      ``hard_share``
     ======  =====================  ===================  =======================
 
-    What is pruned for good has no gradient, no momentum and nothing that comes after it until it meets others: the
-    scale and shift of its norm are 0 too. After the last epoch's step this holds of all that is pruned, so that
-    ``finish`` changes nothing any more.
+    What is pruned for good has no gradient, no momentum and nothing that comes after it until it meets others: its
+    bias, and the scale and shift of its norm, are 0 too. After the last epoch's step this holds of all that is pruned,
+    so that ``finish`` changes nothing any more.
 
     Args:
         model: any module, also in DistributedDataParallel or torch.compile; it is traced once.
@@ -134,8 +135,9 @@ class SoftPruning:
         optimizer: the optimizer of the model, or several. Needed where filters are pruned for good before the end:
             otherwise momentum would bring them back.
         asymptotic: "hfp" and "ghfp" only: let the pruned share grow as with "asfp".
-        settle: a share of the epochs, at the end, in which all that is pruned is pruned for good, so that the network
-            gets used to it; 0 in the source, where the last step alone takes away what came back.
+        settle: a share of the epochs, at the end, in which the whole ratio is pruned, and for good, so that the
+            network gets used to it. 0 is the source, where the last step alone takes away what came back; on the
+            digits PLACEHOLDER.
         roles: "layer" only: which layers take part: "convolution", "linear", "shortcut".
         include: name patterns of modules (``layer3.*``); only what these produce is pruned.
         exclude: likewise; what these produce is not.
@@ -160,11 +162,11 @@ class SoftPruning:
         Conv2d(6, 12, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
 
     Source: SFP and ASFP: He et al., arXiv 1808.06866 and 1808.07471; SRFP and ASRFP: Cai et al., arXiv 2010.09498; HFP
-    and GHFP: arXiv 2011.03170: per layer, on convolutions. Ours: "coupled"; ``settle``; that biases are scaled with
-    their kernels; that norms are set to 0 with what is pruned for good. While a filter is soft its norm stays as it
-    is, as in the source: with scale and shift at 0 before a ReLU no gradient would ever bring it back. So it still
-    passes a constant on, and the source's small networks lose that at the very end, unseen. ``silenced`` shows the
-    network without it at any time.
+    and GHFP: arXiv 2011.03170: per layer, on the kernels of convolutions. Ours: "coupled"; ``settle``; that biases and
+    norms are set to 0 with what is pruned for good. While a filter is soft these stay as they are, as in the source:
+    with scale and shift at 0 before a ReLU no gradient would ever bring it back. So it still passes a constant on,
+    and the source's small networks lose that at the very end, unseen. ``silenced`` shows the network without it at any
+    time.
     """
 
     def __init__(
@@ -335,7 +337,8 @@ class SoftPruning:
         )
 
     def _schedule(self, epoch: int) -> tuple[float, float, float]:
-        share = pruned_share(epoch, self.epochs, self.ratio) if self.asymptotic else self.ratio
+        pinned = max(0.05, self.settle)
+        share = pruned_share(epoch, self.epochs, self.ratio, pinned=pinned) if self.asymptotic else self.ratio
         factor = soft_factor(epoch, self.epochs) if self.method in _SOFTER else 0.0
         hard = hard_share(epoch, self.epochs) if self.method in _GRADUAL else float(self.method == "hfp")
         return share, factor, 1.0 if _is_last(epoch, self.epochs, self.settle) else hard
@@ -389,7 +392,7 @@ class SoftPruning:
         for name, filters in self._filters.items():
             add((*filters.weights, *filters.carriers), chosen[name])
         for group in self._removable():  # what comes after several layers goes once none of them produces a unit
-            add(filters_of_group(self._network, group).carriers, dead_units(self._network, group, dict(found)))
+            add(filters_of_group(self._network, group).carriers, dead_units(self._network, group, found))
         return {key: positions for key, positions in found.items() if bool(positions.any())}
 
     def _tensors(self) -> dict[str, Tensor]:
