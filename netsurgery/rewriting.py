@@ -88,7 +88,8 @@ def rewrite(
     for cut in cuts:
         _replace(cut)
     states.carry_out(new)
-    for one, adaptation in zip([result, *averages], adaptations, strict=True):
+    done: list[nn.Module] = [result, *averages]
+    for one, adaptation in zip(done, adaptations, strict=True):
         follow(one, network, network.sizes(edit.counts))
         adaptation.carry_out(one)
     if reasons := adaptations[0].reasons:
