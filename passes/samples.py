@@ -1,0 +1,175 @@
+"""A fixed, seeded, class-balanced set of samples from whatever a user keeps data in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+
+from netsurgery.errors import InputError
+from netsurgery.tracing import Inputs, as_inputs
+
+__all__ = ["Samples", "draw"]
+
+_LABELS = ("labels", "label", "targets", "target")
+_FORMS = "(inputs, targets), or a dictionary with 'labels'"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in an order whose beginnings are class-balanced too.
+
+    Attributes:
+        inputs: positional and keyword inputs of the model; every tensor has a row for each sample.
+        targets: what the loss takes beside the outputs, likewise.
+        count: number of samples.
+    """
+
+    inputs: Inputs
+    targets: Any
+    count: int
+
+    def rows(self, which: Tensor | slice, device: torch.device) -> tuple[Inputs, Any]:
+        """Inputs and targets of some samples on a device."""
+        return (_map(self.inputs, lambda t: t[which].to(device)), _map(self.targets, lambda t: t[which].to(device)))
+
+    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Inputs, Any]]:
+        """All samples in batches of at most ``size``."""
+        for start in range(0, self.count, size):
+            yield self.rows(slice(start, start + size), device)
+
+
+def draw(data: Any, count: int, seed: int = 0) -> Samples:
+    """Draw samples, equally many of each class as far as there are.
+
+    Args:
+        data: a pair of tensors ``(inputs, targets)`` with a row for each sample (either may be a tuple, list or
+            dictionary of tensors); a Dataset; a DataLoader, of which the dataset and ``collate_fn`` are used and the
+            order is not; or any iterable of batches, of which the first are used. Items and batches are
+            ``(inputs, targets)`` or dictionaries with an entry "labels", "label", "targets" or "target". Random
+            transforms of a dataset are applied: pass one without augmentation.
+        count: how many; fewer where there are not so many.
+        seed: fixes the choice and the order.
+
+    Classes are those of a one-dimensional integer target. Where a dataset does not list its ``targets`` or ``labels``,
+    twice as many items are drawn at random, and balanced.
+
+    Raises:
+        InputError: no samples, or none in one of these forms.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"samples={count!r}: the number of samples to draw must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # random transforms are the same each time, and leave no trace
+        torch.manual_seed(seed)
+        if isinstance(data, tuple | list) and len(data) == 2 and all(map(_tensors, data)) and not _is_batches(data):
+            inputs, targets = _chosen((as_inputs(data[0]), data[1]), count, generator)
+        else:
+            inputs, targets = _collected(data, count, generator)
+    return Samples(inputs, targets, _length((inputs, targets)))
+
+
+def _collected(data: Any, count: int, generator: torch.Generator) -> tuple[Inputs, Any]:
+    collate: Callable[[list[Any]], Any] = default_collate
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        data, collate = data.dataset, data.collate_fn or default_collate
+    elif not isinstance(data, Dataset) or isinstance(data, IterableDataset):
+        return _chosen(_joined(data, count), count, generator)
+    source: Any = data
+    if not isinstance(data, Sized):
+        raise InputError(f"the dataset {type(data).__name__} has no length: pass one that has, or an IterableDataset")
+    labels = _listed(data)
+    picked = _balanced(labels, len(data), generator)[: count if labels is not None else 2 * count].tolist()
+    if not picked:
+        raise InputError("the data holds no samples")
+    found = _pair(collate([source[index] for index in picked]))
+    return found if labels is not None else _chosen(found, count, generator)
+
+
+def _chosen(found: tuple[Inputs, Any], count: int, generator: torch.Generator) -> tuple[Inputs, Any]:
+    order = _balanced(_classes(found[1]), _length(found), generator)[:count]
+    chosen: tuple[Inputs, Any] = _map(found, lambda t: t[order])
+    return chosen
+
+
+def _joined(batches: Any, count: int) -> tuple[Inputs, Any]:
+    """The first batches that hold twice as many samples as asked for."""
+    if not isinstance(batches, Iterable):
+        raise InputError(f"data is {type(batches).__name__}: pass a DataLoader, a Dataset or a pair of tensors")
+    pairs: list[tuple[Inputs, Any]] = []
+    for batch in batches:
+        pairs.append(_pair(batch))
+        if sum(map(_length, pairs)) >= 2 * count:
+            break
+    if not pairs:
+        raise InputError("the data holds no samples")
+    leaves = [pytree.tree_flatten(pair) for pair in pairs]
+    columns = zip(*(values for values, _ in leaves), strict=True)
+    return pytree.tree_unflatten([torch.cat(column) for column in columns], leaves[0][1])  # type: ignore[no-any-return]
+
+
+def _pair(batch: Any) -> tuple[Inputs, Any]:
+    if isinstance(batch, Mapping):
+        key = next((key for key in _LABELS if key in batch), None)
+        if key is not None:
+            return ((), {k: v for k, v in batch.items() if k != key}), batch[key]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        return as_inputs(batch[0]), batch[1]
+    raise InputError(f"a batch of the data is {type(batch).__name__}, expected {_FORMS}")
+
+
+def _listed(data: Any) -> Tensor | None:
+    """The classes of a dataset that lists them."""
+    if isinstance(data, Subset):
+        labels = _listed(data.dataset)
+        return None if labels is None else labels[torch.as_tensor(data.indices)]
+    tensors = getattr(data, "tensors", None)  # of a TensorDataset
+    found = tensors[-1] if tensors else next((v for k in _LABELS if (v := getattr(data, k, None)) is not None), None)
+    try:
+        return None if found is None else _classes(torch.as_tensor(found))
+    except (TypeError, ValueError, RuntimeError):  # listed in a form of their own
+        return None
+
+
+def _classes(targets: Any) -> Tensor | None:
+    whole = isinstance(targets, Tensor) and targets.dim() == 1 and not targets.is_floating_point()
+    return targets.cpu() if whole else None
+
+
+def _balanced(classes: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
+    """A random order; where there are classes, the first of each, then the second of each, and so on."""
+    order = torch.randperm(count, generator=generator)
+    if classes is None:
+        return order
+    mixed = classes[order]
+    by_class = mixed.argsort(stable=True)
+    sizes = torch.unique_consecutive(mixed[by_class], return_counts=True)[1]
+    turn = torch.empty_like(order)
+    turn[by_class] = torch.cat([torch.arange(int(size)) for size in sizes]) if len(sizes) else order
+    return order[turn.argsort(stable=True)]
+
+
+def _tensors(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves)
+
+
+def _is_batches(data: Any) -> bool:
+    """Whether two things are two batches rather than inputs and targets."""
+    return isinstance(data, list) and all(isinstance(item, tuple | list) and len(item) == 2 for item in data)
+
+
+def _length(value: Any) -> int:
+    lengths = {len(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()}
+    if len(lengths) != 1:
+        raise InputError(f"inputs and targets have {sorted(lengths)} rows: a row for each sample is needed")
+    return lengths.pop()
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return pytree.tree_map_only(Tensor, change, value)
