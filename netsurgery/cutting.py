@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from netsurgery.axes import Axis
-from netsurgery.edit import Edit
+
+if TYPE_CHECKING:
+    from netsurgery.edit import Edit
 
 __all__ = ["Positions"]
 
@@ -42,6 +46,14 @@ class Positions:
             if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
                 new = new.contiguous(memory_format=last)
             return new.clone() if new.data_ptr() == tensor.data_ptr() else new
+
+    def put(self, full: Tensor, axes: tuple[Axis, ...], part: Tensor) -> Tensor:
+        """A copy of a full-size tensor that holds ``part`` where it stays."""
+        new = full.detach().clone()
+        found = [self(axis) for axis in axes]
+        grid = [torch.arange(axis.size) if at is None else at for axis, at in zip(axes, found, strict=True)]
+        new[torch.meshgrid([at.to(new.device) for at in grid], indexing="ij")] = part.detach().to(new)
+        return new
 
     def _compound(self, axis: Axis) -> Tensor | None:
         terms = [self(term) for term in axis.terms]

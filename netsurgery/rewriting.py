@@ -45,7 +45,8 @@ def rewrite(
             dimensions of a parameter. Without ``inplace`` it moves from ``model``, which then has no optimizer. A
             gradient scaler needs nothing.
         ema: averages of the model's weights, one or several: modules of the same names and shapes, or wrapped as
-            ``torch.optim.swa_utils.AveragedModel`` does. They are cut in place, and go on with the smaller model.
+            ``torch.optim.swa_utils.AveragedModel`` does. They are cut in place, and go on with the smaller model;
+            where the edit has new values, they are moved by as much as the weights are.
 
     Returns:
         The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
@@ -80,10 +81,11 @@ def rewrite(
     new: dict[int, Tensor] = {}
     result = model
     if not inplace:
-        new = {id(t): _copy(t, network.axes[name], places) for name, t in tensors.items()}
+        new = {id(t): _copy(t, edit.values.get(name, t), network.axes[name], places) for name, t in tensors.items()}
         result = copy_with(model, new)
-    changed = modules if inplace else averages
-    cuts = [_cut_all(_tensors(one, shapes), network.axes, places) for one in changed]
+    cuts = [_cut_all(dict(named_tensors(one)), edit, places, _moved(one, edit)) for one in averages]
+    if inplace:
+        cuts.append(_cut_all(tensors, edit, places, edit.values))
     # Whatever can be refused has been: from here on things change.
     for cut in cuts:
         _replace(cut)
@@ -121,8 +123,8 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     return adaptation
 
 
-def _copy(tensor: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
-    new = like(tensor, places.cut(tensor, axes))
+def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
+    new = like(tensor, places.cut(value.to(tensor), axes))
     if tensor.grad is not None:
         new.grad = places.cut(tensor.grad, axes)
     return new
@@ -131,12 +133,26 @@ def _copy(tensor: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
 Cut = list[tuple[Tensor, Tensor, Tensor | None]]  # a tensor, what it will hold, and what its gradient will be
 
 
-def _cut_all(tensors: Mapping[str, Tensor], axes: Mapping[str, tuple[Axis, ...]], places: Positions) -> Cut:
+def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, places: Positions, values: Mapping[str, Tensor]) -> Cut:
+    axes = edit.network.axes
     return [
-        (old, places.cut(old, axes[name]), None if old.grad is None else places.cut(old.grad, axes[name]))
+        (
+            old,
+            places.cut(values[name].to(old) if name in values else old, axes[name]),
+            None if old.grad is None else places.cut(old.grad, axes[name]),
+        )
         for name, old in tensors.items()
-        if name in axes and places.changes(axes[name])
+        if name in axes and (name in values or places.changes(axes[name]))
     ]
+
+
+def _moved(average: nn.Module, edit: Edit) -> dict[str, Tensor]:
+    """New values of an average of the weights: it is moved by as much as the weights are."""
+    own = dict(named_tensors(average))
+    return {
+        name: own[name].detach() + (v - edit.network.tensors[name].detach()).to(own[name])
+        for name, v in edit.values.items()
+    }
 
 
 def _replace(cut: Cut) -> None:
