@@ -118,18 +118,19 @@ def _readers(edit: Edit, method: Method) -> tuple[list[_Reader], dict[str, str]]
             nodes = _uses(network, weight)
             paths = list(dict.fromkeys(node.meta["module"] for node in nodes))
             for path in paths:
+                place = weight if len(paths) == 1 else f"{weight} in {path}"
                 if type(modules[path]).forward not in _FORWARDS:
-                    left[weight] = f"{type(modules[path]).__name__}, which uses it, is no linear layer or convolution"
+                    left[place] = f"{type(modules[path]).__name__}, which uses it, is no linear layer or convolution"
                 elif path not in readers:
                     held = modules[path]._parameters.get("weight") is network.tensors[weight]
                     own = weight if held and len(paths) == 1 else None
-                    if method == "least-squares" and own is None:
-                        left[weight] = "it is shared or computed from others: only a bias was compensated"
                     reader = _reader(network, path, nodes, places, own if method == "least-squares" else None)
                     if reader.weight is None and reader.shift is None:
-                        left[weight] = "its layer has no bias of its own, and no batch norm alone follows"
-                    else:
-                        readers[path] = reader
+                        left[place] = "its layer has no bias of its own, and no batch norm alone follows"
+                        continue
+                    readers[path] = reader
+                    if method == "least-squares" and own is None:
+                        left[place] = "it is shared or computed from others: only a bias was compensated"
     order = {call.path: call.begin for call in reversed(network.programs[0].calls)}
     return sorted(readers.values(), key=lambda reader: order.get(reader.path, -1)), left
 
@@ -148,7 +149,7 @@ def _uses(network: Network, name: str) -> list[fx.Node]:
     for program in network.programs:
         left = [node for node in program.graph.nodes if node.op == "get_attr" and node.target == name]
         while left:
-            for user in left.pop().users:
+            for user in left.pop(0).users:
                 if "params" in user.meta:
                     left.append(user)
                 else:
@@ -185,8 +186,8 @@ class _Sums:
     but that of ones.
     """
 
-    def __init__(self, module: nn.Module, reader: _Reader):
-        self.module: Any = module
+    def __init__(self, module: Any, reader: _Reader):
+        self.module = module
         self.reader = reader
         self.spatial: int = 0 if isinstance(module, nn.Linear) else len(self.module.kernel_size)
         self.groups: int = self.module.groups if reader.weight and self.spatial else 1
