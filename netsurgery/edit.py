@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from netsurgery.adapting import Adaptation
 from netsurgery.costs import Cost
+from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
 
@@ -23,10 +24,13 @@ class Edit:
     Args:
         network: the network the edit is for.
         keep: for each changed group the indices that stay.
+        values: new values of tensors of the model by name, at full size, that what stays is cut from: what a removal
+            loses may be made up for by them. They are for this network's model, and no part of the JSON.
+        uncompensated: weights (or groups) whose loss was to be made up for and is not, and why.
 
     Raises:
         InputError: a name that is no group, a frozen group, indices out of range, repeated or out of order, a
-            group left without units, or tied groups left with different numbers of units.
+            group left without units, tied groups left with different numbers of units, or values of another shape.
 
     Example:
         >>> import torch, netsurgery
@@ -40,7 +44,15 @@ class Edit:
     keep: Mapping[str, tuple[int, ...]]
     adaptation: Adaptation | None = field(default=None, repr=False, compare=False)  # once the code is known to follow
 
+    values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    uncompensated: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
     def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            known = self.network.tensors.get(name)
+            if known is None or known.shape != value.shape:
+                found = "there is none" if known is None else f"it is {tuple(known.shape)}"
+                raise InputError(f"a value of shape {tuple(value.shape)} for '{name}': {found}")
         order = {group.name: index for index, group in enumerate(self.network.groups)}
         for name, given in self.keep.items():
             group, units = self.network[name], [int(unit) for unit in given]
@@ -92,7 +104,7 @@ class Edit:
         return self.network.cost(self.counts)
 
     def diff(self) -> str:
-        """Every tensor whose shape changes, every module whose code must, and the cost before and after."""
+        """Every tensor whose shape or values change, every module whose code must, and the cost before and after."""
         sizes = self.network.sizes(self.counts)
         lines = []
         for name, axes in self.network.axes.items():
@@ -100,6 +112,8 @@ class Edit:
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
         lines.extend(f"{path}.forward rewritten" for path in self.replaced)
+        lines.extend(f"{name} has new values" for name in self.network.tensors if name in self.values)
+        lines.extend(f"{name} not compensated: {why}" for name, why in self.uncompensated.items())
         before, after = self.before, self.after
         lines.append(f"parameters {before.params:,} -> {after.params:,} ({_share(after.params, before.params)})")
         lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({_share(after.macs, before.macs)})")
@@ -118,7 +132,11 @@ class Edit:
                 raise InputError(f"group '{name}' of the later edit is none that this edit leaves")
             left = keep.get(names[name], tuple(range(self.network[names[name]].size)))
             keep[names[name]] = tuple(left[unit] for unit in units)
-        return Edit(self.network, keep)
+        values, places = dict(self.values), Positions(self)
+        for name, value in later.values.items():
+            full = values.get(name, self.network.tensors[name])
+            values[name] = places.put(full, self.network.axes[name], value)
+        return Edit(self.network, keep, values=values, uncompensated={**self.uncompensated, **later.uncompensated})
 
     def _names_in(self, later: Network) -> dict[str, str]:
         """For each group of the network that this edit leads to, its name here: they occur in the same places."""

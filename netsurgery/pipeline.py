@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from netsurgery.check import adapt
 from netsurgery.copying import named_tensors
@@ -211,7 +212,15 @@ def check_order(passes: Sequence[Pass]) -> None:
         raise PassError("no pass gives an edit: add a removal such as PruneChannels(0.5)")
 
 
-def apply(model: Model, passes: Sequence[Pass], example_inputs: Any = None, *, inplace: bool = False) -> Model:
+def apply(
+    model: Model,
+    passes: Sequence[Pass],
+    example_inputs: Any = None,
+    *,
+    inplace: bool = False,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+) -> Model:
     """Run passes on a model and return it smaller: the user's own class, module names and state_dict keys.
 
     Args:
@@ -219,9 +228,11 @@ def apply(model: Model, passes: Sequence[Pass], example_inputs: Any = None, *, i
         passes: for example ``[HGSRScore(), PruneChannels(0.5)]``.
         example_inputs: as for ``trace``.
         inplace: change ``model`` itself instead of a copy.
+        optimizer: one or several, as for ``rewrite``: they go on with the smaller model, their state cut.
+        ema: averages of the weights, as for ``rewrite``: they are cut in place.
 
     Raises:
-        NetsurgeryError: as ``plan`` does; the model is then as it was.
+        NetsurgeryError: as ``plan`` and ``rewrite`` do; the model, optimizers and averages are then as they were.
 
     Example:
         >>> import torch, netsurgery
@@ -234,7 +245,7 @@ def apply(model: Model, passes: Sequence[Pass], example_inputs: Any = None, *, i
           (2): Linear(in_features=4, out_features=2, bias=True)
         )
     """
-    return rewrite(model, plan(model, passes, example_inputs), inplace=inplace)
+    return rewrite(model, plan(model, passes, example_inputs), inplace=inplace, optimizer=optimizer, ema=ema)
 
 
 def cost(model: nn.Module, example_inputs: Any = None) -> Cost:

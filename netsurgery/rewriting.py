@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from netsurgery.adapting import Adaptation
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis
 from netsurgery.check import adapt
 from netsurgery.copying import copy_with, like, named_tensors
+from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
+from netsurgery.optimizers import OptimizerStates, as_list, averaged
 
 __all__ = ["rewrite"]
 
@@ -22,13 +25,28 @@ Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("netsurgery")
 
 
-def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
+def rewrite(
+    model: Model,
+    edit: Edit,
+    *,
+    inplace: bool = False,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+) -> Model:
     """Carry an edit out.
 
     Args:
         model: the model the edit was planned for, or one of the same shapes.
         inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before must be
             gone (``del loss``): their graphs remember the old shapes.
+        optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
+            groups then hold the smaller model's parameters, in the same order with the same settings, and its state
+            is cut with the weights: what it keeps of each element (momentum, moments), or averaged over some
+            dimensions of a parameter. Without ``inplace`` it moves from ``model``, which then has no optimizer. A
+            gradient scaler needs nothing.
+        ema: averages of the model's weights, one or several: modules of the same names and shapes, or wrapped as
+            ``torch.optim.swa_utils.AveragedModel`` does. They are cut in place, and go on with the smaller model;
+            where the edit has new values, they are moved by as much as the weights are.
 
     Returns:
         The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
@@ -38,93 +56,108 @@ def rewrite(model: Model, edit: Edit, *, inplace: bool = False) -> Model:
 
     Raises:
         RewriteError: the model's tensors are not those of the edit's network, or its code does not follow the new sizes
-            (an edit that ``plan`` made has been checked already).
+            (an edit that ``plan`` made has been checked already), or an optimizer's state cannot be cut.
+        InputError: an optimizer or an average that is none of this model. Whatever is raised, nothing has been changed.
 
     Example:
         >>> import torch, netsurgery
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> edit = netsurgery.Edit(netsurgery.trace(model, (torch.randn(1, 4),)), {"0": (0, 2, 5)})
-        >>> netsurgery.rewrite(model, edit)[0]
+        >>> small = netsurgery.rewrite(model, edit, optimizer=optimizer)
+        >>> small[0]
         Linear(in_features=4, out_features=3, bias=True)
+        >>> optimizer.param_groups[0]["params"][0] is small[0].weight
+        True
     """
-    network = edit.network
-    tensors = dict(named_tensors(model))
-    for name, axes in network.axes.items():
-        if name not in tensors or tuple(tensors[name].shape) != tuple(axis.size for axis in axes):
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            raise RewriteError(f"the edit is for another model: {name} is {[a.size for a in axes]} there, {found} here")
-    adaptation, refused = edit.adaptation_for(model), dict[str, str]()
-    if adaptation is None:
-        adaptation, refused = adapt(model, network, edit.counts)
-    if refused:
-        group, why = next(iter(refused.items()))
-        raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
-    places = _Positions({network[name].channel: units for name, units in edit.keep.items()})
+    network, places = edit.network, Positions(edit)
+    shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
+    tensors = _tensors(model, shapes)
+    averages = [averaged(one, model, shapes) for one in as_list(ema, nn.Module, "ema")]
+    optimizers = as_list(optimizer, Optimizer, "optimizer")
+    states = OptimizerStates(optimizers, tensors, network.axes, places, moved=not inplace)
+    modules: list[nn.Module] = [model, *averages]
+    adaptations = [_adaptation(one, edit) for one in modules]
+    new: dict[int, Tensor] = {}
+    result = model
+    if not inplace:
+        new = {id(t): _copy(t, edit.values.get(name, t), network.axes[name], places) for name, t in tensors.items()}
+        result = copy_with(model, new)
+    cuts = [_cut_all(dict(named_tensors(one)), edit, places, _moved(one, edit)) for one in averages]
     if inplace:
-        cut = {name: _cut(tensors[name], axes, places) for name, axes in network.axes.items() if places.changes(axes)}
-        for name, tensor in cut.items():
-            old = tensors[name]
-            old.grad, grad = None, old.grad
-            old.data = tensor
-            if grad is not None:
-                old.grad = _cut(grad, network.axes[name], places)
-        result = model
-    else:
-        result = copy_with(model, {id(t): _copy(t, network.axes[name], places) for name, t in tensors.items()})
-    follow(result, network, network.sizes(edit.counts))
-    adaptation.carry_out(result)
-    if adaptation.reasons:
-        first, more = list(adaptation.reasons)[:3], len(adaptation.reasons) - 3
+        cuts.append(_cut_all(tensors, edit, places, edit.values))
+    # Whatever can be refused has been: from here on things change.
+    for cut in cuts:
+        _replace(cut)
+    states.carry_out(new)
+    done: list[nn.Module] = [result, *averages]
+    for one, adaptation in zip(done, adaptations, strict=True):
+        follow(one, network, network.sizes(edit.counts))
+        adaptation.carry_out(one)
+    if reasons := adaptations[0].reasons:
+        first, more = list(reasons)[:3], len(reasons) - 3
         listed = ", ".join(first) + (f" and {more} more" if more > 0 else "")
-        _log.warning(
-            "rewrote the forward of %d modules whose code hard-codes a size: %s", len(adaptation.reasons), listed
-        )
+        _log.warning("rewrote the forward of %d modules whose code hard-codes a size: %s", len(reasons), listed)
     return result
 
 
-def _copy(tensor: Tensor, axes: tuple[Axis, ...], places: _Positions) -> Tensor:
-    new = like(tensor, _cut(tensor, axes, places))
+def _tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a model by name, which have the shapes that the edit was made for."""
+    tensors = dict(named_tensors(model))
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise RewriteError(f"the edit is for another model: {name} is {list(shape)} there, {found} here")
+    return tensors
+
+
+def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
+    """What the code of a model needs to follow the edit."""
+    known = edit.adaptation_for(model)
+    if known is not None:
+        return known
+    adaptation, refused = adapt(model, edit.network, edit.counts)
+    if refused:
+        group, why = next(iter(refused.items()))
+        raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
+    return adaptation
+
+
+def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
+    new = like(tensor, places.cut(value.to(tensor), axes))
     if tensor.grad is not None:
-        new.grad = _cut(tensor.grad, axes, places)
+        new.grad = places.cut(tensor.grad, axes)
     return new
 
 
-def _cut(tensor: Tensor, axes: tuple[Axis, ...], places: _Positions) -> Tensor:
-    """A new tensor with the positions that stay along every axis, in the memory format of the old one."""
-    with torch.no_grad():
-        new = tensor.detach()
-        for dim, axis in enumerate(axes):
-            if (positions := places(axis)) is not None:
-                new = new.index_select(dim, positions.to(tensor.device))
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
-        if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
-            new = new.contiguous(memory_format=last)
-        return new.clone() if new.data_ptr() == tensor.data_ptr() else new
+Cut = list[tuple[Tensor, Tensor, Tensor | None]]  # a tensor, what it will hold, and what its gradient will be
 
 
-class _Positions:
-    """Positions that stay along an axis, or None where all do."""
+def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, places: Positions, values: Mapping[str, Tensor]) -> Cut:
+    axes = edit.network.axes
+    return [
+        (
+            old,
+            places.cut(values[name].to(old) if name in values else old, axes[name]),
+            None if old.grad is None else places.cut(old.grad, axes[name]),
+        )
+        for name, old in tensors.items()
+        if name in axes and (name in values or places.changes(axes[name]))
+    ]
 
-    def __init__(self, keep: Mapping[Axis, tuple[int, ...]]):
-        self.memo: dict[Axis, Tensor | None] = {channel: torch.tensor(units) for channel, units in keep.items()}
 
-    def __call__(self, axis: Axis) -> Tensor | None:
-        if axis not in self.memo:
-            self.memo[axis] = self.compound(axis)
-        return self.memo[axis]
+def _moved(average: nn.Module, edit: Edit) -> dict[str, Tensor]:
+    """New values of an average of the weights: it is moved by as much as the weights are."""
+    own = dict(named_tensors(average))
+    return {
+        name: own[name].detach() + (v - edit.network.tensors[name].detach()).to(own[name])
+        for name, v in edit.values.items()
+    }
 
-    def changes(self, axes: tuple[Axis, ...]) -> bool:
-        return any(self(axis) is not None for axis in axes)
 
-    def compound(self, axis: Axis) -> Tensor | None:
-        terms = [self(term) for term in axis.terms]
-        if all(term is None for term in terms):
-            return None
-        full = [torch.arange(part.size) if term is None else term for part, term in zip(axis.terms, terms, strict=True)]
-        if axis.op == "concat":
-            starts = torch.tensor([0, *(part.size for part in axis.terms[:-1])]).cumsum(0)
-            return torch.cat([start + part for start, part in zip(starts, full, strict=True)])
-        out = full[0]
-        for part, places in zip(axis.terms[1:], full[1:], strict=True):
-            out = (out[:, None] * part.size + places).flatten()
-        return out
+def _replace(cut: Cut) -> None:
+    """Let tensors hold what they have been cut to; they stay the same objects."""
+    for old, new, grad in cut:
+        old.grad = None  # it must have the shape of the tensor at any time
+        old.data = new
+        old.grad = grad

@@ -53,7 +53,7 @@ Numbers = list[tuple[torch.fx.Node, Tensor]]  # results that decisions are taken
 
 
 def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any = None) -> float:
-    """Compare a rewritten model with the original in which the removed units are silenced.
+    """Compare a rewritten model with the original in which the removed units are silenced, given the edit's values.
 
     Args:
         model: the original, unchanged.
@@ -84,10 +84,11 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     _check_shapes(edit.network, inputs)
     keep = {edit.network[name].channel: torch.tensor(units) for name, units in edit.keep.items()}
     look_up_constants(model, edit.network, inputs)
+    tensors = {**dict(named_tensors(model)), **edit.values}
     worst = 0.0
     for program in _repeatable(edit.network):
         numbers: Numbers = []
-        want = silenced(edit.network, program, dict(named_tensors(model)), inputs, keep, numbers)
+        want = silenced(edit.network, program, tensors, inputs, keep, numbers)
         if program.values == "all":
             found, read = follow(small, program, inputs, _units(keep))
             worst = max(worst, _difference(read, _chosen(numbers, _units(keep))))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
+from netsurgery.passes.compensation import Method, compensate
 from netsurgery.passes.patterns import as_patterns, check_patterns, matches
 from netsurgery.pipeline import Pass
 
@@ -49,6 +50,13 @@ class PruneChannels(Pass):
         exclude: likewise; no unit goes that a matching module produces or carries. Patterns match what is inside too.
         normalize: how scores of different groups are made comparable when the scope is global: divided by their
             "mean", "max" or "sum" in the group, or "none".
+        compensate: make up for what the removal loses in the layers that read it: "bias" lets their outputs keep their
+            mean over the data; "least-squares" also refits their weights so that the outputs stay as near as they can.
+        data: what this is measured on, in eval mode: a DataLoader, Dataset, or pair of tensors, as for
+            ``netsurgery.passes.samples.draw``.
+        samples: how many samples of it.
+        ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
+            the data says little.
 
     Budgets are met within one unit of the last group touched (one ``multiple_of`` step), priced from the expressions.
 
@@ -76,6 +84,10 @@ class PruneChannels(Pass):
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     normalize: Literal["mean", "max", "sum", "none"] = "mean"
+    compensate: Method | None = None
+    data: Any = field(default=None, repr=False, compare=False)
+    samples: int = 512
+    ridge: float = 1e-4
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
@@ -105,11 +117,26 @@ class PruneChannels(Pass):
             raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'mean', 'max', 'sum' or 'none'")
         if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= self.max_ratio <= 1:
             raise InputError("PruneChannels: multiple_of and min_channels are at least 1, max_ratio is in [0, 1]")
+        self._check_compensation()
         for name in ("include", "exclude"):
             object.__setattr__(self, name, as_patterns(getattr(self, name)))
 
+    def _check_compensation(self) -> None:
+        if self.compensate not in (None, "bias", "least-squares"):
+            raise InputError(f"PruneChannels(compensate='{self.compensate}'): 'bias', 'least-squares' or None")
+        if self.compensate is not None and self.data is None:
+            raise InputError(f"PruneChannels(compensate='{self.compensate}') needs data=..., which it is measured on")
+        if not self.ridge > 0:
+            raise InputError(f"PruneChannels(ridge={self.ridge}): must be positive")
+
     def run(self, network: Network) -> Edit:
-        """Choose the units that stay."""
+        """Choose the units that stay, and make up for what goes if that is asked for."""
+        edit = self._chosen(network)
+        if self.compensate is None:
+            return edit
+        return compensate(edit, self.compensate, self.data, self.samples, self.ridge)
+
+    def _chosen(self, network: Network) -> Edit:
         bundles = self._bundles(network)
         if self.ratio is not None and self.scope == "layer":
             removed = [self._allowed(bundle, int(bundle.groups[0].size * self.ratio + 1e-9)) for bundle in bundles]

@@ -23,6 +23,7 @@ TESTS = (
     "test_scores.py",
     "test_selection.py",
     "test_pipeline.py",
+    "test_optimizers.py",
     "test_second_run.py",
     "test_values.py",
     "test_teaching.py",
@@ -46,57 +47,57 @@ MUTANTS = (
     # rewriting: which positions stay
     Mutant(
         "the last n inputs instead of the chosen ones",
-        "netsurgery/rewriting.py",
+        "netsurgery/cutting.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions if dim != 1 else torch.arange(axis.size)[-len(positions) :])",
     ),
     Mutant(
         "the first n units in norms and biases",
-        "netsurgery/rewriting.py",
+        "netsurgery/cutting.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions if tensor.dim() > 1 else torch.arange(len(positions)))",
     ),
     Mutant(
         "a bias one unit off",
-        "netsurgery/rewriting.py",
+        "netsurgery/cutting.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions if tensor.dim() > 1 else (positions + 1) % axis.size)",
     ),
     Mutant(
         "the wrong depthwise filters",
-        "netsurgery/rewriting.py",
+        "netsurgery/cutting.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions.flip(0) if dim == 0 and new.dim() == 4 == 3 + new.shape[1] else positions)",
     ),
     Mutant(
         "running_var cut out of running_mean",
         "netsurgery/rewriting.py",
-        "result = copy_with(model, {id(t): _copy(t, network.axes[name], places) for name, t in tensors.items()})",
-        "result = copy_with(model, {id(t): _copy(tensors[name.replace('running_var', 'running_mean')], "
-        "network.axes[name], places) for name, t in tensors.items()})",
+        "new = {id(t): _copy(t, network.axes[name], places) for name, t in tensors.items()}",
+        "new = {id(t): _copy(tensors[name.replace('running_var', 'running_mean')], "
+        "network.axes[name], places) for name, t in tensors.items()}",
     ),
     Mutant(
         "concatenations one position off",
-        "netsurgery/rewriting.py",
+        "netsurgery/cutting.py",
         "torch.cat([start + part for start, part in zip(starts, full, strict=True)])",
         "torch.cat([start + part - int(start > 0) for start, part in zip(starts, full, strict=True)])",
     ),
     Mutant(
         "the stride of a flattened map",
-        "netsurgery/rewriting.py",
+        "netsurgery/cutting.py",
         "out = (out[:, None] * part.size + places).flatten()",
         "out = (out[:, None] * len(places) + places).flatten()",
     ),
     Mutant(
         "products in the wrong order",
-        "netsurgery/rewriting.py",
+        "netsurgery/cutting.py",
         "out = (out[:, None] * part.size + places).flatten()",
         "out = (out[:, None] * part.size + places).T.flatten()",
     ),
     Mutant(
         "gradients left uncut",
         "netsurgery/rewriting.py",
-        "new.grad = _cut(tensor.grad, axes, places)",
+        "new.grad = places.cut(tensor.grad, axes)",
         "new.grad = tensor.grad[: len(new)]",
     ),
     Mutant(
@@ -104,6 +105,25 @@ MUTANTS = (
         "netsurgery/rewriting.py",
         "    if refused:\n",
         "    if False:\n",
+    ),
+    # optimizers
+    Mutant(
+        "momentum left at the first units",
+        "netsurgery/optimizers.py",
+        "cut[what] = self.places.cut(value, axes)",
+        "cut[what] = value[tuple(slice(len(self.places.cut(value.movedim(d, 0), (a,)))) for d, a in enumerate(axes))]",
+    ),
+    Mutant(
+        "states stay with the old parameters",
+        "netsurgery/optimizers.py",
+        "state.update((new.get(id(key), key), entry) for key, entry in items)",
+        "state.update(items)",
+    ),
+    Mutant(
+        "a state of one dimension is taken for the first that fits",
+        "netsurgery/optimizers.py",
+        "return choices[0] if choices and alike else None",
+        "return choices[0] if choices else None",
     ),
     # copying: what the model keeps
     Mutant(
@@ -115,16 +135,16 @@ MUTANTS = (
     Mutant(
         "tied weights untied",
         "netsurgery/rewriting.py",
-        "    follow(result, network, network.sizes(edit.counts))\n",
-        "    follow(result, network, network.sizes(edit.counts))\n"
-        "    for module in () if inplace else result.modules():\n"
-        "        module._parameters = {k: p if p is None else like(p, p.data.clone()) for k, p in module._parameters.items()}\n",
+        "        follow(one, network, network.sizes(edit.counts))\n",
+        "        follow(one, network, network.sizes(edit.counts))\n"
+        "        for module in () if inplace else result.modules():\n"
+        "            module._parameters = {k: p if p is None else like(p, p.data.clone()) for k, p in module._parameters.items()}\n",
     ),
     Mutant(
         "train mode lost",
         "netsurgery/rewriting.py",
-        "    follow(result, network, network.sizes(edit.counts))\n",
-        "    follow(result, network, network.sizes(edit.counts))\n    result.eval()\n",
+        "        follow(one, network, network.sizes(edit.counts))\n",
+        "        follow(one, network, network.sizes(edit.counts))\n        one.eval()\n",
     ),
     Mutant(
         "hooks lost",

@@ -1,0 +1,483 @@
+"""What a removal loses is made up for: exactly where it can be, and never silently not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+import netsurgery
+from netsurgery.errors import InputError
+from netsurgery.models import DigitsResNet
+from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation
+from netsurgery.passes.compensation import _windows, compensate
+from oracles import snapshot
+
+torch.manual_seed(0)
+IMAGES = torch.randn(48, 3, 8, 8, dtype=torch.float64)
+OTHERS = torch.randn(16, 3, 8, 8, dtype=torch.float64)
+DATA = IMAGES, torch.arange(48) % 4
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    model = model.double().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                shape = module.running_mean.shape
+                module.running_mean.copy_(torch.randn(shape, generator=generator))
+                module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+                module.weight.copy_(torch.rand(shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.randn(shape, generator=generator))
+    return model
+
+
+def removing(
+    model: nn.Module, x: Tensor, method: str | None, data: Any = DATA, ridge: float = 1e-12, **units: list[int]
+) -> netsurgery.Edit:
+    """An edit without some units, compensated; the ridge is as good as none."""
+    network = netsurgery.trace(model, (x[:2],))
+    keep = {n: tuple(i for i in range(network[n].size) if i not in gone) for n, gone in units.items()}
+    edit = netsurgery.Edit(network, keep)
+    return compensate(edit, method, data, ridge=ridge) if method else edit
+
+
+def error(model: nn.Module, edit: netsurgery.Edit, x: Tensor) -> float:
+    """How far the smaller network is from the original, relative to its largest output; it equals the silenced one."""
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, (x[:2],)) < 1e-9
+    with torch.no_grad():
+        wanted = model(x)
+        return float((small(x) - wanted).abs().max() / wanted.abs().max())
+
+
+# Constants ---------------------------------------------------------------------------------------------------------
+
+
+class Constant(nn.Module):
+    """Units 1 and 4 are the same number for every input and position: their batch norm has no scale."""
+
+    def __init__(self, reader: nn.Module, norm: nn.Module | None = None, flat: bool = False) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.reader, self.after = reader, norm or nn.Identity()
+        self.flat = flat
+        self.last = nn.LazyConv2d(4, 1) if not flat else nn.LazyLinear(4)
+        randomised(self)
+        with torch.no_grad():
+            self.norm.weight[[1, 4]] = 0
+            self.norm.bias[[1, 4]] = torch.tensor([0.7, 1.9], dtype=torch.float64)
+        self(IMAGES[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        return self.last(F.relu(self.after(self.reader(x.flatten(1) if self.flat else x))))
+
+
+CONSTANT = {
+    "1x1": lambda: Constant(nn.Conv2d(6, 5, 1)),
+    "3x3, strides": lambda: Constant(nn.Conv2d(6, 5, 3, stride=2)),
+    "two groups": lambda: Constant(nn.Conv2d(6, 4, 3, groups=2)),
+    "flattened": lambda: Constant(nn.Linear(6 * 36, 7), flat=True),
+    "a batch norm follows": lambda: Constant(nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5)),
+    "a batch norm follows a linear layer": lambda: Constant(
+        nn.Linear(6 * 36, 7, bias=False), nn.BatchNorm1d(7), flat=True
+    ),
+    "reflected": lambda: Constant(nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect")),
+}
+
+
+def constant_units(model: nn.Module) -> dict[str, list[int]]:
+    """The units of the network that are these two channels; grouped convolutions pair them with others."""
+    network = netsurgery.trace(model, (IMAGES[:2],))
+    return {"first": [1, 4]} if network["first"].size == 6 else {"first:2": [1]}
+
+
+@pytest.mark.parametrize("method", ["bias", "least-squares"])
+@pytest.mark.parametrize("name", CONSTANT)
+def test_constants_are_no_loss(name: str, method: str) -> None:
+    model = CONSTANT[name]().double().eval()
+    units = constant_units(model)
+    plain = removing(model, IMAGES, None, **units)
+    assert error(model, plain, OTHERS) > 1e-3
+    edit = removing(model, IMAGES, method, ridge=1e-4, **units)  # the weights are right already
+    assert not edit.uncompensated
+    assert error(model, edit, OTHERS) < 1e-9
+
+
+def test_at_a_border_of_zeros_a_constant_is_none() -> None:
+    """There less of it is read: what is kept is the mean of every output over the data."""
+    model = Constant(nn.Conv2d(6, 5, 3, padding=1)).double().eval()
+    edit = removing(model, IMAGES, "bias", first=[1, 4])
+    small = netsurgery.rewrite(model, edit)
+    outputs: list[Tensor] = []
+    for network in (model, small):
+        network.reader.register_forward_hook(lambda *args: outputs.append(args[2].detach()))
+        network(IMAGES)
+    before, after = outputs
+    torch.testing.assert_close(after.mean((0, 2, 3)), before.mean((0, 2, 3)), rtol=0, atol=1e-12)
+    off = (after - before)[:, :, 1:-1, 1:-1]
+    assert off.abs().max() > 1e-3  # so the inside is off by as much as the borders need
+    torch.testing.assert_close(off, off[:1, :, :1, :1].expand_as(off))
+    assert error(model, edit, OTHERS) < error(model, removing(model, IMAGES, None, first=[1, 4]), OTHERS)
+
+
+@pytest.mark.parametrize("method", ["bias", "least-squares"])
+def test_every_output_keeps_its_mean(method: str) -> None:
+    """In every layer that reads removed units, whatever the units do, and behind other such layers."""
+    torch.manual_seed(3)
+    model = randomised(DigitsResNet((8, 12), 2))
+    x = torch.randn(40, 1, 8, 8, dtype=torch.float64)
+    edit = netsurgery.plan(
+        model,
+        [RandomScore(2), PruneChannels(0.4, compensate=method, data=(x, torch.arange(40) % 10))],
+        (x[:2],),
+    )
+    small = netsurgery.rewrite(model, edit)
+    assert not edit.uncompensated
+    torch.testing.assert_close(small(x).mean(0), model(x).mean(0), rtol=0, atol=1e-10)
+    norm = model.stages[0][1].bn1
+    taken = netsurgery.cutting.Positions(edit)(edit.network.axes["stages.0.1.bn1.bias"][0])
+    outputs = []
+    for network in (model, small):
+        network.stages[0][1].bn1.register_forward_hook(lambda *args: outputs.append(args[2].detach().mean((0, 2, 3))))
+        network(x)
+    assert norm.num_features == 8
+    torch.testing.assert_close(outputs[1], outputs[0][taken], rtol=0, atol=1e-10)
+
+
+# Linear combinations -----------------------------------------------------------------------------------------------
+
+
+class Redundant(nn.Module):
+    """A residual stream, read by convolutions of all sorts and a linear layer; units 2 and 5 are made of others."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.inside, self.back = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.reader = reader
+        self.head = nn.Linear(6, 4)
+        self.double().eval()
+        with torch.no_grad():
+            for layer in (self.first, self.back, self.inside):
+                layer.weight[2] = 2 * layer.weight[0] - layer.weight[1]
+                layer.weight[5] = layer.weight[4] + layer.weight[3]
+                layer.bias[2] = 2 * layer.bias[0] - layer.bias[1]
+                layer.bias[5] = layer.bias[4] + layer.bias[3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.back(self.inside(x))
+        return self.head(x.mean((2, 3))) + F.relu(self.reader(x)).mean((2, 3))
+
+
+READERS = {
+    "3x3 with zeros around": lambda: nn.Conv2d(6, 4, 3, padding=1),
+    "without bias": lambda: nn.Conv2d(6, 4, 3, padding=1, bias=False),
+    "dilated, with strides": lambda: nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1)),
+    "same": lambda: nn.Conv2d(6, 4, (2, 3), padding="same", padding_mode="circular"),
+    "a batch norm follows": lambda: nn.Sequential(nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_units_made_of_others_are_no_loss(name: str) -> None:
+    torch.manual_seed(1)
+    model = Redundant(READERS[name]())
+    assert error(model, removing(model, IMAGES, None, first=[2, 5]), OTHERS) > 1e-2
+    edit = removing(model, IMAGES, "least-squares", first=[2, 5], inside=[2, 5])
+    assert not edit.uncompensated
+    assert error(model, edit, OTHERS) < 1e-7
+    for_bias = removing(model, IMAGES, "bias", first=[2, 5], inside=[2, 5])
+    assert error(model, for_bias, OTHERS) > 1e-2
+    assert list(for_bias.uncompensated) == (["reader.weight"] if name == "without bias" else [])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": 1, "stride": 2},
+        {"padding": 2, "dilation": 2, "groups": 2},
+        {"padding": "same", "padding_mode": "circular"},
+        {"padding": 1, "padding_mode": "replicate", "groups": 4},
+    ],
+)
+def test_windows_are_what_a_convolution_multiplies(dims: int, options: dict) -> None:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 8, tuple(range(2, 2 + dims)), bias=False, **options).double()
+    x = torch.randn(3, 4, *range(7, 7 + dims), dtype=torch.float64)
+    rows = _windows(conv, x, conv.groups)  # (groups, n, d)
+    weights = conv.weight.reshape(conv.groups, 8 // conv.groups, -1)
+    wanted = conv(x)
+    found = (rows @ weights.mT).unflatten(1, (3, -1)).permute(1, 0, 3, 2).reshape(wanted.shape)
+    torch.testing.assert_close(found, wanted)
+
+
+class Reads(nn.Module):
+    """Rows of a sequence: the linear layer is given three dimensions; or several at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+ROWS = torch.randn(30, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+def test_least_squares_by_hand(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as one system of equations, with rows for the ridge."""
+    monkeypatch.setattr(compensation, "_UNFOLDED", chunk)
+    monkeypatch.setattr(compensation, "_BATCH", 7)
+    torch.manual_seed(2)
+    model, ridge = Reads(), 0.3
+    keep = [0, 1, 4, 6, 7]
+    edit = netsurgery.Edit(netsurgery.trace(model, (ROWS[:2],)), {"a": tuple(keep)})
+    edit = compensate(edit, "least-squares", (ROWS, torch.zeros(30)), ridge=ridge)
+    hidden = torch.tanh(model.a(ROWS)).flatten(0, 1).detach()
+    x, y, old = hidden[:, keep], model.b(hidden).detach(), model.b.weight.detach()[:, keep]
+    pull = (ridge * x.square().sum() / 5).sqrt() * torch.eye(5, 6, dtype=torch.float64)
+    left = torch.cat([torch.cat([x, torch.ones(len(x), 1)], 1), pull])
+    right = torch.cat([y, pull[:, :5] @ old.T])
+    solution = torch.linalg.lstsq(left, right).solution
+    torch.testing.assert_close(edit.values["b.weight"][:, keep], solution[:5].T)
+    torch.testing.assert_close(edit.values["b.bias"], solution[5])
+    gone = [2, 3, 5]
+    assert torch.equal(edit.values["b.weight"][:, gone], model.b.weight[:, gone])
+
+
+def test_a_layer_that_runs_twice_is_fitted_to_both() -> None:
+    class Twice(Reads):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x))) + self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(2)
+    model = Twice()
+    with torch.no_grad():
+        model.a.weight[3], model.a.bias[3] = model.a.weight[0], model.a.bias[0]
+    edit = removing(model, ROWS, "least-squares", (ROWS, torch.zeros(30)), a=[3])
+    assert error(model, edit, ROWS) < 1e-8
+    edit = removing(model, ROWS, "bias", (ROWS, torch.zeros(30)), a=[2])
+    small = netsurgery.rewrite(model, edit)
+    torch.testing.assert_close(small(ROWS).mean((0, 1)), model(ROWS).mean((0, 1)))
+
+
+# In a plan ---------------------------------------------------------------------------------------------------------
+
+
+def digits_net() -> tuple[nn.Module, Tensor, tuple[Tensor, Tensor]]:
+    torch.manual_seed(4)
+    x = torch.randn(40, 1, 8, 8, dtype=torch.float64)
+    return randomised(DigitsResNet((8, 12))), x, (x, torch.arange(40) % 10)
+
+
+def test_less_is_lost() -> None:
+    model, x, data = digits_net()
+    lost = {}
+    for method in (None, "bias", "least-squares"):
+        small = netsurgery.apply(model, [MagnitudeScore(), PruneChannels(0.4, compensate=method, data=data)], (x[:2],))
+        lost[method] = (small(x) - model(x)).square().mean().item()
+    assert lost["least-squares"] < 0.5 * lost["bias"] < 0.25 * lost[None]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, x, data = digits_net()
+    model.train()
+    model.stages[0].eval()
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.4, compensate="least-squares", data=data)], (x[:2],))
+    assert [module.training for module in model.modules()] == modes
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_two_removals_optimizer_inplace_and_files(tmp_path) -> None:
+    model, x, data = digits_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ema = AveragedModel(model)
+    remove = PruneChannels(0.3, compensate="least-squares", data=data)
+    passes = [MagnitudeScore(), remove, RandomScore(1), PruneChannels(0.3, compensate="bias", data=data)]
+    edit = netsurgery.plan(model, passes, (x[:2],))
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, (x[:2],)) < 1e-9
+    step = netsurgery.apply(model, passes[:2], (x[:2],))
+    torch.testing.assert_close(netsurgery.apply(step, passes[2:], (x[:2],))(x), small(x))
+    torch.testing.assert_close(small(x).mean(0), step(x).mean(0))
+    netsurgery.save(tmp_path, small, edit)
+    torch.testing.assert_close(netsurgery.load(tmp_path, digits_net()[0])(x), small(x))
+    wanted = small.state_dict()
+    assert netsurgery.apply(model, passes, (x[:2],), inplace=True, optimizer=optimizer, ema=ema) is model
+    torch.testing.assert_close(model.state_dict(), wanted)
+    torch.testing.assert_close(ema.module.state_dict(), wanted)  # it was the model's equal before
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_an_average_moves_as_the_weights_do() -> None:
+    model, x, data = digits_net()
+    ema = AveragedModel(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    edit = netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.3, compensate="bias", data=data)], (x[:2],))
+    before = dict(model.state_dict())
+    netsurgery.rewrite(model, edit, ema=ema)
+    moved = edit.values["head.bias"] - before["head.bias"]
+    assert moved.abs().max() > 1e-3
+    torch.testing.assert_close(ema.module.head.bias, before["head.bias"] - 0.1 + moved)
+
+
+def test_the_diff_says_what_has_new_values() -> None:
+    model = Redundant(nn.Conv2d(6, 4, 1, bias=False))
+    edit = removing(model, IMAGES, "bias", first=[2])
+    lines = [line for line in edit.diff().splitlines() if " -> " not in line]
+    assert lines == [
+        "inside.bias has new values",
+        "head.bias has new values",
+        "reader.weight not compensated: its layer has no bias of its own, and no batch norm alone follows",
+    ]
+
+
+def test_data_of_every_sort_and_few_samples() -> None:
+    model, x, data = digits_net()
+    passes = [MagnitudeScore(), PruneChannels(0.4, compensate="bias", data=data, samples=40)]
+    wanted = netsurgery.apply(model, passes, (x[:2],))(x)
+    loader = DataLoader(TensorDataset(*data), batch_size=7, shuffle=True)
+    passes = [MagnitudeScore(), PruneChannels(0.4, compensate="bias", data=loader)]
+    torch.testing.assert_close(netsurgery.apply(model, passes, (x[:2],))(x), wanted)
+    assert repr(passes[1]) == repr(PruneChannels(0.4, compensate="bias", data=data))
+
+
+def test_code_that_hard_codes_a_size_is_found_first() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.b(torch.relu(self.a(x)).view(-1, 8))))
+
+    model = Fixed().double()
+    x = ROWS[:, 0]
+    edit = netsurgery.plan(
+        model, [MagnitudeScore(), PruneChannels(0.5, compensate="bias", data=(x, torch.zeros(30)))], (x[:2],)
+    )
+    assert list(edit.keep) == ["b"] and list(edit.values) == ["c.bias"]
+
+
+# What cannot be compensated ----------------------------------------------------------------------------------------
+
+
+class Awkward(nn.Module):
+    """Weights that are shared, used by the code itself, or computed; and units that no weight reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 8)
+        self.one, self.two = nn.Linear(8, 3), nn.Linear(8, 3, bias=False)
+        self.two.weight = self.one.weight
+        self.free = nn.Parameter(torch.randn(8, 3))
+        self.computed = weight_norm(nn.Linear(8, 3))
+        self.q, self.k = nn.Linear(5, 4), nn.Linear(5, 4)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        score = (self.q(x) * self.k(x)).sum(-1, keepdim=True)
+        return self.one(y) + self.two(y) * score + y @ self.free + self.computed(y)
+
+
+def test_what_is_not_compensated_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Awkward(), ROWS[:, 0]
+    with caplog.at_level(logging.WARNING, "netsurgery"):
+        edit = removing(model, x, "least-squares", (x, torch.zeros(30)), a=[1, 2], q=[0])
+    assert set(edit.values) == {"one.bias", "computed.bias"}
+    shared = "it is shared or computed from others: only a bias was compensated"
+    assert edit.uncompensated == {
+        "one.weight in one": shared,
+        "one.weight in two": "its layer has no bias of its own, and no batch norm alone follows",
+        "free": "Awkward, which uses it, is no linear layer or convolution",
+        "computed.parametrizations.weight.original1": shared,
+        "q": "no weight reads its units",
+    }
+    assert caplog.messages[0].startswith("not compensated: ")
+    assert all(name in caplog.messages[0] for name in edit.uncompensated)
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, (x[:2],)) < 1e-9
+
+
+def test_a_batch_norm_after_more_than_one_layer_is_left() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 8)
+            self.one, self.two = nn.Linear(8, 3, bias=False), nn.Linear(8, 3, bias=False)
+            self.norm, self.other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+            self.three = nn.Linear(8, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.a(x))
+            three = self.three(y)
+            return self.norm(self.one(y)) + self.norm(self.two(y)) + self.other(three) * three
+
+    model, x = randomised(Shared()), ROWS[:, 0]
+    edit = removing(model, x, "bias", (x, torch.zeros(30)), a=[1])
+    assert set(edit.uncompensated) == {"one.weight", "two.weight", "three.weight"} and not edit.values
+
+
+def test_values_must_fit() -> None:
+    network = netsurgery.trace(Reads(), (ROWS[:2],))
+    with pytest.raises(InputError, match=r"a value of shape \(2,\) for 'b.bias': it is \(3,\)"):
+        netsurgery.Edit(network, {"a": (0,)}, values={"b.bias": torch.zeros(2)})
+    with pytest.raises(InputError, match=r"a value of shape \(2,\) for 'c': there is none"):
+        netsurgery.Edit(network, {"a": (0,)}, values={"c": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compensate": "mean", "data": DATA}, r"PruneChannels\(compensate='mean'\): 'bias', 'least-squares' or None"),
+        ({"compensate": "bias"}, r"PruneChannels\(compensate='bias'\) needs data=\.\.\., which it is measured on"),
+        ({"ridge": 0}, r"PruneChannels\(ridge=0\): must be positive"),
+    ],
+)
+def test_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PruneChannels(0.5, **arguments)
+
+
+def test_data_that_the_model_does_not_run_on() -> None:
+    model, x, _ = digits_net()
+    passes = [MagnitudeScore(), PruneChannels(0.5, compensate="bias", data=(x[:, :, 0], torch.zeros(40)))]
+    hooks = copy.copy([module._forward_hooks for module in model.modules()])
+    with pytest.raises(InputError, match="DigitsResNet does not run on the data: "):
+        netsurgery.apply(model, passes, (x[:2],))
+    assert not any(map(len, hooks))
+
+
+def test_outputs_that_are_not_finite_are_left() -> None:
+    model, x, (_, y) = digits_net()
+    x = x.clone()
+    x[0, 0, 0, 0] = float("nan")
+    edit = netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.5, compensate="bias", data=(x, y))], (x[1:3],))
+    assert not edit.values
+    assert set(edit.uncompensated.values()) == {"its outputs are not finite on the data"}
