@@ -8,3 +8,4 @@ from netsurgery.passes.removal import PruneChannels as PruneChannels
 from netsurgery.passes.scores import HGSRScore as HGSRScore
 from netsurgery.passes.scores import MagnitudeScore as MagnitudeScore
 from netsurgery.passes.scores import RandomScore as RandomScore
+from netsurgery.passes.soft import SoftPruning as SoftPruning
