@@ -52,7 +52,9 @@ Exclude = Annotated[list[str] | None, Option(metavar="PATTERN", help="Modules to
 DryRun = Annotated[bool, Option("--dry-run", help="Print the plan only.")]
 Weights = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for weights.pt and edit.json.")]
 Results = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for the table (JSON) and a plot.")]
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A .toml or .yaml file, or the name of a shipped one.")]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A .toml or .yaml file, or the name of a shipped one.")
+]
 Out = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for all results [runs/NAME].")]
 DataFolder = Annotated[Path | None, Option("--data", metavar="DIR", help="Where the data set is [data].")]
 Download = Annotated[bool, Option("--download", help="Fetch the data set where it is missing.")]

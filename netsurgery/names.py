@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
         raise InputError(f"{name!r} names no model; write torchvision:NAME, timm:NAME or package.module:callable")
     finders: dict[str, Finder] = {"torchvision": _torchvision, "timm": _timm}
     try:
-        return finders.get(source, lambda rest, arguments: _user(source, rest, arguments))(rest, arguments)
+        return finders.get(source, partial(_user, source))(rest, arguments)
     except TypeError as error:
         if arguments and "argument" in str(error):
             raise InputError(f"{name} with the arguments {', '.join(arguments)}: {error}") from error

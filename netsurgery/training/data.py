@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Images:
         return torch.zeros_like(self.test[0][0])[None]
 
 
+@functools.lru_cache(maxsize=8)
 def load(data: Data, seed: int, download: bool = False) -> Images:
     """Open a data set.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from netsurgery.errors import InputError
-from netsurgery.passes import HGSR
+from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images, Pairs
 from netsurgery.training.recipe import OPTIMIZERS, Data, Engine, Stage
@@ -27,7 +27,7 @@ from netsurgery.training.schedules import SCHEDULES
 
 __all__ = ["Fit", "Worker", "derived"]
 
-Figures = dict[str, float]
+Figures = dict[str, Any]
 EVALUATED = 512  # images in a step without gradients
 PATIENCE = timedelta(hours=24)  # of processes that wait while one scores
 
@@ -57,7 +57,7 @@ class Fit:
     seed: int
     checkpoint: Path
     penalty: Callable[[nn.Module], HGSR] | None = None
-    soft: Callable[[nn.Module, torch.optim.Optimizer | None], Any] | None = None
+    soft: Callable[[nn.Module, torch.optim.Optimizer], SoftPruning] | None = None
 
 
 class Worker:
@@ -227,6 +227,8 @@ class Run:
         """Each process has seen other images, and their statistics: those of the main process count."""
         from accelerate.utils import broadcast
 
+        if self.accelerator.num_processes == 1:
+            return
         for buffer in self.model.buffers():
             buffer.copy_(broadcast(buffer))
 

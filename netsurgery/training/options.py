@@ -59,7 +59,7 @@ def check(target: Callable[..., Any], table: object, place: Place, given: Collec
 
 def parameters(target: Callable[..., Any]) -> dict[str, Any]:
     """The parameters of a class or function by name, and their annotations."""
-    hints = get_type_hints(target.__init__ if isinstance(target, type) else target)
+    hints = get_type_hints(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {k: hints.get(k, Any) for k, p in inspect.signature(target).parameters.items() if p.kind in named}
 

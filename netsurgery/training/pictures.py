@@ -14,7 +14,7 @@ __all__ = ["draw"]
 
 Results = dict[str, list[dict[str, Any]]]
 COLOURS = (
-    "#333333", "#1f77b4", "#d62728", "#2ca02c", "#e68a00", "#7b4fb0", "#12a5b5", "#d457a6", "#8c564b", "#8a8a8a",
+    "#333333", "#1f77b4", "#d62728", "#2ca02c", "#e68a00", "#7b4fb0", "#12a5b5", "#d457a6", "#8c564b", "#00574b",
 )  # fmt: skip
 MARKS = "osD^vPX<>*"
 
@@ -58,12 +58,14 @@ def final(run: dict[str, Any]) -> float:
 
 def tradeoff(results: Results, axes: Any) -> None:
     """A point for each seed and a larger one for the mean, against parameters and against MACs."""
-    for one, cost in zip(axes, ("parameters", "MACs"), strict=True):
+    for one, cost in zip(axes, ("params", "MACs"), strict=True):
         for index, (name, runs) in enumerate(results.items()):
             x, y = [COLUMNS[cost](run) for run in runs], [final(run) for run in runs]
             one.scatter(x, y, s=14, alpha=0.5, linewidths=0, **style(index))
             one.scatter(mean(v for v in x if v is not None), mean(y), s=70, label=name, **style(index))
-        one.set(xlabel=f"{cost} that stay, %", ylabel="test accuracy at the end, %")
+        one.set(
+            xlabel=f"{'parameters' if cost == 'params' else cost} that stay, %", ylabel="test accuracy at the end, %"
+        )
 
 
 def layers(results: Results) -> list[str]:

@@ -21,7 +21,7 @@ import yaml
 import netsurgery.passes
 from netsurgery.errors import InputError
 from netsurgery.pipeline import Pass
-from netsurgery.training.options import Place, check, near
+from netsurgery.training.options import Place, check, near, parameters
 from netsurgery.training.schedules import SCHEDULES
 
 __all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Variant", "read", "shipped"]
@@ -33,9 +33,7 @@ OPTIMIZERS = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
 }
-PASSES = {
-    name: cls for name, cls in vars(netsurgery.passes).items() if isinstance(cls, type) and issubclass(cls, Pass)
-}
+PASSES = {name: cls for name, cls in vars(netsurgery.passes).items() if isinstance(cls, type) and issubclass(cls, Pass)}
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ class Variant:
     @property
     def training(self) -> str:
         """What variants that can share a trained network have in common."""
-        parts = (self.data, self.model, self.train)
-        return json.dumps([*map(asdict, parts), dict(self.penalty), dict(self.soft)], sort_keys=True)
+        shared = ("data", "model", "train", "penalty", "soft")
+        return json.dumps({key: value for key, value in asdict(self).items() if key in shared}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,9 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
     for change in changes:
         raw = laid(raw, setting(change))
     place = Place(file)
+    there = {**parameters(_top), **parameters(_tables)}
+    if unknown := next((key for key in raw if key not in there), None):
+        raise place.error(f"no key '{unknown}'{near(unknown, there)}; there are: {', '.join(there)}")
     variants = raw.pop("variants", None) or {}
     top = {key: raw.pop(key) for key in ("name", "seeds", "engine") if key in raw}
     check(_top, top, place)
@@ -143,12 +144,17 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
         inside = place.at("variants").at(key)
         if not isinstance(table, Mapping) or not re.fullmatch(r"\w[\w +.-]*", key):
             raise inside.error("expected a table whose name has letters, digits, spaces and +-. only")
-        made[key] = variant(laid(raw, table), inside)
+        made[key] = variant(laid(raw, table), inside, table)
     engine = Engine(**check(Engine, top.get("engine", {}), place.at("engine")))
     return Recipe(name, tuple(top.get("seeds", (0,))), engine, made)
 
 
-def _top(name: str = "", seeds: Sequence[int] = (0,), engine: Mapping[str, Any] | None = None) -> None:
+def _top(
+    name: str = "",
+    seeds: Sequence[int] = (0,),
+    engine: Mapping[str, Any] | None = None,
+    variants: Mapping[str, Any] | None = None,
+) -> None:
     """What may stand at the top of a recipe beside the tables of a variant."""
 
 
@@ -159,7 +165,9 @@ def parse(source: str) -> tuple[str, Table]:
         path = Path(str(files("netsurgery") / "recipes" / f"{source}.toml"))
     elif not path.is_file():
         there = ", ".join(shipped())
-        raise InputError(f"no recipe '{source}': pass a .toml or .yaml file, or one of {there}{near(source, shipped())}")
+        raise InputError(
+            f"no recipe '{source}': pass a .toml or .yaml file, or one of {there}{near(source, shipped())}"
+        )
     text = path.read_text(encoding="utf-8")
     try:
         raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
@@ -197,22 +205,23 @@ def laid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
     return merged
 
 
-def variant(raw: Mapping[str, Any], place: Place) -> Variant:
-    """Check the tables of a variant."""
+def variant(raw: Mapping[str, Any], place: Place, own: Mapping[str, Any] | None = None) -> Variant:
+    """Check the tables of a variant; the place of those that are not its own is outside."""
     tables = {key: value for key, value in raw.items() if value is not False}
     check(_tables, tables, place)
+    places = {key: (place if own is None or key in own else Place(place.file)).at(key) for key in parameters(_tables)}
     made = Variant(
-        data=Data(**check(Data, tables["data"], place.at("data"))),
-        model=Model(**check(Model, tables["model"], place.at("model"))),
-        train=stage(tables["train"], place.at("train")),
-        finetune=stage(tables.get("finetune", {}), place.at("finetune")),
-        penalty=named(tables, "penalty", place, "HGSR"),
-        soft=named(tables, "soft", place, "SoftPruning"),
-        selection=named(tables, "selection", place),
-        removal=named(tables, "removal", place, "PruneChannels"),
+        data=Data(**check(Data, tables["data"], places["data"])),
+        model=Model(**check(Model, tables["model"], places["model"])),
+        train=stage(tables["train"], places["train"]),
+        finetune=stage(tables.get("finetune", {}), places["finetune"]),
+        penalty=named(tables, "penalty", places, "HGSR"),
+        soft=named(tables, "soft", places, "SoftPruning"),
+        selection=named(tables, "selection", places),
+        removal=named(tables, "removal", places, "PruneChannels"),
     )
     if made.data.batch < 1 or made.data.workers < 0 or (made.data.limit is not None and made.data.limit < 1):
-        raise place.at("data").error("batch and limit are at least 1, workers at least 0")
+        raise places["data"].error("batch and limit are at least 1, workers at least 0")
     if made.soft and made.selection:
         raise place.error("soft pruning selects as it trains: take one of [soft] and [selection] away (= false)")
     if bool(made.removal) != bool(made.selection and "edit" not in PASSES[made.selection["name"]].gives):
@@ -245,13 +254,13 @@ def stage(table: Mapping[str, Any], place: Place) -> Stage:
     return Stage(found.epochs, optimizer, schedule)
 
 
-def named(tables: Mapping[str, Any], key: str, place: Place, default: str | None = None) -> Table:
+def named(tables: Mapping[str, Any], key: str, places: Mapping[str, Place], default: str | None = None) -> Table:
     """Check the table of a pass, of the penalty or of soft pruning, if it is there."""
     if key not in tables:
         return {}
     there = PASSES if key in ("selection", "removal") else {default: getattr(netsurgery.passes, str(default), None)}
     table = {"name": default, **tables[key]} if default else dict(tables[key])
-    among(cast(Mapping[str, Any], there), table, place.at(key), SUPPLIED)
+    among(cast(Mapping[str, Any], there), table, places[key], SUPPLIED)
     return table
 
 

@@ -1,8 +1,8 @@
-"""One run of a variant: train, choose and remove, fine-tune. Stages hand each other files, so any of them can resume."""
+"""One run of a variant: train, choose and remove, fine-tune. Stages hand each other files: any of them can resume."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 import netsurgery
-import netsurgery.passes
 from netsurgery.demo import widths
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError
 from netsurgery.names import build
-from netsurgery.passes import HGSR
+from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images
 from netsurgery.training.engine import Figures, Fit, Worker, derived
@@ -58,6 +57,7 @@ class Job:
         worker.wait()
         model, figures = smaller(self.variant.model, self.images.example, self.small)
         removed = worker.accuracy(model, self.images.test)
+        self.tell("remove")({"accuracy": removed, **{k: figures[k] for k in ("parameters", "macs", "verify")}})
         tuning = worker.fit(model, self.fit("finetune", self.folder / "finetune.safetensors"), self.tell("finetune"))
         return {
             "seed": self.seed,
@@ -91,10 +91,19 @@ class Job:
         """The penalty of a model."""
         return HGSR(model, self.images.example, **options(self.variant.penalty))
 
-    def soft(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    def soft(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> SoftPruning:
         """The soft pruning of a model."""
-        given = {"epochs": self.variant.train.epochs, "optimizer": optimizer}
-        return netsurgery.passes.SoftPruning(model, self.images.example, **given, **options(self.variant.soft))
+        given = {"epochs": self.variant.train.epochs, "optimizer": optimizer, **options(self.variant.soft)}
+        return SoftPruning(model, self.images.example, **given)
+
+    def check(self) -> None:
+        """Make everything once, so that what cannot be made is known before anything runs."""
+        model = fresh(self.variant.model, self.seed)
+        if self.variant.penalty:
+            self.penalty(model)
+        if self.variant.soft:
+            self.soft(model, torch.optim.SGD(model.parameters()))
+        self.passes()
 
     def passes(self) -> list[netsurgery.Pass]:
         """The selection and the removal, with the images and the seed where they take any."""
@@ -132,16 +141,17 @@ class Job:
     def cut(self, model: nn.Module, state: dict[str, Any]) -> tuple[Edit | None, nn.Module]:
         """The edit and what it leaves; no edit where nothing is to go."""
         if self.variant.soft:
-            soft = self.soft(model)
+            soft = self.soft(model, torch.optim.SGD(model.parameters()))  # what some methods ask for; it does nothing
             soft.load_state_dict(state["soft"])
-            return soft.plan(), soft.finish()
-        if not self.variant.selection:
+            edit = soft.plan()
+        elif self.variant.selection:
+            edit = netsurgery.plan(model, self.passes(), self.images.example)
+        else:
             return None, model
-        edit = netsurgery.plan(model, self.passes(), self.images.example)
         return edit, netsurgery.rewrite(model, edit)
 
 
-def options(table: Any) -> dict[str, Any]:
+def options(table: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments in a table that names a class; lists as tuples, which can be hashed."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key != "name"}
 

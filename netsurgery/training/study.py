@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Study:
 
     def images(self, name: str, seed: int) -> Images:
         """The data of a variant."""
-        return load(self.recipe.variants[name].data, seed, self.download)
+        data = self.recipe.variants[name].data
+        return load(data, seed if data.name == "digits" else 0, self.download)
 
     def claim(self) -> None:
         """Keep the recipe in the folder, or see that it is the one that is there.
@@ -112,10 +113,13 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
 
 
 def fetch(study: Study) -> None:
-    """See that all data are there and all passes can be made, before anything runs."""
-    for _, job in study.jobs(lambda *_: lambda _: None):
-        job.passes()
-    object.__setattr__(study, "download", False)
+    """See that all data are there and everything can be made, before anything runs."""
+    for name, job in study.jobs(lambda *_: lambda _: None):
+        if job.seed == study.recipe.seeds[0]:
+            try:
+                job.check()
+            except InputError as error:
+                raise InputError(f"variant '{name}': {error}") from error
 
 
 @contextmanager
@@ -153,14 +157,14 @@ class Log:
 
         def tell(variant: str, seed: int, stage: str) -> Callable[[Figures], None]:
             settings = study.recipe.variants[variant]
-            epochs = (settings.train if stage == "train" else settings.finetune).epochs
+            epochs = {"train": settings.train.epochs, "finetune": settings.finetune.epochs}.get(stage)
             progress.update(bar, description=f"{variant}, seed {seed}: {stage}", completed=0, total=epochs)
 
-            def epoch(figures: Figures) -> None:
+            def add(figures: Figures) -> None:
                 self.add(variant=variant, seed=seed, stage=stage, **figures)
-                progress.update(bar, completed=figures["epoch"] + 1)
+                progress.update(bar, completed=figures.get("epoch", -1) + 1)
 
-            return epoch
+            return add
 
         def advance() -> None:
             progress.advance(whole)

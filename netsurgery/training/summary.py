@@ -17,7 +17,7 @@ COLUMNS: dict[str, Callable[[Result], float | None]] = {  # percentages
     "trained": lambda r: r["trained"],
     "removed": lambda r: r["removed"],
     "fine-tuned": lambda r: r["finetuned"],
-    "parameters": lambda r: 100 * r["parameters"][1] / r["parameters"][0],
+    "params": lambda r: 100 * r["parameters"][1] / r["parameters"][0],
     "MACs": lambda r: 100 * r["macs"][1] / r["macs"][0],
 }
 CAPTION = (
@@ -47,17 +47,21 @@ def cells(line: Line) -> list[str]:
     """A line as texts."""
     found = [line[key] for key in COLUMNS]
     spreads = line["seeds"] > 1
-    return [line["variant"], *("-" if f is None else f"{f['mean']:.2f}" + f" ± {f['std']:.2f}" * spreads for f in found)]
+    return [
+        line["variant"],
+        *("-" if f is None else f"{f['mean']:.2f}" + f" ± {f['std']:.2f}" * spreads for f in found),
+    ]
 
 
 def table(name: str, found: list[Line]) -> Table:
     """For the terminal."""
     view = Table(title=f"{name}, {found[0]['seeds']} seed(s)", box=SIMPLE_HEAD, pad_edge=False, caption=CAPTION)
-    view.add_column("variant")
+    view.collapse_padding = True
+    view.add_column("variant", overflow="fold")
     for key in COLUMNS:
         view.add_column(key, justify="right", no_wrap=True)
     for line in found:
-        view.add_row(*cells(line))
+        view.add_row(*(cell.replace(" ", "") if at else cell for at, cell in enumerate(cells(line))))
     return view
 
 
