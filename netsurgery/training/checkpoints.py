@@ -55,23 +55,30 @@ def read(path: Path) -> Any:
 def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """JSON for a value, in which dictionaries are lists of pairs and tensors are names."""
     if isinstance(value, Tensor):
+        while place in tensors:  # 0 and "0", or "a/b" and "b" inside of "a"
+            place += "'"
         tensors[place] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": place}
     if isinstance(value, dict):
-        return {"dict": [[encode_key(k, place), encode(v, f"{place}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[encode_key(k, place), encode(v, inside(place, k), tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        items = [encode(one, f"{place}/{index}", tensors) for index, one in enumerate(value)]
+        items = [encode(one, inside(place, index), tensors) for index, one in enumerate(value)]
         return {type(value).__name__: items} if type(value) in (list, tuple) else {"list": items}
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise InputError(f"a checkpoint cannot hold {place.removeprefix('/')}, a {type(value).__name__}")
+    raise InputError(f"a checkpoint cannot hold {place}, a {type(value).__name__}")
+
+
+def inside(place: str, key: object) -> str:
+    """Where a part is."""
+    return f"{place}/{key}" if place else str(key)
 
 
 def encode_key(key: object, place: str) -> object:
     """Texts and whole numbers are told apart; other keys are refused."""
     if type(key) in (str, int):
         return key
-    raise InputError(f"a checkpoint cannot hold the key {key!r} of {place.removeprefix('/') or 'the state'}")
+    raise InputError(f"a checkpoint cannot hold the key {key!r} of {place or 'the state'}")
 
 
 def decode(value: Any, file: Any) -> Any:

@@ -77,6 +77,7 @@ class Worker:
         if engine.accumulate < 1:
             raise InputError(f"engine.accumulate = {engine.accumulate}: at least 1")
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would not know of each other
             mixed_precision=engine.mixed_precision,
             gradient_accumulation_steps=engine.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True),

@@ -129,7 +129,8 @@ def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Any,
         yield (lambda *_: lambda _: None), (lambda: None)
         return
     log = Log(study.out / "log.jsonl")
-    log.add(event="start", torch=torch.__version__, netsurgery=netsurgery.__version__, device=str(worker.device))
+    versions = {"torch": torch.__version__, "netsurgery": netsurgery.__version__}
+    log.add(event="start", **versions, device=str(worker.device), processes=worker.accelerator.num_processes)
     with progress_bar(console) as progress:
         yield log.telling(study, progress)
     log.add(event="end")
