@@ -198,7 +198,7 @@ class Suffixes:
             for step, done in zip(self.steps, self._released, strict=True):
                 if step.node in self.constants:
                     continue
-                values[step.node] = step.call(*self._arguments(step.args, values), **step.kwargs)
+                values[step.node] = step.call(*self.arguments(step.args, values), **step.kwargs)
                 for node in done:
                     if node not in keep:
                         values.pop(node, None)
@@ -208,7 +208,9 @@ class Suffixes:
     def _released(self) -> list[list[fx.Node]]:
         return _last_uses(self.steps)
 
-    def _arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
+    def arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
+        """Arguments with each node replaced by its value."""
+
         def look(node: fx.Node) -> Any:
             for known in (*values, self.constants):
                 if node in known:
@@ -240,12 +242,12 @@ class Suffixes:
                         values.pop(node, None)
             found = []
             for node, state in suffix.outputs:
-                value = self._arguments(node, values, whole)
+                value = self.arguments(node, values, whole)
                 found.append(gone.zeroed(value.clone(), self.dims[node]) if state == "masked" else value)
         return found
 
     def _changed(self, step: Step, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: Gone) -> Any:
-        args = list(self._arguments(step.args, values, whole))
+        args = list(self.arguments(step.args, values, whole))
         if self.mixes(step, gone.channel):
             special = STATISTICS.get(step.packet)
             if special is not None:
@@ -253,7 +255,7 @@ class Suffixes:
             for place, (node, value) in enumerate(zip(step.args, args, strict=True)):
                 if isinstance(node, fx.Node) and node not in values and self._masks(step, place, gone.channel):
                     args[place] = gone.zeroed(value.clone(), self.dims[node])
-        out = step.call(*args, **self._arguments(step.kwargs, values, whole))
+        out = step.call(*args, **self.arguments(step.kwargs, values, whole))
         if isinstance(out, Tensor) and self.carries(step.dims, gone.channel) and not is_view(step.node):
             out = gone.zeroed(out.clone() if step.packet is aten.expand else out, step.dims)
         return out
@@ -276,7 +278,7 @@ class Suffixes:
         else:
             operands, places = step.args[-2:], (-1, -2)
             call = self.product(_BIASED[step.packet]) if step.packet in _BIASED else step.call
-        factors = [self._arguments(node, whole) for node in operands]
+        factors = [self.arguments(node, whole) for node in operands]
         base: Tensor = whole[step.node]
         parts = []
         for index in range(len(gone.units)):
@@ -432,7 +434,7 @@ class _Builder:
         else:
             step = self.operation(node, args, kwargs)
         if step.inputs and all(n in of.constants for n in step.inputs) and step.packet not in (operator.getitem,):
-            made = step.call(*of._arguments(args), **of._arguments(kwargs))
+            made = step.call(*of.arguments(args), **of.arguments(kwargs))
             if isinstance(made, Tensor):
                 of.constants[node] = made  # and a step, for where it lacks units
         if not (step.packet is operator.getitem and self.fold(step)):

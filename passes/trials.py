@@ -195,6 +195,10 @@ class Trials:
         inputs, _ = self.batch(0, min(self.chunk(), self.samples.count), 1)
         return self.outputs(self.model, inputs)
 
+    def filled(self, outputs: Sequence[Tensor]) -> Any:
+        """What the model returns, with other tensors in it."""
+        return _filled(self.template, outputs)
+
     def outputs(self, model: nn.Module, inputs: Inputs) -> Any:
         """What a model returns in eval mode."""
         with _eval(model), torch.no_grad():
@@ -211,21 +215,21 @@ class Trials:
                     size = output.shape[row] // copies
                     output = output.narrow(row, index * size, size)
                 parts.append(output)
-            found.append(self.loss(_filled(self.template, parts), targets))
+            with torch.no_grad():
+                found.append(self.loss(self.filled(parts), targets))
         return torch.stack(found)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
         rows, own = len(pytree.tree_leaves(targets)[0]), self.settings.loss
-        with torch.no_grad():
-            if own is not None:
-                found = own(outputs, targets)
-            elif isinstance(outputs, Tensor):
-                logits = outputs if outputs.dtype.itemsize >= 4 else outputs.float()
-                found = F.cross_entropy(logits, targets, reduction="none").reshape(rows, -1).mean(1)
-            else:
-                kind = type(outputs).__name__
-                raise InputError(f"the model returns {kind}, not logits: pass loss=f(outputs, targets)")
+        if own is not None:
+            found = own(outputs, targets)
+        elif isinstance(outputs, Tensor):
+            logits = outputs if outputs.dtype.itemsize >= 4 else outputs.float()
+            found = F.cross_entropy(logits, targets, reduction="none").reshape(rows, -1).mean(1)
+        else:
+            kind = type(outputs).__name__
+            raise InputError(f"the model returns {kind}, not logits: pass loss=f(outputs, targets)")
         if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")

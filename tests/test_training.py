@@ -235,7 +235,7 @@ def test_a_changed_recipe_is_refused_in_the_same_folder(ran: tuple[dict[str, Any
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="holds other files: pass another folder by --out$"):
+    with pytest.raises(InputError, match=r"holds other files: pass another folder by --out$"):
         run(recipe(tmp_path), tmp_path / "out", silent())
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
