@@ -22,6 +22,7 @@ from netsurgery.models import CifarResNet, resnet20, resnet32, resnet56, resnet1
 from netsurgery.passes import SoftPruning
 from netsurgery.passes.filters import filters_of_layers, norms, published_macs
 from netsurgery.passes.soft import hard_share, pruned_share, soft_factor
+from tests import zoo
 from tests.zoo import randomise
 
 METHODS = ("sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp")
@@ -252,6 +253,20 @@ def test_the_end_is_exact(build: Callable[[], nn.Module], grouping: str, method:
     assert type(small) is type(model) and list(small.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("name", zoo.REPRESENTATIVES)
+def test_the_zoo(name: str, grouping: str) -> None:
+    model, x = zoo.build(name), zoo.images(name)
+    pruning = SoftPruning(model, (x,), method="sfp", ratio=0.4, epochs=1, grouping=grouping)  # type: ignore[arg-type]
+    pruning.step(0)
+    edit, small = pruning.plan(), pruning.finish()
+    assert grouping == "layer" or edit.after.macs < 0.7 * edit.before.macs
+    assert bool(pruning._leaks) == (name == "convnext_tiny")  # the layer norms over its streams
+    with torch.no_grad():
+        assert relative(small(x), model(x)) < 1e-5
+
+
 def test_a_stream_stays_wide_layer_by_layer() -> None:
     model, x = stream(), images(4, 3, 8, torch.float64)
     pruning = SoftPruning(model, x, method="sfp", ratio=0.5, epochs=1)
@@ -347,6 +362,24 @@ def test_units_that_are_not_nothing_at_zero_stay(grouping: str) -> None:
     pruning.step(0)
     small = assert_exact(model, pruning, x, 1e-5)
     assert [small.a.out_features, small.b.out_features, small.c.out_features] == [6, 3, 6]  # type: ignore[union-attr]
+
+
+class Routed(nn.Module):
+    """Code that looks at an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.first(x))
+        last: Tensor = self.last(hidden if hidden.sum() > 1 else -hidden)
+        return last
+
+
+def test_code_that_decides_by_values_is_refused() -> None:
+    with pytest.raises(InputError, match="the code of Routed decides by the values of activations"):
+        SoftPruning(Routed(), torch.randn(3, 4), ratio=0.5, epochs=1, grouping="coupled")
 
 
 def test_a_fresh_norm_hides_no_leak() -> None:
