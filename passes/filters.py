@@ -147,7 +147,7 @@ def _met(network: Network) -> dict[str, frozenset[str]]:
         origins = _origins(program.graph, produced)
         for node in program.graph.nodes:
             if "params" not in node.meta:
-                with_it = _own(node, produced) or origins[node]  # a bias belongs to the layer that it is added in
+                with_it = origins[node]  # of a bias that is its own layer
                 for name in (name for source in node.all_input_nodes for name in source.meta.get("params", ())):
                     found[name] = found.get(name, frozenset()) | with_it
     return found
