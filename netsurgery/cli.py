@@ -1,4 +1,4 @@
-"""The command line: `netsurgery demo | inspect | prune | rules`."""
+"""The command line: `netsurgery demo | inspect | prune | rules | train`."""
 
 import copy
 from pathlib import Path
@@ -52,6 +52,14 @@ Exclude = Annotated[list[str] | None, Option(metavar="PATTERN", help="Modules to
 DryRun = Annotated[bool, Option("--dry-run", help="Print the plan only.")]
 Weights = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for weights.pt and edit.json.")]
 Results = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for the table (JSON) and a plot.")]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A .toml or .yaml file, or the name of a shipped one.")
+]
+Out = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for all results [runs/NAME].")]
+DataFolder = Annotated[Path | None, Option("--data", metavar="DIR", help="Where the data set is [data].")]
+Download = Annotated[bool, Option("--download", help="Fetch the data set where it is missing.")]
+Seeds = Annotated[str | None, Option(metavar="N,N", help="Seeds instead of the recipe's.")]
+Changes = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="As in train.epochs=3; repeatable.")]
 
 
 def version(wanted: bool) -> None:
@@ -153,6 +161,23 @@ def rules() -> None:
     console.print(view)
 
 
+@app.command()
+def train(
+    recipe: RecipeFile,
+    out: Out = None,
+    data: DataFolder = None,
+    download: Download = False,
+    seeds: Seeds = None,
+    changes: Changes = None,
+) -> None:
+    """Carry out a recipe: train, remove, fine-tune, compare. What was interrupted goes on where it was."""
+    from netsurgery.training import read, run
+
+    given = [*(changes or ()), *([f"data.folder={data}"] if data else ()), *([f"seeds=[{seeds}]"] if seeds else ())]
+    found = read(recipe, given)
+    run(found, out or Path("runs") / found.name, console, download)
+
+
 def budget(option: str, text: str | None) -> float | int | None:
     """A share where the text has a decimal point, else an absolute number."""
     try:
@@ -197,3 +222,7 @@ def costs(edit: netsurgery.Edit) -> Table:
 def main() -> None:
     """Entry point of the `netsurgery` command."""
     app()
+
+
+if __name__ == "__main__":  # for accelerate launch -m netsurgery.cli train RECIPE
+    main()

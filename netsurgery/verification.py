@@ -45,7 +45,7 @@ from netsurgery.tracing import (
 )
 from netsurgery.values import Values, answer, draw, flat, is_number, laid_out, select, told
 
-__all__ = ["permuted_difference", "replay", "silenced", "verify"]
+__all__ = ["STATISTICS", "is_view", "look_up_constants", "permuted_difference", "replay", "silenced", "verify"]
 
 aten = torch.ops.aten
 Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
@@ -83,7 +83,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     inputs = _random_like(edit.network, model) if example_inputs is None else as_inputs(example_inputs)
     _check_shapes(edit.network, inputs)
     keep = {edit.network[name].channel: torch.tensor(units) for name, units in edit.keep.items()}
-    _look_up_constants(model, edit.network, inputs)
+    look_up_constants(model, edit.network, inputs)
     tensors = {**dict(named_tensors(model)), **edit.values}
     worst = 0.0
     for program in _repeatable(edit.network):
@@ -138,7 +138,7 @@ def permuted_difference(model: nn.Module, network: Network, example_inputs: Any 
     """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
     inputs = _random_like(network, model) if example_inputs is None else as_inputs(example_inputs)
     _check_shapes(network, inputs)
-    _look_up_constants(model, network, inputs)
+    look_up_constants(model, network, inputs)
     generator = torch.Generator().manual_seed(seed)
     units = _units({g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable})
     tensors = dict(named_tensors(model))
@@ -244,7 +244,7 @@ class _Observer(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _look_up_constants(model: nn.Module, network: Network, inputs: Inputs) -> None:
+def look_up_constants(model: nn.Module, network: Network, inputs: Inputs) -> None:
     """Give every constant of the recorded programs its value.
 
     Raises:
@@ -345,7 +345,7 @@ def silenced(
         return functools.reduce(torch.logical_and, shaped)
 
     def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
-        special = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
+        special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:
             op = Op(node, network)
             entries = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
@@ -356,7 +356,7 @@ def silenced(
                 )
         if isinstance(out, Tensor) and out.dim() and out.numel():
             entries = stays(node.meta["dims"], out.device)
-            if entries is not None and not _is_view(node):
+            if entries is not None and not is_view(node):
                 out = out.masked_fill_(~entries, 0) if _is_inplace(node) else out.masked_fill(~entries, 0)
         return out
 
@@ -377,10 +377,10 @@ def _is_inplace(node: Any) -> bool:
     return any(_aliases(node))
 
 
-def _is_view(node: Any) -> bool:
+def is_view(node: Any) -> bool:
     """A view of silenced memory is silenced; only expand makes units of its own."""
     if node.target is operator.getitem:
-        return _is_view(node.args[0])
+        return is_view(node.args[0])
     return bool(_aliases(node)) and not _is_inplace(node) and node.target.overloadpacket is not aten.expand
 
 
@@ -444,7 +444,7 @@ def _group_norm(a: dict[str, Any], stays: Tensor) -> Any:
     return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
 
 
-_STATISTICS: dict[Any, Callable[[dict[str, Any], Tensor], Any]] = {
+STATISTICS: dict[Any, Callable[[dict[str, Any], Tensor], Any]] = {
     **{
         one: functools.partial(_over_what_stays, one, True)
         for one in (

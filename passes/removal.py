@@ -39,6 +39,7 @@ class PruneChannels(Pass):
         ratio: share of the units to remove, in [0, 1): of every group (scope "layer") or of all together ("global").
         params: instead of a ratio, the parameters to keep: a float is a share, an int a number.
         macs: instead of a ratio, the multiply-accumulates to keep: likewise.
+        threshold: instead of a ratio, remove the units with scores, as they are, of at most this.
         scope: "layer" removes the same share from each group; "global" ranks all units together.
         multiple_of: the number of units that stay in a group is a multiple of this, or the group stays whole.
         min_channels: at least so many units stay in each group.
@@ -74,6 +75,7 @@ class PruneChannels(Pass):
     ratio: float | None = None
     params: float | int | None = None
     macs: float | int | None = None
+    threshold: float | None = None
     scope: Literal["layer", "global"] = "layer"
     multiple_of: int = 1
     min_channels: int = 1
@@ -91,9 +93,11 @@ class PruneChannels(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
 
     def __post_init__(self) -> None:
-        given = [name for name in ("ratio", "params", "macs") if getattr(self, name) is not None]
+        given = [name for name in ("ratio", "params", "macs", "threshold") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise InputError(f"PruneChannels takes one of ratio, params and macs, got {' and '.join(given) or 'none'}")
+            raise InputError(
+                f"PruneChannels takes one of ratio, params, macs and threshold, got {' and '.join(given) or 'none'}"
+            )
         for name in given:
             if not isinstance(getattr(self, name), Real):
                 raise InputError(f"PruneChannels({name}={getattr(self, name)!r}): expected a number")
@@ -137,6 +141,11 @@ class PruneChannels(Pass):
         if self.ratio is not None and self.scope == "layer":
             removed = [self._allowed(bundle, int(bundle.groups[0].size * self.ratio + 1e-9)) for bundle in bundles]
             return _edit(network, bundles, removed)
+        if self.threshold is not None:
+            removed = [int((bundle.scores <= self.threshold).sum()) for bundle in bundles]
+            return _edit(
+                network, bundles, [self._allowed(bundle, k) for bundle, k in zip(bundles, removed, strict=True)]
+            )
         ranked = sorted(self._events(bundles))
         if self.ratio is not None:
             units = sum(group.size for bundle in bundles for group in bundle.groups)
@@ -217,6 +226,8 @@ class PruneChannels(Pass):
         return score
 
     def _normalised(self, score: Tensor) -> Tensor:
+        if self.threshold is not None:
+            return score
         if self.scope == "layer":
             return torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
         scale = {"mean": score.mean(), "max": score.max(), "sum": score.sum(), "none": torch.ones(())}[self.normalize]

@@ -112,7 +112,7 @@ def test_normalisation_across_groups() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "takes one of ratio, params and macs, got none"),
+        ({}, "takes one of ratio, params, macs and threshold, got none"),
         ({"ratio": 0.5, "macs": 0.5}, "got ratio and macs"),
         ({"ratio": 1.0}, r"ratio=1.0\): the share to remove must be in \[0, 1\)"),
         ({"ratio": -0.1}, r"must be in \[0, 1\)"),

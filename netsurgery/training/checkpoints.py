@@ -1,0 +1,94 @@
+"""State as one safetensors file: tensors by their place, everything else as JSON in the header; nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from netsurgery.errors import InputError
+
+__all__ = ["read", "replace", "write"]
+
+
+def write(path: Path, state: Any) -> None:
+    """Write nested dictionaries, lists, numbers, texts and tensors; whoever reads meets all of it, or what was before.
+
+    Raises:
+        InputError: the state holds something else.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(encode(state, "", tensors))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    save_file(tensors, new, metadata={"state": text})
+    settle(new, path)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file likewise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    settle(new, path)
+
+
+def settle(new: Path, path: Path) -> None:
+    """Put a complete file in the place of another, after its bytes are on the disk."""
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def read(path: Path) -> Any:
+    """What was written; tensors are on the CPU."""
+    with safe_open(path, "pt") as file:
+        return decode(json.loads(file.metadata()["state"]), file)
+
+
+def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value, in which dictionaries are lists of pairs and tensors are names."""
+    if isinstance(value, Tensor):
+        while place in tensors:  # 0 and "0", or "a/b" and "b" inside of "a"
+            place += "'"
+        tensors[place] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"tensor": place}
+    if isinstance(value, dict):
+        return {"dict": [[encode_key(k, place), encode(v, inside(place, k), tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [encode(one, inside(place, index), tensors) for index, one in enumerate(value)]
+        return {type(value).__name__: items} if type(value) in (list, tuple) else {"list": items}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise InputError(f"a checkpoint cannot hold {place}, a {type(value).__name__}")
+
+
+def inside(place: str, key: object) -> str:
+    """Where a part is."""
+    return f"{place}/{key}" if place else str(key)
+
+
+def encode_key(key: object, place: str) -> object:
+    """Texts and whole numbers are told apart; other keys are refused."""
+    if type(key) in (str, int):
+        return key
+    raise InputError(f"a checkpoint cannot hold the key {key!r} of {place or 'the state'}")
+
+
+def decode(value: Any, file: Any) -> Any:
+    """The value that was encoded."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return file.get_tensor(inner)
+    if kind == "dict":
+        return {k: decode(v, file) for k, v in inner}
+    items = [decode(one, file) for one in inner]
+    return tuple(items) if kind == "tuple" else items

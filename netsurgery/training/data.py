@@ -1,0 +1,152 @@
+"""The data sets of recipes, through torchvision's loaders; the digits need no files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from netsurgery.errors import InputError
+from netsurgery.training.recipe import Data
+
+__all__ = ["Images", "load"]
+
+Pairs = Dataset[tuple[Tensor, int]]
+Split = Callable[[str, bool, bool, Any], Any]  # (folder, train, download, transform) -> dataset
+TINY = "tiny-imagenet-200"
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set: pairs of an image `(channels, height, width)` and its class.
+
+    Attributes:
+        train: augmented, to learn from.
+        plain: the same images as they are, for scores.
+        test: to measure the accuracy on.
+    """
+
+    train: Pairs
+    plain: Pairs
+    test: Pairs
+
+    @property
+    def example(self) -> Tensor:
+        """Zeros of the shape of one image `(1, channels, height, width)`."""
+        return torch.zeros_like(self.test[0][0])[None]
+
+
+@functools.lru_cache(maxsize=8)
+def load(data: Data, seed: int, download: bool = False) -> Images:
+    """Open a data set.
+
+    Args:
+        data: which, and where its files are.
+        seed: splits the digits; the others come split.
+        download: fetch the files where they are missing.
+
+    Raises:
+        InputError: the files are not there, or are not those that the source publishes.
+    """
+    images = digits(seed) if data.name == "digits" else published(data, download)
+    if data.limit is None:
+        return images
+    first = range(data.limit)
+    if len(images.train) < data.limit:  # type: ignore[arg-type]
+        raise InputError(f"data.limit = {data.limit}: {data.name} has {len(images.train)} images")  # type: ignore[arg-type]
+    return Images(Subset(images.train, first), Subset(images.plain, first), images.test)
+
+
+def digits(seed: int) -> Images:
+    """scikit-learn's handwritten digits `(1, 8, 8)`, a quarter of every class held back."""
+    from netsurgery.demo import digits as split
+
+    found = split(seed)
+    train, test = TensorDataset(*found.train), TensorDataset(*found.test)
+    return Images(train, train, test)  # type: ignore[arg-type]
+
+
+def published(data: Data, download: bool) -> Images:
+    """One of torchvision's, augmented by shifts and mirror images as is usual, and normalised."""
+    split, side, mean, std = SETS[data.name]
+    plain = transform(mean, std)
+    augmented = transform(mean, std, side) if data.augment else plain
+    folder = data.folder or "data"
+    try:
+        return Images(
+            split(folder, True, download, augmented),
+            split(folder, True, False, plain),
+            split(folder, False, download, plain),
+        )
+    except (RuntimeError, FileNotFoundError) as error:
+        raise InputError(
+            f"{data.name}: no complete data set in '{folder}' ({error}): name its folder by --data DIR, or "
+            "fetch it by --download"
+        ) from error
+
+
+def transform(mean: tuple[float, ...], std: tuple[float, ...], side: int | None = None) -> Any:
+    """Images to normalised tensors; with a side, after a random mirror image and a shift of up to an eighth."""
+    from torchvision.transforms import v2
+
+    moved = [v2.RandomCrop(side, padding=side // 8), v2.RandomHorizontalFlip()] if side else []
+    return v2.Compose([v2.ToImage(), *moved, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def cifar(name: str) -> Split:
+    """CIFAR-10 or CIFAR-100."""
+
+    def split(folder: str, train: bool, download: bool, transform: Any) -> Any:
+        from torchvision import datasets
+
+        return getattr(datasets, name)(folder, train=train, download=download, transform=transform)
+
+    return split
+
+
+def stl10(folder: str, train: bool, download: bool, transform: Any) -> Any:
+    """The labelled images of STL-10."""
+    from torchvision.datasets import STL10
+
+    return STL10(folder, split="train" if train else "test", download=download, transform=transform)
+
+
+def tinyimagenet(folder: str, train: bool, download: bool, transform: Any) -> Any:
+    """TinyImageNet, which torchvision does not know: folders of classes to learn from, a list for the other images.
+
+    The labels of its test images are not published, so accuracy is measured on the validation images, as is usual.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    root = Path(folder) / TINY
+    if download and not root.is_dir():
+        url, md5 = f"http://cs231n.stanford.edu/{TINY}.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+        download_and_extract_archive(url, folder, filename=f"{TINY}.zip", md5=md5)
+    images = ImageFolder(str(root / "train"), transform)
+    if train:
+        return images
+    lines = (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+    labels = dict(line.split("\t")[:2] for line in lines)
+    samples = [(str(root / "val" / "images" / name), images.class_to_idx[label]) for name, label in labels.items()]
+    if missing := next((path for path, _ in samples if not Path(path).is_file()), None):
+        raise FileNotFoundError(f"{missing} is missing")
+    images.samples = images.imgs = samples
+    images.targets = [label for _, label in samples]
+    return images
+
+
+# The loader, the side of the images, mean and standard deviation of the colours of the training images, as published
+# with many implementations.
+SETS: dict[str, tuple[Split, int, tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": (cifar("CIFAR10"), 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (cifar("CIFAR100"), 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": (stl10, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "tinyimagenet": (tinyimagenet, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+}

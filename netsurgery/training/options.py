@@ -1,0 +1,111 @@
+"""Tables of a recipe, checked against the signature of what they configure: any pass or optimizer can be named."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from netsurgery.errors import InputError
+
+__all__ = ["Place", "check", "near"]
+
+Table = Mapping[str, Any]
+
+
+class Place:
+    """Where in which file a table stands, for messages."""
+
+    def __init__(self, file: str, *path: str):
+        self.file, self.path = file, path
+
+    def at(self, key: str) -> Place:
+        """A table inside this one."""
+        return Place(self.file, *self.path, key)
+
+    def error(self, text: str) -> InputError:
+        """What to raise about this table."""
+        return InputError(f"{self.file}, [{'.'.join(self.path)}]: {text}" if self.path else f"{self.file}: {text}")
+
+
+def check(target: Callable[..., Any], table: object, place: Place, given: Collection[str] = ()) -> dict[str, Any]:
+    """The table, if it holds arguments that the target takes.
+
+    Args:
+        target: a class or a function; the annotations of its parameters say which values fit.
+        table: names and values, as a file gives them.
+        given: parameters that the table may not set, as they come from elsewhere.
+
+    Raises:
+        InputError: no table, a name that the target does not take, a value of another type, or one that is missing.
+    """
+    if not isinstance(table, Mapping):
+        raise place.error(f"expected a table, got {table!r}")
+    hints = parameters(target)
+    there = {name: hint for name, hint in hints.items() if name not in given and spell(hint)}
+    for key, value in table.items():
+        if key not in there:
+            raise place.error(f"no key '{key}'{near(key, there)}; there are: {', '.join(there) or 'none'}")
+        if not fits(value, there[key]):
+            raise place.error(f"{key} = {value!r}: expected {spell(there[key])}")
+    signature = inspect.signature(target).parameters
+    missing = [name for name in there if name not in table and signature[name].default is inspect.Parameter.empty]
+    if missing:
+        raise place.error(f"{', '.join(missing)}: missing")
+    return dict(table)
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a class or function by name, and their annotations."""
+    hints = get_type_hints(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {k: hints.get(k, Any) for k, p in inspect.signature(target).parameters.items() if p.kind in named}
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value of a TOML or YAML file is of the annotated type; a whole number is a float too."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind is Literal:
+        return value in inner and type(value) in {type(one) for one in inner}
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if is_sequence(hint):
+        return isinstance(value, list | tuple) and all(fits(one, item_of(hint)) for one in value)
+    if kind is not None and issubclass(kind, Mapping):
+        return isinstance(value, Mapping)
+    return hint in (str, bool) and isinstance(value, hint)
+
+
+def spell(hint: Any) -> str:
+    """The type in words; empty where no value of a file is of it."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(filter(None, map(spell, inner))))
+    if kind is Literal:
+        return " or ".join(map(repr, inner))
+    if is_sequence(hint):
+        return f"a list of {spell(item_of(hint))}" if spell(item_of(hint)) else ""
+    if kind is not None and isinstance(kind, type) and issubclass(kind, Mapping):
+        return "a table"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(hint, "")
+
+
+def is_sequence(hint: Any) -> bool:
+    """Lists and tuples of something."""
+    kind = get_origin(hint)
+    return isinstance(kind, type) and issubclass(kind, Sequence) and bool(get_args(hint))
+
+
+def item_of(hint: Any) -> Any:
+    """What a list holds."""
+    return get_args(hint)[0]
+
+
+def near(name: str, names: Collection[str]) -> str:
+    """A proposal where a name resembles another."""
+    found = get_close_matches(name, list(names), n=1)
+    return f" (did you mean '{found[0]}'?)" if found else ""

@@ -1,0 +1,273 @@
+"""A recipe: what is trained, penalised, removed and trained again; a table of variants makes it a comparison.
+
+Tables of a file are laid over each other, `[variants.NAME]` over the rest; where both say `name` and differ, the later
+table replaces the whole; `false` takes a table away. Every table is checked before anything runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import yaml
+
+import netsurgery.passes
+from netsurgery.errors import InputError
+from netsurgery.pipeline import Pass
+from netsurgery.training.options import Place, check, near, parameters
+from netsurgery.training.schedules import SCHEDULES
+
+__all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Variant", "read", "shipped"]
+
+Table = dict[str, Any]
+SUPPLIED = ("data", "model", "example_inputs", "inputs", "optimizer", "epochs", "resume")  # by the run, not the recipe
+OPTIMIZERS = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+}
+PASSES = {name: cls for name, cls in vars(netsurgery.passes).items() if isinstance(cls, type) and issubclass(cls, Pass)}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set; `batch` images in a step over all processes; `limit`: the first so many training images only."""
+
+    name: Literal["digits", "cifar10", "cifar100", "stl10", "tinyimagenet"]
+    batch: int = 128
+    augment: bool = True
+    workers: int = 0
+    limit: int | None = None
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name as for `netsurgery inspect`, and the arguments it is called with."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some epochs of training: a torch.optim optimizer, and a schedule of the learning rate."""
+
+    epochs: int = 0
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What accelerate does; what is not said here, `accelerate config` and `accelerate launch` say."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way through the pipeline. Tables are empty where their step is left out."""
+
+    data: Data
+    model: Model
+    train: Stage
+    finetune: Stage
+    penalty: Mapping[str, Any]
+    soft: Mapping[str, Any]
+    selection: Mapping[str, Any]
+    removal: Mapping[str, Any]
+
+    @property
+    def training(self) -> str:
+        """What variants that can share a trained network have in common."""
+        shared = ("data", "model", "train", "penalty", "soft")
+        return json.dumps({key: value for key, value in asdict(self).items() if key in shared}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `read` makes of a file."""
+
+    name: str
+    seeds: Sequence[int]
+    engine: Engine
+    variants: Mapping[str, Variant]
+
+    @property
+    def fixed(self) -> Table:
+        """All that the result of a run depends on: not the seeds, of which there may be more, nor where data lies."""
+        found = cast(Table, json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != "seeds"})))
+        for variant in found["variants"].values():
+            del variant["data"]["folder"], variant["data"]["workers"]
+        return found
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that come with netsurgery."""
+    return sorted(path.name.removesuffix(".toml") for path in (files("netsurgery") / "recipes").iterdir())
+
+
+def read(source: str, changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a TOML or YAML file, or the name of a recipe that is shipped.
+        changes: `key.path=value` each; a value is written as in TOML, and is a text if it is not that.
+
+    Raises:
+        InputError: no such file, no such table or key, a value of the wrong type; with the file, the table and the key.
+    """
+    file, raw = parse(source)
+    for change in changes:
+        raw = laid(raw, setting(change))
+    place = Place(file)
+    there = {**parameters(_top), **parameters(_tables)}
+    if unknown := next((key for key in raw if key not in there), None):
+        raise place.error(f"no key '{unknown}'{near(unknown, there)}; there are: {', '.join(there)}")
+    variants = raw.pop("variants", None) or {}
+    top = {key: raw.pop(key) for key in ("name", "seeds", "engine") if key in raw}
+    check(_top, top, place)
+    if not isinstance(variants, Mapping):
+        raise place.error(f"variants: expected a table of tables, got {variants!r}")
+    name = top.get("name", Path(file).name.partition(".")[0])
+    made = {} if variants else {name: variant(raw, place)}
+    for key, table in variants.items():
+        inside = place.at("variants").at(key)
+        if not isinstance(table, Mapping) or not re.fullmatch(r"\w[\w +.-]*", key):
+            raise inside.error("expected a table whose name has letters, digits, spaces and +-. only")
+        made[key] = variant(laid(raw, table), inside, table)
+    engine = Engine(**check(Engine, top.get("engine", {}), place.at("engine")))
+    return Recipe(name, tuple(top.get("seeds", (0,))), engine, made)
+
+
+def _top(
+    name: str = "",
+    seeds: Sequence[int] = (0,),
+    engine: Mapping[str, Any] | None = None,
+    variants: Mapping[str, Any] | None = None,
+) -> None:
+    """What may stand at the top of a recipe beside the tables of a variant."""
+
+
+def parse(source: str) -> tuple[str, Table]:
+    """The file's name and what it says."""
+    path = Path(source)
+    if source in shipped():
+        path = Path(str(files("netsurgery") / "recipes" / f"{source}.toml"))
+    elif not path.is_file():
+        there = ", ".join(shipped())
+        raise InputError(
+            f"no recipe '{source}': pass a .toml or .yaml file, or one of {there}{near(source, shipped())}"
+        )
+    text = path.read_text(encoding="utf-8")
+    try:
+        raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path.name}: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path.name}: expected tables, got {type(raw).__name__}")
+    return path.name, raw
+
+
+def setting(change: str) -> Table:
+    """`a.b=1` as nested tables."""
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {change}: write key.path=value, such as train.epochs=3")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return cast(Table, value)
+
+
+def laid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
+    """One table over another, and so on inside."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        if both and value.get("name", old.get("name")) == old.get("name"):  # type: ignore[union-attr]
+            merged[key] = laid(old, value)  # type: ignore[arg-type]
+        else:
+            merged[key] = laid({}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def variant(raw: Mapping[str, Any], place: Place, own: Mapping[str, Any] | None = None) -> Variant:
+    """Check the tables of a variant; the place of those that are not its own is outside."""
+    tables = {key: value for key, value in raw.items() if value is not False}
+    check(_tables, tables, place)
+    places = {key: (place if own is None or key in own else Place(place.file)).at(key) for key in parameters(_tables)}
+    made = Variant(
+        data=Data(**check(Data, tables["data"], places["data"])),
+        model=Model(**check(Model, tables["model"], places["model"])),
+        train=stage(tables["train"], places["train"]),
+        finetune=stage(tables.get("finetune", {}), places["finetune"]),
+        penalty=named(tables, "penalty", places, "HGSR"),
+        soft=named(tables, "soft", places, "SoftPruning"),
+        selection=named(tables, "selection", places),
+        removal=named(tables, "removal", places, "PruneChannels"),
+    )
+    if made.data.batch < 1 or made.data.workers < 0 or (made.data.limit is not None and made.data.limit < 1):
+        raise places["data"].error("batch and limit are at least 1, workers at least 0")
+    if made.soft and made.selection:
+        raise place.error("soft pruning selects as it trains: take one of [soft] and [selection] away (= false)")
+    if bool(made.removal) != bool(made.selection and "edit" not in PASSES[made.selection["name"]].gives):
+        raise place.error("[selection] and [removal] go together, unless the selection removes: add or drop one")
+    return made
+
+
+def _tables(
+    data: Mapping[str, Any],
+    model: Mapping[str, Any],
+    train: Mapping[str, Any],
+    finetune: Mapping[str, Any] | None = None,
+    penalty: Mapping[str, Any] | None = None,
+    soft: Mapping[str, Any] | None = None,
+    selection: Mapping[str, Any] | None = None,
+    removal: Mapping[str, Any] | None = None,
+) -> None:
+    """The tables of a variant."""
+
+
+def stage(table: Mapping[str, Any], place: Place) -> Stage:
+    """Check a stage, its optimizer and its schedule."""
+    found = Stage(**check(Stage, table, place))
+    if found.epochs < 0:
+        raise place.error(f"epochs = {found.epochs}: at least 0")
+    optimizer = {"name": "SGD", **found.optimizer}
+    schedule = {"name": "constant", **found.schedule}
+    among(OPTIMIZERS, optimizer, place.at("optimizer"), ("params", "maximize", "differentiable"))
+    among(SCHEDULES, schedule, place.at("schedule"))
+    return Stage(found.epochs, optimizer, schedule)
+
+
+def named(tables: Mapping[str, Any], key: str, places: Mapping[str, Place], default: str | None = None) -> Table:
+    """Check the table of a pass, of the penalty or of soft pruning, if it is there."""
+    if key not in tables:
+        return {}
+    there = PASSES if key in ("selection", "removal") else {default: getattr(netsurgery.passes, str(default), None)}
+    table = {"name": default, **tables[key]} if default else dict(tables[key])
+    among(cast(Mapping[str, Any], there), table, places[key], SUPPLIED)
+    return table
+
+
+def among(there: Mapping[str, Any], table: Mapping[str, Any], place: Place, given: Sequence[str] = ()) -> None:
+    """Check that a table names one of these, and holds what it takes."""
+    name = table.get("name")
+    if not isinstance(name, str) or there.get(name) is None:
+        hint = near(name, there) if isinstance(name, str) else ""
+        raise place.error(f"name = {name!r}: expected one of {', '.join(sorted(there))}{hint}")
+    check(there[name], {key: value for key, value in table.items() if key != "name"}, place, given)

@@ -1,0 +1,195 @@
+"""A recipe carried out: every variant with every seed, resumed where it was left, and what came out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import netsurgery
+from netsurgery.demo import progress_bar
+from netsurgery.errors import InputError
+from netsurgery.training import checkpoints, summary
+from netsurgery.training.data import Images, load
+from netsurgery.training.engine import Figures, Worker
+from netsurgery.training.recipe import Recipe
+from netsurgery.training.stages import Job
+
+__all__ = ["run"]
+
+Results = dict[str, list[dict[str, Any]]]  # by variant, of each seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe and the folder of its results."""
+
+    recipe: Recipe
+    out: Path
+    download: bool
+
+    def jobs(self, tell: Callable[[str, int, str], Callable[[Figures], None]]) -> Iterator[tuple[str, Job]]:
+        """A run for each variant and seed. Variants with equal training share it: the first one's."""
+        for name, variant in self.recipe.variants.items():
+            owner = next(one for one, other in self.recipe.variants.items() if other.training == variant.training)
+            for seed in self.recipe.seeds:
+                yield (
+                    name,
+                    Job(
+                        variant=variant,
+                        seed=seed,
+                        images=self.images(name, seed),
+                        folder=self.folder(name, seed),
+                        trained=self.folder(owner, seed) / "train.safetensors",
+                        tell=functools.partial(tell, name, seed),
+                    ),
+                )
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of a variant and a seed."""
+        return self.out / name.replace(" ", "-") / f"seed-{seed}"
+
+    def images(self, name: str, seed: int) -> Images:
+        """The data of a variant."""
+        data = self.recipe.variants[name].data
+        return load(data, seed if data.name == "digits" else 0, self.download)
+
+    def claim(self) -> None:
+        """Keep the recipe in the folder, or see that it is the one that is there.
+
+        Raises:
+            InputError: the folder holds the results of another recipe.
+        """
+        path, mine = self.out / "recipe.json", json.loads(json.dumps(self.recipe.fixed))
+        if not path.exists():
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise InputError(f"{self.out} holds other files: pass another folder by --out")
+            checkpoints.replace(path, json.dumps(mine, indent=1) + "\n")
+        elif changed := list(differences(json.loads(path.read_text(encoding="utf-8")), mine)):
+            raise InputError(
+                f"{self.out} holds the results of another recipe, which differs in {', '.join(changed[:5])}: "
+                "go on with that one, or pass another folder by --out"
+            )
+
+
+def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> Results:
+    """Carry a recipe out, or go on with it, and write what comes out to a folder.
+
+    Args:
+        recipe: as `read` makes it.
+        out: folder for checkpoints, `log.jsonl`, `results.json`, `table.md` and pictures.
+        console: where the progress and the table go.
+        download: fetch the data where they are missing.
+
+    Returns:
+        For each variant and seed: accuracies in percent, costs, widths, and the figures of each epoch.
+
+    Raises:
+        InputError: the folder holds the results of another recipe, or a variant cannot be carried out.
+    """
+    study, worker = Study(recipe, out, download), Worker(recipe.engine)
+    if worker.leads:
+        study.claim()
+        fetch(study)
+    worker.wait()
+    results: Results = {name: [] for name in recipe.variants}
+    with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (tell, advance):
+        for name, job in study.jobs(tell):
+            results[name].append(job.run(worker))
+            advance()
+    if worker.leads:
+        write(recipe, results, out, console)
+    worker.wait()
+    return results
+
+
+def fetch(study: Study) -> None:
+    """See that all data are there and everything can be made, before anything runs."""
+    for name, job in study.jobs(lambda *_: lambda _: None):
+        if job.seed == study.recipe.seeds[0]:
+            try:
+                job.check()
+            except InputError as error:
+                raise InputError(f"variant '{name}': {error}") from error
+
+
+@contextmanager
+def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """A bar for all runs and one for the stage; the functions that log an epoch and a finished run."""
+    if not worker.leads:
+        yield (lambda *_: lambda _: None), (lambda: None)
+        return
+    log = Log(study.out / "log.jsonl")
+    versions = {"torch": torch.__version__, "netsurgery": netsurgery.__version__}
+    log.add(event="start", **versions, device=str(worker.device), processes=worker.accelerator.num_processes)
+    with progress_bar(console) as progress:
+        yield log.telling(study, progress)
+    log.add(event="end")
+
+
+class Log:
+    """One JSON object on each line, with the time. A line that a kill cut short goes when the file is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            text = path.read_bytes()
+            path.write_bytes(text[: text.rfind(b"\n") + 1])
+
+    def add(self, **entry: Any) -> None:
+        """Write a line."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def telling(self, study: Study, progress: Progress) -> tuple[Any, Callable[[], None]]:
+        """What to call for each epoch, and after each run."""
+        whole = progress.add_task("runs", total=len(study.recipe.variants) * len(study.recipe.seeds))
+        bar = progress.add_task("", total=1)
+
+        def tell(variant: str, seed: int, stage: str) -> Callable[[Figures], None]:
+            settings = study.recipe.variants[variant]
+            epochs = {"train": settings.train.epochs, "finetune": settings.finetune.epochs}.get(stage)
+            progress.update(bar, description=f"{variant}, seed {seed}: {stage}", completed=0, total=epochs)
+
+            def add(figures: Figures) -> None:
+                self.add(variant=variant, seed=seed, stage=stage, **figures)
+                progress.update(bar, completed=figures.get("epoch", -1) + 1)
+
+            return add
+
+        def advance() -> None:
+            progress.advance(whole)
+
+        return tell, advance
+
+
+def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None:
+    """The results as JSON, as a table and as pictures."""
+    from netsurgery.training.pictures import draw
+
+    lines = summary.lines(results)
+    found = {"torch": torch.__version__, "recipe": recipe.fixed, "summary": lines, "runs": results}
+    checkpoints.replace(out / "results.json", json.dumps(found, indent=1) + "\n")
+    checkpoints.replace(out / "table.md", summary.markdown(lines))
+    draw(results, out)
+    console.print(summary.table(recipe.name, lines))
+    console.print(f"Wrote results.json, table.md, log.jsonl and pictures to {out}.", markup=False, soft_wrap=True)
+
+
+def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
+    """Where two nested tables differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+    elif old != new:
+        yield f"{place} ({old} there, {new} here)"

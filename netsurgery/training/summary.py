@@ -1,0 +1,71 @@
+"""What came out of a study, as a table: the mean over seeds, and the spread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean, stdev
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+__all__ = ["COLUMNS", "lines", "markdown", "table"]
+
+Result = dict[str, Any]
+Line = dict[str, Any]
+COLUMNS: dict[str, Callable[[Result], float | None]] = {  # percentages
+    "trained": lambda r: r["trained"],
+    "removed": lambda r: r["removed"],
+    "fine-tuned": lambda r: r["finetuned"],
+    "params": lambda r: 100 * r["parameters"][1] / r["parameters"][0],
+    "MACs": lambda r: 100 * r["macs"][1] / r["macs"][0],
+}
+CAPTION = (
+    "Test accuracy of the trained network, after the removal, and after fine-tuning; parameters and MACs that stay; "
+    "all in percent, mean ± standard deviation over seeds"
+)
+
+
+def lines(results: dict[str, list[Result]]) -> list[Line]:
+    """For each variant and column: mean, standard deviation, lowest and highest over the seeds, or None."""
+    return [
+        {"variant": name, "seeds": len(runs), **{key: spread(list(map(get, runs))) for key, get in COLUMNS.items()}}
+        for name, runs in results.items()
+    ]
+
+
+def spread(values: list[float | None]) -> dict[str, float] | None:
+    """Mean, sample standard deviation (0 of a single value), lowest and highest; None where a stage was left out."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    deviation = stdev(there) if len(there) > 1 else 0.0
+    return {"mean": mean(there), "std": deviation, "min": min(there), "max": max(there)}
+
+
+def cells(line: Line) -> list[str]:
+    """A line as texts."""
+    found = [line[key] for key in COLUMNS]
+    spreads = line["seeds"] > 1
+    return [
+        line["variant"],
+        *("-" if f is None else f"{f['mean']:.2f}" + f" ± {f['std']:.2f}" * spreads for f in found),
+    ]
+
+
+def table(name: str, found: list[Line]) -> Table:
+    """For the terminal."""
+    view = Table(title=f"{name}, {found[0]['seeds']} seed(s)", box=SIMPLE_HEAD, pad_edge=False, caption=CAPTION)
+    view.collapse_padding = True
+    view.add_column("variant", overflow="fold")
+    for key in COLUMNS:
+        view.add_column(key, justify="right", no_wrap=True)
+    for line in found:
+        view.add_row(*(cell.replace(" ", "") if at else cell for at, cell in enumerate(cells(line))))
+    return view
+
+
+def markdown(found: list[Line]) -> str:
+    """For a page."""
+    rows = [["variant", *COLUMNS], ["---", *["---:"] * len(COLUMNS)], *map(cells, found)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows) + f"\n{CAPTION}.\n"

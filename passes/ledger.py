@@ -1,0 +1,102 @@
+"""What is known of each removal, kept in a file so that long work can be interrupted and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from netsurgery.errors import InputError
+
+__all__ = ["Ledger"]
+
+_SECONDS = 5.0  # between two writes
+
+
+@dataclass
+class Ledger:
+    """What is known of each removal: sum and sum of squares of the rises of the loss, and over how many rows."""
+
+    key: str
+    file: Path | None
+    entries: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (2, units) float64, (units,) int64
+    written: float = 0.0
+
+    def of(self, name: str, size: int) -> tuple[Tensor, Tensor]:
+        """Sums and rows of a group."""
+        return self.entries.setdefault(
+            name, (torch.zeros(2, size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64))
+        )
+
+    def add(self, name: str, units: Sequence[int], rises: Tensor) -> None:
+        """Note the rises ``(units, rows)`` of the loss; all at once, so that an interruption falls before or after."""
+        sums, rows = (tensor.clone() for tensor in self.entries[name])
+        sums[:, list(units)] += torch.stack([rises.sum(1), rises.square().sum(1)])
+        rows[list(units)] += rises.shape[1]
+        self.entries[name] = sums, rows
+
+    def means(self, name: str) -> Tensor:
+        """Mean rise of each removal, NaN where it was not tried."""
+        sums, rows = self.entries[name]
+        return sums[0] / rows
+
+    def errors(self, name: str, count: int) -> Tensor:
+        """Standard errors of these means, for samples drawn without replacement from ``count``."""
+        sums, rows = self.entries[name]
+        variance = (sums[1] / rows - (sums[0] / rows).square()).clamp_min(0)
+        variance = (variance * rows + variance.mean()) / (rows + 1)  # a unit that was never needed yet may be
+        return (variance / rows * (1 - rows / count)).sqrt()
+
+    def load(self) -> None:
+        """Read the file, where there is one."""
+        if self.file is None or not self.file.exists():
+            return
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.file), "pt") as opened:
+                said = opened.metadata() or {}
+                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dictionary
+        except SafetensorError as error:
+            raise InputError(f"{self.file} cannot be read ({error}): remove it, or name another file") from error
+        if said.get("key") != self.key:
+            raise InputError(
+                f"{self.file} holds scores of another model, other samples or other settings: "
+                "remove it, or name another file"
+            )
+        names = json.loads(said["groups"])
+        self.entries = {name: (found[f"{i}.sums"], found[f"{i}.rows"]) for i, name in enumerate(names)}
+
+    def save(self) -> None:
+        """Write the file in one step."""
+        if self.file is None:
+            return
+        from safetensors.torch import save_file
+
+        listed = enumerate(self.entries.values())
+        tensors = {f"{i}.{what}": t for i, pair in listed for what, t in zip(("sums", "rows"), pair, strict=True)}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_name(self.file.name + ".part")
+        save_file(tensors, unfinished, {"key": self.key, "groups": json.dumps(list(self.entries))})
+        os.replace(unfinished, self.file)
+        self.written = time.monotonic()
+
+    def save_now_and_then(self) -> None:
+        """Write the file if that was more than a few seconds ago."""
+        if time.monotonic() - self.written > _SECONDS:
+            self.save()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write the file at the end, whatever ends the work."""
+        try:
+            yield
+        finally:
+            self.save()

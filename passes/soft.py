@@ -1,0 +1,527 @@
+"""Soft filter pruning in a training loop: filters are set to zero after an epoch, and may come back in the next."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import exp, log
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from netsurgery.copying import named_tensors
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError
+from netsurgery.network import Group, Network
+from netsurgery.passes.filters import (
+    Filters,
+    dead_units,
+    filters_of_group,
+    filters_of_layers,
+    leaking_groups,
+    norms,
+    scale,
+)  # fmt: skip
+from netsurgery.passes.layers import LayerRole
+from netsurgery.passes.patterns import as_patterns, check_patterns, matches
+from netsurgery.pipeline import Pass, plan, trace
+from netsurgery.report import columns
+from netsurgery.rewriting import rewrite
+
+__all__ = ["SoftPruning", "hard_share", "pruned_share", "soft_factor"]
+
+Method = Literal["sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp"]
+Grouping = Literal["layer", "coupled"]
+Masks = Mapping[str, Tensor]  # bool, (filters,), by the name of the layer's weight or of the group
+
+
+def pruned_share(epoch: int, epochs: int, ratio: float, *, delay: float = 1 / 8, pinned: float = 0.05) -> float:
+    """The share of filters that is pruned after an epoch: ``ratio * (1 - exp(-k * epoch))``, and ``ratio`` at the end.
+
+    Args:
+        epoch: from 0 to epochs - 1.
+        ratio: the share in the end.
+        delay: three quarters of the ratio are reached after this share of the epochs.
+        pinned: for this share of the epochs, at the end, but at least for the last one, it is the ratio itself.
+
+    Source: asymptotic soft filter pruning, He et al., arXiv 1808.07471. Pinning makes the end reach the ratio.
+
+    Example:
+        >>> from netsurgery.passes.soft import pruned_share
+        >>> [round(pruned_share(t, 200, 0.4), 3) for t in (0, 25, 50, 199)]
+        [0.0, 0.3, 0.375, 0.4]
+    """
+    if _is_last(epoch, epochs, pinned):
+        return ratio
+    return ratio * (1 - exp(-log(4) * epoch / (delay * epochs)))
+
+
+def soft_factor(epoch: int, epochs: int, *, start: float = 1.0, end: float = 1e-5, zero: float = 0.1) -> float:
+    """What pruned filters are multiplied by after an epoch: from ``start`` exponentially to ``end``, and 0 at the end.
+
+    Args:
+        epoch: from 0 to epochs - 1.
+        zero: for this share of the epochs, at the end, but at least for the last one, the factor is 0.
+
+    Source: softer pruning, Cai et al., arXiv 2010.09498.
+
+    Example:
+        >>> from netsurgery.passes.soft import soft_factor
+        >>> [round(soft_factor(t, 200), 3) for t in (0, 25, 50, 180)]
+        [1.0, 0.237, 0.056, 0.0]
+    """
+    if start == 0 or _is_last(epoch, epochs, zero):
+        return 0.0
+    return float(start * (end / (start + 0.01 * end)) ** (epoch / epochs))
+
+
+def hard_share(epoch: int, epochs: int) -> float:
+    """The share of the pruned filters that may not come back after an epoch: ``1 - (1 - (epoch + 1) / epochs)^3``.
+
+    Args:
+        epoch: from 0 to epochs - 1.
+
+    Source: gradually hard filter pruning, Cai et al., arXiv 2011.03170.
+
+    Example:
+        >>> from netsurgery.passes.soft import hard_share
+        >>> [round(hard_share(t, 200), 3) for t in (25, 100, 199)]
+        [0.341, 0.879, 1.0]
+    """
+    return 1 - (1 - (epoch + 1) / epochs) ** 3
+
+
+def _is_last(epoch: int, epochs: int, share: float) -> bool:
+    return epochs - epoch <= max(1.0, share * epochs + 1e-9)
+
+
+_ASYMPTOTIC, _SOFTER, _GRADUAL = ("asfp", "asrfp"), ("srfp", "asrfp", "ghfp"), ("ghfp",)
+
+
+class SoftPruning:
+    """Prune filters after each epoch of a training loop, by the methods of the family of soft filter pruning.
+
+    After epoch t the filters with the smallest L2 norms are multiplied by a factor, and go on being trained:
+
+    ======  =====================  ===================  =======================
+    method  pruned share           factor               of these for good
+    ======  =====================  ===================  =======================
+    sfp     ratio                  0                    none
+    asfp    ``pruned_share``       0                    none
+    srfp    ratio                  ``soft_factor``      none
+    asrfp   ``pruned_share``       ``soft_factor``      none
+    hfp     ratio                  0                    all
+    ghfp    ratio                  ``soft_factor``      ``hard_share``
+    ======  =====================  ===================  =======================
+
+    What is pruned for good has no gradient, no momentum and nothing that comes after it until it meets others: its
+    bias, and the scale and shift of its norm, are 0 too. After the last epoch's step this holds of all that is pruned,
+    so that ``finish`` changes nothing any more.
+
+    Args:
+        model: any module, also in DistributedDataParallel or torch.compile; it is traced once.
+        example_inputs: as for ``netsurgery.trace``.
+        method: see above.
+        ratio: the share of the filters of each layer or group that goes, in [0, 1): ``floor(filters * ratio)``.
+        epochs: the length of the schedule, in calls of ``step``.
+        grouping: "layer", the filters of each layer are ranked by themselves; in a residual stream those that not
+            all layers have pruned stay, as zeros. "coupled", a filter is a unit of the dependency graph with all
+            that produces it, so that the stream becomes narrower too.
+        optimizer: the optimizer of the model, or several. Needed where filters are pruned for good before the end:
+            otherwise momentum would bring them back.
+        asymptotic: "hfp" and "ghfp" only: let the pruned share grow as with "asfp".
+        settle: a share of the epochs, at the end, in which the whole ratio is pruned, and for good, so that the
+            network gets used to it. 0 is the source, where the last step alone takes away what came back; on the
+            digits PLACEHOLDER.
+        roles: "layer" only: which layers take part: "convolution", "linear", "shortcut".
+        include: name patterns of modules (``layer3.*``); only what these produce is pruned.
+        exclude: likewise; what these produce is not.
+
+    Raises:
+        InputError: an argument out of range, a pattern that matches nothing, nothing to prune, weights on the meta
+            device or sharded, or an optimizer that does not hold them.
+        TraceError: as for ``netsurgery.trace``.
+
+    Example:
+        >>> import torch
+        >>> from netsurgery.models import resnet20
+        >>> from netsurgery.passes import SoftPruning
+        >>> x, model = torch.randn(2, 3, 32, 32), resnet20(widths=(4, 8, 16))
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        >>> pruning = SoftPruning(model, x, method="sfp", ratio=0.25, epochs=2, grouping="coupled")
+        >>> for epoch in range(2):
+        ...     model(x).square().mean().backward()  # an epoch of training
+        ...     optimizer.step()
+        ...     pruning.step(epoch)
+        >>> pruning.finish().stages[2][0].conv1
+        Conv2d(6, 12, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
+
+    Source: SFP and ASFP: He et al., arXiv 1808.06866 and 1808.07471; SRFP and ASRFP: Cai et al., arXiv 2010.09498; HFP
+    and GHFP: arXiv 2011.03170: per layer, on the kernels of convolutions. Ours: "coupled"; ``settle``; that biases and
+    norms are set to 0 with what is pruned for good. While a filter is soft these stay as they are, as in the source:
+    with scale and shift at 0 before a ReLU no gradient would ever bring it back. So it still passes a constant on,
+    and the source's small networks lose that at the very end, unseen. ``silenced`` shows the network without it at any
+    time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        method: Method = "asfp",
+        ratio: float,
+        epochs: int,
+        grouping: Grouping = "layer",
+        optimizer: Optimizer | Sequence[Optimizer] = (),
+        asymptotic: bool | None = None,
+        settle: float = 0.0,
+        roles: Sequence[LayerRole] = ("convolution",),
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+    ):
+        _check(method, ratio, epochs, grouping, asymptotic, settle, roles)
+        self.method, self.ratio, self.epochs, self.grouping, self.settle = method, ratio, int(epochs), grouping, settle
+        self.asymptotic = method in _ASYMPTOTIC if asymptotic is None else asymptotic
+        self.epoch = -1  # the last that is done
+        self._model = _unwrapped(model)
+        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        with torch.inference_mode(False):
+            self._network = trace(self._model, example_inputs)
+            self._leaks = leaking_groups(self._model, self._network)
+        self._filters = self._chosen(as_patterns(include), as_patterns(exclude), roles)
+        if not self._filters:
+            raise InputError(
+                f"SoftPruning: nothing of {self._network.model_name} takes part with these settings. {self._locked()}"
+                f"Its groups:\n{self._network}"
+            )
+        self.pruned: dict[str, Tensor] = {n: torch.zeros(f.size, dtype=torch.bool) for n, f in self._filters.items()}
+        self.hard: dict[str, Tensor] = dict(self.pruned)
+        self._handles: list[Any] = []
+        if method in ("hfp", "ghfp") or settle:
+            self._check_optimizers()
+
+    @property
+    def schedule(self) -> tuple[float, float, float]:
+        """After the last epoch done: the pruned share, the factor of soft filters, the share pruned for good."""
+        return self._schedule(self.epoch) if self.epoch >= 0 else (0.0, 1.0, 0.0)
+
+    def step(self, epoch: int) -> None:
+        """Prune after an epoch of training.
+
+        Args:
+            epoch: from 0 to epochs - 1, ascending; some may be left out, such as all but the last to end early.
+
+        Raises:
+            InputError: an epoch that was done or that there is not, or weights that are not finite or of other shapes.
+        """
+        if not isinstance(epoch, Integral) or not self.epoch < epoch < self.epochs:
+            raise InputError(
+                f"SoftPruning.step({epoch!r}): expected an epoch from {self.epoch + 1} to {self.epochs - 1}"
+            )
+        tensors = self._tensors()
+        share, factor, hard = self._schedule(int(epoch))
+        masks = {name: self._ranked(filters, tensors, share, hard) for name, filters in self._filters.items()}
+        self.pruned = {name: pruned for name, (pruned, _) in masks.items()}
+        self.hard = {name: gone for name, (_, gone) in masks.items()}
+        for name, filters in self._filters.items():
+            soft = self.pruned[name] & ~self.hard[name]
+            for place in filters.weights:
+                scale(tensors[place.parameter], place.axis, place.positions(soft), factor)
+        self.epoch = int(epoch)
+        self._hold()
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[nn.Module]:
+        """The model as ``finish`` would leave it if this were the end, for as long as the context lasts.
+
+        Example:
+            >>> import torch
+            >>> from netsurgery.passes import SoftPruning
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 1, 1))
+            >>> pruning = SoftPruning(model, torch.zeros(1, 1, 2, 2), method="srfp", ratio=0.5, epochs=10)
+            >>> pruning.step(0)
+            >>> with pruning.silenced():
+            ...     print(int(model[0].weight.count_nonzero()))
+            2
+            >>> print(int(model[0].weight.count_nonzero()))
+            4
+        """
+        tensors, places = self._tensors(), self._places(self.pruned)
+        kept = {name: tensors[name].detach().clone() for name, _ in places}
+        for (name, axis), positions in places.items():
+            scale(tensors[name], axis, positions, 0)
+        try:
+            yield self._model
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    tensors[name].copy_(value)
+
+    def plan(self) -> Edit:
+        """What ``finish`` would remove now: an Edit to look at, or to carry out with ``netsurgery.rewrite``.
+
+        Of what is pruned, that which stays: in "layer", units of a residual stream that not all its layers have pruned.
+        """
+        gone = self._places(self.pruned)
+        dead = {group.name: dead_units(self._network, group, gone) for group in self._removable()}
+        inputs = self._network.inputs[0] or self._network.inputs[1]
+        return plan(self._model, [_Without({name: tuple(units.tolist()) for name, units in dead.items()})], inputs)
+
+    def finish(self, **options: Any) -> nn.Module:
+        """The physically smaller network: it computes what the model computes after the last step.
+
+        What was pruned is set to zero once more, should training have gone on; the optimizer is released.
+
+        Args:
+            options: as for ``netsurgery.rewrite``.
+
+        Raises:
+            InputError: the last epoch's step is still to come.
+        """
+        if self.epoch != self.epochs - 1:
+            raise InputError(
+                f"SoftPruning.finish: step({self.epochs - 1}) is still to come, the last was {self.epoch}: "
+                "call it to end here"
+            )
+        self._hold()
+        edit = self.plan()
+        self.close()
+        return rewrite(self._model, edit, **options)
+
+    def close(self) -> None:
+        """Let go of the parameters and the optimizer: what is pruned for good may be trained again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last epoch done, and what is pruned."""
+        return {"epoch": self.epoch, "pruned": dict(self.pruned), "hard": dict(self.hard)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there. Load the model and the optimizer too, before or after.
+
+        Raises:
+            InputError: the state is of other filters, or of an epoch that there is not.
+        """
+        for name in ("pruned", "hard"):
+            found = {key: len(mask) for key, mask in state[name].items()}
+            wanted = {key: filters.size for key, filters in self._filters.items()}
+            if found != wanted:
+                other = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+                raise InputError(
+                    f"SoftPruning.load_state_dict: the state is of other filters: {other} has "
+                    f"{found.get(other, 'none')} there, {wanted.get(other, 'none')} here"
+                )
+        if not -1 <= state["epoch"] < self.epochs:
+            raise InputError(f"SoftPruning.load_state_dict: epoch {state['epoch']} is not one of {self.epochs}")
+        self.epoch = int(state["epoch"])
+        self.pruned, self.hard = ({k: m.to("cpu", torch.bool) for k, m in state[n].items()} for n in ("pruned", "hard"))
+        self._hold(only_watch=True)
+
+    def __str__(self) -> str:
+        rows = [
+            (name, str(filters.size), str(int(self.pruned[name].sum())), str(int(self.hard[name].sum())))
+            for name, filters in self._filters.items()
+        ]
+        what = "weight" if self.grouping == "layer" else "group"
+        return (
+            f"{self.method}, {self.grouping}, ratio {self.ratio:g}, {self.epoch + 1} of {self.epochs} epochs done. "
+            f"{self._locked()}\n{columns([(what, 'filters', 'pruned', 'for good'), *rows], right=(1, 2, 3))}"
+        )
+
+    def _schedule(self, epoch: int) -> tuple[float, float, float]:
+        pinned = max(0.05, self.settle)
+        share = pruned_share(epoch, self.epochs, self.ratio, pinned=pinned) if self.asymptotic else self.ratio
+        factor = soft_factor(epoch, self.epochs) if self.method in _SOFTER else 0.0
+        hard = hard_share(epoch, self.epochs) if self.method in _GRADUAL else float(self.method == "hfp")
+        return share, factor, 1.0 if _is_last(epoch, self.epochs, self.settle) else hard
+
+    def _ranked(self, filters: Filters, tensors: Masks, share: float, hard: float) -> tuple[Tensor, Tensor]:
+        """The filters that are pruned, and those of them that are pruned for good: bool, (filters,)."""
+        sizes = norms(filters, tensors)
+        if not bool(sizes.isfinite().all()):
+            raise InputError(f"SoftPruning.step: weights of {filters.name} are NaN or infinite: training went astray")
+        sizes[self.hard[filters.name]] = -1  # those come first, also among others that are zero
+        order = sizes.sort(stable=True).indices
+        masks = torch.zeros(2, filters.size, dtype=torch.bool)
+        masks[0, order[: int(filters.size * share + 1e-9)]] = True
+        masks[1, order[: int(filters.size * share * hard + 1e-9)]] = True
+        return masks[0], masks[1]
+
+    def _chosen(self, include: Sequence[str], exclude: Sequence[str], roles: Sequence[str]) -> dict[str, Filters]:
+        """What takes part, in the order of the state dict."""
+        check_patterns(self._network, (*include, *exclude))
+
+        def fits(modules: Sequence[str]) -> bool:
+            wanted = not include or any(matches(include, module) for module in modules)
+            return wanted and not any(matches(exclude, module) for module in modules)
+
+        if self.grouping == "layer":
+            listed = filters_of_layers(self._network).values()
+            return {filters.name: filters for layer, filters in listed if layer.role in roles and fits([layer.module])}
+        found = {}
+        for group in self._removable():
+            filters = filters_of_group(self._network, group)
+            if filters.weights and fits([member.module for member in group.members if member.role != "consumes"]):
+                found[group.name] = filters
+        return found
+
+    def _removable(self) -> list[Group]:
+        return [group for group in self._network.prunable if group.name not in self._leaks]
+
+    def _locked(self) -> str:
+        listed = ", ".join(self._leaks)
+        return f"Units of these would not be nothing if their weights were zero: {listed}. " if listed else ""
+
+    def _places(self, chosen: Masks) -> dict[tuple[str, int], Tensor]:
+        """The positions along axes of parameters at which zeros make filters nothing: bool."""
+        found: dict[tuple[str, int], Tensor] = {}
+
+        def add(places: Sequence[Any], units: Tensor) -> None:
+            for place in places:
+                key, positions = (place.parameter, place.axis), place.positions(units)
+                found[key] = found[key] | positions if key in found else positions
+
+        for name, filters in self._filters.items():
+            add((*filters.weights, *filters.carriers), chosen[name])
+        for group in self._removable():  # what comes after several layers goes once none of them produces a unit
+            add(filters_of_group(self._network, group).carriers, dead_units(self._network, group, found))
+        return {key: positions for key, positions in found.items() if bool(positions.any())}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The parameters as they are now.
+
+        Raises:
+            InputError: they have other shapes than when the model was traced, or are sharded.
+        """
+        tensors = dict(named_tensors(self._model))
+        for name in dict.fromkeys(p.parameter for f in self._filters.values() for p in (*f.weights, *f.carriers)):
+            wanted, found = self._network.tensors[name].shape, tensors[name].shape if name in tensors else None
+            if wanted != found:
+                raise InputError(
+                    f"SoftPruning: {name} had shape {tuple(wanted)} and has {found and tuple(found)} now: "
+                    "build it again after surgery"
+                )
+        _check_data(tensors)
+        return tensors
+
+    def _hold(self, *, only_watch: bool = False) -> None:
+        """Set what is pruned for good to zero, and keep it so."""
+        self.close()
+        tensors = self._tensors()
+        held: dict[int, list[tuple[int, Tensor]]] = {}
+        for (name, axis), positions in self._places(self.hard).items():
+            tensor = tensors[name]
+            if not only_watch:
+                scale(tensor, axis, positions, 0)
+            held.setdefault(id(tensor), []).append((axis, positions.nonzero().flatten().to(tensor.device)))
+        if not held:
+            return
+        for parameter in (p for p in tensors.values() if id(p) in held and p.requires_grad):
+            self._handles.append(parameter.register_hook(partial(_without, places=held[id(parameter)])))
+            if parameter.grad is not None:
+                _fill(parameter.grad, held[id(parameter)])
+        for optimizer in self._optimizers:
+            if not only_watch:
+                _fill_all(optimizer, held)
+            self._handles.append(optimizer.register_step_post_hook(lambda one, *_: _fill_all(one, held)))
+
+    def _check_optimizers(self) -> None:
+        if not self._optimizers:
+            raise InputError(
+                f"SoftPruning(method='{self.method}', settle={self.settle:g}) prunes filters for good while training "
+                "goes on: pass optimizer=, or momentum would bring them back"
+            )
+        owned = {id(p) for one in self._optimizers for group in one.param_groups for p in group["params"]}
+        tensors = self._tensors()
+        for filters in self._filters.values():
+            for place in filters.weights:
+                if tensors[place.parameter].requires_grad and id(tensors[place.parameter]) not in owned:
+                    raise InputError(
+                        f"SoftPruning: the optimizer does not hold {place.parameter}: pass the one that does"
+                    )
+
+
+@dataclass(frozen=True)
+class _Without(Pass):
+    """Removes the units that a mask names, of groups that may lose them; equally many of groups that are tied."""
+
+    dead: Mapping[str, tuple[bool, ...]] = field(repr=False)
+
+    gives: ClassVar[frozenset[str]] = frozenset({"edit"})
+
+    def run(self, network: Network) -> Edit:
+        """Keep what is not named."""
+        gone = {g.name: [i for i, dead in enumerate(self.dead.get(g.name, ())) if dead] for g in network.prunable}
+        for tied in network.ties:
+            count = min(len(gone.get(name, ())) for name in tied)
+            gone.update({name: gone[name][:count] for name in tied if name in gone})
+        keep = {n: tuple(sorted(set(range(network[n].size)) - set(units))) for n, units in gone.items()}
+        return Edit(network, keep)
+
+
+def _without(gradient: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """A gradient with zeros at some places, whatever was there: infinite ones of a GradScaler too."""
+    for axis, index in places:
+        gradient = gradient.index_fill(axis, index.to(gradient.device), 0)
+    return gradient
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> None:
+    for axis, index in places:
+        tensor.index_fill_(axis, index.to(tensor.device), 0)
+
+
+def _fill_all(optimizer: Optimizer, held: Mapping[int, Sequence[tuple[int, Tensor]]]) -> None:
+    """Zeros in parameters, and in what an optimizer keeps of their shape, such as momentum."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in held):
+        state = optimizer.state[parameter].values() if parameter in optimizer.state else ()
+        kept = [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
+        for tensor in (parameter, *kept):
+            _fill(tensor, held[id(parameter)])
+
+
+def _check(
+    method: str, ratio: float, epochs: int, grouping: str, asymptotic: bool | None, settle: float, roles: Sequence[str]
+) -> None:
+    if method not in get_args(Method):
+        raise InputError(f"SoftPruning(method={method!r}): one of {', '.join(get_args(Method))}")
+    if grouping not in get_args(Grouping):
+        raise InputError(f"SoftPruning(grouping={grouping!r}): 'layer' or 'coupled'")
+    if not (isinstance(ratio, Real) and 0 <= ratio < 1):
+        raise InputError(f"SoftPruning(ratio={ratio!r}): the share of filters that goes must be a number in [0, 1)")
+    if not (isinstance(epochs, Integral) and epochs >= 1):
+        raise InputError(f"SoftPruning(epochs={epochs!r}): expected a whole number of at least 1")
+    if not (isinstance(settle, Real) and 0 <= settle <= 1):
+        raise InputError(f"SoftPruning(settle={settle!r}): the share of epochs must be a number in [0, 1]")
+    if asymptotic is not None and method not in ("hfp", "ghfp"):
+        raise InputError(
+            f"SoftPruning(asymptotic={asymptotic!r}): for 'hfp' and 'ghfp'; '{method}' says it by its name"
+        )
+    if isinstance(roles, str) or not set(roles) <= {"convolution", "linear", "shortcut"}:
+        raise InputError(f"SoftPruning(roles={roles!r}): expected a list of 'convolution', 'linear', 'shortcut'")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside torch.compile's or DistributedDataParallel's."""
+    while isinstance(model, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    if isinstance(model, nn.Module):
+        _check_data(dict(named_tensors(model)))
+    return model
+
+
+def _check_data(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter) and tensor.is_meta:
+            raise InputError(f"SoftPruning: {name} is on the meta device: filters are ranked by their weights")
+        if getattr(tensor, "placements", None) is not None:
+            raise InputError(f"SoftPruning: {name} is sharded, which is not supported: use DistributedDataParallel")

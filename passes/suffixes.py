@@ -1,0 +1,513 @@
+"""Outputs of a network without some units, at the price of what comes after them.
+
+The recorded graph is run once on a batch, and what is needed of it is kept. For a group every operation is then one of
+four things when units go:
+
+    clean     its result is what it was
+    masked    its result is what it was, but zero where the units are: nothing is computed
+    shifted   it contracts over the units, and its result lacks just their contribution: that alone is computed
+    changed   it is run again
+
+Everything before the group is clean, what carries its units to the first consumer is masked, and the consumer itself is
+shifted; so a removal costs one thin product and what follows. As in ``verification.silenced``, units that are gone
+contribute zero, and statistics are taken over what stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from netsurgery.axes import Axis, find, leaves
+from netsurgery.network import Network
+from netsurgery.tracing import Inputs, tensors_in
+from netsurgery.values import laid_out, spread
+from netsurgery.verification import STATISTICS, is_view
+
+__all__ = ["Removal", "Suffixes", "Unsuited"]
+
+aten = torch.ops.aten
+Removal = tuple[str, tuple[int, ...]]  # a group, and the units of it that go
+Dims = Any  # of a node: a tuple of axes, or one for each result
+
+_PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
+_CONTRACTED = {**dict.fromkeys(_PRODUCTS, "k"), aten.convolution: "i"}
+_BIASED = {aten.addmm: aten.mm.default, aten.baddbmm: aten.bmm.default}
+
+
+class Unsuited(Exception):
+    """The recorded graph cannot be run in parts; the message says why."""
+
+
+@dataclass
+class Step:
+    """One operation, or the constant result of some: what to call, and the nodes whose results it takes."""
+
+    node: fx.Node
+    call: Callable[..., Any]
+    packet: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dims: Dims
+    inputs: tuple[fx.Node, ...] = ()
+
+    def __post_init__(self) -> None:
+        found: dict[fx.Node, None] = {}
+        fx.node.map_arg((self.args, self.kwargs), lambda node: found.setdefault(node))
+        self.inputs = tuple(found)
+
+
+@dataclass
+class Suffix:
+    """What is run when units of one group go."""
+
+    channel: Axis
+    steps: list[tuple[Step, str]]  # changed and shifted ones, in order
+    reads: list[fx.Node]  # results of the whole network that they need
+    last: list[list[fx.Node]]  # after each step: results that nothing needs any more
+    outputs: list[tuple[fx.Node, str]]
+    blocks: bool  # whether several removals can go through together
+
+
+@dataclass
+class Suffixes:
+    """The parts of a network that follow each of its groups.
+
+    Args:
+        network: traced on as many rows as are to go through at once.
+        tensors: the tensors of the model, by name.
+        autocast: the type in which convolutions and matrix products are computed.
+
+    Raises:
+        Unsuited: the graph decides by values, draws random numbers, or writes into views.
+    """
+
+    network: Network
+    tensors: Mapping[str, Tensor]
+    autocast: torch.dtype | None = None
+    steps: list[Step] = field(init=False)
+    constants: dict[fx.Node, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.program = self.network.programs[0]
+        if self.program.values != "none":
+            raise Unsuited("its code looks at values")
+        self.dims: dict[fx.Node, Dims] = {n: n.meta.get("dims") for n in self.program.graph.nodes}
+        self.inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        *_, output = self.program.graph.nodes
+        self.outputs: list[fx.Node] = list(output.args[0])
+        self.rows = {find(node.meta["dims"][0]) for node in self.inputs if node.meta["dims"]}
+        self.occurrences: dict[Axis, dict[Axis, int]] = {}
+        device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
+        with torch.no_grad():
+            _Builder(self, device).build()
+        self.suffix = functools.cache(self._suffix)
+
+    def product(self, target: Callable[..., Any]) -> Callable[..., Any]:
+        """A convolution or matrix product, computed in the type that was asked for."""
+        return target if self.autocast is None else functools.partial(_lowered, target, self.autocast)
+
+    def carries(self, dims: Dims, channel: Axis) -> int:
+        """How often a channel occurs in the dimensions of a result (of several: in all of them)."""
+        if isinstance(dims, Axis):
+            if dims not in self.occurrences:
+                counts = self.occurrences[dims] = {}
+                for leaf in leaves(dims):
+                    counts[leaf] = counts.get(leaf, 0) + 1
+            return self.occurrences[dims].get(channel, 0)
+        return sum(self.carries(one, channel) for one in dims or () if one is not None)
+
+    def mixes(self, step: Step, channel: Axis) -> bool:
+        """Whether a result of an operation at one unit depends on its arguments at others."""
+        if step.packet is operator.getitem:
+            return False
+        if (along := self.normalised(step)) is not None:
+            return bool(self.carries(along, channel))
+        if step.packet in _CONTRACTED:
+            names = step.node.meta["names"]
+            return bool(self.carries(names[_CONTRACTED[step.packet]], channel))
+        if is_view(step.node):
+            return False
+        most = max(self.carries(self.dims[node], channel) for node in step.inputs)
+        return most > self.carries(step.dims, channel)
+
+    def normalised(self, step: Step) -> tuple[Axis, ...] | None:
+        """The dimensions over which statistics are taken that every entry of the result depends on."""
+        if step.packet in (aten._softmax, aten._log_softmax, aten._safe_softmax):
+            return (self.dims[step.inputs[0]][step.args[1]],)
+        if step.packet is aten.native_layer_norm:
+            return tuple(self.dims[step.inputs[0]][-len(step.args[1]) :])
+        if step.packet is aten.native_group_norm:
+            return tuple(self.dims[step.inputs[0]][1:])
+        if step.packet is aten.native_batch_norm:
+            dims = self.dims[step.inputs[0]]
+            return (dims[0], *dims[2:]) if step.args[5] else ()
+        return None
+
+    def _suffix(self, name: str) -> Suffix:
+        channel = self.network[name].channel
+        states: dict[fx.Node, str] = {
+            node: "masked" if self.carries(self.dims[node], channel) else "clean" for node in self.constants
+        }
+        states.update((node, "clean") for node in self.inputs)
+        steps: list[tuple[Step, str]] = []
+        for step in self.steps:
+            state = self.state(step, {states[node] for node in step.inputs}, channel)
+            states[step.node] = state
+            if state in ("changed", "shifted"):
+                steps.append((step, state))
+        ran = {step.node for step, _ in steps}
+        outputs = [(node, states[node]) for node in self.outputs]
+        reads = {n: None for step, _ in steps for n in step.inputs if n not in ran}
+        reads.update((step.node, None) for step, state in steps if state == "shifted")
+        reads.update((node, None) for node, _ in outputs if node not in ran)
+        kept = [node for node in reads if node not in self.constants]
+        blocks = all(self.row(dims) is not None for step, _ in steps for dims in _each(step.dims))
+        return Suffix(channel, steps, kept, _last_uses([step for step, _ in steps]), outputs, blocks)
+
+    def state(self, step: Step, inputs: set[str], channel: Axis) -> str:
+        """What an operation is when units of a channel go, given what its arguments are."""
+        if inputs & {"changed", "shifted"}:
+            return "changed"
+        carries = self.carries(step.dims, channel)
+        if "masked" in inputs and self.mixes(step, channel):
+            simple = step.packet in _CONTRACTED and not carries and not step.kwargs
+            dense = step.node not in self.constants and (step.packet is not aten.convolution or step.args[8] == 1)
+            return "shifted" if simple and dense else "changed"
+        return "masked" if carries else "clean"
+
+    def row(self, dims: tuple[Axis, ...]) -> int | None:
+        """The dimension of a result in which the rows of the batch are outermost."""
+        for dim, axis in enumerate(dims):
+            axis = find(axis)
+            if (find(axis.terms[0]) if axis.op == "product" else axis) in self.rows:
+                return dim
+        return None
+
+    def whole(self, inputs: Inputs, keep: Iterable[fx.Node]) -> dict[fx.Node, Any]:
+        """Run the network on a batch and return the results that are to be kept."""
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors_in(inputs), strict=True))
+        keep = {*keep, *self.outputs}
+        with torch.no_grad():
+            for step, done in zip(self.steps, self._released, strict=True):
+                if step.node in self.constants:
+                    continue
+                values[step.node] = step.call(*self._arguments(step.args, values), **step.kwargs)
+                for node in done:
+                    if node not in keep:
+                        values.pop(node, None)
+        return {node: value for node, value in values.items() if node in keep}
+
+    @functools.cached_property
+    def _released(self) -> list[list[fx.Node]]:
+        return _last_uses(self.steps)
+
+    def _arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
+        def look(node: fx.Node) -> Any:
+            for known in (*values, self.constants):
+                if node in known:
+                    return known[node]
+            raise KeyError(node)
+
+        return fx.node.map_arg(args, look)
+
+    def without(self, removals: Sequence[Removal], whole: Mapping[fx.Node, Any]) -> list[Tensor]:
+        """The outputs where each of several equal parts of the batch lacks other units, all of one group.
+
+        Args:
+            removals: as many as the batch has equal parts; all alike unless ``suffix(name).blocks``.
+            whole: what ``whole`` returned on this batch.
+        """
+        suffix = self.suffix(removals[0][0])
+        gone = Gone(self, suffix.channel, [units for _, units in removals])
+        values: dict[fx.Node, Any] = {}
+        last = set(self.outputs)
+        with torch.no_grad():
+            for (step, state), done in zip(suffix.steps, suffix.last, strict=True):
+                if state == "shifted":
+                    out = self._shifted(step, whole, gone)
+                else:
+                    out = self._changed(step, values, whole, gone)
+                values[step.node] = out
+                for node in done:
+                    if node not in last:
+                        values.pop(node, None)
+            found = []
+            for node, state in suffix.outputs:
+                value = self._arguments(node, values, whole)
+                found.append(gone.zeroed(value.clone(), self.dims[node]) if state == "masked" else value)
+        return found
+
+    def _changed(self, step: Step, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: Gone) -> Any:
+        args = list(self._arguments(step.args, values, whole))
+        if self.mixes(step, gone.channel):
+            special = STATISTICS.get(step.packet)
+            if special is not None:
+                return gone.statistics(step, special, args)
+            for place, (node, value) in enumerate(zip(step.args, args, strict=True)):
+                if isinstance(node, fx.Node) and node not in values and self._masks(step, place, gone.channel):
+                    args[place] = gone.zeroed(value.clone(), self.dims[node])
+        out = step.call(*args, **self._arguments(step.kwargs, values, whole))
+        if isinstance(out, Tensor) and self.carries(step.dims, gone.channel) and not is_view(step.node):
+            out = gone.zeroed(out.clone() if step.packet is aten.expand else out, step.dims)
+        return out
+
+    def _masks(self, step: Step, place: int, channel: Axis) -> bool:
+        """Whether an argument that was only masked must be: of a product, one factor without the units is enough."""
+        node = step.args[place]
+        others = [other for other in step.inputs if other is not node]
+        weight = step.packet in _CONTRACTED and node in self.constants
+        return not (weight and any(other not in self.constants for other in others)) and bool(
+            self.carries(self.dims[node], channel)
+        )
+
+    def _shifted(self, step: Step, whole: Mapping[fx.Node, Any], gone: Gone) -> Tensor:
+        """The result of the whole network less what the units contribute."""
+        axis = step.node.meta["names"][_CONTRACTED[step.packet]]
+        if step.packet is aten.convolution:
+            operands, places = step.args[:2], (1, 0 if step.args[6] else 1)
+            call: Callable[..., Tensor] = functools.partial(_convolved, step.call, step.args[3:])
+        else:
+            operands, places = step.args[-2:], (-1, -2)
+            call = self.product(_BIASED[step.packet]) if step.packet in _BIASED else step.call
+        factors = [self._arguments(node, whole) for node in operands]
+        base: Tensor = whole[step.node]
+        parts = []
+        for index in range(len(gone.units)):
+            where = gone.positions(axis, index)
+            thin = [
+                _taken(gone.block(factor, self.row(self.dims[node]), index) if node in whole else factor, place, where)
+                for node, factor, place in zip(operands, factors, places, strict=True)
+            ]
+            part = call(*thin)
+            parts.append(torch.sub(gone.block(base, self.row(step.dims), index), part, out=part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.row(step.dims) or 0)
+
+
+@dataclass
+class Gone:
+    """Units of a channel that go, in each of several equal parts of a batch."""
+
+    suffixes: Suffixes
+    channel: Axis
+    units: list[tuple[int, ...]]
+    memo: dict[tuple[Axis, int], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if all(units == self.units[0] for units in self.units):
+            self.units = self.units[:1]
+
+    def stay(self, axis: Axis, index: int) -> Tensor:
+        """Which positions along an axis stay."""
+        left = torch.ones(self.channel.size, dtype=torch.bool)
+        left[list(self.units[index])] = False
+        kept = left.nonzero().flatten()
+        stays = torch.zeros(axis.size, dtype=torch.bool)
+        stays[spread(axis, lambda leaf: kept if leaf is self.channel else torch.arange(leaf.size))] = True
+        return stays
+
+    def positions(self, axis: Axis, index: int) -> Tensor:
+        """The positions along an axis that go."""
+        axis = find(axis)
+        if axis is self.channel:
+            return torch.tensor(self.units[index])
+        key = axis, index
+        if key not in self.memo:
+            self.memo[key] = (~self.stay(axis, index)).nonzero().flatten()
+        return self.memo[key]
+
+    def block(self, tensor: Tensor, row: int | None, index: int) -> Tensor:
+        """The part of a batch that lacks the units of one removal."""
+        if len(self.units) == 1:
+            return tensor
+        assert row is not None
+        size = tensor.shape[row] // len(self.units)
+        return tensor.narrow(row, index * size, size)
+
+    def zeroed(self, tensor: Tensor, dims: tuple[Axis, ...]) -> Tensor:
+        """A tensor whose entries at the units are set to zero in place."""
+        places = [dim for dim, axis in enumerate(dims) if self.suffixes.carries(axis, self.channel)]
+        row = self.suffixes.row(dims)
+        for index in range(len(self.units)):
+            for dim in places:
+                positions, part = self.positions(dims[dim], index), self.block(tensor, row, index)
+                if dim == row and len(self.units) > 1:  # rows and units in one dimension
+                    start = index * part.shape[dim]
+                    positions = positions[(positions >= start) & (positions < start + part.shape[dim])] - start
+                if len(positions) == 1:
+                    part.select(dim, int(positions[0])).zero_()
+                else:
+                    part.index_fill_(dim, positions.to(tensor.device), 0)
+        return tensor
+
+    def statistics(self, step: Step, special: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """The result of an operation that takes statistics, over what stays."""
+        names = [argument.name for argument in step.node.target._schema.arguments]  # type: ignore[union-attr]
+        first = step.inputs[0]
+        dims, row, rows = self.suffixes.dims[first], self.suffixes.row(self.suffixes.dims[first]), []
+        for index in range(len(self.units)):
+            masks = [self.stay(axis, index).to(args[0].device) for axis in dims]
+            if len(self.units) > 1 and row is not None:
+                size = dims[row].size // len(self.units)
+                masks[row] = masks[row][index * size : (index + 1) * size]
+            shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(dims))]) for dim, one in enumerate(masks)]
+            entries = functools.reduce(torch.logical_and, shaped)
+            given = {**dict(zip(names, args, strict=False)), **step.kwargs, names[0]: self.block(args[0], row, index)}
+            if "N" in given:
+                given["N"] //= len(self.units)
+            rows.append(special(given, entries))
+        out = rows[0]
+        if len(rows) > 1:
+            out = torch.cat(rows, row or 0) if isinstance(out, Tensor) else _joined(rows, row or 0)
+        results = [out] if isinstance(out, Tensor) else out
+        for result, own in zip(results, [step.dims] if isinstance(out, Tensor) else step.dims, strict=True):
+            if result is not None and own is not None and self.suffixes.carries(own, self.channel):
+                self.zeroed(result, own)
+        return out
+
+
+def _joined(rows: Sequence[Sequence[Tensor | None]], dim: int) -> list[Tensor | None]:
+    return [None if column[0] is None else torch.cat(column, dim) for column in zip(*rows, strict=True)]
+
+
+def _each(dims: Dims) -> list[tuple[Axis, ...]]:
+    """The dimensions of each result of an operation that has some."""
+    return [one for one in ([dims] if isinstance(dims, tuple) else dims) if one and all(axis.size for axis in one)]
+
+
+def _convolved(call: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+    return call(x, weight, None, *settings)
+
+
+def _taken(tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
+    if len(positions) == 1:
+        return tensor.narrow(dim, int(positions[0]), 1)
+    return tensor.index_select(dim, positions.to(tensor.device))
+
+
+def _last_uses(steps: Sequence[Step]) -> list[list[fx.Node]]:
+    """After each step: the nodes whose results no later step reads."""
+    last: dict[fx.Node, int] = {}
+    for index, step in enumerate(steps):
+        last.update(dict.fromkeys((step.node, *step.inputs), index))
+    found: list[list[fx.Node]] = [[] for _ in steps]
+    for node, index in last.items():
+        found[index].append(node)
+    return found
+
+
+class _Builder:
+    """Turns a recorded graph into steps that overwrite nothing; constants and batch norms are folded."""
+
+    def __init__(self, suffixes: Suffixes, device: torch.device):
+        self.of, self.device = suffixes, device
+        self.now: dict[fx.Node, fx.Node] = {}  # where the value of a node is, after writes in place
+
+    def build(self) -> None:
+        """Fill in the steps and constants."""
+        of = self.of
+        of.steps, of.constants = [], {}
+        for node in of.program.graph.nodes:
+            if node.op == "get_attr":
+                source = of.tensors[node.target] if node.target in of.tensors else of.program.constants[node.target]
+                if source.is_meta:
+                    raise Unsuited(f"the values of '{node.target}' are not known")
+                of.constants[node] = source.detach().to(self.device)
+            elif node.op == "call_function":
+                self.add(node)
+        of.outputs = [self.now.get(node, node) for node in of.outputs]
+        self.prune()
+
+    def add(self, node: fx.Node) -> None:
+        of = self.of
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.now.get(n, n))
+        if node.target is operator.getitem:
+            step = Step(node, operator.getitem, operator.getitem, args, kwargs, node.meta["dims"])
+        else:
+            step = self.operation(node, args, kwargs)
+        if step.inputs and all(n in of.constants for n in step.inputs) and step.packet not in (operator.getitem,):
+            made = step.call(*of._arguments(args), **of._arguments(kwargs))
+            if isinstance(made, Tensor):
+                of.constants[node] = made  # and a step, for where it lacks units
+        if not (step.packet is operator.getitem and self.fold(step)):
+            of.steps.append(step)
+
+    def operation(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        target: Any = node.target
+        if "decided" in node.meta or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            raise Unsuited(f"{target} decides by values or draws random numbers")
+        if any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
+            target = self.functional(node)
+        kwargs = {k: self.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+        packet = target.overloadpacket
+        call = self.of.product(target) if packet in _CONTRACTED else laid_out(target)
+        return Step(node, call, packet, args, kwargs, node.meta["dims"])
+
+    def functional(self, node: fx.Node) -> Any:
+        """The operation that returns what one in place writes; later reads of what it wrote read its result."""
+        target: Any = node.target
+        written: Any = node.args[0]
+        name = target.overloadpacket.__name__.removesuffix("_")
+        packet = getattr(aten, name, None)
+        overload = getattr(packet, target._overloadname, None)
+        whole = isinstance(written, fx.Node) and written.op == "call_function" and not is_view(written)
+        if overload is None or not whole or any(is_view(user) for user in written.users):
+            raise Unsuited(f"{target} writes into a view")
+        self.now.update({old: node for old, new in self.now.items() if new is self.now.get(written, written)})
+        self.now[written] = node
+        return overload
+
+    def fold(self, step: Step) -> bool:
+        """Make a convolution and the batch norm in eval mode that alone reads it one convolution."""
+        of = self.of
+        norm = next((s for s in reversed(of.steps) if s.node is step.args[0]), None)
+        if norm is None or norm.packet is not aten.native_batch_norm or norm.args[5] or step.args[1] != 0:
+            return False
+        conv = next((s for s in reversed(of.steps) if s.node is norm.args[0]), None)
+        if conv is None or conv.packet is not aten.convolution or conv.args[6] or len(conv.node.users) > 1:
+            return False
+        kernel, bias = conv.args[1:3]
+        numbers = [kernel, *norm.args[1:5], *([] if bias is None else [bias])]
+        if any(isinstance(n, fx.Node) and n.op != "get_attr" for n in numbers) or norm.args[3] is None:
+            return False
+        weight, gamma, beta, mean, var = (None if n is None else of.constants[n].double() for n in numbers[:5])
+        assert weight is not None and mean is not None and var is not None
+        scale = torch.rsqrt(var + norm.args[7]) * (1 if gamma is None else gamma)
+        shift = (0 if beta is None else beta) + ((0 if bias is None else of.constants[bias].double()) - mean) * scale
+        dtype = of.constants[kernel].dtype
+        of.constants[conv.node] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype)
+        of.constants[norm.node] = shift.to(dtype)
+        of.dims[conv.node], of.dims[norm.node] = of.dims[kernel], (of.dims[kernel][0],)
+        of.steps.remove(norm)
+        of.steps.remove(conv)
+        args = (conv.args[0], conv.node, norm.node, *conv.args[3:])
+        folded = Step(step.node, conv.call, conv.packet, args, {}, step.dims)
+        folded.node.meta["names"] = conv.node.meta["names"]
+        of.steps.append(folded)
+        return True
+
+    def prune(self) -> None:
+        """Forget steps whose results nothing needs."""
+        of, needed = self.of, set(self.of.outputs)
+        kept = []
+        for step in reversed(of.steps):
+            if step.node in needed:
+                needed.update(step.inputs)
+                kept.append(step)
+        of.steps = kept[::-1]
+        of.constants = {node: value for node, value in of.constants.items() if node in needed}
+
+
+def _lowered(target: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    """A product computed in a shorter type, returned in the type of its arguments."""
+    own = next(value.dtype for value in args if isinstance(value, Tensor))
+    if not own.is_floating_point:
+        return target(*args, **kwargs)
+    short = [value.to(dtype) if isinstance(value, Tensor) else value for value in args]
+    return target(*short, **kwargs).to(own)

@@ -1,0 +1,298 @@
+"""Trials of removals on samples: in parts where the network allows it, else by cutting the units out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from netsurgery.copying import named_tensors
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError
+from netsurgery.network import Network
+from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.samples import Samples
+from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
+from netsurgery.pipeline import _trace
+from netsurgery.rewriting import rewrite
+from netsurgery.tracing import Inputs, home, tensors_in
+from netsurgery.verification import look_up_constants
+
+if TYPE_CHECKING:
+    from netsurgery.passes.loss_increase import LossIncreaseScore
+
+__all__ = ["Loss", "Trials"]
+
+Loss = Callable[[Any, Any], Tensor]
+_log = logging.getLogger("netsurgery")
+
+
+Active = Mapping[str, list[int]]  # groups, and the removals of each that are to be tried
+
+
+class Trials:
+    """Runs a network without some of its units on a set of samples."""
+
+    def __init__(self, settings: LossIncreaseScore, network: Network, samples: Samples):
+        self.settings, self.network, self.samples = settings, network, samples
+        self.model = network.model
+        self.device = home(self.model)
+        self.order: dict[str, list[int]] = {}  # in mode "cumulative"
+        self.engines: dict[tuple[int, int], Suffixes | None] = {}
+        self.advance: Callable[[int], None] = lambda n: None
+        self.begin: Callable[[int | None], None] = lambda n: None
+
+    def size(self, name: str) -> int:
+        """How many removals a group has: one for each unit, or for each prefix that leaves a unit."""
+        return self.network[name].size - bool(self.order)
+
+    def everything(self) -> dict[str, list[int]]:
+        """Every unit of every group that may lose some."""
+        return {group.name: list(range(group.size)) for group in self.network.prunable}
+
+    def removal(self, name: str, index: int) -> Removal:
+        """What goes: one unit, or a prefix of the order."""
+        return name, tuple(sorted(self.order[name][: index + 1])) if self.order else (index,)
+
+    def fingerprint(self) -> str:
+        """A digest of all that the scores depend on."""
+        s = self.settings
+        code = getattr(s.loss, "__code__", None)
+        loss = (code.co_code, code.co_consts) if code is not None else s.loss
+        race = (s.share, s.confidence) if s.racing else None
+        steps = s.tolerance if s.mode == "cumulative" else None
+        said = repr((self.network.model_name, s.mode, race, steps, s.autocast, loss))
+        digest = hashlib.sha256(said.encode())
+        tensors = [*named_tensors(self.model)]
+        tensors += [(str(i), t) for i, t in enumerate(tensors_in((self.samples.inputs, self.samples.targets)))]
+        for name, tensor in tensors:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def bar(self) -> Iterator[Callable[[int], None]]:
+        """A progress bar, where there is a terminal to show it on."""
+        columns = (TextColumn("loss increase"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True, disable=not self.settings.progress) as progress:
+            progress.disable = progress.disable or not progress.console.is_terminal
+            task = progress.add_task("", total=None)
+            self.begin = lambda total: progress.update(task, total=total)
+            yield lambda n: progress.advance(task, n)
+
+    def extend(self, ledger: Ledger, wanted: Active, count: int) -> None:
+        """Try the wanted removals on the samples up to ``count`` that they were not tried on."""
+        for name in wanted:
+            ledger.of(name, self.size(name))
+        edges = sorted({int(n) for name, units in wanted.items() for n in ledger.entries[name][1][units]} | {count})
+        for low, high in itertools.pairwise(edges):
+            for start in range(low, high, self.chunk()):
+                stop = min(start + self.chunk(), high)
+                due = {n: [u for u in units if ledger.entries[n][1][u] == start] for n, units in wanted.items()}
+                for name, units, rises in self.rises({n: units for n, units in due.items() if units}, start, stop):
+                    ledger.add(name, units, rises)
+                    ledger.save_now_and_then()
+                    self.advance(len(units) * (stop - start))
+
+    def chunk(self) -> int:
+        """Rows that go through at once."""
+        if self.settings.rows is not None:
+            return self.settings.rows
+        program = self.network.programs[0]
+        given = next(n.meta["shape"] for n in program.graph.nodes if n.op == "placeholder")
+        shapes = [n.meta["shape"] for n in program.operations if isinstance(n.meta["shape"], torch.Size)]
+        largest = max((math.prod(shape) for shape in shapes), default=1) / max(1, given[0] if given else 1)
+        fits = (256 << 20 if self.device.type == "cuda" else 4 << 20) / (4 * largest)
+        return 1 << max(4, min(12, round(math.log2(fits))))
+
+    def rises(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
+        """The rise of the loss ``(removals, rows)`` for some removals of a group at a time."""
+        rows = stop - start
+        copies = max(1, self.chunk() // rows)
+        engine = self.engine(rows, copies)
+        if engine is None:
+            yield from self.by_surgery(due, start, stop)
+            return
+        alone = {n: units for n, units in due.items() if copies > 1 and not engine.suffix(n).blocks}
+        together = {n: units for n, units in due.items() if n not in alone}
+        for times, some in ((copies, together), (1, alone)):
+            runner = self.engine(rows, times)
+            if some and runner is not None:
+                yield from self.in_parts(runner, times, some, start, stop)
+
+    def engine(self, rows: int, copies: int) -> Suffixes | None:
+        """The network traced on ``copies`` times ``rows`` rows, or None where it cannot be run in parts."""
+        key = rows, copies
+        if key not in self.engines:
+            inputs, _ = self.batch(0, rows, copies)
+            network = _trace(self.model, inputs[0] or inputs[1])
+            try:
+                for group in self.network.prunable:
+                    other = network.by_name.get(group.name)
+                    if other is None or (other.size, other.members) != (group.size, group.members):
+                        raise Unsuited(f"group '{group.name}' is another on {rows * copies} rows")
+                look_up_constants(self.model, network, inputs)
+                self.engines[key] = Suffixes(network, dict(named_tensors(self.model)), self.settings.autocast)
+            except Unsuited as reason:
+                _log.info("each unit is cut out in turn, which is slow: %s", reason)
+                self.engines[key] = None
+        return self.engines[key]
+
+    def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, Any]:
+        """Some samples, several times over; the targets once."""
+        which = torch.arange(start, stop)
+        inputs, _ = self.samples.rows(which.repeat(copies), self.device)
+        return inputs, self.samples.rows(which, self.device)[1]
+
+    def in_parts(
+        self, engine: Suffixes, copies: int, due: Active, start: int, stop: int
+    ) -> Iterator[tuple[str, list[int], Tensor]]:
+        """Run what comes after each removal; results that do not fit into the memory are computed again."""
+        inputs, targets = self.batch(start, stop, copies)
+        for names in self.portions(engine, due):
+            reads: dict[fx.Node, None] = {}
+            for name in names:
+                reads.update(dict.fromkeys(engine.suffix(name).reads))
+            whole = engine.whole(inputs, reads)
+            base = self.losses([whole[node] for node in engine.outputs], targets, engine, 1, copies)[0]
+            for name in names:
+                for first in range(0, len(due[name]), copies):
+                    units = due[name][first : first + copies]
+                    removals = [self.removal(name, unit) for unit in units]
+                    removals += removals[-1:] * (copies - len(removals))
+                    outputs = engine.without(removals, whole)
+                    found = self.losses(outputs, targets, engine, len(units), copies)
+                    yield name, units, (found - base).cpu()
+
+    def portions(self, engine: Suffixes, due: Active) -> Iterator[list[str]]:
+        """Groups whose suffixes read no more than fits into the memory, at least one at a time."""
+        portion: list[str] = []
+        held: dict[fx.Node, int] = {}
+        for name in due:
+            reads = {node: _bytes(node) for node in engine.suffix(name).reads}
+            if portion and sum({**held, **reads}.values()) > self.settings.memory:
+                yield portion
+                portion, held = [], {}
+            portion.append(name)
+            held.update(reads)
+        yield portion
+
+    @functools.cached_property
+    def template(self) -> Any:
+        """What the model returns, to put other tensors into."""
+        inputs, _ = self.batch(0, min(self.chunk(), self.samples.count), 1)
+        return self.outputs(self.model, inputs)
+
+    def outputs(self, model: nn.Module, inputs: Inputs) -> Any:
+        """What a model returns in eval mode."""
+        with _eval(model), torch.no_grad():
+            return model(*inputs[0], **inputs[1])
+
+    def losses(self, outputs: list[Tensor], targets: Any, engine: Suffixes, used: int, copies: int) -> Tensor:
+        """Losses ``(used, rows)`` of the parts of a batch."""
+        found = []
+        for index in range(used):
+            parts = []
+            for output, node in zip(outputs, engine.outputs, strict=True):
+                row = engine.row(engine.dims[node])
+                if row is not None:
+                    size = output.shape[row] // copies
+                    output = output.narrow(row, index * size, size)
+                parts.append(output)
+            found.append(self.loss(_filled(self.template, parts), targets))
+        return torch.stack(found)
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
+        rows, own = len(pytree.tree_leaves(targets)[0]), self.settings.loss
+        with torch.no_grad():
+            if own is not None:
+                found = own(outputs, targets)
+            elif isinstance(outputs, Tensor):
+                logits = outputs if outputs.dtype.itemsize >= 4 else outputs.float()
+                found = F.cross_entropy(logits, targets, reduction="none").reshape(rows, -1).mean(1)
+            else:
+                kind = type(outputs).__name__
+                raise InputError(f"the model returns {kind}, not logits: pass loss=f(outputs, targets)")
+        if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
+        if self.settings.racing and found.dim() == 0 and rows > 1:
+            raise InputError("racing compares samples: let the loss return one number for each, (n,), not the mean")
+        return found.double().expand(rows)
+
+    def by_surgery(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
+        """Cut the units out and run what is left; with tied groups, as many of these."""
+        inputs, targets = self.batch(start, stop, 1)
+        base = self.loss(self.outputs(self.model, inputs), targets)
+        tied = {name: names for names in self.network.ties for name in names}
+        for name, indices in due.items():
+            for index in indices:
+                units = self.removal(name, index)[1]
+                stay = tuple(u for u in range(self.network[name].size) if u not in units)
+                edit = Edit(self.network, dict.fromkeys(tied.get(name, (name,)), stay))
+                with _quiet():
+                    small = rewrite(self.model, edit)
+                found = self.loss(self.outputs(small, inputs), targets)
+                yield name, [index], (found - base)[None].cpu()
+
+
+def _bytes(node: fx.Node) -> int:
+    shape, dtype = node.meta["shape"], node.meta.get("dtype", torch.float32)
+    shapes = [shape] if isinstance(shape, torch.Size) else [one for one in shape or () if one is not None]
+    return sum(math.prod(one) * dtype.itemsize for one in shapes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What is cut out only to try it is nothing to be told of."""
+    level = _log.level
+    _log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:
+    """What a model returned, with other tensors in it."""
+    left = iter(tensors)
+
+    def fill(value: Any) -> Any:
+        leaves, form = pytree.tree_flatten(value)
+        new = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                new.append(next(left))
+            elif tensors_in(leaf):
+                twin = copy.copy(leaf)
+                vars(twin).update({key: fill(item) for key, item in vars(leaf).items()})
+                new.append(twin)
+            else:
+                new.append(leaf)
+        return pytree.tree_unflatten(new, form)
+
+    return fill(template)

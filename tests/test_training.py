@@ -1,0 +1,357 @@
+"""Recipes carried out: what is written, that a run which was stopped goes on as if it had not been, what is refused."""
+
+import io
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from torch import nn
+
+import netsurgery
+from netsurgery.errors import InputError, NetsurgeryError
+from netsurgery.passes import HGSR
+from netsurgery.training import checkpoints, read, run
+from netsurgery.training.data import load
+from netsurgery.training.engine import Run, Worker
+from netsurgery.training.stages import fresh, smaller
+from netsurgery.training.summary import lines, markdown, spread
+
+RECIPE = """
+seeds = [0]
+data = { name = "digits", batch = 32, limit = 100 }
+model = { name = "netsurgery.models:DigitsResNet", arguments = { widths = [4, 8] } }
+train = { epochs = 2, optimizer = { name = "SGD", lr = 0.1, momentum = 0.9 }, schedule = { name = "cosine" } }
+finetune = { epochs = 1, optimizer = { name = "AdamW", lr = 0.01 } }
+removal = { params = 0.5, scope = "global" }
+
+[variants.penalised]
+penalty = { grouping = "coupled", strength = 1e-3 }
+selection = { name = "HGSRScore", grouping = "coupled" }
+
+[variants.norm]
+penalty = { grouping = "coupled", strength = 1e-3 }
+selection = { name = "MagnitudeScore" }
+
+[variants.soft]
+soft = { method = "ghfp", ratio = 0.3, grouping = "coupled" }
+removal = false
+
+[variants.whole]
+removal = false
+"""
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+def recipe(folder: Path, *changes: str) -> Any:
+    (folder / "mini.toml").write_text(RECIPE)
+    return read(str(folder / "mini.toml"), changes)
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    """All that a run leaves and that says nothing about the time."""
+    skipped = ("log.jsonl",)
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in skipped}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """What one short run returned, where it wrote, and what it printed."""
+    folder, text = tmp_path_factory.mktemp("training"), io.StringIO()
+    before = torch.random.get_rng_state()
+    found = run(recipe(folder), folder / "out", Console(file=text, width=80))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    return found, folder / "out", text.getvalue()
+
+
+def test_what_is_written(ran: tuple[dict[str, Any], Path, str]) -> None:
+    found, out, _ = ran
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == {
+        *("recipe.json", "log.jsonl", "results.json", "table.md", "tradeoff.png", "widths.png", "losses.png"),
+        *(f"penalised/seed-0/{n}" for n in ("train.safetensors", "edit.json", "small.safetensors")),
+        *(f"norm/seed-0/{n}" for n in ("edit.json", "small.safetensors")),  # it shares what was trained
+        *(f"soft/seed-0/{n}" for n in ("train.safetensors", "edit.json", "small.safetensors")),
+        *(f"whole/seed-0/{n}" for n in ("train.safetensors", "small.safetensors")),
+        *(f"{variant}/seed-0/finetune.safetensors" for variant in found),
+    }
+    assert json.loads((out / "results.json").read_text())["runs"] == found
+
+
+def test_half_of_the_parameters_go_and_the_rest_computes_the_same(ran: tuple[dict[str, Any], Path, str]) -> None:
+    for name, (one,) in ran[0].items():
+        before, after = one["parameters"]
+        assert before == sum(p.numel() for p in fresh(recipe(ran[1].parent).variants[name].model, 0).parameters())
+        assert (after == before) if name == "whole" else (0.35 * before < after < 0.7 * before)
+        assert (one["macs"][1] < one["macs"][0]) == (name != "whole")
+        assert 0 <= one["verify"] < 1e-5
+        assert all(after <= one["widths"][0][k] for k, after in one["widths"][1].items())
+        assert one["trained"] == one["training"][-1]["accuracy"]
+        assert one["finetuned"] == one["finetuning"][-1]["accuracy"]
+    assert ran[0]["soft"][0]["removed"] == ran[0]["soft"][0]["trained"]  # what was pruned was gone before
+    assert ran[0]["whole"][0]["removed"] == ran[0]["whole"][0]["trained"]
+
+
+def test_epochs_are_logged_in_order_with_the_time(ran: tuple[dict[str, Any], Path, str]) -> None:
+    entries = [json.loads(line) for line in (ran[1] / "log.jsonl").read_text().splitlines()]
+    assert [(e.get("event"), e.get("variant"), e.get("stage"), e.get("epoch")) for e in entries[:5]] == [
+        ("start", None, None, None),
+        (None, "penalised", "train", 0),
+        (None, "penalised", "train", 1),
+        (None, "penalised", "remove", None),
+        (None, "penalised", "finetune", 0),
+    ]
+    assert all(time.strptime(e["time"], "%Y-%m-%dT%H:%M:%S%z") for e in entries)
+    figures = {k: v for k, v in entries[1].items() if k not in ("time", "variant", "seed", "stage")}
+    assert figures == ran[0]["penalised"][0]["training"][0]
+    assert figures["penalty"] > 0
+    assert ran[0]["whole"][0]["training"][0]["penalty"] == 0
+    assert ran[0]["penalised"][0]["finetuning"][0]["penalty"] == 0  # the regulariser is for the training alone
+
+
+def test_the_terminal_and_the_page_show_the_table(ran: tuple[dict[str, Any], Path, str]) -> None:
+    found, out, text = ran
+    page = (out / "table.md").read_text()
+    for name, (one,) in found.items():
+        for value in (one["trained"], one["removed"], one["finetuned"], 100 * one["macs"][1] / one["macs"][0]):
+            assert f"{value:.2f}" in next(line for line in text.splitlines() if line.lstrip().startswith(name))
+            assert f"{value:.2f}" in next(line for line in page.splitlines() if line.startswith(f"| {name}"))
+
+
+def test_the_pictures_open_and_are_not_blank(ran: tuple[dict[str, Any], Path, str]) -> None:
+    from matplotlib.image import imread
+
+    for name in ("tradeoff", "widths", "losses"):
+        pixels = imread(ran[1] / f"{name}.png")
+        assert pixels.shape[0] > 300
+        assert len({tuple(p) for p in pixels.reshape(-1, pixels.shape[2])[::7]}) > 20  # colours
+
+
+def test_the_smaller_network_is_rebuilt_from_its_edit_and_weights(ran: tuple[dict[str, Any], Path, str]) -> None:
+    variant, out = recipe(ran[1].parent).variants["norm"], ran[1] / "norm" / "seed-0"
+    images = load(variant.data, 0)
+    small, figures = smaller(variant.model, images.example, out / "small.safetensors")
+    whole = fresh(variant.model, 0)
+    whole.load_state_dict(checkpoints.read(ran[1] / "penalised" / "seed-0" / "train.safetensors")["model"])
+    edit = netsurgery.Edit.from_json((out / "edit.json").read_text(), netsurgery.trace(whole, images.example))
+    assert netsurgery.verify(whole, small, edit, images.test[0][0][None]) < 1e-5
+    assert sum(p.numel() for p in small.parameters()) == figures["parameters"][1]
+
+
+def test_checkpoints_hold_tensors_and_json_alone(ran: tuple[dict[str, Any], Path, str]) -> None:
+    paths = list(ran[1].rglob("*.safetensors"))
+    assert paths
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            assert list(file.metadata()) == ["state"]
+            assert json.loads(file.metadata()["state"])
+    assert not [p for p in ran[1].rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
+
+
+def test_what_is_done_is_not_done_again(ran: tuple[dict[str, Any], Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bytes_of(ran[1])
+    monkeypatch.setattr(Run, "epoch", None)  # calling it would fail
+    assert run(recipe(ran[1].parent), ran[1], silent()) == ran[0]
+    assert bytes_of(ran[1]) == before
+
+
+def test_the_same_recipe_gives_the_same_elsewhere_and_another_seed_does_not(
+    ran: tuple[dict[str, Any], Path, str], tmp_path: Path
+) -> None:
+    changes = ("variants.soft=false", "variants.whole=false", "seeds=[0, 1]")
+    text = RECIPE[: RECIPE.index("[variants.soft]")]
+    (tmp_path / "mini.toml").write_text(text)
+    found = run(read(str(tmp_path / "mini.toml"), changes[2:]), tmp_path / "out", silent())
+    for name in ("penalised", "norm"):
+        assert found[name][0] == ran[0][name][0]
+        assert found[name][1]["training"] != found[name][0]["training"]
+    small = "norm/seed-0/finetune.safetensors"
+    assert (tmp_path / "out" / small).read_bytes() == (ran[1] / small).read_bytes()
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
+    """Stop the program when a function of the engine has been called so often."""
+    calls = iter(range(count))
+    target: Any = {"epoch": Run, "write": checkpoints, "step": Run}[name]
+    inner: Callable[..., Any] = getattr(target, name)
+
+    def call(*args: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return inner(*args)
+
+    monkeypatch.setattr(target, name, call)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("step", 4),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in [("epoch", 1), ("write", 1), ("write", 2), ("write", 6)]
+        ),
+        pytest.param(("epoch", 5), marks=pytest.mark.slow),
+    ],
+)
+def test_what_was_stopped_goes_on_as_if_it_had_not_been(
+    where: tuple[str, int], ran: tuple[dict[str, Any], Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, *where)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(tmp_path), tmp_path / "out", silent())
+    monkeypatch.undo()
+    with (tmp_path / "out" / "log.jsonl").open("a") as file:
+        file.write('{"time": "20')  # as a kill may leave it
+    assert run(recipe(tmp_path), tmp_path / "out", silent()) == ran[0]
+    assert bytes_of(tmp_path / "out") == bytes_of(ran[1])
+    assert all(json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines())
+
+
+def test_a_changed_recipe_is_refused_in_the_same_folder(ran: tuple[dict[str, Any], Path, str]) -> None:
+    before = bytes_of(ran[1])
+    with pytest.raises(InputError) as caught:
+        run(recipe(ran[1].parent, "train.epochs=3", "variants.norm.removal.params=0.4"), ran[1], silent())
+    text = str(caught.value)
+    assert text.startswith(f"{ran[1]} holds the results of another recipe, which differs in ")
+    assert "variants.penalised.train.epochs (2 there, 3 here)" in text
+    assert text.endswith("go on with that one, or pass another folder by --out")
+    assert bytes_of(ran[1]) == before
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="holds other files: pass another folder by --out$"):
+        run(recipe(tmp_path), tmp_path / "out", silent())
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("model.name=netsurgery.models:Nothing", "variant 'penalised': netsurgery.models has no 'Nothing'"),
+        ("model.arguments.depth=3", "variant 'penalised': netsurgery.models:DigitsResNet with the arguments widths, "),
+        ("variants.soft.soft.ratio=1.5", "variant 'soft': SoftPruning(ratio=1.5)"),
+        ("variants.norm.removal.params=1.5", "variant 'norm': PruneChannels(params=1.5): a share to keep in (0, 1]"),
+        ("variants.norm.penalty.exclude=['no.such']", "variant 'norm': "),
+        ("data.batch=101", "data.batch = 101: at most the 100 training images, and a multiple of the 1 processes"),
+        ("engine.accumulate=0", "engine.accumulate = 0: at least 1"),
+    ],
+)
+def test_what_cannot_be_made_is_known_before_anything_runs(change: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        run(recipe(tmp_path, change), tmp_path / "out", silent())
+    assert str(caught.value).startswith(text)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_cut_that_is_not_exact_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netsurgery.verify", lambda *_: math.nan)
+    with pytest.raises(
+        NetsurgeryError, match=r"^the smaller network differs from the silenced one by nan \(relative\)"
+    ):
+        run(recipe(tmp_path), tmp_path / "out", silent())
+    assert not list((tmp_path / "out").rglob("small.safetensors"))
+
+
+def test_the_penalty_is_added_once_where_gradients_are_accumulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    inner = HGSR.add_gradient
+    monkeypatch.setattr(HGSR, "add_gradient", lambda self, scale: (calls.append(scale), inner(self, scale))[1])
+    found = recipe(tmp_path, "engine.accumulate=2", "variants.norm.data.batch=32")
+    run(found, tmp_path / "out", silent())
+    assert calls == [1.0] * 4  # three batches in each of two epochs: two steps in each
+    state = checkpoints.read(tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors")
+    assert state["scheduler"]["last_epoch"] == 4
+    assert state["scheduler"]["_last_lr"] == [pytest.approx(0.0)]  # the cosine has come to its end
+
+
+def test_the_schedule_and_the_optimizer_are_those_of_the_recipe(ran: tuple[dict[str, Any], Path, str]) -> None:
+    training = ran[0]["whole"][0]["training"]
+    assert [e["lr"] for e in training] == [0.1, pytest.approx(0.1 * (1 + math.cos(math.pi / 2)) / 2)]
+    state = checkpoints.read(ran[1] / "whole" / "seed-0" / "train.safetensors")
+    assert state["optimizer"]["param_groups"][0]["momentum"] == 0.9
+    assert set(checkpoints.read(ran[1] / "whole" / "seed-0" / "finetune.safetensors")["optimizer"]["state"][0]) == {
+        *("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def test_accuracy_counts_every_image_once(tmp_path: Path) -> None:
+    class First(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+    x = torch.eye(4)[torch.arange(1030) % 4][:, None]
+    y = torch.arange(1030) % 4
+    y[:103] = (y[:103] + 1) % 4
+    pairs = torch.utils.data.TensorDataset(x, y)
+    assert Worker(recipe(tmp_path).engine).accuracy(First(), pairs) == pytest.approx(90)
+
+
+def test_spread_over_seeds() -> None:
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(math.sqrt(2)), "min": 1.0, "max": 3.0}
+    assert spread([None, None]) is None
+    one = {"trained": 90.0, "removed": 50.0, "finetuned": None, "parameters": [200, 50], "macs": [8, 6]}
+    other = {**one, "trained": 91.0}
+    assert markdown(lines({"a": [one, other]})).splitlines()[2] == (
+        "| a | 90.50 ± 0.71 | 50.00 ± 0.00 | - | 25.00 ± 0.00 | 75.00 ± 0.00 |"
+    )
+
+
+COMMAND = [sys.executable, "-m", "netsurgery.cli", "train"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(ran: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """SIGKILL at random moments, also while files are written, until the run comes to its end."""
+    (tmp_path / "mini.toml").write_text(RECIPE)
+    command = [*COMMAND, str(tmp_path / "mini.toml"), "--out", str(tmp_path / "out")]
+    draw, kills = random.Random(0), 0
+    log = tmp_path / "out" / "log.jsonl"
+    for _ in range(40):
+        size = log.stat().st_size if log.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and (not log.exists() or log.stat().st_size == size):
+            time.sleep(0.01)  # until it has begun
+        time.sleep(draw.uniform(0, 1.0))
+        if process.poll() is None and kills < 6:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    assert kills >= 3
+    assert bytes_of(tmp_path / "out") == bytes_of(ran[1])
+
+
+@pytest.mark.slow
+def test_two_processes_choose_and_hold_the_same(tmp_path: Path) -> None:
+    (tmp_path / "mini.toml").write_text(RECIPE)
+    ranks = Path(__file__).with_name("training_ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ranks)]
+    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [one["processes"] for one in found] == [2, 2]
+    assert found[0]["results"] == found[1]["results"]
+    assert len(found[0]["weights"]) == 8  # of every stage of every variant: one training is shared, all are fine-tuned
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0]["seen"] != found[1]["seen"]  # other images
