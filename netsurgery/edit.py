@@ -49,9 +49,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         for name, value in self.values.items():
-            known = self.network.tensors.get(name)
-            if known is None or known.shape != value.shape:
-                found = "there is none" if known is None else f"it is {tuple(known.shape)}"
+            shape = tuple(axis.size for axis in self.network.axes.get(name, ()))
+            if name not in self.network.axes or shape != tuple(value.shape):
+                found = f"it is {shape}" if name in self.network.axes else "there is none"
                 raise InputError(f"a value of shape {tuple(value.shape)} for '{name}': {found}")
         order = {group.name: index for index, group in enumerate(self.network.groups)}
         for name, given in self.keep.items():

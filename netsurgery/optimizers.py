@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from netsurgery.axes import Axis
 from netsurgery.copying import named_tensors
 from netsurgery.cutting import Positions
+from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.tracing import tensors_in
 
@@ -73,8 +74,7 @@ class OptimizerStates:
     Args:
         optimizers: any; parameters in them that are not the model's stay.
         tensors: of the model, by name.
-        axes: their dimensions, by name.
-        places: which positions stay.
+        edit: what stays; its new values go into the copies of the weights that a state may hold ("master").
         moved: whether the parameters become other objects.
 
     Raises:
@@ -86,11 +86,10 @@ class OptimizerStates:
         self,
         optimizers: Iterable[Optimizer],
         tensors: Mapping[str, Tensor],
-        axes: Mapping[str, Axes],
-        places: Positions,
+        edit: Edit,
         moved: bool,
     ):
-        self.axes, self.places = axes, places
+        self.axes, self.places, self.values = edit.network.axes, Positions(edit), edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.lists: list[list[Tensor]] = []
         self.states: list[MutableMapping[Any, Any]] = []
@@ -128,7 +127,8 @@ class OptimizerStates:
         if any(optimizer.state is state for state in self.states):
             return
         self.states.append(optimizer.state)
-        if any(self.places.changes(self.axes[self.names[id(p)]]) for p in filter(self._is_ours, _params(optimizer))):
+        names = [self.names[id(param)] for param in filter(self._is_ours, _params(optimizer))]
+        if any(name in self.values or self.places.changes(self.axes[name]) for name in names):
             for key, entry in optimizer.state.items():
                 self._prepare(optimizer, key, entry)
 
@@ -164,7 +164,9 @@ class OptimizerStates:
                 if axes is None:
                     shapes = f"has shape {tuple(value.shape)}, the parameter {tuple(key.shape)}"
                     raise self._refusal(optimizer, where, f"{shapes}, and which dimensions are the same is not clear")
-                if self.places.changes(tuple(axis for axis in axes if axis is not None)):
+                if name in self.values and "master" in what and value.shape == key.shape:
+                    cut[what] = self.places.cut(self.values[name].to(value), axes)
+                elif self.places.changes(tuple(axis for axis in axes if axis is not None)):
                     cut[what] = self.places.cut(value, axes)
         self.entries.append((entry, cut))
 

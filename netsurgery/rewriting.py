@@ -75,7 +75,7 @@ def rewrite(
     tensors = _tensors(model, shapes)
     averages = [averaged(one, model, shapes) for one in as_list(ema, nn.Module, "ema")]
     optimizers = as_list(optimizer, Optimizer, "optimizer")
-    states = OptimizerStates(optimizers, tensors, network.axes, places, moved=not inplace)
+    states = OptimizerStates(optimizers, tensors, edit, moved=not inplace)
     modules: list[nn.Module] = [model, *averages]
     adaptations = [_adaptation(one, edit) for one in modules]
     new: dict[int, Tensor] = {}

@@ -32,7 +32,7 @@ __all__ = ["Method", "compensate"]
 aten = torch.ops.aten
 Method = Literal["bias", "least-squares"]
 _log = logging.getLogger("netsurgery")
-_BATCH = 64  # samples that go through both networks at once
+_BATCH = 32  # samples that go through both networks at once
 _UNFOLDED = 1 << 22  # numbers of unfolded inputs that are held at once
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)}
@@ -59,7 +59,7 @@ class _Reader:
 
 
 def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge: float = 1e-4, seed: int = 0) -> Edit:
-    """An edit with new values for the layers that read what it removes, so that their outputs stay as they can.
+    """An edit with new values (made anew, if it has some) for the layers that read what it removes.
 
     Layers are gone through in the order in which they run: each is compared, over the data and in eval mode, with what
     it gave before, its inputs being those of the smaller network as compensated so far. So both networks run over the
@@ -79,7 +79,7 @@ def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge:
     adaptation, refused = adapt(network.model, network, edit.counts)
     if refused or not edit.keep:  # what the code does not follow is frozen by plan, and this asked for again
         return edit
-    edit = dataclasses.replace(edit, adaptation=adaptation)
+    edit = dataclasses.replace(edit, adaptation=adaptation, values={}, uncompensated={})
     small = rewrite(network.model, edit)
     readers, left = _readers(edit, method)
     drawn = draw(data, samples, seed)
@@ -93,8 +93,7 @@ def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge:
                 done.extend(_mend(small, reader, sums, ridge))
     tensors, places = dict(named_tensors(small)), Positions(edit)
     values = {
-        name: places.put(network.tensors[name], network.axes[name], tensors[name].detach())
-        for name in dict.fromkeys(done)
+        name: places.put(network.tensors[name], network.axes[name], tensors[name]) for name in dict.fromkeys(done)
     }
     if left:
         _log.warning("not compensated: %s", "; ".join(f"{name}: {why}" for name, why in left.items()))
@@ -119,7 +118,7 @@ def _readers(edit: Edit, method: Method) -> tuple[list[_Reader], dict[str, str]]
             paths = list(dict.fromkeys(node.meta["module"] for node in nodes))
             for path in paths:
                 place = weight if len(paths) == 1 else f"{weight} in {path}"
-                if type(modules[path]).forward not in _FORWARDS:
+                if getattr(modules[path].forward, "__func__", None) not in _FORWARDS:
                     left[place] = f"{type(modules[path]).__name__}, which uses it, is no linear layer or convolution"
                 elif path not in readers:
                     held = modules[path]._parameters.get("weight") is network.tensors[weight]
@@ -168,11 +167,10 @@ def _shift(network: Network, path: str, nodes: list[fx.Node]) -> tuple[str, int]
         return None
     if any(Op(norm, network)["input"] not in nodes for norm in norms):
         return None
-    means = {Op(norm, network)["running_mean"] for norm in norms}
-    mean = means.pop() if len(means) == 1 else None
-    if not isinstance(mean, fx.Node) or mean.op != "get_attr" or set(_uses(network, str(mean.target))) != set(norms):
-        return None
-    return str(mean.target), -1
+    means = {getattr(Op(norm, network)["running_mean"], "target", None) for norm in norms}
+    name = str(means.pop())
+    alone = not means and name in network.tensors and set(_uses(network, name)) == set(norms)
+    return (name, -1) if alone else None
 
 
 # What they lose ----------------------------------------------------------------------------------------------------
@@ -265,8 +263,8 @@ def _compare(model: nn.Module, small: nn.Module, reader: _Reader, drawn: Samples
             if wanted.shape != found.shape:
                 return "its outputs have other shapes in the smaller network"
             lacks = wanted.double() - found.double()
-            if not bool(lacks.isfinite().all()):
-                return "its outputs are not finite on the data"
+            if not bool(lacks.isfinite().all() and x.isfinite().all()):
+                return "its inputs or outputs are not finite on the data"
             sums.add(x, lacks)
     return ""
 
@@ -298,6 +296,7 @@ def _listening(model: nn.Module, reader: _Reader) -> Iterator[list[tuple[Tensor,
         heard.append((args[0] if args else kwargs["input"], out))
         if len(heard) == reader.runs:
             raise _HeardEnough
+        heard[-1] = heard[-1][0].clone(), out.clone()  # code that goes on may change them in place
 
     handle = model.get_submodule(reader.path).register_forward_hook(hear, with_kwargs=True, prepend=True)
     try:

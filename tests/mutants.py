@@ -24,6 +24,7 @@ TESTS = (
     "test_selection.py",
     "test_pipeline.py",
     "test_optimizers.py",
+    "test_compensation.py",
     "test_second_run.py",
     "test_values.py",
     "test_teaching.py",
@@ -124,6 +125,37 @@ MUTANTS = (
         "netsurgery/optimizers.py",
         "return choices[0] if choices and alike else None",
         "return choices[0] if choices else None",
+    ),
+    # compensation
+    Mutant(
+        "the running mean moves the wrong way",
+        "passes/compensation.py",
+        "return (name, -1) if alone else None",
+        "return (name, 1) if alone else None",
+    ),
+    Mutant(
+        "layers are compensated from the last to the first",
+        "passes/compensation.py",
+        "key=lambda reader: order.get(reader.path, -1))",
+        "key=lambda reader: -order.get(reader.path, -1))",
+    ),
+    Mutant(
+        "the ridge pulls the constant too",
+        "passes/compensation.py",
+        "diagonal = gram.diagonal(dim1=1, dim2=2)[:, :width]",
+        "diagonal = gram.diagonal(dim1=1, dim2=2)",
+    ),
+    Mutant(
+        "dilation forgotten in the refit",
+        "passes/compensation.py",
+        "x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]",
+        "x.unfold(dim, apart * (size - 1) + 1, step)[..., :size]",
+    ),
+    Mutant(
+        "new values lost where the model itself is changed",
+        "netsurgery/rewriting.py",
+        "cuts.append(_cut_all(tensors, edit, places, edit.values))",
+        "cuts.append(_cut_all(tensors, edit, places, {}))",
     ),
     # copying: what the model keeps
     Mutant(
