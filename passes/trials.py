@@ -42,6 +42,13 @@ _log = logging.getLogger("netsurgery")
 Active = Mapping[str, list[int]]  # groups, and the removals of each that are to be tried
 
 
+Terms = Callable[[str, list[int], Tensor, int], Tensor]
+
+
+def _sums(name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
+    return rises.sum(1)[None]
+
+
 class Trials:
     """Runs a network without some of its units on a set of samples."""
 
@@ -92,17 +99,22 @@ class Trials:
             self.begin = lambda total: progress.update(task, total=total)
             yield lambda n: progress.advance(task, n)
 
-    def extend(self, ledger: Ledger, wanted: Active, count: int) -> None:
-        """Try the wanted removals on the samples up to ``count`` that they were not tried on."""
+    def extend(self, ledger: Ledger, wanted: Active, count: int, terms: Terms = _sums, sums: int = 1) -> None:
+        """Try the wanted removals on the samples up to ``count`` that they were not tried on.
+
+        Args:
+            terms: what is added to the ledger, ``(sums, units)``, for rises ``(units, rows)`` from a sample on.
+        """
         for name in wanted:
-            ledger.of(name, self.size(name))
-        edges = sorted({int(n) for name, units in wanted.items() for n in ledger.entries[name][1][units]} | {count})
+            ledger.open(name, sums, self.size(name))
+        known = {int(n) for name, units in wanted.items() for n in ledger.entries[name][1][units]}
+        edges = sorted({n for n in known if n < count} | {count})
         for low, high in itertools.pairwise(edges):
             for start in range(low, high, self.chunk()):
                 stop = min(start + self.chunk(), high)
                 due = {n: [u for u in units if ledger.entries[n][1][u] == start] for n, units in wanted.items()}
                 for name, units, rises in self.rises({n: units for n, units in due.items() if units}, start, stop):
-                    ledger.add(name, units, rises)
+                    ledger.add(name, units, terms(name, units, rises, start), stop - start)
                     ledger.save_now_and_then()
                     self.advance(len(units) * (stop - start))
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.gates import gate_slopes
 from netsurgery.passes.samples import draw
+from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
 from tests.test_loss_increase import NETWORKS, data_for
 
