@@ -58,7 +58,7 @@ class _Reader:
     runs: int
 
 
-def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge: float = 1e-4, seed: int = 0) -> Edit:
+def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge: float = 1e-2, seed: int = 0) -> Edit:
     """An edit with new values (made anew, if it has some) for the layers that read what it removes.
 
     Layers are gone through in the order in which they run: each is compared, over the data and in eval mode, with what

@@ -87,7 +87,7 @@ class PruneChannels(Pass):
     compensate: Method | None = None
     data: Any = field(default=None, repr=False, compare=False)
     samples: int = 512
-    ridge: float = 1e-4
+    ridge: float = 1e-2
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
