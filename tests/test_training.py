@@ -58,15 +58,22 @@ def silent() -> Console:
     return Console(file=io.StringIO(), width=80)
 
 
-def recipe(folder: Path, *changes: str) -> Any:
-    (folder / "mini.toml").write_text(RECIPE)
+def recipe(folder: Path, *changes: str, first: int = 4) -> Any:
+    """The recipe with its first variants alone."""
+    (folder / "mini.toml").write_text("\n[variants.".join(RECIPE.split("\n[variants.")[: first + 1]))
     return read(str(folder / "mini.toml"), changes)
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
-    """All that a run leaves and that says nothing about the time."""
-    skipped = ("log.jsonl",)
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in skipped}
+    """All that a run leaves, but the log, which says when, and the pictures."""
+    paths = [p for p in out.rglob("*") if p.is_file() and p.suffix not in (".jsonl", ".png")]
+    return {str(p.relative_to(out)): p.read_bytes() for p in paths}
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than all else here."""
+    monkeypatch.setattr("netsurgery.training.pictures.draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +172,7 @@ def test_checkpoints_hold_tensors_and_json_alone(ran: tuple[dict[str, Any], Path
     assert not [p for p in ran[1].rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_done_is_not_done_again(ran: tuple[dict[str, Any], Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = bytes_of(ran[1])
     monkeypatch.setattr(Run, "epoch", None)  # calling it would fail
@@ -172,17 +180,14 @@ def test_what_is_done_is_not_done_again(ran: tuple[dict[str, Any], Path, str], m
     assert bytes_of(ran[1]) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_recipe_gives_the_same_elsewhere_and_another_seed_does_not(
     ran: tuple[dict[str, Any], Path, str], tmp_path: Path
 ) -> None:
-    changes = ("variants.soft=false", "variants.whole=false", "seeds=[0, 1]")
-    text = RECIPE[: RECIPE.index("[variants.soft]")]
-    (tmp_path / "mini.toml").write_text(text)
-    found = run(read(str(tmp_path / "mini.toml"), changes[2:]), tmp_path / "out", silent())
-    for name in ("penalised", "norm"):
-        assert found[name][0] == ran[0][name][0]
-        assert found[name][1]["training"] != found[name][0]["training"]
-    small = "norm/seed-0/finetune.safetensors"
+    found = run(recipe(tmp_path, "seeds=[1, 0]", first=1), tmp_path / "out", silent())["penalised"]
+    assert found[1] == ran[0]["penalised"][0]
+    assert found[0]["training"] != found[1]["training"]
+    small = "penalised/seed-0/finetune.safetensors"
     assert (tmp_path / "out" / small).read_bytes() == (ran[1] / small).read_bytes()
 
 
@@ -200,6 +205,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
     monkeypatch.setattr(target, name, call)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "where",
     [
@@ -212,12 +218,12 @@ def stopped(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
     ],
 )
 def test_what_was_stopped_goes_on_as_if_it_had_not_been(
-    where: tuple[str, int], ran: tuple[dict[str, Any], Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: tuple[str, int], ran: tuple[dict[str, Any], Path, str], tmp_path: Path
 ) -> None:
-    stopped(monkeypatch, *where)
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe(tmp_path), tmp_path / "out", silent())
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(patch, *where)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(tmp_path), tmp_path / "out", silent())
     with (tmp_path / "out" / "log.jsonl").open("a") as file:
         file.write('{"time": "20')  # as a kill may leave it
     assert run(recipe(tmp_path), tmp_path / "out", silent()) == ran[0]
@@ -232,6 +238,7 @@ train = { epochs = 3, optimizer = { name = "SGD", lr = 0.1 } }
 """
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_augmentation_goes_on_as_if_nothing_had_been(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -241,9 +248,10 @@ def test_augmentation_goes_on_as_if_nothing_had_been(
     text = AUGMENTED.replace("FOLDER", str(tmp_path / "data")).replace("WORKERS", str(workers))
     (tmp_path / "mini.toml").write_text(text)
     found = [run(read(str(tmp_path / "mini.toml")), tmp_path / "a", silent())]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         stopped(patch, "epoch", 2)
-        run(read(str(tmp_path / "mini.toml")), tmp_path / "b", silent())
+        with pytest.raises(KeyboardInterrupt):
+            run(read(str(tmp_path / "mini.toml")), tmp_path / "b", silent())
     found.append(run(read(str(tmp_path / "mini.toml")), tmp_path / "b", silent()))
     assert found[0] == found[1]
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
@@ -294,18 +302,18 @@ def test_a_cut_that_is_not_exact_is_refused_and_not_kept(tmp_path: Path, monkeyp
     with pytest.raises(
         NetsurgeryError, match=r"^the smaller network differs from the silenced one by nan \(relative\)"
     ):
-        run(recipe(tmp_path), tmp_path / "out", silent())
+        run(recipe(tmp_path, first=1), tmp_path / "out", silent())
     assert not list((tmp_path / "out").rglob("small.safetensors"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_penalty_is_added_once_where_gradients_are_accumulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     inner = HGSR.add_gradient
     monkeypatch.setattr(HGSR, "add_gradient", lambda self, scale: (calls.append(scale), inner(self, scale))[1])
-    found = recipe(tmp_path, "engine.accumulate=2", "data.limit=48")
-    run(found, tmp_path / "out", silent())
+    run(recipe(tmp_path, "engine.accumulate=2", "data.limit=48", first=1), tmp_path / "out", silent())
     assert calls == [1.0] * 4  # three batches in each of two epochs: two steps in each
     state = checkpoints.read(tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors")
     assert state["scheduler"]["last_epoch"] == 4
