@@ -3,9 +3,13 @@
 if __name__ != "netsurgery.passes":
     raise ImportError("import this package as netsurgery.passes")
 
+from netsurgery.passes.gates import FisherScore as FisherScore
+from netsurgery.passes.gates import TaylorScore as TaylorScore
 from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore
 from netsurgery.passes.penalty import HGSR as HGSR
 from netsurgery.passes.removal import PruneChannels as PruneChannels
+from netsurgery.passes.scores import BatchNormScore as BatchNormScore
+from netsurgery.passes.scores import GeometricMedianScore as GeometricMedianScore
 from netsurgery.passes.scores import HGSRScore as HGSRScore
 from netsurgery.passes.scores import MagnitudeScore as MagnitudeScore
 from netsurgery.passes.scores import RandomScore as RandomScore

@@ -23,6 +23,7 @@ from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.notation import Op
 from netsurgery.passes.samples import Samples, draw
+from netsurgery.passes.scores import BATCH_NORMS
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import RAISED_BY_MODELS
 
@@ -35,7 +36,6 @@ _BATCH = 32  # samples that go through both networks at once
 _UNFOLDED = 1 << 22  # numbers of unfolded inputs that are held at once
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)}
-_BATCH_NORMS = (aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn_batch_norm, aten.miopen_batch_norm)
 
 
 @dataclass
@@ -163,7 +163,7 @@ def _shift(network: Network, path: str, nodes: list[fx.Node]) -> tuple[str, int]
         name = next((name for name, tensor in network.tensors.items() if tensor is bias), "")
         return (name, 1) if {node.meta["module"] for node in _uses(network, name)} == {path} else None
     norms = [user for node in nodes for user in node.users]
-    if not norms or any(getattr(norm.target, "overloadpacket", None) not in _BATCH_NORMS for norm in norms):
+    if not norms or any(getattr(norm.target, "overloadpacket", None) not in BATCH_NORMS for norm in norms):
         return None
     if any(Op(norm, network)["input"] not in nodes for norm in norms):
         return None

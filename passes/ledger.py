@@ -22,37 +22,29 @@ _SECONDS = 5.0  # between two writes
 
 @dataclass
 class Ledger:
-    """What is known of each removal: sum and sum of squares of the rises of the loss, and over how many rows."""
+    """What is known of each removal: sums over the rises of the loss, and over how many rows."""
 
     key: str
     file: Path | None
-    entries: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (2, units) float64, (units,) int64
+    entries: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (sums, units) float64, (units,) int64
     written: float = 0.0
 
-    def of(self, name: str, size: int) -> tuple[Tensor, Tensor]:
-        """Sums and rows of a group."""
-        return self.entries.setdefault(
-            name, (torch.zeros(2, size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64))
-        )
+    def open(self, name: str, sums: int, size: int) -> None:
+        """Make room for a group, where there is none."""
+        empty = torch.zeros(sums, size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
+        self.entries.setdefault(name, empty)
 
-    def add(self, name: str, units: Sequence[int], rises: Tensor) -> None:
-        """Note the rises ``(units, rows)`` of the loss; all at once, so that an interruption falls before or after."""
-        sums, rows = (tensor.clone() for tensor in self.entries[name])
-        sums[:, list(units)] += torch.stack([rises.sum(1), rises.square().sum(1)])
-        rows[list(units)] += rises.shape[1]
-        self.entries[name] = sums, rows
+    def add(self, name: str, units: Sequence[int], terms: Tensor, rows: int) -> None:
+        """Add ``(sums, units)`` over some rows; all at once, so that an interruption falls before or after."""
+        sums, seen = (tensor.clone() for tensor in self.entries[name])
+        sums[:, list(units)] += terms
+        seen[list(units)] += rows
+        self.entries[name] = sums, seen
 
     def means(self, name: str) -> Tensor:
         """Mean rise of each removal, NaN where it was not tried."""
-        sums, rows = self.entries[name]
-        return sums[0] / rows
-
-    def errors(self, name: str, count: int) -> Tensor:
-        """Standard errors of these means, for samples drawn without replacement from ``count``."""
-        sums, rows = self.entries[name]
-        variance = (sums[1] / rows - (sums[0] / rows).square()).clamp_min(0)
-        variance = (variance * rows + variance.mean()) / (rows + 1)  # a unit that was never needed yet may be
-        return (variance / rows * (1 - rows / count)).sqrt()
+        sums, seen = self.entries[name]
+        return sums[0] / seen
 
     def load(self) -> None:
         """Read the file, where there is one."""

@@ -13,14 +13,13 @@ from torch import Tensor
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.racing import race
 from netsurgery.passes.samples import draw
 from netsurgery.passes.scores import MagnitudeScore
 from netsurgery.passes.trials import Loss, Trials
 from netsurgery.pipeline import Pass
 
 __all__ = ["LossIncreaseScore"]
-
-_FIRST = 32  # samples that every unit is tried on before any is dropped
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,10 @@ class LossIncreaseScore(Pass):
         tolerance: in mode "cumulative", the rise of the loss that is allowed in each group; beyond it scores only keep
             the order.
         racing: try units on growing sets of samples, and stop with those that clearly are, or clearly are not, among
-            the ``share`` of their group with the lowest scores: they keep the score of the samples seen. Under a
-            normal approximation of their means, at least ``confidence`` of the exact selection is expected to be found.
+            the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise on
+            what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact selection is
+            expected to be found, under a normal approximation with standard errors doubled. The loss must return one
+            number for each sample.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.
@@ -118,51 +119,18 @@ class LossIncreaseScore(Pass):
             self._known.clear()
             self._known[key] = ledger
         with trials.bar() as trials.advance, ledger.kept():
-            if self.mode == "cumulative":
+            if self.racing:
+                scores = race(trials, ledger, self.share, self.confidence)
+            elif self.mode == "cumulative":
                 scores = self._cumulative(trials, ledger)
             else:
-                scores = self._racing(trials, ledger) if self.racing else self._exact(trials, ledger)
+                scores = self._exact(trials, ledger)
         return network.with_scores(scores)
 
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
         trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)
         trials.extend(ledger, trials.everything(), trials.samples.count)
         return {group.name: ledger.means(group.name) for group in trials.network.prunable}
-
-    def _racing(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
-        count, active = trials.samples.count, trials.everything()
-        trials.begin(None)
-        seen = min(_FIRST, count)
-        while True:
-            trials.extend(ledger, active, seen)
-            if seen == count:
-                break
-            active = {name: self._undecided(ledger, name, units, count) for name, units in active.items()}
-            active = {name: units for name, units in active.items() if units}
-            if not active:
-                break
-            seen = min(2 * seen, count)
-        return {group.name: ledger.means(group.name) for group in trials.network.prunable}
-
-    def _undecided(self, ledger: Ledger, name: str, active: list[int], count: int) -> list[int]:
-        """The units whose side is still open, given what has been seen.
-
-        The error that is allowed, ``(1 - confidence)`` of the selection, is spent by halves: one on the units that are
-        dropped while others go on, the other on those that are left when it suffices for all of them.
-        """
-        means, errors = ledger.means(name), ledger.errors(name, count)
-        selected = int(len(means) * self.share + 1e-9)
-        if not 0 < selected < len(means):
-            return []
-        ordered = means.sort().values
-        border = (ordered[selected - 1] + ordered[selected]) / 2
-        wrong = torch.special.ndtr(-(means - border).abs() / errors.clamp_min(1e-30))
-        allowed = (1 - self.confidence) * selected
-        if float(wrong.sum()) <= allowed:
-            return []
-        surest = wrong.argsort(stable=True)
-        decided = set(surest[wrong[surest].cumsum(0) <= allowed / 2].tolist())
-        return [unit for unit in active if unit not in decided]
 
     def _cumulative(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
         norms = MagnitudeScore().run(trials.network).scores

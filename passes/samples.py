@@ -38,6 +38,10 @@ class Samples:
         """Inputs and targets of some samples on a device."""
         return (_map(self.inputs, lambda t: t[which].to(device)), _map(self.targets, lambda t: t[which].to(device)))
 
+    def ordered(self, order: Tensor) -> Samples:
+        """The same samples in another order."""
+        return Samples(_map(self.inputs, lambda t: t[order]), _map(self.targets, lambda t: t[order]), self.count)
+
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[Inputs, Any]]:
         """All samples in batches of at most ``size``."""
         for start in range(0, self.count, size):

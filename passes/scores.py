@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, leaves
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import Name, accumulator
 from netsurgery.kernels.sparsity import outer_terms
-from netsurgery.network import Group, Network
+from netsurgery.network import Group, Member, Network
 from netsurgery.passes.layers import Grouping, check_choice, layers, outer_groups, units_of
 from netsurgery.pipeline import Pass
 
-__all__ = ["HGSRScore", "MagnitudeScore", "RandomScore"]
+__all__ = ["BatchNormScore", "GeometricMedianScore", "HGSRScore", "MagnitudeScore", "RandomScore"]
+
+
+aten = torch.ops.aten
+BATCH_NORMS = (aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn_batch_norm, aten.miopen_batch_norm)
 
 
 def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
@@ -41,11 +45,7 @@ def _collect(
     scores: dict[str, Tensor] = {}
     memo: dict[tuple[str, int], dict[Axis, Tensor]] = {}
     for group in groups:
-        members = [m for m in group.members if network.tensors[m.parameter].is_floating_point()]
-        role = next((r for r in (*order, "consumes") if any(m.role == r for m in members)), None)
-        for member in members:
-            if member.role != role:
-                continue
+        for member in _in_role(network, group, order):
             key = member.parameter, member.axis
             if key not in memo:
                 values = along(_accumulated(network.tensors[member.parameter]), member.axis)
@@ -53,6 +53,13 @@ def _collect(
             term = memo[key][group.channel]
             scores[group.name] = scores[group.name] + term if group.name in scores else term
     return scores
+
+
+def _in_role(network: Network, group: Group, order: tuple[str, ...]) -> list[Member]:
+    """The members of a group in the first role in order that it has any in; else those that consume its units."""
+    members = [m for m in group.members if network.tensors[m.parameter].is_floating_point()]
+    role = next((r for r in (*order, "consumes") if any(m.role == r for m in members)), None)
+    return [m for m in members if m.role == role]
 
 
 def _outer_sums(values: Tensor, axis: int) -> Tensor:
@@ -120,12 +127,16 @@ class MagnitudeScore(Pass):
 
     Args:
         p: 1 or 2 are usual; any positive number.
+        lamp: divide the p-th power of each norm by the sum of those of its group that are not smaller (LAMP), to be
+            compared across groups as they are: ``PruneChannels(..., scope="global", normalize="none")``.
 
-    Source: Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710 (p = 1). Over several producers of
-    coupled units the norm of all their weights together is our choice.
+    Source: Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710 (p = 1); Lee et al., "Layer-Adaptive
+    Sparsity for the Magnitude-based Pruning", arXiv 2010.07611 (LAMP, p = 2, of single weights). Over several producers
+    of coupled units the norm of all their weights together, and LAMP of these, are our choice.
     """
 
     p: float = 2.0
+    lamp: bool = False
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
@@ -142,7 +153,102 @@ class MagnitudeScore(Pass):
             return norms.pow(self.p)
 
         sums = _collect(network, network.prunable, ("produces", "carries"), along)
+        if self.lamp:
+            return network.with_scores({name: _layer_adaptive(powers) for name, powers in sums.items()})
         return network.with_scores({name: score.pow(1 / self.p) for name, score in sums.items()})
+
+
+def _layer_adaptive(powers: Tensor) -> Tensor:
+    """Each number over the sum of those that are not smaller."""
+    ordered, order = powers.sort(stable=True)
+    above = ordered.flip(0).cumsum(0).flip(0)
+    scores = torch.empty_like(powers)
+    scores[order] = torch.where(above > 0, ordered / above, 0.0)
+    return scores
+
+
+@dataclass(frozen=True)
+class BatchNormScore(Pass):
+    """The mean absolute scale of the batch norms that a unit passes.
+
+    Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", arXiv 1708.06519. Our
+    choice: the mean over several batch norms of coupled units; for a unit that passes none the norm of the weights that
+    produce it.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import BatchNormScore
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2)).eval()
+        >>> model[1].weight.data = torch.tensor([0.5, -2.0])
+        >>> BatchNormScore().run(netsurgery.trace(model)).scores["0"]
+        tensor([0.5000, 2.0000])
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    def run(self, network: Network) -> Network:
+        """Lay the scores on the network."""
+        sums: dict[Axis, Tensor] = {}
+        passed: dict[Axis, int] = {}
+        for name in _norm_weights(network):
+            (axis,) = network.axes[name]
+            for channel, units in per_unit(axis, _accumulated(network.tensors[name]).abs()).items():
+                sums[channel] = sums[channel] + units if channel in sums else units
+                passed[channel] = passed.get(channel, 0) + sum(leaf is channel for leaf in leaves(axis))
+        found = {g.name: sums[g.channel] / passed[g.channel] for g in network.prunable if g.channel in sums}
+        rest = MagnitudeScore().run(network).scores if len(found) < len(network.prunable) else {}
+        return network.with_scores({**rest, **found})
+
+
+def _norm_weights(network: Network) -> list[str]:
+    """The scales of batch norms, by name."""
+    norms = [
+        n for p in network.programs for n in p.operations if getattr(n.target, "overloadpacket", None) in BATCH_NORMS
+    ]
+    weights = [str(node.args[1].target) for node in norms if isinstance(node.args[1], fx.Node)]
+    return list(dict.fromkeys(name for name in weights if name in network.tensors))
+
+
+@dataclass(frozen=True)
+class GeometricMedianScore(Pass):
+    """The summed distance of the weights that produce a unit to those of all other units of its group.
+
+    Source: He et al., "Filter Pruning via Geometric Median", arXiv 1811.00250. The distance over all producers of
+    coupled units together is our choice.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import GeometricMedianScore
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 2))
+        >>> model[0].weight.data = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+        >>> GeometricMedianScore().run(netsurgery.trace(model)).scores["0"]
+        tensor([ 5., 10.,  5.])
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    def run(self, network: Network) -> Network:
+        """Lay the scores on the network."""
+        scores = {}
+        for group in network.prunable:
+            squares = torch.zeros(group.size, group.size)
+            for member in _in_role(network, group, ("produces", "carries")):
+                weight = _accumulated(network.tensors[member.parameter])
+                flat = weight.movedim(member.axis, 0).reshape(weight.shape[member.axis], -1)
+                for rows in _rows_of(network.axes[member.parameter][member.axis], group.channel):
+                    vectors = flat[rows.to(flat.device)].flatten(1)
+                    squares = squares.to(vectors) + torch.cdist(vectors, vectors).square()
+            scores[group.name] = squares.sqrt().sum(1)
+        return network.with_scores(scores)
+
+
+def _rows_of(axis: Axis, channel: Axis) -> list[Tensor]:
+    """For each time a channel occurs in an axis, the positions of its units: ``(units, positions of each)``."""
+    return [
+        (units >= 0).nonzero().flatten()[units[units >= 0].argsort(stable=True)].reshape(channel.size, -1)
+        for leaf, units in units_of(axis)
+        if leaf is channel
+    ]
 
 
 @dataclass(frozen=True)

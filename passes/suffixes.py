@@ -64,11 +64,21 @@ class Step:
 
 
 @dataclass
+class Run:
+    """An operation that is run when units of a group go: how, and what of its result is zero."""
+
+    step: Step
+    state: str  # "changed" or "shifted"
+    mixes: bool
+    zeroes: bool
+
+
+@dataclass
 class Suffix:
     """What is run when units of one group go."""
 
     channel: Axis
-    steps: list[tuple[Step, str]]  # changed and shifted ones, in order
+    runs: list[Run]
     reads: list[fx.Node]  # results of the whole network that they need
     last: list[list[fx.Node]]  # after each step: results that nothing needs any more
     outputs: list[tuple[fx.Node, str]]
@@ -156,20 +166,22 @@ class Suffixes:
             node: "masked" if self.carries(self.dims[node], channel) else "clean" for node in self.constants
         }
         states.update((node, "clean") for node in self.inputs)
-        steps: list[tuple[Step, str]] = []
+        runs: list[Run] = []
         for step in self.steps:
             state = self.state(step, {states[node] for node in step.inputs}, channel)
             states[step.node] = state
             if state in ("changed", "shifted"):
-                steps.append((step, state))
-        ran = {step.node for step, _ in steps}
+                zeroes = bool(self.carries(step.dims, channel)) and not is_view(step.node)
+                runs.append(Run(step, state, self.mixes(step, channel), zeroes))
+        steps = [run.step for run in runs]
+        ran = {step.node for step in steps}
         outputs = [(node, states[node]) for node in self.outputs]
-        reads = {n: None for step, _ in steps for n in step.inputs if n not in ran}
-        reads.update((step.node, None) for step, state in steps if state == "shifted")
+        reads = {n: None for step in steps for n in step.inputs if n not in ran}
+        reads.update((run.step.node, None) for run in runs if run.state == "shifted")
         reads.update((node, None) for node, _ in outputs if node not in ran)
         kept = [node for node in reads if node not in self.constants]
-        blocks = all(self.row(dims) is not None for step, _ in steps for dims in _each(step.dims))
-        return Suffix(channel, steps, kept, _last_uses([step for step, _ in steps]), outputs, blocks)
+        blocks = all(self.row(dims) is not None for step in steps for dims in _each(step.dims))
+        return Suffix(channel, runs, kept, _last_uses(steps), outputs, blocks)
 
     def state(self, step: Step, inputs: set[str], channel: Axis) -> str:
         """What an operation is when units of a channel go, given what its arguments are."""
@@ -198,7 +210,7 @@ class Suffixes:
             for step, done in zip(self.steps, self._released, strict=True):
                 if step.node in self.constants:
                     continue
-                values[step.node] = step.call(*self._arguments(step.args, values), **step.kwargs)
+                values[step.node] = step.call(*self.arguments(step.args, values), **step.kwargs)
                 for node in done:
                     if node not in keep:
                         values.pop(node, None)
@@ -208,7 +220,9 @@ class Suffixes:
     def _released(self) -> list[list[fx.Node]]:
         return _last_uses(self.steps)
 
-    def _arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
+    def arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
+        """Arguments with each node replaced by its value."""
+
         def look(node: fx.Node) -> Any:
             for known in (*values, self.constants):
                 if node in known:
@@ -229,32 +243,32 @@ class Suffixes:
         values: dict[fx.Node, Any] = {}
         last = set(self.outputs)
         with torch.no_grad():
-            for (step, state), done in zip(suffix.steps, suffix.last, strict=True):
-                if state == "shifted":
-                    out = self._shifted(step, whole, gone)
+            for run, done in zip(suffix.runs, suffix.last, strict=True):
+                if run.state == "shifted":
+                    values[run.step.node] = self._shifted(run.step, whole, gone)
                 else:
-                    out = self._changed(step, values, whole, gone)
-                values[step.node] = out
+                    values[run.step.node] = self._changed(run, values, whole, gone)
                 for node in done:
                     if node not in last:
                         values.pop(node, None)
             found = []
             for node, state in suffix.outputs:
-                value = self._arguments(node, values, whole)
+                value = self.arguments(node, values, whole)
                 found.append(gone.zeroed(value.clone(), self.dims[node]) if state == "masked" else value)
         return found
 
-    def _changed(self, step: Step, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: Gone) -> Any:
-        args = list(self._arguments(step.args, values, whole))
-        if self.mixes(step, gone.channel):
+    def _changed(self, run: Run, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: Gone) -> Any:
+        step = run.step
+        args = list(self.arguments(step.args, values, whole))
+        if run.mixes:
             special = STATISTICS.get(step.packet)
             if special is not None:
                 return gone.statistics(step, special, args)
             for place, (node, value) in enumerate(zip(step.args, args, strict=True)):
                 if isinstance(node, fx.Node) and node not in values and self._masks(step, place, gone.channel):
                     args[place] = gone.zeroed(value.clone(), self.dims[node])
-        out = step.call(*args, **self._arguments(step.kwargs, values, whole))
-        if isinstance(out, Tensor) and self.carries(step.dims, gone.channel) and not is_view(step.node):
+        out = step.call(*args, **(self.arguments(step.kwargs, values, whole) if step.kwargs else {}))
+        if run.zeroes and isinstance(out, Tensor):
             out = gone.zeroed(out.clone() if step.packet is aten.expand else out, step.dims)
         return out
 
@@ -276,7 +290,7 @@ class Suffixes:
         else:
             operands, places = step.args[-2:], (-1, -2)
             call = self.product(_BIASED[step.packet]) if step.packet in _BIASED else step.call
-        factors = [self._arguments(node, whole) for node in operands]
+        factors = [self.arguments(node, whole) for node in operands]
         base: Tensor = whole[step.node]
         parts = []
         for index in range(len(gone.units)):
@@ -432,7 +446,7 @@ class _Builder:
         else:
             step = self.operation(node, args, kwargs)
         if step.inputs and all(n in of.constants for n in step.inputs) and step.packet not in (operator.getitem,):
-            made = step.call(*of._arguments(args), **of._arguments(kwargs))
+            made = step.call(*of.arguments(args), **of.arguments(kwargs))
             if isinstance(made, Tensor):
                 of.constants[node] = made  # and a step, for where it lacks units
         if not (step.packet is operator.getitem and self.fold(step)):

@@ -42,6 +42,13 @@ _log = logging.getLogger("netsurgery")
 Active = Mapping[str, list[int]]  # groups, and the removals of each that are to be tried
 
 
+Terms = Callable[[str, list[int], Tensor, int], Tensor]
+
+
+def _sums(name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
+    return rises.sum(1)[None]
+
+
 class Trials:
     """Runs a network without some of its units on a set of samples."""
 
@@ -92,17 +99,22 @@ class Trials:
             self.begin = lambda total: progress.update(task, total=total)
             yield lambda n: progress.advance(task, n)
 
-    def extend(self, ledger: Ledger, wanted: Active, count: int) -> None:
-        """Try the wanted removals on the samples up to ``count`` that they were not tried on."""
+    def extend(self, ledger: Ledger, wanted: Active, count: int, terms: Terms = _sums, sums: int = 1) -> None:
+        """Try the wanted removals on the samples up to ``count`` that they were not tried on.
+
+        Args:
+            terms: what is added to the ledger, ``(sums, units)``, for rises ``(units, rows)`` from a sample on.
+        """
         for name in wanted:
-            ledger.of(name, self.size(name))
-        edges = sorted({int(n) for name, units in wanted.items() for n in ledger.entries[name][1][units]} | {count})
+            ledger.open(name, sums, self.size(name))
+        known = {int(n) for name, units in wanted.items() for n in ledger.entries[name][1][units]}
+        edges = sorted({n for n in known if n < count} | {count})
         for low, high in itertools.pairwise(edges):
             for start in range(low, high, self.chunk()):
                 stop = min(start + self.chunk(), high)
                 due = {n: [u for u in units if ledger.entries[n][1][u] == start] for n, units in wanted.items()}
                 for name, units, rises in self.rises({n: units for n, units in due.items() if units}, start, stop):
-                    ledger.add(name, units, rises)
+                    ledger.add(name, units, terms(name, units, rises, start), stop - start)
                     ledger.save_now_and_then()
                     self.advance(len(units) * (stop - start))
 
@@ -195,6 +207,10 @@ class Trials:
         inputs, _ = self.batch(0, min(self.chunk(), self.samples.count), 1)
         return self.outputs(self.model, inputs)
 
+    def filled(self, outputs: Sequence[Tensor]) -> Any:
+        """What the model returns, with other tensors in it."""
+        return _filled(self.template, outputs)
+
     def outputs(self, model: nn.Module, inputs: Inputs) -> Any:
         """What a model returns in eval mode."""
         with _eval(model), torch.no_grad():
@@ -211,21 +227,21 @@ class Trials:
                     size = output.shape[row] // copies
                     output = output.narrow(row, index * size, size)
                 parts.append(output)
-            found.append(self.loss(_filled(self.template, parts), targets))
+            with torch.no_grad():
+                found.append(self.loss(self.filled(parts), targets))
         return torch.stack(found)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
         rows, own = len(pytree.tree_leaves(targets)[0]), self.settings.loss
-        with torch.no_grad():
-            if own is not None:
-                found = own(outputs, targets)
-            elif isinstance(outputs, Tensor):
-                logits = outputs if outputs.dtype.itemsize >= 4 else outputs.float()
-                found = F.cross_entropy(logits, targets, reduction="none").reshape(rows, -1).mean(1)
-            else:
-                kind = type(outputs).__name__
-                raise InputError(f"the model returns {kind}, not logits: pass loss=f(outputs, targets)")
+        if own is not None:
+            found = own(outputs, targets)
+        elif isinstance(outputs, Tensor):
+            logits = outputs if outputs.dtype.itemsize >= 4 else outputs.float()
+            found = F.cross_entropy(logits, targets, reduction="none").reshape(rows, -1).mean(1)
+        else:
+            kind = type(outputs).__name__
+            raise InputError(f"the model returns {kind}, not logits: pass loss=f(outputs, targets)")
         if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")

@@ -100,7 +100,7 @@ def stays(output: str) -> dict[str, int]:
 
 
 def test_help_names_the_commands() -> None:
-    assert all(command in passed("--help") for command in ("demo", "inspect", "prune", "rules"))
+    assert all(command in passed("--help") for command in ("demo", "inspect", "prune", "rules", "train"))
 
 
 def test_version() -> None:
@@ -117,6 +117,25 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     passed("demo")
     passed("demo", "--seed", "3", "--out", "results")
     assert seen == [(0, None), (3, Path("results"))]
+
+
+def test_train_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "netsurgery.training.run", lambda recipe, out, _, download: seen.append((recipe, out, download))
+    )
+    passed("train", "digits")
+    options = ("--out", "here", "--data", "there", "--download", "--seeds", "5,6", "--set", "train.epochs=2")
+    passed("train", "digits", *options, "--set", "data.batch=8")
+    (plain, out, download), (recipe, other, downloads) = seen
+    assert (plain.seeds, out, download) == ((0, 1, 2), Path("runs/digits"), False)
+    assert (recipe.seeds, other, downloads) == ((5, 6), Path("here"), True)
+    for variant in recipe.variants.values():
+        assert (variant.data.folder, variant.data.batch, variant.train.epochs) == ("there", 8, 2)
+
+
+def test_train_asks_for_a_recipe_that_is_there() -> None:
+    assert failed("train", "mnist").startswith("no recipe 'mnist': pass a .toml or .yaml file, or one of cifar10, ")
 
 
 @pytest.mark.parametrize("name", ["tiny_models:Net", "tiny_models:ready"])
@@ -218,6 +237,7 @@ def test_timm() -> None:
 
 FORMS = "write torchvision:NAME, timm:NAME or package.module:callable"
 SHAPES = "write positive sizes joined by x, such as 1x3x224x224"
+EPOCH = "digits.toml, [train]: no key 'epoch' (did you mean 'epochs'?); there are: epochs, optimizer, schedule"
 AMOUNT = "say how much goes by exactly one of --ratio, --params and --macs"
 
 
@@ -251,6 +271,8 @@ AMOUNT = "say how much goes by exactly one of --ratio, --params and --macs"
             "inspect tiny_models:sized",
             "tiny_models:sized needs arguments (width); name a function without any that calls it",
         ),
+        ("train digits --seeds a,b", "digits.toml: seeds = '[a,b]': expected a list of a whole number"),
+        ("train digits --set train.epoch=1", EPOCH),
         ("inspect tiny_models:Net --input 3by3", f"'3by3' is no shape; {SHAPES}"),
         ("inspect tiny_models:Net --input 1x0x8x8", f"'1x0x8x8' is no shape; {SHAPES}"),
         ("prune tiny_models:Net", AMOUNT),

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-ON_TOP = {"__init__", "cli", "demo"}  # the public face and what users run may use everything
+ON_TOP = {"__init__.py", "cli.py", "demo.py", "training"}  # the public face and what users run may use everything
 
 
 def packages() -> dict[str, str]:
@@ -82,7 +82,7 @@ def test_kernels_import_nothing_of_the_core() -> None:
 
 def test_the_core_imports_nothing_of_passes() -> None:
     for path in modules("netsurgery"):
-        if path.stem not in ON_TOP:
+        if path.relative_to(ROOT / "netsurgery").parts[0] not in ON_TOP:
             names = imported(path, "netsurgery")
             assert not within(names, "netsurgery.passes") | within(names, "passes"), path
 
@@ -92,10 +92,23 @@ def test_the_core_works_without_triton_and_loads_nothing_heavy() -> None:
         "import sys\n"
         "sys.modules['triton'] = None\n"
         "import netsurgery, netsurgery.passes, netsurgery.kernels\n"
-        "print([name for name in ('torchvision', 'sklearn', 'matplotlib', 'timm') if name in sys.modules])"
+        "heavy = ('torchvision', 'sklearn', 'matplotlib', 'timm', 'accelerate', 'yaml')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert ran.stderr == ""
     assert ran.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["--version", "rules", "train --help"])
+def test_other_commands_do_not_load_what_trains(command: str) -> None:
+    ran = run(
+        "import sys\n"
+        f"sys.argv = ['netsurgery', *{command.split()}]\n"
+        "from netsurgery.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print([n for n in ('accelerate', 'netsurgery.training') if n in sys.modules], file=sys.stderr)"
+    )
+    assert (ran.returncode, ran.stderr) == (0, "[]\n")
 
 
 def test_importing_the_core_does_not_import_triton() -> None:
@@ -110,7 +123,9 @@ def test_the_wheel_and_the_sdist_hold_each_file_once(tmp_path: Path) -> None:
     expected = {
         f"{name.replace('.', '/')}/{p.name}" for name, at in packages().items() for p in (ROOT / at).glob("*.py")
     }
-    expected.add("netsurgery/py.typed")
+    recipes = {f"netsurgery/recipes/{p.name}" for p in (ROOT / "netsurgery" / "recipes").iterdir()}
+    assert recipes
+    expected |= {"netsurgery/py.typed", *recipes}
     (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(expected)
@@ -119,4 +134,4 @@ def test_the_wheel_and_the_sdist_hold_each_file_once(tmp_path: Path) -> None:
         files = [name.partition("/")[2] for name in archive.getnames()]
     assert len(files) == len(set(files))
     assert not [name for name in files if name.startswith(("netsurgery/passes", "netsurgery/kernels"))]
-    assert {"passes/__init__.py", "kernels/__init__.py", "netsurgery/py.typed", "LICENSE"} <= set(files)
+    assert {"passes/__init__.py", "kernels/__init__.py", "netsurgery/py.typed", "LICENSE", *recipes} <= set(files)

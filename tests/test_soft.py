@@ -22,6 +22,7 @@ from netsurgery.models import CifarResNet, resnet20, resnet32, resnet56, resnet1
 from netsurgery.passes import SoftPruning
 from netsurgery.passes.filters import filters_of_layers, norms, published_macs
 from netsurgery.passes.soft import hard_share, pruned_share, soft_factor
+from tests import zoo
 from tests.zoo import randomise
 
 METHODS = ("sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp")
@@ -167,6 +168,32 @@ def test_coupled_units_are_ranked_over_all_that_produces_them() -> None:
     assert pruning.pruned["stem.0"].nonzero().flatten().tolist() == [int(size.argmin())]
 
 
+def test_what_is_pruned_for_good_stays_the_first_in_rank() -> None:
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruning = SoftPruning(model, images(), method="hfp", ratio=0.3, epochs=3, optimizer=optimizer)
+    with torch.no_grad():
+        model[0].weight[7:] *= 1e-3
+    pruning.step(0)
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+    pruning.step(1)
+    assert pruning.hard["0.weight"].nonzero().flatten().tolist() == [7, 8, 9]
+
+
+def test_only_the_norms_of_pruned_filters_are_zero() -> None:
+    model = stream(dtype=torch.float32)
+    pruning = SoftPruning(model, images(4, 3, 8), method="sfp", ratio=0.5, epochs=1)
+    pruning.step(0)
+    pairs = [("stem.0", "stem.1")] + [
+        (f"stages.{i}.{j}.conv{k}", f"stages.{i}.{j}.bn{k}") for i in range(3) for j in range(2) for k in (1, 2)
+    ]
+    for conv, norm in pairs:
+        for name in ("weight", "bias"):
+            assert model.get_parameter(f"{norm}.{name}").eq(0).equal(pruning.pruned[f"{conv}.weight"]), norm
+    assert model.get_parameter("stages.1.0.shortcut.1.bias").all()
+
+
 # The end is exact ----------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +277,51 @@ def test_the_end_is_exact(build: Callable[[], nn.Module], grouping: str, method:
     after = netsurgery.cost(small, (x,))
     assert after.macs < (0.8 if grouping == "layer" else 0.5) * before.macs
     assert type(small) is type(model) and list(small.state_dict()) == list(model.state_dict())
+
+
+class Summed(nn.Module):
+    """A norm after a sum, and a chunk whose halves must stay equally wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.halves, self.left, self.right = nn.Conv2d(6, 8, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.halves(F.relu(self.norm(self.a(x) + self.b(x)))).chunk(2, 1)
+        return self.left(F.relu(one)).mean((2, 3)) + self.right(F.relu(other)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_layer_by_layer_behind_a_sum_and_in_equal_parts() -> None:
+    torch.manual_seed(0)
+    model, x = Summed().double().eval(), images(4, 3, 8, torch.float64)
+    randomise(model, x)
+    pruning = SoftPruning(model, x, method="sfp", ratio=0.5, epochs=1)
+    with torch.no_grad():
+        for weight, rows in (
+            (model.a.weight, [1, 2, 3]),
+            (model.b.weight, [2, 3, 4]),
+            (model.halves.weight, [0, 1, 3, 6]),
+        ):
+            weight[rows] *= 1e-3
+    pruning.step(0)
+    assert model.norm.bias.eq(0).nonzero().flatten().tolist() == [2, 3]
+    small = assert_exact(model, pruning, x)
+    assert [small.a.out_channels, small.halves.out_channels] == [4, 6]  # one of each half: 0 and 6  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("name", zoo.REPRESENTATIVES)
+def test_the_zoo(name: str, grouping: str) -> None:
+    model, x = zoo.build(name), zoo.images(name)
+    pruning = SoftPruning(model, (x,), method="sfp", ratio=0.4, epochs=1, grouping=grouping)  # type: ignore[arg-type]
+    pruning.step(0)
+    edit, small = pruning.plan(), pruning.finish()
+    assert grouping == "layer" or edit.after.macs < 0.7 * edit.before.macs
+    assert bool(pruning._leaks) == (name == "convnext_tiny")  # the layer norms over its streams
+    with torch.no_grad():
+        assert relative(small(x), model(x)) < 1e-5
 
 
 def test_a_stream_stays_wide_layer_by_layer() -> None:
@@ -347,6 +419,24 @@ def test_units_that_are_not_nothing_at_zero_stay(grouping: str) -> None:
     pruning.step(0)
     small = assert_exact(model, pruning, x, 1e-5)
     assert [small.a.out_features, small.b.out_features, small.c.out_features] == [6, 3, 6]  # type: ignore[union-attr]
+
+
+class Routed(nn.Module):
+    """Code that looks at an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.first(x))
+        last: Tensor = self.last(hidden if hidden.sum() > 1 else -hidden)
+        return last
+
+
+def test_code_that_decides_by_values_is_refused() -> None:
+    with pytest.raises(InputError, match="the code of Routed decides by the values of activations"):
+        SoftPruning(Routed(), torch.randn(3, 4), ratio=0.5, epochs=1, grouping="coupled")
 
 
 def test_a_fresh_norm_hides_no_leak() -> None:

@@ -139,7 +139,7 @@ class Worker:
             if self.leads:
                 checkpoints.write(fit.checkpoint, run.state(history))
             self.wait()
-        run.close()
+        self.accelerator.free_memory()
         return history
 
 
@@ -243,8 +243,3 @@ class Run:
             part.load_state_dict(state[name])
         history: list[Figures] = state["history"]
         return history
-
-    def close(self) -> None:
-        """The model is the user's own again."""
-        self.model = self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False, keep_torch_compile=False)
-        self.accelerator.free_memory()

@@ -27,7 +27,7 @@ from netsurgery.training.schedules import SCHEDULES
 __all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Variant", "read", "shipped"]
 
 Table = dict[str, Any]
-SUPPLIED = ("data", "model", "example_inputs", "inputs", "optimizer", "epochs", "resume")  # by the run, not the recipe
+SUPPLIED = ("data", "model", "example_inputs", "inputs", "optimizer", "epochs", "file")  # by the run, not the recipe
 OPTIMIZERS = {
     name: cls
     for name, cls in vars(torch.optim).items()

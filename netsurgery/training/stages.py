@@ -106,8 +106,13 @@ class Job:
         self.passes()
 
     def passes(self) -> list[netsurgery.Pass]:
-        """The selection and the removal, with the images and the seed where they take any."""
-        given = {"data": self.images.plain, "seed": self.seed}
+        """The selection and the removal, with what they take of the run."""
+        given = {
+            "data": self.images.plain,
+            "seed": self.seed,
+            "file": self.folder / "scores.safetensors",  # what takes long goes on from there
+            "progress": False,  # there is a bar already
+        }
         made = []
         for table in filter(None, (self.variant.selection, self.variant.removal)):
             cls = PASSES[table["name"]]

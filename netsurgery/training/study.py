@@ -56,7 +56,7 @@ class Study:
 
     def folder(self, name: str, seed: int) -> Path:
         """Of a variant and a seed."""
-        return self.out / name.replace(" ", "-") / f"seed-{seed}"
+        return self.out / name / f"seed-{seed}"
 
     def images(self, name: str, seed: int) -> Images:
         """The data of a variant."""
@@ -86,7 +86,7 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
 
     Args:
         recipe: as `read` makes it.
-        out: folder for checkpoints, `log.jsonl`, `results.json`, `table.md` and pictures.
+        out: folder for checkpoints, `log.jsonl`, `results.json`, `table.md` and pictures, which all processes see.
         console: where the progress and the table go.
         download: fetch the data where they are missing.
 

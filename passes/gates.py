@@ -1,0 +1,108 @@
+"""Scores from one backward pass: how the loss changes when a gate on each unit begins to close."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from netsurgery.errors import InputError
+from netsurgery.network import Network
+from netsurgery.passes.loss_increase import LossIncreaseScore
+from netsurgery.passes.samples import draw
+from netsurgery.passes.slopes import gate_slopes
+from netsurgery.passes.trials import Loss, Trials
+from netsurgery.pipeline import Pass
+
+__all__ = ["FisherScore", "TaylorScore"]
+
+
+@dataclass(frozen=True)
+class _GateScore(Pass):
+    data: Any = field(repr=False, compare=False)
+    loss: Loss | None = None
+    samples: int = 1000
+    seed: int = 0
+    rows: int | None = None
+
+    gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    def run(self, network: Network) -> Network:
+        """Lay the scores on the network."""
+        samples = draw(self.data, self.samples, self.seed)
+        settings = LossIncreaseScore(None, self.loss, rows=self.rows)
+        slopes = gate_slopes(Trials(settings, network, samples))
+        return network.with_scores({name: self.score(slope) for name, slope in slopes.items()})
+
+    def score(self, slopes: Tensor) -> Tensor:
+        """Scores ``(units,)`` from the slopes ``(samples, units)``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TaylorScore(_GateScore):
+    """The rise of the loss on removal as a Taylor expansion predicts it, from one backward pass.
+
+    A gate multiplies each unit wherever it is read; a_n is the derivative of the loss of sample n by it. First order:
+    mean_n |a_n|. Second order: mean_n (a_n²/2 - a_n), the predicted rise itself, which may be negative.
+
+    Args:
+        data: as for ``LossIncreaseScore``.
+        loss: likewise.
+        samples: likewise.
+        seed: likewise.
+        rows: likewise.
+        order: 1 or 2.
+
+    Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", arXiv 1611.06440
+    (first order), and "Importance Estimation for Neural Network Pruning", arXiv 1906.10771 (second order). The gate on
+    coupled units at all their readers, and the Fisher information a_n² in the place of the second derivative, are our
+    choice.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import TaylorScore
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> data = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> TaylorScore(data).run(netsurgery.trace(model)).scores["0"].shape
+        torch.Size([8])
+    """
+
+    order: Literal[1, 2] = 1
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise InputError(f"TaylorScore(order={self.order!r}): 1 or 2")
+
+    def score(self, slopes: Tensor) -> Tensor:
+        """Scores ``(units,)`` from the slopes ``(samples, units)``."""
+        return slopes.abs().mean(0) if self.order == 1 else (slopes.square() / 2 - slopes).mean(0)
+
+
+@dataclass(frozen=True)
+class FisherScore(_GateScore):
+    """Half the Fisher information of a gate on each unit, from one backward pass: mean_n a_n²/2, as in ``TaylorScore``.
+
+    Args:
+        data: as for ``LossIncreaseScore``.
+        loss: likewise.
+        samples: likewise.
+        seed: likewise.
+        rows: likewise.
+
+    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", arXiv 1801.05787; the gate on
+    coupled units at all their readers as in Liu et al., "Group Fisher Pruning", arXiv 2108.00708.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import FisherScore
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> data = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> bool((FisherScore(data).run(netsurgery.trace(model)).scores["0"] >= 0).all())
+        True
+    """
+
+    def score(self, slopes: Tensor) -> Tensor:
+        """Scores ``(units,)`` from the slopes ``(samples, units)``."""
+        return slopes.square().mean(0) / 2

@@ -1,0 +1,116 @@
+"""Racing: units are tried on growing sets of samples until it is clear enough which have the lowest rises.
+
+Three things make few samples enough. The samples that matter most to any unit, by the slopes of gates, are all tried.
+On the others the rise is regressed on what these slopes predict, whose mean over all samples is known. And only units
+whose side of the border is still open go on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.slopes import gate_slopes
+from netsurgery.passes.trials import Trials
+
+__all__ = ["race"]
+
+_WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
+
+
+def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dict[str, Tensor]:
+    """Rises of the loss by group: estimates, exact for units whose side stays open to the end."""
+    runner = _Race(trials, ledger, share, confidence)
+    trials.begin(None)
+    active, count = trials.everything(), trials.samples.count
+    trials.extend(ledger, active, runner.head, runner.terms, 5)
+    seen = min(count, runner.head + max(64, count // 10))
+    while active:
+        trials.extend(ledger, active, seen, runner.terms, 5)
+        if seen == count:
+            break
+        active = {name: runner.undecided(name, units) for name, units in active.items()}
+        active = {name: units for name, units in active.items() if units}
+        seen = min(count, runner.head + 2 * (seen - runner.head))
+    return {group.name: runner.estimates(group.name)[0] for group in trials.network.prunable}
+
+
+@dataclass
+class _Race:
+    trials: Trials
+    ledger: Ledger
+    share: float
+    confidence: float
+
+    def __post_init__(self) -> None:
+        trials, count = self.trials, self.trials.samples.count
+        if trials.engine(min(trials.chunk(), count), 1) is not None:
+            slopes = gate_slopes(trials)
+        else:  # nothing is predicted
+            slopes = {g.name: torch.zeros(count, g.size, dtype=torch.float64) for g in trials.network.prunable}
+        squares = [slope.square().sum(1) for slope in slopes.values()]
+        weight = torch.stack([square / square.sum().clamp_min(1e-300) for square in squares]).sum(0)
+        self.head = min(count, max(32, count // 16))
+        top = weight.argsort(descending=True, stable=True)[: self.head]
+        rest = torch.ones(count, dtype=torch.bool)
+        rest[top] = False
+        order = torch.cat([top, rest.nonzero().flatten()])
+        trials.samples = trials.samples.ordered(order)
+        ahead = {name: slope[order].T for name, slope in slopes.items()}  # (units, samples)
+        self.predictions = {name: torch.stack([-a, a.square() / 2], 2) for name, a in ahead.items()}
+
+    def terms(self, name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
+        """Sums over rises y: of y in the head; of y, y², and y times each prediction in the rest."""
+        if start < self.head:
+            return torch.cat([rises.sum(1)[None], torch.zeros(4, len(units), dtype=torch.float64)])
+        x = self.predictions[name][units, start : start + rises.shape[1]]
+        products = (x * rises[..., None]).sum(1).T
+        return torch.cat([torch.zeros(1, len(units)), rises.sum(1)[None], rises.square().sum(1)[None], products])
+
+    def estimates(self, name: str) -> tuple[Tensor, Tensor]:
+        """Mean rises over all samples, and their standard errors."""
+        sums, seen = self.ledger.entries[name]
+        count, predictions = self.trials.samples.count, self.predictions[name]
+        left = count - self.head
+        if not left:
+            return sums[0] / count, torch.zeros_like(sums[0])
+        means, variances = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+        overall = predictions[:, self.head :].mean(1)
+        for rows in seen.unique().tolist():
+            units = (seen == rows).nonzero().flatten()
+            n = rows - self.head
+            x = predictions[units, self.head : rows]
+            centre, y = x.mean(1), sums[1, units] / n
+            moments = (x - centre[:, None]).transpose(1, 2) @ (x - centre[:, None])
+            ridge = 1e-9 * moments.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
+            products = sums[3:, units].T - n * centre * y[:, None]
+            weights = torch.linalg.solve(moments + torch.diag_embed(ridge), products)
+            squares = sums[2, units] - n * y.square() - (weights * products).sum(1)
+            means[units] = (sums[0, units] + left * (y + ((overall[units] - centre) * weights).sum(1))) / count
+            variances[units] = squares.clamp_min(0) / max(1, n - 3)
+        n = (seen - self.head).double()
+        variances = (variances * n + variances.mean()) / (n + 1)  # a unit that was never needed yet may be
+        return means, (variances / n * (1 - n / left)).clamp_min(0).sqrt() * left / count
+
+    def undecided(self, name: str, active: list[int]) -> list[int]:
+        """The units whose side is still open, given what has been seen.
+
+        The errors that are allowed, ``(1 - confidence)`` of the selection, are spent by halves: one on the units that
+        stop while others go on, the other on those that are left when it suffices for all of them.
+        """
+        means, errors = self.estimates(name)
+        selected = int(len(means) * self.share + 1e-9)
+        if not 0 < selected < len(means):
+            return []
+        ordered = means.sort().values
+        border = (ordered[selected - 1] + ordered[selected]) / 2
+        wrong = torch.special.ndtr(-(means - border).abs() / (_WIDER * errors).clamp_min(1e-300))
+        allowed = (1 - self.confidence) * selected
+        if float(wrong.sum()) <= allowed:
+            return []
+        surest = wrong.argsort(stable=True)
+        decided = set(surest[wrong[surest].cumsum(0) <= allowed / 2].tolist())
+        return [unit for unit in active if unit not in decided]

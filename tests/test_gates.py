@@ -1,0 +1,82 @@
+"""Slopes of gates: a gate closed a little changes the loss by its slope."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import netsurgery
+from netsurgery.errors import InputError
+from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
+from netsurgery.passes.samples import draw
+from netsurgery.passes.slopes import gate_slopes
+from netsurgery.passes.trials import Trials
+from tests.test_loss_increase import NETWORKS, data_for
+
+
+def slopes(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    network = netsurgery.trace(model, data[0][:2])
+    return gate_slopes(Trials(LossIncreaseScore(None), network, draw(data, 12)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_sum_of_the_slopes_is_that_of_the_weights_that_read_a_unit(name: str) -> None:
+    """The derivative by a gate is the sum of gradient times weight over the weights that consume the unit."""
+    model = NETWORKS[name]()
+    data = data_for(model)
+    found = slopes(model, data)
+    drawn = draw(data, 12)
+    F.cross_entropy(model(*drawn.inputs[0]), drawn.targets, reduction="sum").backward()
+    network = netsurgery.trace(model, data[0][:2])
+    checked = 0
+    for group in network.prunable:
+        readers = [m for m in group.members if m.role == "consumes"]
+        if not readers or any(network.axes[m.parameter][m.axis] is not group.channel for m in readers):
+            continue
+        checked += 1
+        expected = torch.zeros(group.size, dtype=torch.float64)
+        for member in readers:
+            parameter = network.tensors[member.parameter]
+            product = (parameter.grad * parameter).detach().movedim(member.axis, 0)  # type: ignore[operator]
+            expected += product.flatten(1).sum(1)
+        torch.testing.assert_close(found[group.name].sum(0), expected, rtol=1e-9, atol=1e-12)
+    assert checked
+
+
+def test_scores_are_means_over_the_samples() -> None:
+    model = NETWORKS["residual"]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:2])
+    found = slopes(model, data)
+    for name, a in found.items():
+        for one, expected in (
+            (TaylorScore(data, samples=12), a.abs().mean(0)),
+            (TaylorScore(data, samples=12, order=2), (a**2 / 2 - a).mean(0)),
+            (FisherScore(data, samples=12, rows=5), (a**2).mean(0) / 2),
+        ):
+            torch.testing.assert_close(one.run(network).scores[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_slopes_predict_small_removals() -> None:
+    """Units that matter little: the second order predicts the rise of the loss, to a third of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    model[2].weight.data *= 0.02
+    data = torch.randn(200, 6).double(), torch.randint(3, (200,))
+    network = netsurgery.trace(model, data[0][:2])
+    exact = LossIncreaseScore(data, samples=200).run(network).scores["0"]
+    predicted = TaylorScore(data, samples=200, order=2).run(network).scores["0"]
+    assert float((exact - predicted).abs().max()) < float(exact.abs().max()) / 3
+
+
+def test_an_order_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InputError, match=r"TaylorScore\(order=3\): 1 or 2"):
+        TaylorScore((), order=3)  # type: ignore[arg-type]
+
+
+def test_pruning_by_them() -> None:
+    model = NETWORKS["flattened"]()
+    data = data_for(model)
+    for score in (TaylorScore(data), FisherScore(data)):
+        edit = netsurgery.plan(model, [score, PruneChannels(0.5)], data[0][:2])
+        assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, data[0][:2]) < 1e-10

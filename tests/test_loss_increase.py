@@ -1,0 +1,421 @@
+"""The rise of the loss: what cutting a unit out and running what is left gives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import netsurgery
+from netsurgery.errors import InputError
+from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
+from netsurgery.passes.samples import draw
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In float64 and eval mode, every number random: a norm's shift leaks through a ReLU."""
+    generator = torch.Generator().manual_seed(0)
+    model.double().eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / max(1, tensor[0].numel()) ** 0.5)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+class Residual(nn.Module):
+    """A residual stream that three layers read, with in-place activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.a, self.bn_a = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5)
+        self.b, self.bn_b = nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.act = nn.ReLU(inplace=True)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.stem(x)))
+        x = self.act(self.bn_b(self.b(self.act(self.bn_a(self.a(x))))) + x)
+        return self.head(x.mean((2, 3)))
+
+
+class Concatenated(nn.Module):
+    """Two branches side by side, read together, then by one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)
+        self.bn, self.c = nn.BatchNorm2d(9), nn.Conv2d(9, 6, 1)
+        self.d, self.head = nn.Conv2d(4, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        y = self.c(F.relu(self.bn(torch.cat([a, b], 1)))) * torch.sigmoid(self.d(a))
+        return self.head(y.amax((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """Depthwise and grouped convolutions with squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.bn1 = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.depth, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)
+        self.group, self.norm = nn.Conv2d(8, 8, 3, groups=2), nn.GroupNorm(2, 8)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.bn1(self.expand(x)))
+        x = F.hardswish(self.bn2(self.depth(x)))
+        x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return self.head(F.gelu(self.norm(self.group(x)))).mean((2, 3))
+
+
+class Flattened(nn.Module):
+    """Channels times positions are features of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.hidden, self.head = nn.Linear(4 * 9, 7), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+        return self.head(torch.tanh(self.hidden(x.flatten(1))))
+
+
+class Attention(nn.Module):
+    """Heads, layer norms over a residual stream, and a weight that is standardised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.norm2, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+        x = x + self.out(attended.transpose(1, 2).reshape(b, n, c))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        weight = self.head.weight - self.head.weight.mean(1, keepdim=True)
+        return F.linear(x.mean(1), weight, self.head.bias)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    one.__name__.lower(): lambda one=one: randomised(one())  # type: ignore[misc]
+    for one in (Residual, Concatenated, Depthwise, Flattened, Attention)
+}
+
+
+def data_for(_: nn.Module, count: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, 8, 8, generator=generator).double(), torch.arange(count) % 4
+
+
+def by_surgery(
+    model: nn.Module, network: netsurgery.Network, name: str, units: set[int], x: Tensor, y: Tensor
+) -> float:
+    """The loss of the network in which units are cut out."""
+    stay = tuple(u for u in range(network[name].size) if u not in units)
+    small = netsurgery.rewrite(model, netsurgery.Edit(network, {name: stay}))
+    return loss_of(small, x, y)
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float(F.cross_entropy(model(x), y))
+
+
+def drawn(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    chosen = draw(data, count)
+    return chosen.inputs[0][0], chosen.targets
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_score_is_the_rise_of_the_loss_where_the_unit_is_cut_out(name: str, rows: int | None) -> None:
+    model = NETWORKS[name]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, samples=16, rows=rows).run(network).scores
+    x, y = drawn(data, 16)
+    with torch.no_grad():
+        base = loss_of(model, x, y)
+    tied = {name for names in network.ties for name in names}
+    assert set(scores) == {group.name for group in network.prunable}
+    for group in network.prunable:
+        if group.name in tied:
+            continue
+        for unit in range(group.size):
+            rise = by_surgery(model, network, group.name, {unit}, x, y) - base
+            assert float(scores[group.name][unit]) == pytest.approx(rise, rel=1e-4, abs=1e-12), (group.name, unit)
+
+
+def test_few_samples_go_through_several_removals_at_a_time() -> None:
+    model = NETWORKS["residual"]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    alone = LossIncreaseScore(data, samples=7, rows=7).run(network).scores
+    together = LossIncreaseScore(data, samples=7, rows=64).run(network).scores
+    for name, score in alone.items():
+        torch.testing.assert_close(together[name], score, rtol=1e-9, atol=1e-13)
+
+
+def test_little_memory_changes_nothing() -> None:
+    model = NETWORKS["concatenated"]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    plenty = LossIncreaseScore(data, samples=12).run(network).scores
+    little = LossIncreaseScore(data, samples=12, memory=1).run(network).scores
+    for name, score in plenty.items():
+        torch.testing.assert_close(little[name], score, rtol=0, atol=0)
+
+
+def test_every_kind_of_data_gives_the_same() -> None:
+    model = NETWORKS["flattened"]()
+    x, y = data_for(model)
+    network = netsurgery.trace(model, x[:3])
+    pairs = TensorDataset(x, y)
+    found = [
+        LossIncreaseScore(data, samples=12).run(network).scores["conv"]
+        for data in ((x, y), pairs, DataLoader(pairs, batch_size=5, shuffle=True))
+    ]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = NETWORKS["residual"]().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = data_for(model)
+    LossIncreaseScore(data, samples=8).run(netsurgery.trace(model, data[0][:3]))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_loss_of_ones_own_and_outputs_that_are_no_logits() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = NETWORKS["flattened"]()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inner(x)}
+
+    model = Twice().eval()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    with pytest.raises(InputError, match=r"the model returns dict, not logits: pass loss=f\(outputs, targets\)"):
+        LossIncreaseScore(data, samples=8).run(network)
+    own = LossIncreaseScore(data, lambda out, y: F.cross_entropy(out["logits"], y), samples=8)
+    plain = LossIncreaseScore(data, samples=8).run(netsurgery.trace(model.inner, data[0][:3]))
+    torch.testing.assert_close(own.run(network).scores["inner.conv"], plain.scores["conv"], rtol=1e-9, atol=1e-13)
+    wrong = LossIncreaseScore(data, lambda out, y: out["logits"], samples=8)
+    with pytest.raises(InputError, match=r"the loss of 8 samples is \(8, 4\): return the mean, or one number for each"):
+        wrong.run(network)
+
+
+class Deciding(nn.Module):
+    """Takes its way by values: it is only known where it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x.mean((2, 3))))
+        if float(x.detach().sum()) > -1.0:
+            x = x * 2
+        return self.head(torch.relu(self.b(x)))
+
+
+def test_a_network_that_looks_at_values_is_cut_for_each_unit() -> None:
+    model = randomised(Deciding())
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, samples=8).run(network).scores
+    x, y = drawn(data, 8)
+    base = loss_of(model, x, y)
+    for unit in range(5):
+        rise = by_surgery(model, network, "a", {unit}, x, y) - base
+        assert float(scores["a"][unit]) == pytest.approx(rise, rel=1e-6)
+
+
+class WritesIntoViews(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x[:, :, 0].mul_(2)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_network_that_writes_into_views_is_cut_for_each_unit() -> None:
+    model = randomised(WritesIntoViews())
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, samples=8).run(network).scores
+    x, y = drawn(data, 8)
+    base = loss_of(model, x, y)
+    assert float(scores["conv"][2]) == pytest.approx(by_surgery(model, network, "conv", {2}, x, y) - base, rel=1e-6)
+
+
+def test_cumulative_scores_are_the_rises_of_prefixes() -> None:
+    model = NETWORKS["residual"]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    x, y = drawn(data, 16)
+    base = loss_of(model, x, y)
+    tolerance = 0.05
+    scores = LossIncreaseScore(data, samples=16, mode="cumulative", tolerance=tolerance).run(network).scores
+    norms = MagnitudeScore().run(network).scores
+    for group in network.prunable:
+        order = norms[group.name].argsort(stable=True).tolist()
+        highest, longest = float("-inf"), 0
+        for length in range(1, group.size):
+            highest = max(highest, by_surgery(model, network, group.name, set(order[:length]), x, y) - base)
+            if highest > tolerance:
+                break
+            assert float(scores[group.name][order[length - 1]]) == pytest.approx(highest, rel=1e-6)
+            longest = length
+        assert int((scores[group.name] <= tolerance).sum()) == longest
+        assert scores[group.name].argsort(stable=True).tolist()[longest:] == order[longest:]
+    edit = PruneChannels(threshold=tolerance).run(network.with_scores(scores))
+    assert edit.counts == {
+        g.name: g.size - k for g in network.prunable if (k := int((scores[g.name] <= tolerance).sum()))
+    }
+
+
+def separable() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A trained network with more units than it needs, and its data."""
+    torch.manual_seed(0)
+    x, y = torch.randn(1000, 8), torch.randint(4, (1000,))
+    x[torch.arange(1000), y] += 3
+    model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, (x, y)
+
+
+def test_racing_finds_the_selection_and_sees_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = separable()
+    network = netsurgery.trace(model, data[0][:3])
+    exact = LossIncreaseScore(data).run(network).scores["0"]
+    race = LossIncreaseScore(data, racing=True)
+    raced = race.run(network).scores["0"]
+    lowest = [set(score.argsort(stable=True)[:24].tolist()) for score in (exact, raced)]
+    assert len(lowest[0] & lowest[1]) >= 0.9 * 24
+    (ledger,) = race._known.values()
+    assert int(ledger.entries["0"][1].sum()) < 48 * 1000 / 2
+    with pytest.raises(InputError, match="racing compares samples: let the loss return one number for each"):
+        LossIncreaseScore(data, F.cross_entropy, racing=True).run(network)
+
+
+def test_a_plan_that_runs_its_passes_again_tries_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = NETWORKS["flattened"]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    score = LossIncreaseScore(data, samples=8)
+    first = score.run(network).scores
+    monkeypatch.setattr("netsurgery.passes.trials.Trials.rises", lambda *_: pytest.fail("tried again"))
+    assert torch.equal(score.run(network).scores["conv"], first["conv"])
+
+
+SCRIPT = """
+    import sys, torch, netsurgery, time
+    sys.path.insert(0, {root!r})
+    from tests.test_loss_increase import NETWORKS, data_for
+    from netsurgery.passes import LossIncreaseScore
+    from netsurgery.passes import trials
+    slow = trials.Trials.rises
+    def rises(*args):
+        for found in slow(*args):
+            yield found
+            print("one", flush=True)
+            time.sleep(0.05)
+    trials.Trials.rises = rises
+    model = NETWORKS["residual"]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    LossIncreaseScore(data, samples=12, rows=3, file={file!r}).run(network)
+"""
+
+
+def test_what_is_interrupted_goes_on_from_its_file(tmp_path: Path) -> None:
+    file, root = tmp_path / "deep" / "scores.safetensors", str(Path(__file__).parents[1])
+    script = textwrap.dedent(SCRIPT.format(root=root, file=str(file)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for _ in range(9):
+        assert process.stdout.readline() == "one\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors and file.exists()
+
+    model = NETWORKS["residual"]()
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    half = LossIncreaseScore(data, samples=12, rows=3, file=file)
+    resumed = half.run(network).scores
+    whole = LossIncreaseScore(data, samples=12, rows=3).run(network).scores
+    for name, score in whole.items():
+        torch.testing.assert_close(resumed[name], score, rtol=1e-12, atol=1e-15)
+    other = NETWORKS["residual"]()
+    other.head.weight.data += 1
+    with pytest.raises(InputError, match="holds scores of another model, other samples or other settings: remove it"):
+        LossIncreaseScore(data, samples=12, rows=3, file=file).run(netsurgery.trace(other, data[0][:3]))
+    file.write_bytes(b"no scores")
+    with pytest.raises(InputError, match=r"cannot be read .*: remove it, or name another file"):
+        LossIncreaseScore(data, samples=12, rows=3, file=file).run(network)
+    assert json.dumps(sorted(p.name for p in file.parent.iterdir())) == '["scores.safetensors"]'
+
+
+def test_products_in_a_shorter_type() -> None:
+    model = NETWORKS["residual"]().float()
+    x, y = data_for(model)
+    data = x.float(), y
+    network = netsurgery.trace(model, data[0][:3])
+    exact = LossIncreaseScore(data, samples=12).run(network).scores["a"]
+    short = LossIncreaseScore(data, samples=12, autocast=torch.bfloat16).run(network).scores["a"]
+    assert not torch.equal(short, exact)
+    assert float((short - exact).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "all"}, r"LossIncreaseScore\(mode='all'\): 'score' or 'cumulative'"),
+        ({"racing": True, "mode": "cumulative"}, "goes with mode='score'"),
+        ({"share": 1.0}, r"share=1.0\): a number in \(0, 1\)"),
+        ({"tolerance": -1.0}, r"tolerance=-1.0\): must not be negative"),
+        ({"rows": 0}, "rows and memory are at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LossIncreaseScore((), **settings)  # type: ignore[arg-type]
