@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from netsurgery.training import checkpoints, read, run
 from netsurgery.training.data import load
 from netsurgery.training.engine import Run, Worker
 from netsurgery.training.stages import fresh, smaller
+from netsurgery.training.study import Study, fetch
 from netsurgery.training.summary import lines, markdown, spread
-from test_training_data import write_cifar10
+from test_training_data import WRITERS, write_cifar10
 
 RECIPE = """
 seeds = [0]
@@ -350,6 +352,26 @@ def test_spread_over_seeds() -> None:
     assert markdown(lines({"a": [one, other]})).splitlines()[2] == (
         "| a | 90.50 ± 0.71 | 50.00 ± 0.00 | - | 25.00 ± 0.00 | 75.00 ± 0.00 |"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_shipped_runs_on_files_of_the_published_format(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything of every variant can be made, and one variant runs with a tiny part of everything."""
+    WRITERS[name][0](tmp_path / "data", monkeypatch)
+    load.cache_clear()
+    small = ["seeds=[0]", "data.batch=4", "data.workers=0", "train.epochs=1", "finetune.epochs=1"]
+    found = read(
+        name, [*small, f"data.folder={tmp_path / 'data'}", "variants.hgsr + loss-increase.selection.samples=4"]
+    )
+    fetch(Study(found, tmp_path / "none", False))
+    chosen = {"hgsr + loss-increase": found.variants["hgsr + loss-increase"]}
+    ((one,),) = run(replace(found, variants=chosen), tmp_path / "out", silent()).values()
+    assert one["parameters"][1] <= found.variants["one-shot"].removal["params"] * one["parameters"][0]
+    assert one["verify"] < 1e-3
 
 
 COMMAND = [sys.executable, "-m", "netsurgery.cli", "train"]
