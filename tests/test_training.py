@@ -288,7 +288,10 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         ("variants.soft.soft.ratio=1.5", "variant 'soft': SoftPruning(ratio=1.5)"),
         ("variants.norm.removal.params=1.5", "variant 'norm': PruneChannels(params=1.5): a share to keep in (0, 1]"),
         ("variants.norm.penalty.exclude=['no.such']", "variant 'norm': "),
-        ("data.batch=401", "data.batch = 401: at most the 400 training images, and a multiple of the 1 processes"),
+        (
+            "data.batch=401",
+            "variant 'penalised': data.batch = 401: at most the 400 training images, and a multiple of the 1 processes",
+        ),
         ("engine.accumulate=0", "engine.accumulate = 0: at least 1"),
     ],
 )
@@ -296,7 +299,7 @@ def test_what_cannot_be_made_is_known_before_anything_runs(change: str, text: st
     with pytest.raises(InputError) as caught:
         run(recipe(tmp_path, change), tmp_path / "out", silent())
     assert str(caught.value).startswith(text)
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists()  # put right, it may go there
 
 
 def test_a_cut_that_is_not_exact_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +370,7 @@ def test_what_is_shipped_runs_on_files_of_the_published_format(
     found = read(
         name, [*small, f"data.folder={tmp_path / 'data'}", "variants.hgsr + loss-increase.selection.samples=4"]
     )
-    fetch(Study(found, tmp_path / "none", False))
+    fetch(Study(found, tmp_path / "none", False), Worker(found.engine))
     chosen = {"hgsr + loss-increase": found.variants["hgsr + loss-increase"]}
     ((one,),) = run(replace(found, variants=chosen), tmp_path / "out", silent()).values()
     assert one["parameters"][1] <= found.variants["one-shot"].removal["params"] * one["parameters"][0]
