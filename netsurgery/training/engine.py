@@ -116,6 +116,15 @@ class Worker:
                 right, total = right + int(hits.sum()), total + len(hits)
         return 100 * right / total
 
+    def check(self, data: Data, images: Images) -> None:
+        """Raise InputError for fewer images than in a batch, or processes that do not divide it."""
+        count, processes = len(images.train), self.accelerator.num_processes  # type: ignore[arg-type]
+        if count < data.batch or data.batch % processes:
+            raise InputError(
+                f"data.batch = {data.batch}: at most the {count} training images, and a multiple of the {processes} "
+                "processes"
+            )
+
     def fit(self, model: nn.Module, fit: Fit, tell: Callable[[Figures], None]) -> list[Figures]:
         """Train a model in place, from its checkpoint on if there is one.
 
@@ -125,9 +134,6 @@ class Worker:
 
         Returns:
             Loss, penalty, learning rate and accuracy of each epoch of the stage.
-
-        Raises:
-            InputError: fewer images than in a batch, or processes that do not divide it.
         """
         run = Run(self, model, fit)
         history: list[Figures] = []
@@ -170,12 +176,6 @@ class Run:
         from accelerate.data_loader import SeedableRandomSampler
 
         data, images = self.of.data, self.of.images.train
-        count, processes = len(images), self.accelerator.num_processes  # type: ignore[arg-type]
-        if count < data.batch or data.batch % processes:
-            raise InputError(
-                f"data.batch = {data.batch}: at most the {count} training images, and a multiple of the {processes} "
-                "processes"
-            )
         order = SeedableRandomSampler(images, data_seed=derived(self.of.seed, "order"), generator=torch.Generator())
         return DataLoader(images, data.batch, sampler=order, num_workers=data.workers, drop_last=True)
 

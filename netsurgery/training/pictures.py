@@ -47,7 +47,7 @@ def figure(path: Path, size: tuple[float, float], count: int, paint: Callable[[A
 
 def style(index: int) -> dict[str, Any]:
     """Colour and mark of a variant, alike in all pictures."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index // len(COLOURS) % len(MARKS)]}
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)]}
 
 
 def final(run: dict[str, Any]) -> float:
@@ -62,7 +62,7 @@ def tradeoff(results: Results, axes: Any) -> None:
         for index, (name, runs) in enumerate(results.items()):
             x, y = [COLUMNS[cost](run) for run in runs], [final(run) for run in runs]
             one.scatter(x, y, s=14, alpha=0.5, linewidths=0, **style(index))
-            one.scatter(mean(v for v in x if v is not None), mean(y), s=70, label=name, **style(index))
+            one.scatter(mean(v for v in x if v is not None), mean(y), s=80, alpha=0.8, label=name, **style(index))
         one.set(
             xlabel=f"{'parameters' if cost == 'params' else cost} that stay, %", ylabel="test accuracy at the end, %"
         )
@@ -81,7 +81,8 @@ def widths(results: Results, axes: Any) -> None:
     axes.step(range(len(names)), [whole[k] for k in names], where="mid", color="#bbbbbb", linewidth=6, label="whole")
     for index, (name, runs) in enumerate(results.items()):
         means = [mean(run["widths"][1].get(k, float("nan")) for run in runs) for k in names]
-        axes.plot(range(len(names)), means, label=name, markersize=4, linewidth=1.2, **style(index))
+        beside = 0.5 * ((index + 0.5) / len(results) - 0.5)  # so that those that are alike can be told apart
+        axes.plot([i + beside for i in range(len(names))], means, label=name, markersize=4, linewidth=1, **style(index))
     axes.set(ylabel="output channels", title="Output channels of each layer after the removal")
 
 
@@ -96,3 +97,7 @@ def losses(results: Results, axes: Any) -> None:
     axes[0].set(xlabel="epoch, fine-tuning after training", ylabel="cross-entropy on the training images")
     axes[0].set_yscale("log")
     axes[1].set(xlabel="epoch, fine-tuning after training", ylabel="test accuracy, %")
+    late = [
+        e["accuracy"] for runs in results.values() for run in runs for e in run["training"][-5:] + run["finetuning"]
+    ]
+    axes[1].set_ylim(min(late, default=0.0) - 1, 100.2)

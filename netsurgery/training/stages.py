@@ -96,8 +96,9 @@ class Job:
         given = {"epochs": self.variant.train.epochs, "optimizer": optimizer, **options(self.variant.soft)}
         return SoftPruning(model, self.images.example, **given)
 
-    def check(self) -> None:
+    def check(self, worker: Worker) -> None:
         """Make everything once, so that what cannot be made is known before anything runs."""
+        worker.check(self.variant.data, self.images)
         model = fresh(self.variant.model, self.seed)
         if self.variant.penalty:
             self.penalty(model)

@@ -63,18 +63,21 @@ class Study:
         data = self.recipe.variants[name].data
         return load(data, seed if data.name == "digits" else 0, self.download)
 
+    @property
+    def kept(self) -> Path:
+        """The recipe, as the folder has it."""
+        return self.out / "recipe.json"
+
     def claim(self) -> None:
-        """Keep the recipe in the folder, or see that it is the one that is there.
+        """See that the folder is empty, or holds this recipe.
 
         Raises:
-            InputError: the folder holds the results of another recipe.
+            InputError: it holds the results of another recipe, or other things.
         """
-        path, mine = self.out / "recipe.json", json.loads(json.dumps(self.recipe.fixed))
-        if not path.exists():
-            if self.out.is_dir() and any(self.out.iterdir()):
+        if not self.kept.exists():
+            if self.out.is_dir() and any(path.suffix != ".new" for path in self.out.iterdir()):
                 raise InputError(f"{self.out} holds other files: pass another folder by --out")
-            checkpoints.replace(path, json.dumps(mine, indent=1) + "\n")
-        elif changed := list(differences(json.loads(path.read_text(encoding="utf-8")), mine)):
+        elif changed := list(differences(json.loads(self.kept.read_text(encoding="utf-8")), self.recipe.fixed)):
             raise InputError(
                 f"{self.out} holds the results of another recipe, which differs in {', '.join(changed[:5])}: "
                 "go on with that one, or pass another folder by --out"
@@ -99,7 +102,8 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
     study, worker = Study(recipe, out, download), Worker(recipe.engine)
     if worker.leads:
         study.claim()
-        fetch(study)
+        fetch(study, worker)
+        checkpoints.replace(study.kept, json.dumps(recipe.fixed, indent=1) + "\n")
     worker.wait()
     results: Results = {name: [] for name in recipe.variants}
     with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (tell, advance):
@@ -112,12 +116,12 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
     return results
 
 
-def fetch(study: Study) -> None:
+def fetch(study: Study, worker: Worker) -> None:
     """See that all data are there and everything can be made, before anything runs."""
     for name, job in study.jobs(lambda *_: lambda _: None):
         if job.seed == study.recipe.seeds[0]:
             try:
-                job.check()
+                job.check(worker)
             except InputError as error:
                 raise InputError(f"variant '{name}': {error}") from error
 
@@ -142,8 +146,9 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.exists():
-            text = path.read_bytes()
-            path.write_bytes(text[: text.rfind(b"\n") + 1])
+            whole = path.read_bytes().rfind(b"\n") + 1
+            with path.open("rb+") as file:
+                file.truncate(whole)
 
     def add(self, **entry: Any) -> None:
         """Write a line."""
