@@ -181,6 +181,7 @@ class Suffixes:
         reads.update((node, None) for node, _ in outputs if node not in ran)
         kept = [node for node in reads if node not in self.constants]
         blocks = all(self.row(dims) is not None for step in steps for dims in _each(step.dims))
+        blocks = blocks and not any(self.mixes(step, row) for step in steps for row in self.rows)
         return Suffix(channel, runs, kept, _last_uses(steps), outputs, blocks)
 
     def state(self, step: Step, inputs: set[str], channel: Axis) -> str:
