@@ -393,7 +393,11 @@ def _joined(rows: Sequence[Sequence[Tensor | None]], dim: int) -> list[Tensor | 
 
 def _each(dims: Dims) -> list[tuple[Axis, ...]]:
     """The dimensions of each result of an operation that has some."""
-    return [one for one in ([dims] if isinstance(dims, tuple) else dims) if one is not None and all(axis.size for axis in one)]
+    return [
+        one
+        for one in ([dims] if isinstance(dims, tuple) else dims)
+        if one is not None and all(axis.size for axis in one)
+    ]
 
 
 def _convolved(call: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
