@@ -10,7 +10,14 @@ import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.kernels import CRITERIA
 from netsurgery.kernels.criteria import Name
-from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
+from netsurgery.passes import (
+    BatchNormScore,
+    GeometricMedianScore,
+    HGSRScore,
+    MagnitudeScore,
+    PruneChannels,
+    RandomScore,
+)
 from netsurgery.passes.layers import Grouping
 
 # METHODS: the criteria on [[1, 4], [9, 16]] (rows: outputs), feature-wise
@@ -138,3 +145,61 @@ def test_units_with_nan_are_refused_not_removed(grouping: Grouping) -> None:
         net[2].weight[0, 1] = float("nan")
     with pytest.raises(InputError, match=r"scores of group '0' are NaN or infinite at units \[1\]"):
         netsurgery.plan(net, [HGSRScore("group_lasso", grouping), PruneChannels(0.5)], torch.zeros(1, 3))
+
+
+def test_lamp_divides_by_what_is_not_smaller() -> None:
+    net = nn.Sequential(nn.Linear(1, 3, bias=False), nn.Linear(3, 1))
+    net[0].weight.data = torch.tensor([[2.0], [-1.0], [3.0]])
+    scores = MagnitudeScore(lamp=True).run(netsurgery.trace(net)).scores["0"]
+    assert torch.allclose(scores, torch.tensor([4 / 13, 1 / 14, 1.0]))
+    assert float(MagnitudeScore(lamp=True).run(netsurgery.trace(zeroed(net))).scores["0"].sum()) == 0
+
+
+def zeroed(net: nn.Sequential) -> nn.Sequential:
+    net[0].weight.data.zero_()
+    return net
+
+
+class TwoNorms(nn.Module):
+    """A stream with two norms, one of them over a concatenation, beside a layer without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 3, 1), nn.Conv2d(1, 2, 1), nn.Conv2d(5, 4, 1)
+        self.first, self.both, self.d = nn.BatchNorm2d(3), nn.BatchNorm2d(5), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = self.both(torch.cat([self.first(self.a(x)), self.b(x)], 1))
+        y: Tensor = self.d(self.c(joined))
+        return y
+
+
+def test_the_scales_of_batch_norms() -> None:
+    net = TwoNorms().eval()
+    net.first.weight.data = torch.tensor([1.0, -2.0, 3.0])
+    net.both.weight.data = torch.tensor([5.0, 0.0, -1.0, -7.0, 0.5])
+    network = netsurgery.trace(net, torch.zeros(2, 1, 2, 2))
+    scores = BatchNormScore().run(network).scores
+    assert scores["a"].tolist() == [3.0, 1.0, 2.0]
+    assert scores["b"].tolist() == [7.0, 0.5]
+    assert torch.equal(scores["c"], MagnitudeScore().run(network).scores["c"])
+
+
+def test_distances_of_coupled_units_are_over_all_that_produces_them() -> None:
+    class Coupled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.c(self.a(x) + self.b(x))
+            return y
+
+    net = Coupled()
+    scores = GeometricMedianScore().run(netsurgery.trace(net, torch.zeros(1, 2, 4, 4))).scores["a"]
+    joined = torch.cat([net.a.weight.flatten(1), net.b.weight.flatten(1)], 1).detach()
+    assert torch.allclose(scores, torch.cdist(joined, joined).sum(1), rtol=1e-4)
+    grouped = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 2, 1))
+    found = GeometricMedianScore().run(netsurgery.trace(grouped, torch.zeros(1, 1, 4, 4))).scores["1"]
+    units = grouped[1].weight.detach().view(2, 3, -1).movedim(0, 1).flatten(1)  # unit i is filters i and 3 + i
+    assert torch.allclose(found, torch.cdist(units, units).sum(1), rtol=1e-4)

@@ -1,0 +1,120 @@
+"""Drawing samples: fixed by the seed, balanced, the same from every form of data."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from netsurgery.errors import InputError
+from netsurgery.passes.samples import draw
+
+X = torch.arange(300.0)[:, None]
+Y = torch.cat([torch.zeros(200), torch.ones(70), torch.full((30,), 2)]).long()  # classes of very different sizes
+
+
+class Unlisted(Dataset[tuple[Tensor, Tensor]]):
+    """Does not list its labels."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index], Y[index]
+
+
+class Listed(Unlisted):
+    targets = Y.tolist()
+
+
+class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([(X[i], Y[i]) for i in range(299, -1, -1)])
+
+
+def classes(data: Any, count: int, seed: int = 0) -> list[int]:
+    return torch.bincount(draw(data, count, seed).targets, minlength=3).tolist()
+
+
+@pytest.mark.parametrize(
+    "data", [(X, Y), [X, Y], TensorDataset(X, Y), Listed(), Subset(Listed(), range(300)), DataLoader(Listed(), 7)]
+)
+def test_classes_are_balanced_and_every_form_gives_the_same(data: Any) -> None:
+    found = draw(data, 60)
+    assert torch.bincount(found.targets).tolist() == [20, 20, 20]
+    assert torch.equal(found.targets, draw((X, Y), 60).targets)
+    assert torch.equal(found.inputs[0][0], draw((X, Y), 60).inputs[0][0])
+    assert torch.equal(Y[found.inputs[0][0][:, 0].long()], found.targets)
+    assert torch.bincount(found.targets[:12]).tolist() == [4, 4, 4]  # beginnings are balanced too
+
+
+def test_small_classes_are_taken_whole() -> None:
+    assert classes((X, Y), 150) == [60, 60, 30]
+    assert classes((X, Y), 1000) == [200, 70, 30]
+
+
+def test_the_seed_fixes_the_choice() -> None:
+    one, same, other = (draw((X, Y), 30, seed).inputs[0][0] for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_data_that_list_no_labels() -> None:
+    for data in (
+        Unlisted(),
+        DataLoader(Unlisted(), 7),
+        DataLoader(Streamed(), 10),
+        [(X[:90], Y[:90]), (X[90:], Y[90:])],
+    ):
+        found = draw(data, 60)
+        assert found.count == 60 and torch.equal(Y[found.inputs[0][0][:, 0].long()], found.targets)
+    assert min(classes(Unlisted(), 60)) >= 8  # of twice as many, drawn at random
+
+
+def test_dictionaries_and_collate_functions() -> None:
+    items = [{"input_ids": torch.tensor([i, i]), "attention_mask": torch.ones(2), "labels": i % 2} for i in range(20)]
+    found = draw(DataLoader(items, 4), 10)  # type: ignore[arg-type]  # a list is a data set
+    assert sorted(found.inputs[1]) == ["attention_mask", "input_ids"] and torch.bincount(found.targets).tolist() == [
+        5,
+        5,
+    ]
+
+    def halves(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        return torch.stack([x for x, _ in rows]) / 2, torch.tensor([int(y) for _, y in rows])
+
+    halved = DataLoader(Listed(), 4, collate_fn=halves)
+    assert torch.equal(draw(halved, 9).inputs[0][0] * 2, draw(Listed(), 9).inputs[0][0])
+
+
+def test_targets_that_are_no_classes() -> None:
+    assert draw((X, torch.randn(300)), 50).count == 50
+    assert draw((X, torch.zeros(300, 4, 4).long()), 50).targets.shape == (50, 4, 4)
+
+
+def test_random_transforms_leave_no_trace() -> None:
+    class Noisy(Unlisted):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return X[index] + torch.rand(1), Y[index]
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert torch.equal(draw(Noisy(), 9).inputs[0][0], draw(Noisy(), 9).inputs[0][0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "message"),
+    [
+        ((X, Y), 0, r"samples=0: the number of samples to draw must be at least 1"),
+        ((X, Y[:9]), 5, r"inputs and targets have \[9, 300\] rows: a row for each sample is needed"),
+        ([], 5, "the data holds no samples"),
+        (TensorDataset(X[:0], Y[:0]), 5, "the data holds no samples"),
+        (3, 5, "data is int: pass a DataLoader, a Dataset or a pair of tensors"),
+        ([(X, Y, Y)], 5, r"a batch of the data is tuple, expected \(inputs, targets\), or a dictionary with 'labels'"),
+        (DataLoader([{"x": 1}]), 1, "a batch of the data is dict, expected"),  # type: ignore[arg-type]
+    ],
+)
+def test_data_that_cannot_be_used(data: Any, count: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        draw(data, count)
