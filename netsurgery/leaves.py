@@ -43,7 +43,7 @@ class Leaf:
     def __init__(self, module: nn.Module):
         kind: Any = type(module)
         self._module = weakref.ref(module)
-        self.copy: nn.Module | None = None
+        self._copy: Callable[[], nn.Module | None] = lambda: None
         self.__name__: str = kind.__name__
         self.__module__ = kind.__module__
         self.overloadpacket, self.tags = kind, ()
@@ -71,7 +71,7 @@ class Leaf:
 
     def bind(self, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments of one call of a copy of the module."""
-        self.copy = copy
+        self._copy = weakref.ref(copy)
         bound = inspect.signature(type(copy).forward).bind(copy, *args, **kwargs)
         bound.apply_defaults()
         return *_tensors(copy).values(), *(bound.arguments[name] for name in self.inputs)
@@ -81,7 +81,7 @@ class Leaf:
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         if any(tensor.is_meta for tensor in tensors.values()):
             shapes = LEAVES[self.overloadpacket](
-                self.copy or self.module, {n: tuple(t.shape) for n, t in tensors.items()}
+                self._copy() or self.module, {n: tuple(t.shape) for n, t in tensors.items()}
             )
             dtype = next(t.dtype for name, t in reversed(tensors.items()) if t.is_floating_point())
             out = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]

@@ -38,7 +38,7 @@ def rewrite(
     Args:
         model: the model the edit was planned for, or one of the same shapes.
         inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before must be
-            gone (``del loss``): their graphs remember the old shapes.
+            gone (``del loss``), and so must a DistributedDataParallel around it: their graphs remember the old shapes.
         optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
             groups then hold the smaller model's parameters, in the same order with the same settings, and its state
             is cut with the weights: what it keeps of each element (momentum, moments), or averaged over some

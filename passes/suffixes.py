@@ -181,6 +181,7 @@ class Suffixes:
         reads.update((node, None) for node, _ in outputs if node not in ran)
         kept = [node for node in reads if node not in self.constants]
         blocks = all(self.row(dims) is not None for step in steps for dims in _each(step.dims))
+        blocks = blocks and not any(self.mixes(step, row) for step in steps for row in self.rows)
         return Suffix(channel, runs, kept, _last_uses(steps), outputs, blocks)
 
     def state(self, step: Step, inputs: set[str], channel: Axis) -> str:
@@ -392,7 +393,11 @@ def _joined(rows: Sequence[Sequence[Tensor | None]], dim: int) -> list[Tensor | 
 
 def _each(dims: Dims) -> list[tuple[Axis, ...]]:
     """The dimensions of each result of an operation that has some."""
-    return [one for one in ([dims] if isinstance(dims, tuple) else dims) if one and all(axis.size for axis in one)]
+    return [
+        one
+        for one in ([dims] if isinstance(dims, tuple) else dims)
+        if one is not None and all(axis.size for axis in one)
+    ]
 
 
 def _convolved(call: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:

@@ -179,6 +179,29 @@ def test_few_samples_go_through_several_removals_at_a_time() -> None:
         torch.testing.assert_close(together[name], score, rtol=1e-9, atol=1e-13)
 
 
+class AcrossSamples(nn.Module):
+    """What becomes of a sample depends on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x.mean((2, 3))))
+        return self.head(self.b(x).softmax(0))
+
+
+def test_samples_that_depend_on_each_other_are_not_put_beside_those_of_another_removal() -> None:
+    model = randomised(AcrossSamples())
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, samples=8).run(network).scores["a"]
+    x, y = drawn(data, 8)
+    base = loss_of(model, x, y)
+    for unit in range(5):
+        assert float(scores[unit]) == pytest.approx(by_surgery(model, network, "a", {unit}, x, y) - base, rel=1e-6)
+
+
 def test_little_memory_changes_nothing() -> None:
     model = NETWORKS["concatenated"]()
     data = data_for(model)
