@@ -53,10 +53,13 @@ DryRun = Annotated[bool, Option("--dry-run", help="Print the plan only.")]
 Weights = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for weights.pt and edit.json.")]
 Results = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for the table (JSON) and a plot.")]
 RecipeFile = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A .toml or .yaml file, or the name of a shipped one.")
+    str,
+    typer.Argument(metavar="RECIPE", help="A .toml or .yaml file, or digits, cifar10, cifar100, stl10, tinyimagenet."),
 ]
-Out = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for all results [runs/NAME].")]
-DataFolder = Annotated[Path | None, Option("--data", metavar="DIR", help="Where the data set is [data].")]
+Out = Annotated[
+    Path | None, Option(metavar="DIR", file_okay=False, help="Folder for all results; runs/NAME by default.")
+]
+DataFolder = Annotated[Path | None, Option("--data", metavar="DIR", help="Where the data set is; ./data by default.")]
 Download = Annotated[bool, Option("--download", help="Fetch the data set where it is missing.")]
 Seeds = Annotated[str | None, Option(metavar="N,N", help="Seeds instead of the recipe's.")]
 Changes = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="As in train.epochs=3; repeatable.")]

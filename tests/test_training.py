@@ -67,8 +67,9 @@ def recipe(folder: Path, *changes: str, first: int = 4) -> Any:
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
-    """All that a run leaves, but the log, which says when, and the pictures."""
-    paths = [p for p in out.rglob("*") if p.is_file() and p.suffix not in (".jsonl", ".png")]
+    """All that a run leaves, but the log, which says when, the pictures, and the file that the selection keeps."""
+    skipped = (".jsonl", ".png")
+    paths = [p for p in out.rglob("*") if p.is_file() and p.suffix not in skipped and p.name != "scores.safetensors"]
     return {str(p.relative_to(out)): p.read_bytes() for p in paths}
 
 
