@@ -82,6 +82,7 @@ class Network:
         inputs: the example inputs: positional and keyword.
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
+        comparable: whether scores mean the same in every group, as rises of the loss do.
     """
 
     model_name: str
@@ -93,6 +94,7 @@ class Network:
     inputs: Inputs = field(repr=False)
     model: nn.Module = field(repr=False, compare=False)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    comparable: bool = False
 
     def __getitem__(self, name: str) -> Group:
         if name not in self.by_name:
@@ -155,9 +157,9 @@ class Network:
         """Parameters and multiply-accumulates, now or with other numbers of units; nothing is built."""
         return total(*self.terms, self.sizes(counts))
 
-    def with_scores(self, scores: Mapping[str, Tensor]) -> Network:
-        """The same network with scores laid on its groups."""
-        return dataclasses.replace(self, scores=dict(scores))
+    def with_scores(self, scores: Mapping[str, Tensor], comparable: bool = False) -> Network:
+        """The same network with scores laid on its groups; ``comparable`` where they mean the same in every group."""
+        return dataclasses.replace(self, scores=dict(scores), comparable=comparable)
 
     def with_frozen(self, reasons: Mapping[str, str]) -> Network:
         """The same network with more groups frozen; groups tied to these are frozen with them."""

@@ -33,7 +33,7 @@ class _GateScore(Pass):
         samples = draw(self.data, self.samples, self.seed)
         settings = LossIncreaseScore(None, self.loss, rows=self.rows)
         slopes = gate_slopes(Trials(settings, network, samples))
-        return network.with_scores({name: self.score(slope) for name, slope in slopes.items()})
+        return network.with_scores({name: self.score(slope) for name, slope in slopes.items()}, comparable=True)
 
     def score(self, slopes: Tensor) -> Tensor:
         """Scores ``(units,)`` from the slopes ``(samples, units)``."""

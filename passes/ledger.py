@@ -58,13 +58,13 @@ class Ledger:
                 found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dictionary
         except SafetensorError as error:
             raise InputError(f"{self.file} cannot be read ({error}): remove it, or name another file") from error
-        if said.get("key") != self.key:
+        known = json.loads(said.get("netsurgery", "{}"))
+        if known.get("key") != self.key:
             raise InputError(
                 f"{self.file} holds scores of another model, other samples or other settings: "
                 "remove it, or name another file"
             )
-        names = json.loads(said["groups"])
-        self.entries = {name: (found[f"{i}.sums"], found[f"{i}.rows"]) for i, name in enumerate(names)}
+        self.entries = {name: (found[f"{i}.sums"], found[f"{i}.rows"]) for i, name in enumerate(known["groups"])}
 
     def save(self) -> None:
         """Write the file in one step."""
@@ -76,7 +76,7 @@ class Ledger:
         tensors = {f"{i}.{what}": t for i, pair in listed for what, t in zip(("sums", "rows"), pair, strict=True)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_name(self.file.name + ".part")
-        save_file(tensors, unfinished, {"key": self.key, "groups": json.dumps(list(self.entries))})
+        save_file(tensors, unfinished, {"netsurgery": json.dumps({"key": self.key, "groups": list(self.entries)})})
         os.replace(unfinished, self.file)
         self.written = time.monotonic()
 

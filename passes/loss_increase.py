@@ -125,7 +125,7 @@ class LossIncreaseScore(Pass):
                 scores = self._cumulative(trials, ledger)
             else:
                 scores = self._exact(trials, ledger)
-        return network.with_scores(scores)
+        return network.with_scores(scores, comparable=True)
 
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
         trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)

@@ -49,7 +49,8 @@ class PruneChannels(Pass):
         include: name patterns of modules (``layer3.*``); only units that a matching module produces or carries go.
         exclude: likewise; no unit goes that a matching module produces or carries. Patterns match what is inside too.
         normalize: how scores of different groups are made comparable when the scope is global: divided by their
-            "mean", "max" or "sum" in the group, or "none".
+            "mean", "max" or "sum" in the group, or "none"; "auto" is "none" for scores that are comparable as they are
+            (rises of the loss, Taylor, Fisher, LAMP), else "mean".
         compensate: make up for what the removal loses in the layers that read it: "bias" lets their outputs keep their
             mean over the data; "least-squares" also refits their weights so that the outputs stay as near as they can.
         data: what this is measured on, in eval mode: a DataLoader, Dataset, or pair of tensors, as for
@@ -83,7 +84,7 @@ class PruneChannels(Pass):
     unit: Literal["any", "channel", "head", "head_dim"] = "any"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    normalize: Literal["mean", "max", "sum", "none"] = "mean"
+    normalize: Literal["auto", "mean", "max", "sum", "none"] = "auto"
     compensate: Method | None = None
     data: Any = field(default=None, repr=False, compare=False)
     samples: int = 512
@@ -113,8 +114,8 @@ class PruneChannels(Pass):
             raise InputError(f"PruneChannels(scope='{self.scope}'): 'layer' or 'global'")
         if self.unit not in ("any", "channel", "head", "head_dim"):
             raise InputError(f"PruneChannels(unit='{self.unit}'): 'any', 'channel', 'head' or 'head_dim'")
-        if self.normalize not in ("mean", "max", "sum", "none"):
-            raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'mean', 'max', 'sum' or 'none'")
+        if self.normalize not in ("auto", "mean", "max", "sum", "none"):
+            raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'auto', 'mean', 'max', 'sum' or 'none'")
         if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= self.max_ratio <= 1:
             raise InputError("PruneChannels: multiple_of and min_channels are at least 1, max_ratio is in [0, 1]")
         self._check_compensation()
@@ -187,7 +188,7 @@ class PruneChannels(Pass):
             groups = tuple(network[other] for other in together)
             scores = [self._checked(network, group) for group in groups]
             ordered = [score.sort(stable=True) for score in scores]
-            mean = torch.stack([self._normalised(sorted_) for sorted_, _ in ordered]).mean(0)
+            mean = torch.stack([self._normalised(sorted_, network.comparable) for sorted_, _ in ordered]).mean(0)
             most = min(groups[0].size - self.min_channels, int(groups[0].size * self.max_ratio + 1e-9))
             order = tuple(indices.tolist() for _, indices in ordered)
             bundles.append(_Bundle(groups, order, mean, max(0, most), self.multiple_of))
@@ -225,12 +226,13 @@ class PruneChannels(Pass):
             raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {bad}: look at {where}")
         return score
 
-    def _normalised(self, score: Tensor) -> Tensor:
+    def _normalised(self, score: Tensor, comparable: bool) -> Tensor:
         if self.threshold is not None:
             return score
         if self.scope == "layer":
             return torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
-        scale = {"mean": score.mean(), "max": score.max(), "sum": score.sum(), "none": torch.ones(())}[self.normalize]
+        how = self.normalize if self.normalize != "auto" else "none" if comparable else "mean"
+        scale = {"mean": score.mean(), "max": score.max(), "sum": score.sum(), "none": torch.ones(())}[how]
         return score / scale if scale > 0 else score
 
     def _events(self, bundles: list[_Bundle]) -> list[tuple[float, int, int]]:

@@ -127,8 +127,8 @@ class MagnitudeScore(Pass):
 
     Args:
         p: 1 or 2 are usual; any positive number.
-        lamp: divide the p-th power of each norm by the sum of those of its group that are not smaller (LAMP), to be
-            compared across groups as they are: ``PruneChannels(..., scope="global", normalize="none")``.
+        lamp: divide the p-th power of each norm by the sum of those of its group that are not smaller (LAMP): these
+            are comparable across groups, ``PruneChannels(..., scope="global")``.
 
     Source: Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710 (p = 1); Lee et al., "Layer-Adaptive
     Sparsity for the Magnitude-based Pruning", arXiv 2010.07611 (LAMP, p = 2, of single weights). Over several producers
@@ -154,7 +154,9 @@ class MagnitudeScore(Pass):
 
         sums = _collect(network, network.prunable, ("produces", "carries"), along)
         if self.lamp:
-            return network.with_scores({name: _layer_adaptive(powers) for name, powers in sums.items()})
+            return network.with_scores(
+                {name: _layer_adaptive(powers) for name, powers in sums.items()}, comparable=True
+            )
         return network.with_scores({name: score.pow(1 / self.p) for name, score in sums.items()})
 
 

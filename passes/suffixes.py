@@ -95,7 +95,7 @@ class Suffixes:
         autocast: the type in which convolutions and matrix products are computed.
 
     Raises:
-        Unsuited: the graph decides by values, draws random numbers, or writes into views.
+        Unsuited: the graph decides by values, draws random numbers, or writes into what is read elsewhere.
     """
 
     network: Network
@@ -426,7 +426,7 @@ class _Builder:
 
     def __init__(self, suffixes: Suffixes, device: torch.device):
         self.of, self.device = suffixes, device
-        self.now: dict[fx.Node, fx.Node] = {}  # where the value of a node is, after writes in place
+        self.order = {node: index for index, node in enumerate(suffixes.program.graph.nodes)}
 
     def build(self) -> None:
         """Fill in the steps and constants."""
@@ -440,46 +440,41 @@ class _Builder:
                 of.constants[node] = source.detach().to(self.device)
             elif node.op == "call_function":
                 self.add(node)
-        of.outputs = [self.now.get(node, node) for node in of.outputs]
         self.prune()
 
     def add(self, node: fx.Node) -> None:
         of = self.of
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.now.get(n, n))
         if node.target is operator.getitem:
-            step = Step(node, operator.getitem, operator.getitem, args, kwargs, node.meta["dims"])
+            step = Step(node, operator.getitem, operator.getitem, node.args, {}, node.meta["dims"])
         else:
-            step = self.operation(node, args, kwargs)
-        if step.inputs and all(n in of.constants for n in step.inputs) and step.packet not in (operator.getitem,):
-            made = step.call(*of.arguments(args), **of.arguments(kwargs))
+            step = self.operation(node)
+        if step.inputs and all(n in of.constants for n in step.inputs) and step.packet is not operator.getitem:
+            made = step.call(*of.arguments(step.args), **of.arguments(step.kwargs))
             if isinstance(made, Tensor):
                 of.constants[node] = made  # and a step, for where it lacks units
         if not (step.packet is operator.getitem and self.fold(step)):
             of.steps.append(step)
 
-    def operation(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+    def operation(self, node: fx.Node) -> Step:
         target: Any = node.target
         if "decided" in node.meta or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             raise Unsuited(f"{target} decides by values or draws random numbers")
         if any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
             target = self.functional(node)
-        kwargs = {k: self.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+        kwargs = {k: self.device if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
         packet = target.overloadpacket
         call = self.of.product(target) if packet in _CONTRACTED else laid_out(target)
-        return Step(node, call, packet, args, kwargs, node.meta["dims"])
+        return Step(node, call, packet, node.args, kwargs, node.meta["dims"])
 
     def functional(self, node: fx.Node) -> Any:
-        """The operation that returns what one in place writes; later reads of what it wrote read its result."""
+        """The operation that returns what one in place writes, where nothing else shows what was written."""
         target: Any = node.target
         written: Any = node.args[0]
-        name = target.overloadpacket.__name__.removesuffix("_")
-        packet = getattr(aten, name, None)
+        packet = getattr(aten, target.overloadpacket.__name__.removesuffix("_"), None)
         overload = getattr(packet, target._overloadname, None)
-        whole = isinstance(written, fx.Node) and written.op == "call_function" and not is_view(written)
-        if overload is None or not whole or any(is_view(user) for user in written.users):
-            raise Unsuited(f"{target} writes into a view")
-        self.now.update({old: node for old, new in self.now.items() if new is self.now.get(written, written)})
-        self.now[written] = node
+        own = isinstance(written, fx.Node) and written.op == "call_function" and not is_view(written)
+        if overload is None or not own or any(is_view(n) or self.order[n] > self.order[node] for n in written.users):
+            raise Unsuited(f"{target} writes into what is read elsewhere")
         return overload
 
     def fold(self, step: Step) -> bool:

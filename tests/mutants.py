@@ -583,12 +583,6 @@ MUTANTS = (
         "return ()",
     ),
     Mutant(
-        "later reads see what was there before a write in place",
-        "passes/suffixes.py",
-        "self.now[written] = node",
-        "self.now[node] = node",
-    ),
-    Mutant(
         "a folded norm loses its mean",
         "passes/suffixes.py",
         "else of.constants[bias].double()) - mean) * scale",
@@ -615,8 +609,8 @@ MUTANTS = (
     Mutant(
         "a file of another model is gone on from",
         "passes/ledger.py",
-        'if said.get("key") != self.key:',
-        'if "key" not in said:',
+        'if known.get("key") != self.key:',
+        'if "key" not in known:',
     ),
     Mutant(
         "a prefix that recovers counts",

@@ -19,7 +19,7 @@ def slopes(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return gate_slopes(Trials(LossIncreaseScore(None), network, draw(data, 12)))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "attention"])  # norms read units, too
 def test_the_sum_of_the_slopes_is_that_of_the_weights_that_read_a_unit(name: str) -> None:
     """The derivative by a gate is the sum of gradient times weight over the weights that consume the unit."""
     model = NETWORKS[name]()

@@ -98,22 +98,32 @@ class Flattened(nn.Module):
         return self.head(torch.tanh(self.hidden(x.flatten(1))))
 
 
+class Heads(nn.Module):
+    """Two heads of four dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dim = 2, 4
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
 class Attention(nn.Module):
     """Heads, layer norms over a residual stream, and a weight that is standardised."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(3, 8, 4, 4)
-        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.patch, self.norm, self.attention = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), Heads()
         self.norm2, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
-        b, n, c = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
-        attended = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
-        x = x + self.out(attended.transpose(1, 2).reshape(b, n, c))
+        x = x + self.attention(self.norm(x))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
         weight = self.head.weight - self.head.weight.mean(1, keepdim=True)
         return F.linear(x.mean(1), weight, self.head.bias)
@@ -161,6 +171,7 @@ def test_a_score_is_the_rise_of_the_loss_where_the_unit_is_cut_out(name: str, ro
         base = loss_of(model, x, y)
     tied = {name for names in network.ties for name in names}
     assert set(scores) == {group.name for group in network.prunable}
+    assert len(scores) == {"residual": 2, "concatenated": 3, "depthwise": 4, "flattened": 2, "attention": 4}[name]
     for group in network.prunable:
         if group.name in tied:
             continue

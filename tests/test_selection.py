@@ -31,10 +31,11 @@ class Given(netsurgery.Pass):
     """Scores as a test wants them."""
 
     values: tuple[tuple[str, tuple[float, ...]], ...]
+    comparable: bool = False
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def run(self, network: netsurgery.Network) -> netsurgery.Network:
-        return network.with_scores({name: torch.tensor(v) for name, v in self.values})
+        return network.with_scores({name: torch.tensor(v) for name, v in self.values}, self.comparable)
 
 
 def counts(*passes: netsurgery.Pass) -> dict[str, int]:
@@ -107,6 +108,7 @@ def test_normalisation_across_groups() -> None:
     assert raw == {"0": 16, "3": 8, "5": 24}
     even = counts(Given(scores), PruneChannels(24 / 72, scope="global"))
     assert even == {"0": 8, "3": 16, "5": 24}
+    assert counts(Given(scores, comparable=True), PruneChannels(24 / 72, scope="global")) == raw
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_normalisation_across_groups() -> None:
         ({"params": 1.5}, r"a share to keep in \(0, 1\]"),
         ({"macs": 0}, "positive whole number"),
         ({"ratio": 0.5, "scope": "all"}, "'layer' or 'global'"),
-        ({"ratio": 0.5, "normalize": "median"}, "'mean', 'max', 'sum' or 'none'"),
+        ({"ratio": 0.5, "normalize": "median"}, "'auto', 'mean', 'max', 'sum' or 'none'"),
         ({"ratio": 0.5, "multiple_of": 0}, "at least 1"),
     ],
 )
@@ -179,3 +181,10 @@ def test_magnitude_prefers_small_filters() -> None:
         net[0].weight[4:12] *= 1e-3
     edit = netsurgery.plan(net, [MagnitudeScore(), PruneChannels(0.5)], (X,))
     assert edit.keep["0"] == (0, 1, 2, 3, 12, 13, 14, 15)
+
+
+def test_a_threshold_takes_scores_as_they_are() -> None:
+    scores = (("0", tuple(range(16))), ("3", tuple([5.0] * 31 + [-1.0])), ("5", tuple([9.0] * 24)))
+    assert counts(Given(scores), PruneChannels(threshold=4.0)) == {"0": 11, "3": 31, "5": 24}
+    assert counts(Given(scores), PruneChannels(threshold=5.0, multiple_of=4)) == {"0": 12, "3": 4, "5": 24}
+    assert counts(Given(scores), PruneChannels(threshold=-2.0)) == {"0": 16, "3": 32, "5": 24}
