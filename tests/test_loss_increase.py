@@ -378,7 +378,8 @@ def test_a_plan_that_runs_its_passes_again_tries_nothing_twice(monkeypatch: pyte
 
 
 SCRIPT = """
-    import sys, torch, netsurgery, time
+    import signal, sys, time, netsurgery
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
     sys.path.insert(0, {root!r})
     from tests.test_loss_increase import NETWORKS, data_for
     from netsurgery.passes import LossIncreaseScore
