@@ -144,8 +144,8 @@ class Suffixes:
             return bool(self.carries(names[_CONTRACTED[step.packet]], channel))
         if is_view(step.node):
             return False
-        most = max(self.carries(self.dims[node], channel) for node in step.inputs)
-        return most > self.carries(step.dims, channel)
+        most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
+        return most > min((self.carries(one, channel) for one in _each(step.dims)), default=most)
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
         """The dimensions over which statistics are taken that every entry of the result depends on."""
@@ -180,7 +180,9 @@ class Suffixes:
         reads.update((run.step.node, None) for run in runs if run.state == "shifted")
         reads.update((node, None) for node, _ in outputs if node not in ran)
         kept = [node for node in reads if node not in self.constants]
+        results = [*(dims for step in steps for dims in _each(step.dims)), *(self.dims[node] for node in self.outputs)]
         blocks = all(self.row(dims) is not None for step in steps for dims in _each(step.dims))
+        blocks = blocks and all(self.carries(dims, row) < 2 for dims in results for row in self.rows)
         blocks = blocks and not any(self.mixes(step, row) for step in steps for row in self.rows)
         return Suffix(channel, runs, kept, _last_uses(steps), outputs, blocks)
 
@@ -393,7 +395,8 @@ def _joined(rows: Sequence[Sequence[Tensor | None]], dim: int) -> list[Tensor | 
 
 def _each(dims: Dims) -> list[tuple[Axis, ...]]:
     """The dimensions of each result of an operation that has some."""
-    return [one for one in ([dims] if isinstance(dims, tuple) else dims) if one is not None and all(axis.size for axis in one)]
+    results = [dims] if isinstance(dims, tuple) else dims
+    return [one for one in results if one is not None and all(axis.size for axis in one)]
 
 
 def _convolved(call: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Trials:
         self.device = home(self.model)
         self.order: dict[str, list[int]] = {}  # in mode "cumulative"
         self.engines: dict[tuple[int, int], Suffixes | None] = {}
+        self.steady: dict[tuple[int, int], bool] = {}
         self.advance: Callable[[int], None] = lambda n: None
         self.begin: Callable[[int | None], None] = lambda n: None
 
@@ -137,7 +138,8 @@ class Trials:
         if engine is None:
             yield from self.by_surgery(due, start, stop)
             return
-        alone = {n: units for n, units in due.items() if copies > 1 and not engine.suffix(n).blocks}
+        apart = copies > 1 and not self.alike(engine, rows, copies)
+        alone = {n: units for n, units in due.items() if copies > 1 and (apart or not engine.suffix(n).blocks)}
         together = {n: units for n, units in due.items() if n not in alone}
         for times, some in ((copies, together), (1, alone)):
             runner = self.engine(rows, times)
@@ -161,6 +163,18 @@ class Trials:
                 _log.info("each unit is cut out in turn, which is slow: %s", reason)
                 self.engines[key] = None
         return self.engines[key]
+
+    def alike(self, engine: Suffixes, rows: int, copies: int) -> bool:
+        """Whether samples that go through several times give the same each time, wherever they stand in the batch."""
+        if (rows, copies) not in self.steady:
+            whole = engine.whole(self.batch(0, rows, copies)[0], [])
+            parts = [
+                whole[node].unflatten(row, (copies, -1)).movedim(row, 0)
+                for node in engine.outputs
+                if (row := engine.row(engine.dims[node])) is not None and whole[node].is_floating_point()
+            ]
+            self.steady[rows, copies] = all(_alike(part) for part in parts)
+        return self.steady[rows, copies]
 
     def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, Any]:
         """Some samples, several times over; the targets once."""
@@ -263,6 +277,13 @@ class Trials:
                     small = rewrite(self.model, edit)
                 found = self.loss(self.outputs(small, inputs), targets)
                 yield name, [index], (found - base)[None].cpu()
+
+
+def _alike(parts: Tensor) -> bool:
+    """Whether parts ``(parts, ...)`` are the same but for rounding."""
+    eps = torch.finfo(parts.dtype).eps
+    largest = float(parts[0].nan_to_num(0, 0, 0).abs().amax()) if parts.numel() else 0.0
+    return torch.allclose(parts, parts[:1], min(1e3 * eps, 0.05), 1e2 * eps * largest, equal_nan=True)
 
 
 def _bytes(node: fx.Node) -> int:

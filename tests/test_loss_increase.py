@@ -119,9 +119,22 @@ class Attention(nn.Module):
         return F.linear(x.mean(1), weight, self.head.bias)
 
 
+class Normed(nn.Module):
+    """Weights that are normalised: of units that go, nothing is left in the norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+        self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 5, 3))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     one.__name__.lower(): lambda one=one: randomised(one())  # type: ignore[misc]
-    for one in (Residual, Concatenated, Depthwise, Flattened, Attention)
+    for one in (Residual, Concatenated, Depthwise, Flattened, Attention, Normed)
 }
 
 
@@ -200,6 +213,58 @@ def test_samples_that_depend_on_each_other_are_not_put_beside_those_of_another_r
     base = loss_of(model, x, y)
     for unit in range(5):
         assert float(scores[unit]) == pytest.approx(by_surgery(model, network, "a", {unit}, x, y) - base, rel=1e-6)
+
+
+class ByPlace(nn.Module):
+    """What a sample gives depends on where it stands in the batch."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.how = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(self.how(torch.relu(self.a(x.mean((2, 3))))))))
+
+
+@pytest.mark.parametrize("how", [
+    lambda x: x.cumsum(0), lambda x: x + x.sort(0).values, lambda x: x * torch.arange(len(x))[:, None],
+])  # fmt: skip
+def test_samples_that_are_told_apart_by_their_place_are_not_put_beside_themselves(
+    how: Callable[[Tensor], Tensor],
+) -> None:
+    model = randomised(ByPlace(how))
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, samples=8).run(network).scores["a"]
+    x, y = drawn(data, 8)
+    base = loss_of(model, x, y)
+    for unit in range(5):
+        rise = by_surgery(model, network, "a", {unit}, x, y) - base
+        assert float(scores[unit]) == pytest.approx(rise, rel=1e-6, abs=1e-12)
+
+
+class Contrasted(AcrossSamples):
+    """Every sample is compared with every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.a(x.mean((2, 3)))))
+        return x @ x.T
+
+
+def test_outputs_that_compare_samples() -> None:
+    def loss(out: Tensor, _: Tensor) -> Tensor:
+        return out.logsumexp(1) - out.diagonal()
+
+    model = randomised(Contrasted())
+    data = data_for(model)[0][:8], torch.arange(8)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, loss).run(network).scores["a"]
+    x, y = drawn(data, 8)
+    for unit in range(5):
+        stay = tuple(other for other in range(5) if other != unit)
+        small = netsurgery.rewrite(model, netsurgery.Edit(network, {"a": stay}))
+        rise = float((loss(small(x), y) - loss(model(x), y)).mean().detach())
+        assert float(scores[unit]) == pytest.approx(rise, rel=1e-6, abs=1e-12)
 
 
 def test_little_memory_changes_nothing() -> None:
