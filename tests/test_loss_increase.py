@@ -1,13 +1,16 @@
 """The rise of the loss: what cutting a unit out and running what is left gives."""
 
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
 from netsurgery.passes.samples import draw
+from netsurgery.passes.trials import Loss, Trials
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -134,7 +138,7 @@ class Normed(nn.Module):
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     one.__name__.lower(): lambda one=one: randomised(one())  # type: ignore[misc]
-    for one in (Residual, Concatenated, Depthwise, Flattened, Attention, Normed)
+    for one in (Residual, Concatenated, Depthwise, Flattened, Attention)
 }
 
 
@@ -163,9 +167,11 @@ def drawn(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [None, 5])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_score_is_the_rise_of_the_loss_where_the_unit_is_cut_out(name: str, rows: int | None) -> None:
-    model = NETWORKS[name]()
+@pytest.mark.parametrize("build", [*NETWORKS.values(), lambda: randomised(Normed())], ids=[*NETWORKS, "normed"])
+def test_a_score_is_the_rise_of_the_loss_where_the_unit_is_cut_out(
+    build: Callable[[], nn.Module], rows: int | None
+) -> None:
+    model = build()
     data = data_for(model)
     network = netsurgery.trace(model, data[0][:3])
     scores = LossIncreaseScore(data, samples=16, rows=rows).run(network).scores
@@ -481,6 +487,61 @@ def test_what_is_interrupted_goes_on_from_its_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be read .*: remove it, or name another file"):
         LossIncreaseScore(data, samples=12, rows=3, file=file).run(network)
     assert json.dumps(sorted(p.name for p in file.parent.iterdir())) == '["scores.safetensors"]'
+
+
+def small_regression() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), (torch.randn(20, 4), torch.randn(20, 3))
+
+
+def squares(outputs: Tensor, targets: Tensor, times: float = 1.0) -> Tensor:
+    return times * (lambda difference: difference.square().mean())(outputs - targets)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (lambda o, t: F.l1_loss(o, t), lambda o, t: F.mse_loss(o, t)),
+    (functools.partial(squares, times=1.0), functools.partial(squares, times=5.0)),
+    (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.5)),
+    (nn.MSELoss(), lambda o, t: (o - o.detach()).square().mean()),
+])  # fmt: skip
+def test_a_file_is_of_one_loss(one: Loss, other: Loss, tmp_path: Path) -> None:
+    model, data = small_regression()
+    network = netsurgery.trace(model, data[0])
+    first = LossIncreaseScore(data, one, file=tmp_path / "scores").run(network).scores["0"]
+    assert torch.equal(LossIncreaseScore(data, one, file=tmp_path / "scores").run(network).scores["0"], first)
+    with pytest.raises(InputError, match="holds scores of another model, other samples or other settings"):
+        LossIncreaseScore(data, other, file=tmp_path / "scores").run(network)
+
+
+def test_a_loss_is_known_again_in_another_process() -> None:
+    """What code repeats of itself, such as the address of a function within, changes nothing."""
+    model, data = small_regression()
+    network = netsurgery.trace(model, data[0])
+    losses = [functools.partial(squares, times=2.0) for _ in range(2)]
+    one, other = (Trials(LossIncreaseScore(data, loss), network, draw(data, 20)).fingerprint() for loss in losses)
+    assert one == other
+
+
+@pytest.mark.parametrize("mode", ["score", "cumulative"])
+def test_a_loss_that_is_not_finite_is_refused(mode: Literal["score", "cumulative"]) -> None:
+    model, data = small_regression()
+    score = LossIncreaseScore(data, lambda o, t: o.mean() * float("nan"), mode=mode)
+    with pytest.raises(InputError, match="the loss of the model as it is, is NaN or infinite: look at its weights"):
+        score.run(netsurgery.trace(model, data[0]))
+
+
+def test_targets_that_are_no_classes() -> None:
+    model, (x, _) = small_regression()
+    network = netsurgery.trace(model, x)
+    for targets, found in ((torch.randn(20), "float32 (20,)"), (torch.zeros(20, 1).long(), "int64 (20, 1)")):
+        shown = found.replace("20", "16")  # of the first few
+        with pytest.raises(
+            InputError, match=re.escape(f"the model returns (16, 3) and targets are torch.{shown}, nei")
+        ):
+            LossIncreaseScore((x, targets)).run(network)
+    classes = torch.randint(3, (20,))
+    whole = LossIncreaseScore((x, classes)).run(network).scores["0"]
+    assert torch.equal(LossIncreaseScore((x, classes.to(torch.uint8))).run(network).scores["0"], whole)
 
 
 def test_products_in_a_shorter_type() -> None:
