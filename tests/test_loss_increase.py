@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 import netsurgery
 from netsurgery.errors import InputError
@@ -293,6 +293,40 @@ def test_every_kind_of_data_gives_the_same() -> None:
         for data in ((x, y), pairs, DataLoader(pairs, batch_size=5, shuffle=True))
     ]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_samples_come_from_the_part_that_a_sampler_names() -> None:
+    data = TensorDataset(torch.arange(50.0)[:, None], torch.arange(50) % 3)
+    sampler = SubsetRandomSampler(range(40, 50))
+    for loader in (
+        DataLoader(data, 4, sampler=sampler),
+        DataLoader(data, batch_sampler=BatchSampler(sampler, 4, False)),
+    ):
+        assert sorted(draw(loader, 20).inputs[0][0].flatten().tolist()) == list(range(40, 50))
+
+
+class Listing(Dataset[tuple[Tensor, int]]):
+    """Lists the targets of other items than it has."""
+
+    def __init__(self, listed: int) -> None:
+        self.targets = [0] * listed
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(4), index % 3
+
+
+@pytest.mark.parametrize("listed", [20, 40])
+def test_targets_listed_of_other_items_are_not_those_of_the_items(listed: int) -> None:
+    found = draw(Listing(listed), 9).targets
+    assert found.bincount().tolist() == [3, 3, 3]
+
+
+def test_no_samples() -> None:
+    with pytest.raises(InputError, match="the data holds no samples"):
+        draw((torch.zeros(0, 4), torch.zeros(0).long()), 9)
 
 
 def test_the_model_is_left_as_it_was() -> None:
