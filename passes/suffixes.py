@@ -145,7 +145,7 @@ class Suffixes:
         if is_view(step.node):
             return False
         most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
-        return most > min((self.carries(one, channel) for one in _each(step.dims)), default=most)
+        return most > self.carries(step.dims, channel)
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
         """The dimensions over which statistics are taken that every entry of the result depends on."""
@@ -155,6 +155,9 @@ class Suffixes:
             return tuple(self.dims[step.inputs[0]][-len(step.args[1]) :])
         if step.packet is aten.native_group_norm:
             return tuple(self.dims[step.inputs[0]][1:])
+        if step.packet is aten._weight_norm_interface:
+            kept = step.args[2] if len(step.args) > 2 else 0
+            return tuple(axis for dim, axis in enumerate(self.dims[step.inputs[0]]) if dim != kept)
         if step.packet is aten.native_batch_norm:
             dims = self.dims[step.inputs[0]]
             return (dims[0], *dims[2:]) if step.args[5] else ()
