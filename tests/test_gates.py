@@ -99,6 +99,11 @@ def test_slopes_of_units_in_half_precision_among_others() -> None:
     assert {name: bool(slope.abs().sum() > 0) for name, slope in found.items()} == {"a": True, "b": True}
 
 
+def test_a_network_that_may_lose_nothing_has_no_scores() -> None:
+    network = netsurgery.trace(nn.Linear(4, 3), torch.zeros(1, 4))
+    assert not TaylorScore((torch.zeros(2, 4), torch.zeros(2).long())).run(network).scores
+
+
 def test_scores_are_means_over_the_samples() -> None:
     model = NETWORKS["residual"]()
     data = data_for(model)
