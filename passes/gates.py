@@ -30,6 +30,8 @@ class _GateScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        if not network.prunable:
+            return network
         samples = draw(self.data, self.samples, self.seed)
         settings = LossIncreaseScore(None, self.loss, rows=self.rows)
         slopes = gate_slopes(Trials(settings, network, samples))

@@ -27,7 +27,8 @@ class LossIncreaseScore(Pass):
     """The exact rise of the loss when a unit and everything coupled to it is removed, on a fixed set of samples.
 
     Score of unit u: ``L(S; without u) - L(S)``, the network in eval mode. A unit that is removed contributes nothing to
-    any consumer, batch norm's shift included, just as when it is cut out.
+    any consumer, batch norm's shift included, just as when it is cut out. Scores of different groups are comparable as
+    they are: ``PruneChannels(..., scope="global", normalize="none")``.
 
     Args:
         data: a DataLoader, a Dataset, or a pair of tensors, without augmentation: what

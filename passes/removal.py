@@ -26,7 +26,7 @@ class _Bundle:
 
     groups: tuple[Group, ...]
     order: tuple[list[int], ...]  # of each group, its units from the least important to the most
-    scores: Tensor  # of the k-th removal, ascending: normalised, averaged over the groups
+    scores: Tensor  # of the k-th removal, ascending: normalised, averaged over the groups (threshold: the highest)
     most: int  # units that may be removed
     step: int  # removed counts leave a multiple of this
 
@@ -48,9 +48,9 @@ class PruneChannels(Pass):
             "channel" (all others), or "any".
         include: name patterns of modules (``layer3.*``); only units that a matching module produces or carries go.
         exclude: likewise; no unit goes that a matching module produces or carries. Patterns match what is inside too.
-        normalize: how scores of different groups are made comparable when the scope is global: divided by their
-            "mean", "max" or "sum" in the group, or "none"; "auto" is "none" for scores that are comparable as they are
-            (rises of the loss, Taylor, Fisher, LAMP), else "mean".
+        normalize: how scores of different groups are made comparable when the scope is global: divided by the "mean",
+            "max" or "sum" of their sizes in the group, or "none"; "auto" is "none" for scores that are comparable as
+            they are (rises of the loss, Taylor, Fisher, LAMP), else "mean".
         compensate: make up for what the removal loses in the layers that read it: "bias" lets their outputs keep their
             mean over the data; "least-squares" also refits their weights so that the outputs stay as near as they can.
         data: what this is measured on, in eval mode: a DataLoader, Dataset, or pair of tensors, as for
@@ -188,10 +188,11 @@ class PruneChannels(Pass):
             groups = tuple(network[other] for other in together)
             scores = [self._checked(network, group) for group in groups]
             ordered = [score.sort(stable=True) for score in scores]
-            mean = torch.stack([self._normalised(sorted_, network.comparable) for sorted_, _ in ordered]).mean(0)
+            found = torch.stack([self._normalised(sorted_, network.comparable) for sorted_, _ in ordered])
+            joint = found.mean(0) if self.threshold is None else found.amax(0)  # a threshold holds for each of them
             most = min(groups[0].size - self.min_channels, int(groups[0].size * self.max_ratio + 1e-9))
             order = tuple(indices.tolist() for _, indices in ordered)
-            bundles.append(_Bundle(groups, order, mean, max(0, most), self.multiple_of))
+            bundles.append(_Bundle(groups, order, joint, max(0, most), self.multiple_of))
         if not any(bundle.most for bundle in bundles):
             locked = "; ".join(f"{g.name}: {g.frozen}" for g in network.groups if g.frozen)[:500]
             raise InputError(f"nothing of {network.model_name} can be pruned with these settings. Locked: {locked}")
@@ -232,7 +233,8 @@ class PruneChannels(Pass):
         if self.scope == "layer":
             return torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
         how = self.normalize if self.normalize != "auto" else "none" if comparable else "mean"
-        scale = {"mean": score.mean(), "max": score.max(), "sum": score.sum(), "none": torch.ones(())}[how]
+        size = score.abs()
+        scale = {"mean": size.mean(), "max": size.max(), "sum": size.sum(), "none": torch.ones(())}[how]
         return score / scale if scale > 0 else score
 
     def _events(self, bundles: list[_Bundle]) -> list[tuple[float, int, int]]:

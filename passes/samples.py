@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
 from netsurgery.errors import InputError
 from netsurgery.tracing import Inputs, as_inputs
@@ -53,10 +53,11 @@ def draw(data: Any, count: int, seed: int = 0) -> Samples:
 
     Args:
         data: a pair of tensors ``(inputs, targets)`` with a row for each sample (either may be a tuple, list or
-            dictionary of tensors); a Dataset; a DataLoader, of which the dataset and ``collate_fn`` are used and the
-            order is not; or any iterable of batches, of which the first are used. Items and batches are
-            ``(inputs, targets)`` or dictionaries with an entry "labels", "label", "targets" or "target". Random
-            transforms of a dataset are applied: pass one without augmentation.
+            dictionary of tensors); a Dataset; a DataLoader, of which the dataset, the part of it that a
+            ``SubsetRandomSampler`` names, and ``collate_fn`` are used, and the order is not; or any iterable of
+            batches, of which the first are used. Items and batches are ``(inputs, targets)`` or dictionaries with an
+            entry "labels", "label", "targets" or "target". Random transforms of a dataset are applied: pass one without
+            augmentation.
         count: how many; fewer where there are not so many.
         seed: fixes the choice and the order.
 
@@ -75,13 +76,16 @@ def draw(data: Any, count: int, seed: int = 0) -> Samples:
             inputs, targets = _chosen((as_inputs(data[0]), data[1]), count, generator)
         else:
             inputs, targets = _collected(data, count, generator)
-    return Samples(inputs, targets, _length((inputs, targets)))
+    found = _length((inputs, targets))
+    if not found:
+        raise InputError("the data holds no samples")
+    return Samples(inputs, targets, found)
 
 
 def _collected(data: Any, count: int, generator: torch.Generator) -> tuple[Inputs, Any]:
     collate: Callable[[list[Any]], Any] = default_collate
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        data, collate = data.dataset, data.collate_fn or default_collate
+        data, collate = _part(data), data.collate_fn or default_collate
     elif not isinstance(data, Dataset) or isinstance(data, IterableDataset):
         return _chosen(_joined(data, count), count, generator)
     source: Any = data
@@ -93,6 +97,11 @@ def _collected(data: Any, count: int, generator: torch.Generator) -> tuple[Input
         raise InputError("the data holds no samples")
     found = _pair(collate([source[index] for index in picked]))
     return found if labels is not None else _chosen(found, count, generator)
+
+
+def _part(loader: DataLoader[Any]) -> Dataset[Any]:
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return Subset(loader.dataset, sampler.indices) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
 
 
 def _chosen(found: tuple[Inputs, Any], count: int, generator: torch.Generator) -> tuple[Inputs, Any]:
@@ -135,9 +144,10 @@ def _listed(data: Any) -> Tensor | None:
     tensors = getattr(data, "tensors", None)  # of a TensorDataset
     found = tensors[-1] if tensors else next((v for k in _LABELS if (v := getattr(data, k, None)) is not None), None)
     try:
-        return None if found is None else _classes(torch.as_tensor(found))
+        classes = None if found is None else _classes(torch.as_tensor(found))
     except (TypeError, ValueError, RuntimeError):  # listed in a form of their own
         return None
+    return None if classes is None or len(classes) != len(data) else classes
 
 
 def _classes(targets: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Importance of units: one non-negative number for each unit of each group that may lose some. Lower goes first."""
+"""Importance of units by their weights: a non-negative number for each unit of each group. Lower goes first."""
 
 from __future__ import annotations
 

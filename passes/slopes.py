@@ -53,7 +53,8 @@ def _slopes(trials: Trials, engine: Suffixes, start: int, stop: int) -> dict[str
             if step.node not in engine.constants:
                 args = list(engine.arguments(step.args, values))
                 for place, channel in _readers(engine, step, channels):
-                    args[place] = args[place] * _spread(engine, step.args[place], channel, channels[channel])
+                    gate = _spread(engine, step.args[place], channel, channels[channel])
+                    args[place] = args[place] * gate.to(args[place].dtype)
                 values[step.node] = step.call(*args, **engine.arguments(step.kwargs, values))
         outputs = [values[node] for node in engine.outputs]
         loss = trials.loss(trials.filled(outputs), targets).sum()
@@ -90,5 +91,6 @@ def _spread(engine: Suffixes, node: fx.Node, channel: Axis, gate: Tensor) -> Ten
 
 
 def _within(axis: Axis, rows: set[Axis]) -> Tensor | None:
-    """Which row of the batch each position of an axis belongs to."""
-    return next((units for leaf, units in units_of(resolve(axis, {})) if leaf in rows), None)
+    """Which row of the batch each position of an axis belongs to; an axis may hold the batch several times."""
+    found = [units for leaf, units in units_of(resolve(axis, {})) if leaf in rows]
+    return torch.stack(found).amax(0) if found else None

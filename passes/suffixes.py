@@ -144,7 +144,7 @@ class Suffixes:
             return bool(self.carries(names[_CONTRACTED[step.packet]], channel))
         if is_view(step.node):
             return False
-        most = max(self.carries(self.dims[node], channel) for node in step.inputs)
+        most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
         return most > self.carries(step.dims, channel)
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
@@ -155,6 +155,9 @@ class Suffixes:
             return tuple(self.dims[step.inputs[0]][-len(step.args[1]) :])
         if step.packet is aten.native_group_norm:
             return tuple(self.dims[step.inputs[0]][1:])
+        if step.packet is aten._weight_norm_interface:
+            kept = step.args[2] if len(step.args) > 2 else 0
+            return tuple(axis for dim, axis in enumerate(self.dims[step.inputs[0]]) if dim != kept)
         if step.packet is aten.native_batch_norm:
             dims = self.dims[step.inputs[0]]
             return (dims[0], *dims[2:]) if step.args[5] else ()
@@ -180,7 +183,9 @@ class Suffixes:
         reads.update((run.step.node, None) for run in runs if run.state == "shifted")
         reads.update((node, None) for node, _ in outputs if node not in ran)
         kept = [node for node in reads if node not in self.constants]
+        results = [*(dims for step in steps for dims in _each(step.dims)), *(self.dims[node] for node in self.outputs)]
         blocks = all(self.row(dims) is not None for step in steps for dims in _each(step.dims))
+        blocks = blocks and all(self.carries(dims, row) < 2 for dims in results for row in self.rows)
         blocks = blocks and not any(self.mixes(step, row) for step in steps for row in self.rows)
         return Suffix(channel, runs, kept, _last_uses(steps), outputs, blocks)
 
@@ -393,11 +398,8 @@ def _joined(rows: Sequence[Sequence[Tensor | None]], dim: int) -> list[Tensor | 
 
 def _each(dims: Dims) -> list[tuple[Axis, ...]]:
     """The dimensions of each result of an operation that has some."""
-    return [
-        one
-        for one in ([dims] if isinstance(dims, tuple) else dims)
-        if one is not None and all(axis.size for axis in one)
-    ]
+    results = [dims] if isinstance(dims, tuple) else dims
+    return [one for one in results if one is not None and all(axis.size for axis in one)]
 
 
 def _convolved(call: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:

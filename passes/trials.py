@@ -58,6 +58,7 @@ class Trials:
         self.device = home(self.model)
         self.order: dict[str, list[int]] = {}  # in mode "cumulative"
         self.engines: dict[tuple[int, int], Suffixes | None] = {}
+        self.steady: dict[tuple[int, int], bool] = {}
         self.advance: Callable[[int], None] = lambda n: None
         self.begin: Callable[[int | None], None] = lambda n: None
 
@@ -76,11 +77,9 @@ class Trials:
     def fingerprint(self) -> str:
         """A digest of all that the scores depend on."""
         s = self.settings
-        code = getattr(s.loss, "__code__", None)
-        loss = (code.co_code, code.co_consts) if code is not None else s.loss
         race = (s.share, s.confidence) if s.racing else None
         steps = s.tolerance if s.mode == "cumulative" else None
-        said = repr((self.network.model_name, s.mode, race, steps, s.autocast, loss))
+        said = repr((self.network.model_name, s.mode, race, steps, s.autocast, self.told_losses()))
         digest = hashlib.sha256(said.encode())
         tensors = [*named_tensors(self.model)]
         tensors += [(str(i), t) for i, t in enumerate(tensors_in((self.samples.inputs, self.samples.targets)))]
@@ -88,6 +87,17 @@ class Trials:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def told_losses(self) -> list[str]:
+        """What tells a loss from others, whatever it is made of: its values at outputs of the model and near these."""
+        inputs, targets = self.batch(0, min(16, self.samples.count), 1)
+        outputs = self.outputs(self.model, inputs)
+        found = []
+        for factor in (1.0, 0.5):
+            tensors = [t * factor if t.is_floating_point() else t for t in tensors_in(outputs)]
+            with torch.no_grad():
+                found.append(f"{float(self.loss(_filled(outputs, tensors), targets).mean()):.4g}")
+        return found
 
     @contextlib.contextmanager
     def bar(self) -> Iterator[Callable[[int], None]]:
@@ -137,7 +147,8 @@ class Trials:
         if engine is None:
             yield from self.by_surgery(due, start, stop)
             return
-        alone = {n: units for n, units in due.items() if copies > 1 and not engine.suffix(n).blocks}
+        apart = copies > 1 and not self.alike(engine, rows, copies)
+        alone = {n: units for n, units in due.items() if copies > 1 and (apart or not engine.suffix(n).blocks)}
         together = {n: units for n, units in due.items() if n not in alone}
         for times, some in ((copies, together), (1, alone)):
             runner = self.engine(rows, times)
@@ -162,6 +173,18 @@ class Trials:
                 self.engines[key] = None
         return self.engines[key]
 
+    def alike(self, engine: Suffixes, rows: int, copies: int) -> bool:
+        """Whether samples that go through several times give the same each time, wherever they stand in the batch."""
+        if (rows, copies) not in self.steady:
+            whole = engine.whole(self.batch(0, rows, copies)[0], [])
+            parts = [
+                whole[node].unflatten(row, (copies, -1)).movedim(row, 0)
+                for node in engine.outputs
+                if (row := engine.row(engine.dims[node])) is not None and whole[node].is_floating_point()
+            ]
+            self.steady[rows, copies] = all(_alike(part) for part in parts)
+        return self.steady[rows, copies]
+
     def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, Any]:
         """Some samples, several times over; the targets once."""
         which = torch.arange(start, stop)
@@ -178,7 +201,7 @@ class Trials:
             for name in names:
                 reads.update(dict.fromkeys(engine.suffix(name).reads))
             whole = engine.whole(inputs, reads)
-            base = self.losses([whole[node] for node in engine.outputs], targets, engine, 1, copies)[0]
+            base = _finite(self.losses([whole[node] for node in engine.outputs], targets, engine, 1, copies)[0])
             for name in names:
                 for first in range(0, len(due[name]), copies):
                     units = due[name][first : first + copies]
@@ -234,14 +257,7 @@ class Trials:
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
         rows, own = len(pytree.tree_leaves(targets)[0]), self.settings.loss
-        if own is not None:
-            found = own(outputs, targets)
-        elif isinstance(outputs, Tensor):
-            logits = outputs if outputs.dtype.itemsize >= 4 else outputs.float()
-            found = F.cross_entropy(logits, targets, reduction="none").reshape(rows, -1).mean(1)
-        else:
-            kind = type(outputs).__name__
-            raise InputError(f"the model returns {kind}, not logits: pass loss=f(outputs, targets)")
+        found = _cross_entropy(outputs, targets).reshape(rows, -1).mean(1) if own is None else own(outputs, targets)
         if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
@@ -252,7 +268,7 @@ class Trials:
     def by_surgery(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
         """Cut the units out and run what is left; with tied groups, as many of these."""
         inputs, targets = self.batch(start, stop, 1)
-        base = self.loss(self.outputs(self.model, inputs), targets)
+        base = _finite(self.loss(self.outputs(self.model, inputs), targets))
         tied = {name: names for names in self.network.ties for name in names}
         for name, indices in due.items():
             for index in indices:
@@ -263,6 +279,37 @@ class Trials:
                     small = rewrite(self.model, edit)
                 found = self.loss(self.outputs(small, inputs), targets)
                 yield name, [index], (found - base)[None].cpu()
+
+
+def _cross_entropy(logits: Any, targets: Any) -> Tensor:
+    """The cross-entropy of logits ``(n, classes, ...)``, not averaged."""
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the model returns {type(logits).__name__}, not logits: pass loss=f(outputs, targets)")
+    whole = isinstance(targets, Tensor) and not targets.is_floating_point()
+    wanted = (logits.shape[0], *logits.shape[2:]) if whole else logits.shape
+    if not isinstance(targets, Tensor) or logits.dim() < 2 or targets.shape != wanted:
+        found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise InputError(
+            f"the model returns {tuple(logits.shape)} and targets are {found}, neither classes nor their shares: "
+            "pass loss=f(outputs, targets)"
+        )
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    return F.cross_entropy(logits, targets.long() if whole else targets.to(logits.dtype), reduction="none")
+
+
+def _finite(losses: Tensor) -> Tensor:
+    if not bool(losses.isfinite().all()):
+        raise InputError(
+            "the loss of the model as it is, is NaN or infinite: look at its weights, the data and the loss"
+        )
+    return losses
+
+
+def _alike(parts: Tensor) -> bool:
+    """Whether parts ``(parts, ...)`` are the same but for rounding."""
+    eps = torch.finfo(parts.dtype).eps
+    largest = float(parts[0].nan_to_num(0, 0, 0).abs().amax()) if parts.numel() else 0.0
+    return torch.allclose(parts, parts[:1], min(1e3 * eps, 0.05), 1e2 * eps * largest, equal_nan=True)
 
 
 def _bytes(node: fx.Node) -> int:

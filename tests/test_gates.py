@@ -1,5 +1,7 @@
 """Slopes of gates: a gate closed a little changes the loss by its slope."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, Tay
 from netsurgery.passes.samples import draw
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
-from tests.test_loss_increase import NETWORKS, data_for
+from tests.test_loss_increase import NETWORKS, data_for, randomised
 
 
 def slopes(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -41,6 +43,65 @@ def test_the_sum_of_the_slopes_is_that_of_the_weights_that_read_a_unit(name: str
             expected += product.flatten(1).sum(1)
         torch.testing.assert_close(found[group.name].sum(0), expected, rtol=1e-9, atol=1e-12)
     assert checked
+
+
+class Twice(nn.Module):
+    """Each sample goes through with its mirror image, side by side in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(torch.cat([x, x.flip(3)])).mean((2, 3)))
+        one, other = torch.relu(self.b(x)).chunk(2)
+        return self.head(one * other)
+
+
+class Recurrent(nn.Module):
+    """Units that are read at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.mean(1))[0][:, -1])
+
+
+@pytest.mark.parametrize(("build", "name", "readers"), [
+    (Twice, "a", ["b.weight"]), (Recurrent, "lstm", ["lstm.weight_hh_l0", "head.weight"]),
+])  # fmt: skip
+def test_slopes_of_each_sample(build: Callable[[], nn.Module], name: str, readers: list[str]) -> None:
+    """As when the weights that read a unit are scaled, one sample alone."""
+    model = randomised(build())
+    data = data_for(model)
+    found = slopes(model, data)[name]
+    drawn = draw(data, 12)
+    parameters = [dict(model.named_parameters())[reader] for reader in readers]
+    for row in (0, 7):
+        loss = F.cross_entropy(model(drawn.inputs[0][0][row : row + 1]), drawn.targets[row : row + 1])
+        gradients = torch.autograd.grad(loss, parameters)
+        expected = sum((p * g).sum(0) for p, g in zip(parameters, gradients, strict=True))
+        torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_slopes_of_units_in_half_precision_among_others() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 6), nn.Linear(6, 5).half(), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.b(torch.relu(self.a(x.mean((1, 2)))).half()).float()))
+
+    found = slopes(Mixed(), tuple(t.float() if t.is_floating_point() else t for t in data_for(nn.Identity())))
+    assert {name: bool(slope.abs().sum() > 0) for name, slope in found.items()} == {"a": True, "b": True}
+
+
+def test_a_network_that_may_lose_nothing_has_no_scores() -> None:
+    network = netsurgery.trace(nn.Linear(4, 3), torch.zeros(1, 4))
+    assert not TaylorScore((torch.zeros(2, 4), torch.zeros(2).long())).run(network).scores
 
 
 def test_scores_are_means_over_the_samples() -> None:

@@ -1,24 +1,28 @@
 """The rise of the loss: what cutting a unit out and running what is left gives."""
 
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
 from netsurgery.passes.samples import draw
+from netsurgery.passes.trials import Loss, Trials
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -129,6 +133,19 @@ class Attention(nn.Module):
         return F.linear(x.mean(1), weight, self.head.bias)
 
 
+class Normed(nn.Module):
+    """Weights that are normalised: of units that go, nothing is left in the norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+        self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 5, 3))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     one.__name__.lower(): lambda one=one: randomised(one())  # type: ignore[misc]
     for one in (Residual, Concatenated, Depthwise, Flattened, Attention)
@@ -160,9 +177,11 @@ def drawn(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [None, 5])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_score_is_the_rise_of_the_loss_where_the_unit_is_cut_out(name: str, rows: int | None) -> None:
-    model = NETWORKS[name]()
+@pytest.mark.parametrize("build", [*NETWORKS.values(), lambda: randomised(Normed())], ids=[*NETWORKS, "normed"])
+def test_a_score_is_the_rise_of_the_loss_where_the_unit_is_cut_out(
+    build: Callable[[], nn.Module], rows: int | None
+) -> None:
+    model = build()
     data = data_for(model)
     network = netsurgery.trace(model, data[0][:3])
     scores = LossIncreaseScore(data, samples=16, rows=rows).run(network).scores
@@ -213,6 +232,58 @@ def test_samples_that_depend_on_each_other_are_not_put_beside_those_of_another_r
         assert float(scores[unit]) == pytest.approx(by_surgery(model, network, "a", {unit}, x, y) - base, rel=1e-6)
 
 
+class ByPlace(nn.Module):
+    """What a sample gives depends on where it stands in the batch."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.how = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(self.how(torch.relu(self.a(x.mean((2, 3))))))))
+
+
+@pytest.mark.parametrize("how", [
+    lambda x: x.cumsum(0), lambda x: x + x.sort(0).values, lambda x: x * torch.arange(len(x))[:, None],
+])  # fmt: skip
+def test_samples_that_are_told_apart_by_their_place_are_not_put_beside_themselves(
+    how: Callable[[Tensor], Tensor],
+) -> None:
+    model = randomised(ByPlace(how))
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, samples=8).run(network).scores["a"]
+    x, y = drawn(data, 8)
+    base = loss_of(model, x, y)
+    for unit in range(5):
+        rise = by_surgery(model, network, "a", {unit}, x, y) - base
+        assert float(scores[unit]) == pytest.approx(rise, rel=1e-6, abs=1e-12)
+
+
+class Contrasted(AcrossSamples):
+    """Every sample is compared with every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.a(x.mean((2, 3)))))
+        return x @ x.T
+
+
+def test_outputs_that_compare_samples() -> None:
+    def loss(out: Tensor, _: Tensor) -> Tensor:
+        return out.logsumexp(1) - out.diagonal()
+
+    model = randomised(Contrasted())
+    data = data_for(model)[0][:8], torch.arange(8)
+    network = netsurgery.trace(model, data[0][:3])
+    scores = LossIncreaseScore(data, loss).run(network).scores["a"]
+    x, y = drawn(data, 8)
+    for unit in range(5):
+        stay = tuple(other for other in range(5) if other != unit)
+        small = netsurgery.rewrite(model, netsurgery.Edit(network, {"a": stay}))
+        rise = float((loss(small(x), y) - loss(model(x), y)).mean().detach())
+        assert float(scores[unit]) == pytest.approx(rise, rel=1e-6, abs=1e-12)
+
+
 def test_little_memory_changes_nothing() -> None:
     model = NETWORKS["concatenated"]()
     data = data_for(model)
@@ -233,6 +304,40 @@ def test_every_kind_of_data_gives_the_same() -> None:
         for data in ((x, y), pairs, DataLoader(pairs, batch_size=5, shuffle=True))
     ]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_samples_come_from_the_part_that_a_sampler_names() -> None:
+    data = TensorDataset(torch.arange(50.0)[:, None], torch.arange(50) % 3)
+    sampler = SubsetRandomSampler(range(40, 50))
+    for loader in (
+        DataLoader(data, 4, sampler=sampler),
+        DataLoader(data, batch_sampler=BatchSampler(sampler, 4, False)),
+    ):
+        assert sorted(draw(loader, 20).inputs[0][0].flatten().tolist()) == list(range(40, 50))
+
+
+class Listing(Dataset[tuple[Tensor, int]]):
+    """Lists the targets of other items than it has."""
+
+    def __init__(self, listed: int) -> None:
+        self.targets = [0] * listed
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(4), index % 3
+
+
+@pytest.mark.parametrize("listed", [20, 40])
+def test_targets_listed_of_other_items_are_not_those_of_the_items(listed: int) -> None:
+    found = draw(Listing(listed), 9).targets
+    assert found.bincount().tolist() == [3, 3, 3]
+
+
+def test_no_samples() -> None:
+    with pytest.raises(InputError, match="the data holds no samples"):
+        draw((torch.zeros(0, 4), torch.zeros(0).long()), 9)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -428,6 +533,61 @@ def test_what_is_interrupted_goes_on_from_its_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be read .*: remove it, or name another file"):
         LossIncreaseScore(data, samples=12, rows=3, file=file).run(network)
     assert json.dumps(sorted(p.name for p in file.parent.iterdir())) == '["scores.safetensors"]'
+
+
+def small_regression() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), (torch.randn(20, 4), torch.randn(20, 3))
+
+
+def squares(outputs: Tensor, targets: Tensor, times: float = 1.0) -> Tensor:
+    return times * (lambda difference: difference.square().mean())(outputs - targets)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (lambda o, t: F.l1_loss(o, t), lambda o, t: F.mse_loss(o, t)),
+    (functools.partial(squares, times=1.0), functools.partial(squares, times=5.0)),
+    (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.5)),
+    (nn.MSELoss(), lambda o, t: (o - o.detach()).square().mean()),
+])  # fmt: skip
+def test_a_file_is_of_one_loss(one: Loss, other: Loss, tmp_path: Path) -> None:
+    model, data = small_regression()
+    network = netsurgery.trace(model, data[0])
+    first = LossIncreaseScore(data, one, file=tmp_path / "scores").run(network).scores["0"]
+    assert torch.equal(LossIncreaseScore(data, one, file=tmp_path / "scores").run(network).scores["0"], first)
+    with pytest.raises(InputError, match="holds scores of another model, other samples or other settings"):
+        LossIncreaseScore(data, other, file=tmp_path / "scores").run(network)
+
+
+def test_a_loss_is_known_again_in_another_process() -> None:
+    """What code repeats of itself, such as the address of a function within, changes nothing."""
+    model, data = small_regression()
+    network = netsurgery.trace(model, data[0])
+    losses = [functools.partial(squares, times=2.0) for _ in range(2)]
+    one, other = (Trials(LossIncreaseScore(data, loss), network, draw(data, 20)).fingerprint() for loss in losses)
+    assert one == other
+
+
+@pytest.mark.parametrize("mode", ["score", "cumulative"])
+def test_a_loss_that_is_not_finite_is_refused(mode: Literal["score", "cumulative"]) -> None:
+    model, data = small_regression()
+    score = LossIncreaseScore(data, lambda o, t: o.mean() * float("nan"), mode=mode)
+    with pytest.raises(InputError, match="the loss of the model as it is, is NaN or infinite: look at its weights"):
+        score.run(netsurgery.trace(model, data[0]))
+
+
+def test_targets_that_are_no_classes() -> None:
+    model, (x, _) = small_regression()
+    network = netsurgery.trace(model, x)
+    for targets, found in ((torch.randn(20), "float32 (20,)"), (torch.zeros(20, 1).long(), "int64 (20, 1)")):
+        shown = found.replace("20", "16")  # of the first few
+        with pytest.raises(
+            InputError, match=re.escape(f"the model returns (16, 3) and targets are torch.{shown}, nei")
+        ):
+            LossIncreaseScore((x, targets)).run(network)
+    classes = torch.randint(3, (20,))
+    whole = LossIncreaseScore((x, classes)).run(network).scores["0"]
+    assert torch.equal(LossIncreaseScore((x, classes.to(torch.uint8))).run(network).scores["0"], whole)
 
 
 def test_products_in_a_shorter_type() -> None:

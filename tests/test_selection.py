@@ -188,3 +188,25 @@ def test_a_threshold_takes_scores_as_they_are() -> None:
     assert counts(Given(scores), PruneChannels(threshold=4.0)) == {"0": 11, "3": 31, "5": 24}
     assert counts(Given(scores), PruneChannels(threshold=5.0, multiple_of=4)) == {"0": 12, "3": 4, "5": 24}
     assert counts(Given(scores), PruneChannels(threshold=-2.0)) == {"0": 16, "3": 32, "5": 24}
+
+
+def test_a_threshold_holds_for_each_of_the_parts_of_a_split() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.one, self.other = nn.Linear(3, 8), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.both(x).relu().chunk(2, 1)
+            return self.one(one) + self.other(other)
+
+    scores = (("both", (-1.0, -0.5, 0.0, 0.1)), ("both:2", (0.4, 0.03, 0.2, 0.3)))
+    edit = netsurgery.plan(Split(), [Given(scores), PruneChannels(threshold=0.05)], torch.zeros(1, 3))
+    assert edit.counts == {"both": 3, "both:2": 3}
+
+
+def test_groups_of_which_most_scores_are_negative_are_normalised_too() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    scores = (("0", (-0.03, -0.03, 0.02, 0.03)), ("2", (0.001, 0.002, 0.01, 0.02)))
+    edit = netsurgery.plan(net, [Given(scores), PruneChannels(0.5, scope="global")], torch.zeros(1, 4))
+    assert edit.counts == {"0": 2, "2": 2}
