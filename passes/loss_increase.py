@@ -27,8 +27,10 @@ class LossIncreaseScore(Pass):
     """The exact rise of the loss when a unit and everything coupled to it is removed, on a fixed set of samples.
 
     Score of unit u: ``L(S; without u) - L(S)``, the network in eval mode. A unit that is removed contributes nothing to
-    any consumer, batch norm's shift included, just as when it is cut out. Scores of different groups are comparable as
-    they are: ``PruneChannels(..., scope="global", normalize="none")``.
+    any consumer, batch norm's shift included, just as when it is cut out. Scores of different groups are compared as
+    they are. Of groups that the code splits into equal parts one loses a unit alone; a network that cannot be run in
+    parts, as its code looks at values, loses the unit of this number in each. What depends on other samples of a batch
+    depends on ``rows``.
 
     Args:
         data: a DataLoader, a Dataset, or a pair of tensors, without augmentation: what
@@ -45,7 +47,7 @@ class LossIncreaseScore(Pass):
             the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise on
             what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact selection is
             expected to be found, under a normal approximation with standard errors doubled. The loss must return one
-            number for each sample.
+            number for each sample. It pays where running the network takes long, not for the smallest.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.

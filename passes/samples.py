@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    default_collate,
+)
 
 from netsurgery.errors import InputError
 from netsurgery.tracing import Inputs, as_inputs
@@ -141,10 +149,14 @@ def _listed(data: Any) -> Tensor | None:
     if isinstance(data, Subset):
         labels = _listed(data.dataset)
         return None if labels is None else labels[torch.as_tensor(data.indices)]
+    if isinstance(data, ConcatDataset):
+        parts = [_listed(part) for part in data.datasets]
+        found = [part for part in parts if part is not None]
+        return torch.cat(found) if len(found) == len(parts) else None
     tensors = getattr(data, "tensors", None)  # of a TensorDataset
-    found = tensors[-1] if tensors else next((v for k in _LABELS if (v := getattr(data, k, None)) is not None), None)
+    named = tensors[-1] if tensors else next((v for k in _LABELS if (v := getattr(data, k, None)) is not None), None)
     try:
-        classes = None if found is None else _classes(torch.as_tensor(found))
+        classes = None if named is None else _classes(torch.as_tensor(named))
     except (TypeError, ValueError, RuntimeError):  # listed in a form of their own
         return None
     return None if classes is None or len(classes) != len(data) else classes

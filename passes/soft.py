@@ -302,14 +302,32 @@ class SoftPruning:
 
     def state_dict(self) -> dict[str, Any]:
         """The last epoch done, and what is pruned."""
-        return {"epoch": self.epoch, "pruned": dict(self.pruned), "hard": dict(self.hard)}
+        return {
+            "settings": self._settings,
+            "epoch": self.epoch,
+            "pruned": dict(self.pruned),
+            "hard": dict(self.hard),
+        }
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        names = ("method", "ratio", "epochs", "grouping", "asymptotic", "settle")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there. Load the model and the optimizer too, before or after.
 
         Raises:
-            InputError: the state is of other filters, or of an epoch that there is not.
+            InputError: the state is of other settings or other filters, or of an epoch that there is not.
         """
+        if missing := [name for name in ("settings", "epoch", "pruned", "hard") if name not in state]:
+            raise InputError(f"SoftPruning.load_state_dict: the state has no '{missing[0]}': pass one of state_dict()")
+        for name, own in self._settings.items():
+            if state["settings"].get(name) != own:
+                raise InputError(
+                    f"SoftPruning.load_state_dict: the state is of {name}={state['settings'].get(name)!r}, "
+                    f"here it is {own!r}"
+                )
         for name in ("pruned", "hard"):
             found = {key: len(mask) for key, mask in state[name].items()}
             wanted = {key: filters.size for key, filters in self._filters.items()}

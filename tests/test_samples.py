@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from netsurgery.errors import InputError
 from netsurgery.passes.samples import draw
@@ -39,7 +39,16 @@ def classes(data: Any, count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "data", [(X, Y), [X, Y], TensorDataset(X, Y), Listed(), Subset(Listed(), range(300)), DataLoader(Listed(), 7)]
+    "data",
+    [
+        (X, Y),
+        [X, Y],
+        TensorDataset(X, Y),
+        Listed(),
+        Subset(Listed(), range(300)),
+        DataLoader(Listed(), 7),
+        ConcatDataset([Subset(Listed(), range(90)), Subset(Listed(), range(90, 300))]),
+    ],
 )
 def test_classes_are_balanced_and_every_form_gives_the_same(data: Any) -> None:
     found = draw(data, 60)

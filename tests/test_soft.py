@@ -751,3 +751,7 @@ def test_errors_of_states() -> None:
         other.load_state_dict(state)
     with pytest.raises(InputError, match=r"epoch 7 is not one of 3"):
         other.load_state_dict({**other.state_dict(), "epoch": 7})
+    with pytest.raises(InputError, match="the state has no 'settings': pass one of state_dict"):
+        other.load_state_dict({})
+    with pytest.raises(InputError, match=r"the state is of ratio=0\.25, here it is "):
+        other.load_state_dict({**other.state_dict(), "settings": {**other.state_dict()["settings"], "ratio": 0.25}})
