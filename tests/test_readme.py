@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from netsurgery.training.recipe import read
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -20,3 +22,10 @@ def test_examples() -> None:
         with contextlib.redirect_stdout(printed):
             exec(code, names)
         assert printed.getvalue() == expected
+
+
+def test_the_recipe(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```toml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+    found = read(str(tmp_path / "recipe.toml"))
+    assert list(found.variants) == ["hgsr", "one-shot"] and list(found.seeds) == [0, 1, 2]
