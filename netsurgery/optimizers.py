@@ -207,7 +207,8 @@ class OptimizerStates:
 
     def _same(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
         """Whether the same positions stay."""
-        pairs = [(a and self.places(a), b and self.places(b)) for a, b in zip(one, other, strict=True)]
+        found = ([None if axis is None else self.places(axis) for axis in axes] for axes in (one, other))
+        pairs = zip(*found, strict=True)
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def _refusal(self, optimizer: Optimizer, where: str, why: str) -> RewriteError:
@@ -219,8 +220,19 @@ class OptimizerStates:
 
 # What torch.optim keeps of each element of a parameter, under names that others use for the same.
 _OF_ELEMENTS = frozenset(
-    ["momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta"]
-    + ["sum", "ax", "prev", "step_size", "slow_buffer", "z"]
+    {
+        *(
+            "momentum_buffer",
+            "exp_avg",
+            "exp_avg_sq",
+            "max_exp_avg_sq",
+            "exp_inf",
+            "square_avg",
+            "grad_avg",
+            "acc_delta",
+        ),
+        *("sum", "ax", "prev", "step_size", "slow_buffer", "z"),
+    }
 )
 # Adafactor, as fairseq, transformers and timm name it: averages over the last dimension, and over the one before.
 _FACTORS: dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {

@@ -290,6 +290,18 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         ("variants.norm.removal.params=1.5", "variant 'norm': PruneChannels(params=1.5): a share to keep in (0, 1]"),
         ("variants.norm.penalty.exclude=['no.such']", "variant 'norm': "),
         (
+            "model.arguments.classes=7",
+            "variant 'penalised': netsurgery.models:DigitsResNet gives outputs of ",
+        ),
+        ("model={name='torchvision:resnet18'}", "variant 'penalised': aten.convolution.default in module 'conv1' at "),
+        ("finetune.optimizer.lr=-1", "variant 'penalised': AdamW(lr=-1): Invalid learning rate: -1"),
+        ("finetune.optimizer={name='Muon'}", "variant 'penalised': Muon(): Muon only supports 2D parameters"),
+        (
+            "finetune.schedule={name='onecycle', rise=1.0}",
+            "variant 'penalised': rise = 1.0: a share of ",
+        ),
+        ("variants.norm.removal.samples=0", "variant 'norm': PruneChannels(samples=0): at least 1"),
+        (
             "data.batch=401",
             "variant 'penalised': data.batch = 401: at most the 400 training images, and a multiple of the 1 processes",
         ),
