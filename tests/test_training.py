@@ -26,6 +26,7 @@ from netsurgery.passes import HGSR
 from netsurgery.training import checkpoints, read, run
 from netsurgery.training.data import load
 from netsurgery.training.engine import Run, Worker
+from netsurgery.training.recipe import Engine
 from netsurgery.training.stages import fresh, smaller
 from netsurgery.training.study import Study, fetch
 from netsurgery.training.summary import lines, markdown, spread
@@ -306,9 +307,11 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
             "variant 'penalised': data.batch = 401: at most the 400 training images, and a multiple of the 1 processes",
         ),
         ("engine.accumulate=0", "engine.accumulate = 0: at least 1"),
+        ("engine.mixed_precision=bf16", "engine.mixed_precision = bf16: AcceleratorState has already been initialized"),
     ],
 )
 def test_what_cannot_be_made_is_known_before_anything_runs(change: str, text: str, tmp_path: Path) -> None:
+    Worker(Engine())  # one process has one precision
     with pytest.raises(InputError) as caught:
         run(recipe(tmp_path, change), tmp_path / "out", silent())
     assert str(caught.value).startswith(text)

@@ -94,13 +94,16 @@ class Worker:
 
         if engine.accumulate < 1:
             raise InputError(f"engine.accumulate = {engine.accumulate}: at least 1")
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would not know of each other
-            mixed_precision=engine.mixed_precision,
-            gradient_accumulation_steps=engine.accumulate,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would not know of each other
+                mixed_precision=engine.mixed_precision,
+                gradient_accumulation_steps=engine.accumulate,
+                dataloader_config=DataLoaderConfiguration(split_batches=True),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            )
+        except ValueError as error:  # a precision that this device, or what runs already, does not have
+            raise InputError(f"engine.mixed_precision = {engine.mixed_precision}: {error}") from error
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise InputError(f"accelerate is set to {kind.value}: surgery needs whole parameters in every process")
