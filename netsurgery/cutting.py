@@ -42,6 +42,8 @@ class Positions:
             for dim, axis in enumerate(axes):
                 if axis is not None and (positions := self(axis)) is not None:
                     new = new.index_select(dim, positions.to(tensor.device))
+            if tensor.layout != torch.strided:  # the gradient of a sparse embedding
+                return new.clone()
             last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
             if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
                 new = new.contiguous(memory_format=last)

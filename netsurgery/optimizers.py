@@ -161,7 +161,7 @@ class OptimizerStates:
                 if type(value) not in (Tensor, nn.Parameter, type(key.data)) or value.dtype in _QUANTISED:
                     raise self._refusal(optimizer, where, f"is packed ({type(value).__name__}, {value.dtype})")
                 axes = self._axes_of(what, value, name, key)
-                if axes is None:
+                if axes is None or not (self._told_apart(value, axes) or self._is_usual(optimizer, what, value, key)):
                     shapes = f"has shape {tuple(value.shape)}, the parameter {tuple(key.shape)}"
                     raise self._refusal(optimizer, where, f"{shapes}, and which dimensions are the same is not clear")
                 if name in self.values and "master" in what and value.shape == key.shape:
@@ -186,9 +186,29 @@ class OptimizerStates:
         alike = all(self._same(choice, choices[0]) for choice in choices)
         return choices[0] if choices and alike else None
 
-    def _same(self, one: Axes, other: Axes) -> bool:
+    def _told_apart(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
+        """Whether dimensions of equal size lose the same: else a matrix may be of the rows alone (a preconditioner)."""
+        pairs = itertools.combinations(zip(value.shape, axes, strict=True), 2)
+        return all(n != m or self._same((one,), (other,)) for (n, one), (m, other) in pairs)
+
+    def _is_usual(self, optimizer: Optimizer, what: str, value: Tensor, param: Tensor) -> bool:
+        """Whether it is known to be of each element: by its name, or as it is so for a parameter that is not square."""
+        if value.shape == param.shape and (what in _OF_ELEMENTS or "master" in what):
+            return True
+        return any(
+            self._is_ours(other)
+            and other.dim() == param.dim()
+            and isinstance(found := entry.get(what), Tensor)
+            and found.dim() == value.dim()
+            and found.shape[0] != found.shape[1]
+            for other, entry in optimizer.state.items()
+            if isinstance(other, Tensor)
+        )
+
+    def _same(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
         """Whether the same positions stay."""
-        pairs = [(self.places(a), self.places(b)) for a, b in zip(one, other, strict=True)]
+        found = ([None if axis is None else self.places(axis) for axis in axes] for axes in (one, other))
+        pairs = zip(*found, strict=True)
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def _refusal(self, optimizer: Optimizer, where: str, why: str) -> RewriteError:
@@ -198,6 +218,22 @@ class OptimizerStates:
         )
 
 
+# What torch.optim keeps of each element of a parameter, under names that others use for the same.
+_OF_ELEMENTS = frozenset(
+    {
+        *(
+            "momentum_buffer",
+            "exp_avg",
+            "exp_avg_sq",
+            "max_exp_avg_sq",
+            "exp_inf",
+            "square_avg",
+            "grad_avg",
+            "acc_delta",
+        ),
+        *("sum", "ax", "prev", "step_size", "slow_buffer", "z"),
+    }
+)
 # Adafactor, as fairseq, transformers and timm name it: averages over the last dimension, and over the one before.
 _FACTORS: dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
     "exp_avg_sq_row": lambda of: of[:-1],

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,7 +37,8 @@ def rewrite(
     """Carry an edit out.
 
     Args:
-        model: the model the edit was planned for, or one of the same shapes.
+        model: the model the edit was planned for, or one of the same shapes; of the same weights if the edit has new
+            values. Do not train it in between then.
         inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before must be
             gone (``del loss``), and so must a DistributedDataParallel around it: their graphs remember the old shapes.
         optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
@@ -73,6 +75,8 @@ def rewrite(
     network, places = edit.network, Positions(edit)
     shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
     tensors = _tensors(model, shapes)
+    if edit.values:
+        _check_weights(tensors, network.tensors)
     averages = [averaged(one, model, shapes) for one in as_list(ema, nn.Module, "ema")]
     optimizers = as_list(optimizer, Optimizer, "optimizer")
     states = OptimizerStates(optimizers, tensors, edit, moved=not inplace)
@@ -109,6 +113,15 @@ def _tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise RewriteError(f"the edit is for another model: {name} is {list(shape)} there, {found} here")
     return tensors
+
+
+def _check_weights(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
+    """Raise RewriteError for a model with other weights than those that new values were worked out for."""
+    for name, was in known.items():
+        if tensors[name] is not was and not torch.equal(tensors[name], was.to(tensors[name])):
+            raise RewriteError(
+                f"the edit has new values, which are for a model with other weights: '{name}' differs; plan anew"
+            )
 
 
 def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:

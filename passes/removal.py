@@ -127,6 +127,8 @@ class PruneChannels(Pass):
             raise InputError(f"PruneChannels(compensate='{self.compensate}'): 'bias', 'least-squares' or None")
         if self.compensate is not None and self.data is None:
             raise InputError(f"PruneChannels(compensate='{self.compensate}') needs data=..., which it is measured on")
+        if not _is_count(self.samples) or self.samples < 1:
+            raise InputError(f"PruneChannels(samples={self.samples}): at least 1")
         if not self.ridge > 0:
             raise InputError(f"PruneChannels(ridge={self.ridge}): must be positive")
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import netsurgery
-from netsurgery.errors import InputError
+from netsurgery.errors import InputError, RewriteError
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation
 from netsurgery.passes.compensation import _windows, compensate
@@ -498,6 +498,20 @@ def test_a_batch_norm_after_more_than_one_layer_is_left() -> None:
     model, x = randomised(Shared()), ROWS[:, 0]
     edit = removing(model, x, "bias", (x, torch.zeros(30)), a=[1])
     assert set(edit.uncompensated) == {"one.weight", "two.weight", "three.weight"} and not edit.values
+
+
+def test_values_are_for_a_model_of_the_same_weights() -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=True)))
+    other = copy.deepcopy(model)
+    edit = removing(model, IMAGES, "bias", **{"0": [1, 4]})
+    assert torch.equal(netsurgery.rewrite(other, edit)(IMAGES), netsurgery.rewrite(model, edit)(IMAGES))
+    with torch.no_grad():
+        other[0].weight[2] += 1
+    before = snapshot(other)
+    with pytest.raises(RewriteError, match=r"for a model with other weights: '0.weight' differs; plan anew$"):
+        netsurgery.rewrite(other, edit, inplace=True)
+    after = snapshot(other)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_values_must_fit() -> None:

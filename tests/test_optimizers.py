@@ -432,6 +432,55 @@ def test_other_names_where_the_shape_is_enough() -> None:
         assert torch.equal(optimizer.state[param]["master_copy"], param.float())
 
 
+class Square(nn.Module):
+    """All weights are square: a matrix of their rows alone has their shape too."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        layer = (lambda: nn.Linear(6, 6, bias=False)) if dims == 2 else lambda: nn.Conv2d(6, 6, 3, bias=False)
+        self.a, self.b, self.c = layer(), layer(), layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("dims", [2, 4])
+def test_a_matrix_of_rows_alone_is_refused_where_all_weights_are_square(dims: int) -> None:
+    model, x = built(lambda: Square(dims)), torch.ones(1, 6, *[9] * (dims - 2), dtype=torch.float64)
+    optimizer = with_state(model, precond_0=lambda p: p.flatten(1) @ p.flatten(1).T)
+    with pytest.raises(RewriteError, match=r"'precond_0' of a.weight .* and which dimensions are the same is not"):
+        operated(optimizer, model, x, a=[0, 3, 5], b=[2, 4])
+    optimizer.state.clear()
+    usual = torch.optim.AdamW(model.parameters())
+    model(x).sum().backward()
+    usual.step()
+    small = operated([optimizer, usual], model, x, a=[0, 3, 5], b=[2, 4])
+    assert usual.state[small.b.weight]["exp_avg"].shape == small.b.weight.shape
+
+
+def test_what_another_weight_shows_is_known_of_a_square_one() -> None:
+    model = built(Matrices)  # b is square, a is not
+    optimizer = with_state(model, ours=lambda p: p.clone())
+    small = operated(optimizer, model, ROWS, a=[0, 3, 7], b=[2, 8])
+    assert torch.equal(optimizer.state[small.b.weight]["ours"], small.b.weight)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_sparse_gradients_are_cut(inplace: bool) -> None:
+    model = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 3))
+    optimizer, x = torch.optim.SparseAdam([model[0].weight]), torch.tensor([[1, 2, 5]])
+    model(x).sum().backward()
+    optimizer.step()
+    grad, network = model[0].weight.grad.to_dense(), netsurgery.trace(model, x)
+    (group,) = network.prunable
+    edit = netsurgery.Edit(network, {group.name: (0, 2, 7)})
+    small = netsurgery.rewrite(model, edit, inplace=inplace, optimizer=optimizer)
+    assert torch.equal(small[0].weight.grad.to_dense(), grad[:, [0, 2, 7]])
+    small(x).sum().backward()
+    optimizer.step()
+    assert optimizer.state[small[0].weight]["exp_avg"].shape == (20, 3)
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [

@@ -26,6 +26,7 @@ from netsurgery.passes import HGSR
 from netsurgery.training import checkpoints, read, run
 from netsurgery.training.data import load
 from netsurgery.training.engine import Run, Worker
+from netsurgery.training.recipe import Engine
 from netsurgery.training.stages import fresh, smaller
 from netsurgery.training.study import Study, fetch
 from netsurgery.training.summary import lines, markdown, spread
@@ -290,13 +291,27 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         ("variants.norm.removal.params=1.5", "variant 'norm': PruneChannels(params=1.5): a share to keep in (0, 1]"),
         ("variants.norm.penalty.exclude=['no.such']", "variant 'norm': "),
         (
+            "model.arguments.classes=7",
+            "variant 'penalised': netsurgery.models:DigitsResNet gives outputs of ",
+        ),
+        ("model={name='torchvision:resnet18'}", "variant 'penalised': aten.convolution.default in module 'conv1' at "),
+        ("finetune.optimizer.lr=-1", "variant 'penalised': AdamW(lr=-1): Invalid learning rate: -1"),
+        ("finetune.optimizer={name='Muon'}", "variant 'penalised': Muon(): Muon only supports 2D parameters"),
+        (
+            "finetune.schedule={name='onecycle', rise=1.0}",
+            "variant 'penalised': rise = 1.0: a share of ",
+        ),
+        ("variants.norm.removal.samples=0", "variant 'norm': PruneChannels(samples=0): at least 1"),
+        (
             "data.batch=401",
             "variant 'penalised': data.batch = 401: at most the 400 training images, and a multiple of the 1 processes",
         ),
         ("engine.accumulate=0", "engine.accumulate = 0: at least 1"),
+        ("engine.mixed_precision=bf16", "engine.mixed_precision = bf16: AcceleratorState has already been initialized"),
     ],
 )
 def test_what_cannot_be_made_is_known_before_anything_runs(change: str, text: str, tmp_path: Path) -> None:
+    Worker(Engine())  # one process has one precision
     with pytest.raises(InputError) as caught:
         run(recipe(tmp_path, change), tmp_path / "out", silent())
     assert str(caught.value).startswith(text)

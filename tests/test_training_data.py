@@ -173,6 +173,14 @@ def test_an_image_of_the_list_that_is_missing(tmp_path: Path, monkeypatch: pytes
         load(Data("tinyimagenet", folder=str(tmp_path)), 0)
 
 
+@pytest.mark.parametrize("line", ["val_0.JPEG", "val_0.JPEG\tn99\t0\t0\t1\t1"])
+def test_a_line_of_the_list_that_names_no_class(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tinyimagenet(tmp_path, monkeypatch)
+    (tmp_path / TINY / "val" / "val_annotations.txt").write_text(f"\n{line}\n")
+    with pytest.raises(InputError, match=r"tinyimagenet: no complete data set .*\['val_0.JPEG'.*\] names no class"):
+        load(Data("tinyimagenet", folder=str(tmp_path)), 0)
+
+
 def test_nothing_is_downloaded_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -1,10 +1,12 @@
 """Recipes: what a file may say, what its variants become, and the text of each error."""
 
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 
 from netsurgery.errors import InputError
 from netsurgery.training import read
@@ -92,6 +94,25 @@ removal: {params: 0.5}
     assert read(file(tmp_path, text, "mine.yaml")) == read(file(tmp_path, BASE))
 
 
+def test_numbers_of_yaml_that_toml_knows_too(tmp_path: Path) -> None:
+    text = BASE.replace("lr = 0.01", "lr = 1e-2")
+    as_yaml = yaml.safe_dump(tomllib.loads(text)).replace("0.01", "1e-2")
+    assert "lr: 1e-2" in as_yaml
+    assert read(file(tmp_path, as_yaml, "mine.yaml")) == read(file(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["3: 4", "data: {3: 4}", "variants: {3: {removal: false}}", "seeds: [{3: 4}]"])
+def test_a_key_that_is_no_text(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^mine\.yaml: the key 3 is no text: put it into quotes$"):
+        read(file(tmp_path, text, "mine.yaml"))
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"^mine\.toml: 'utf-8' codec can't decode byte 0xff"):
+        read(str(tmp_path / "mine.toml"))
+
+
 def test_changes(tmp_path: Path) -> None:
     changes = ["train.epochs=7", "seeds=[1]", "data.folder=/some/where", "variants.random.train.optimizer.lr=0.5"]
     recipe = read(file(tmp_path, BASE + VARIANTS.replace("removal = { ratio = 0.25 }\n", "")), changes)
@@ -152,6 +173,10 @@ def test_tables_below_stay_as_they_are() -> None:
         ("lr = 0.01", "lr = '0.01'", "mine.toml, [train.optimizer]: lr = '0.01': expected a number"),
         ('"AdamW"', '"Adam W"', "mine.toml, [train.optimizer]: name = 'Adam W': expected one of ASGD, Adadelta, "),
         ("seeds = [3, 4]", "seeds = 3", "mine.toml: seeds = 3: expected a list of a whole number"),
+        ("seeds = [3, 4]", "seeds = []", "mine.toml: seeds = []: at least one, each once, and none below 0"),
+        ("seeds = [3, 4]", "seeds = [3, 3]", "mine.toml: seeds = [3, 3]: at least one, each once, "),
+        ("seeds = [3, 4]", "seeds = [-1]", "mine.toml: seeds = [-1]: at least one, each once, "),
+        ("seeds = [3, 4]", "name = '../up'", "mine.toml: name = '../up': letters, digits, spaces and +-. only, as it "),
         ("seeds = [3, 4]", "seed = [3, 4]", "mine.toml: no key 'seed' (did you mean 'seeds'?); there are: name, seeds"),
         ("removal = { params = 0.5 }", "", "mine.toml: [selection] and [removal] go together, unless the selection "),
         ("finetune = {", "soft = { ratio = 0.5, epochs = 3 }\nfinetune = {", "mine.toml, [soft]: no key 'epochs'"),

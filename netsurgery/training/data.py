@@ -30,11 +30,13 @@ class Images:
         train: augmented, to learn from.
         plain: the same images as they are, for scores.
         test: to measure the accuracy on.
+        classes: how many there are.
     """
 
     train: Pairs
     plain: Pairs
     test: Pairs
+    classes: int
 
     @property
     def example(self) -> Tensor:
@@ -60,7 +62,7 @@ def load(data: Data, seed: int, download: bool = False) -> Images:
     first = range(data.limit)
     if len(images.train) < data.limit:  # type: ignore[arg-type]
         raise InputError(f"data.limit = {data.limit}: {data.name} has {len(images.train)} images")  # type: ignore[arg-type]
-    return Images(Subset(images.train, first), Subset(images.plain, first), images.test)
+    return Images(Subset(images.train, first), Subset(images.plain, first), images.test, images.classes)
 
 
 def digits(seed: int) -> Images:
@@ -69,22 +71,20 @@ def digits(seed: int) -> Images:
 
     found = split(seed)
     train, test = TensorDataset(*found.train), TensorDataset(*found.test)
-    return Images(train, train, test)  # type: ignore[arg-type]
+    return Images(train, train, test, 10)  # type: ignore[arg-type]
 
 
 def published(data: Data, download: bool) -> Images:
     """One of torchvision's, augmented by shifts and mirror images as is usual, and normalised."""
-    split, side, mean, std = SETS[data.name]
+    split, classes, side, mean, std = SETS[data.name]
     plain = transform(mean, std)
     augmented = transform(mean, std, side) if data.augment else plain
     folder = data.folder or "data"
     try:
-        return Images(
-            split(folder, True, download, augmented),
-            split(folder, True, False, plain),
-            split(folder, False, download, plain),
-        )
-    except (RuntimeError, FileNotFoundError) as error:
+        train = split(folder, True, download, augmented)
+        test = split(folder, False, download, plain)
+        return Images(train, split(folder, True, False, plain), test, classes)
+    except (RuntimeError, OSError, ValueError) as error:
         raise InputError(
             f"{data.name}: no complete data set in '{folder}' ({error}): name its folder by --data DIR, or "
             "fetch it by --download"
@@ -133,7 +133,10 @@ def tinyimagenet(folder: str, train: bool, download: bool, transform: Any) -> An
     if train:
         return images
     lines = (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
-    labels = dict(line.split("\t")[:2] for line in lines)
+    rows = [line.split("\t") for line in lines if line.strip()]
+    if wrong := next((row for row in rows if len(row) < 2 or row[1] not in images.class_to_idx), None):
+        raise ValueError(f"val_annotations.txt: {wrong} names no class")
+    labels = dict(row[:2] for row in rows)
     samples = [(str(root / "val" / "images" / name), images.class_to_idx[label]) for name, label in labels.items()]
     if missing := next((path for path, _ in samples if not Path(path).is_file()), None):
         raise FileNotFoundError(f"{missing} is missing")
@@ -142,11 +145,11 @@ def tinyimagenet(folder: str, train: bool, download: bool, transform: Any) -> An
     return images
 
 
-# The loader, the side of the images, mean and standard deviation of the colours of the training images, as published
-# with many implementations.
-SETS: dict[str, tuple[Split, int, tuple[float, ...], tuple[float, ...]]] = {
-    "cifar10": (cifar("CIFAR10"), 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": (cifar("CIFAR100"), 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "stl10": (stl10, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
-    "tinyimagenet": (tinyimagenet, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+# The loader, the number of classes, the side of the images, mean and standard deviation of the colours of the training
+# images, as published with many implementations.
+SETS: dict[str, tuple[Split, int, int, tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": (cifar("CIFAR10"), 10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (cifar("CIFAR100"), 100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": (stl10, 10, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "tinyimagenet": (tinyimagenet, 200, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }

@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 
 from netsurgery.errors import InputError
 from netsurgery.passes import HGSR, SoftPruning
+from netsurgery.tracing import RAISED_BY_MODELS
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images, Pairs
 from netsurgery.training.recipe import OPTIMIZERS, Data, Engine, Stage
 from netsurgery.training.schedules import SCHEDULES
 
-__all__ = ["Fit", "Worker", "derived"]
+__all__ = ["Fit", "Worker", "derived", "optimizer_for", "schedule_of"]
 
 Figures = dict[str, Any]
 EVALUATED = 512  # images in a step without gradients
@@ -35,6 +36,23 @@ PATIENCE = timedelta(hours=24)  # of processes that wait while one scores
 def derived(*parts: object) -> int:
     """A seed that follows from these parts and from nothing else."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def optimizer_for(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """The optimizer of a stage; what it does not take is an InputError."""
+    options = {key: value for key, value in stage.optimizer.items() if key != "name"}
+    try:
+        return OPTIMIZERS[stage.optimizer["name"]](model.parameters(), **options)
+    except RAISED_BY_MODELS as error:
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise InputError(f"{stage.optimizer['name']}({given}): {error}") from error
+
+
+def schedule_of(stage: Stage) -> Callable[[float], float]:
+    """The schedule of a stage."""
+    options = {key: value for key, value in stage.schedule.items() if key != "name"}
+    schedule: Callable[[float], float] = SCHEDULES[stage.schedule["name"]](**options)
+    return schedule
 
 
 @dataclass(frozen=True)
@@ -76,13 +94,16 @@ class Worker:
 
         if engine.accumulate < 1:
             raise InputError(f"engine.accumulate = {engine.accumulate}: at least 1")
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would not know of each other
-            mixed_precision=engine.mixed_precision,
-            gradient_accumulation_steps=engine.accumulate,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would not know of each other
+                mixed_precision=engine.mixed_precision,
+                gradient_accumulation_steps=engine.accumulate,
+                dataloader_config=DataLoaderConfiguration(split_batches=True),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            )
+        except ValueError as error:  # a precision that this device, or what runs already, does not have
+            raise InputError(f"engine.mixed_precision = {engine.mixed_precision}: {error}") from error
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise InputError(f"accelerate is set to {kind.value}: surgery needs whole parameters in every process")
@@ -156,8 +177,7 @@ class Run:
         self.worker, self.model, self.of = worker, model, fit
         self.accelerator = worker.accelerator
         model.to(worker.device)
-        options = {key: value for key, value in fit.stage.optimizer.items() if key != "name"}
-        self.optimizer = OPTIMIZERS[fit.stage.optimizer["name"]](model.parameters(), **options)
+        self.optimizer = optimizer_for(model, fit.stage)
         self.penalty = fit.penalty(model) if fit.penalty else None
         self.soft = fit.soft(model, self.optimizer) if fit.soft else None
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate())
@@ -181,8 +201,7 @@ class Run:
 
     def rate(self) -> Callable[[int], float]:
         """The factor of the learning rate at each step of the optimizer."""
-        options = {key: value for key, value in self.of.stage.schedule.items() if key != "name"}
-        schedule = SCHEDULES[self.of.stage.schedule["name"]](**options)
+        schedule = schedule_of(self.of.stage)
         batches = len(self.of.images.train) // self.of.data.batch  # type: ignore[arg-type]
         steps = self.of.stage.epochs * -(-batches // self.accelerator.gradient_accumulation_steps)
         return lambda step: schedule(min(step / max(steps, 1), 1.0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -27,11 +27,13 @@ from netsurgery.training.schedules import SCHEDULES
 __all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Variant", "read", "shipped"]
 
 Table = dict[str, Any]
+NAMES = re.compile(r"\w[\w +.-]*")
 SUPPLIED = ("data", "model", "example_inputs", "inputs", "optimizer", "epochs", "file")  # by the run, not the recipe
+UNFIT = ("Optimizer", "LBFGS", "SparseAdam")  # LBFGS wants a closure, SparseAdam sparse gradients
 OPTIMIZERS = {
     name: cls
     for name, cls in vars(torch.optim).items()
-    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in UNFIT
 }
 PASSES = {name: cls for name, cls in vars(netsurgery.passes).items() if isinstance(cls, type) and issubclass(cls, Pass)}
 
@@ -139,14 +141,19 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
     if not isinstance(variants, Mapping):
         raise place.error(f"variants: expected a table of tables, got {variants!r}")
     name = top.get("name", Path(file).name.partition(".")[0])
+    if not NAMES.fullmatch(name):
+        raise place.error(f"name = {name!r}: letters, digits, spaces and +-. only, as it names a folder")
+    seeds = tuple(top.get("seeds", (0,)))
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise place.error(f"seeds = {list(seeds)}: at least one, each once, and none below 0")
     made = {} if variants else {name: variant(raw, place)}
     for key, table in variants.items():
         inside = place.at("variants").at(key)
-        if not isinstance(table, Mapping) or not re.fullmatch(r"\w[\w +.-]*", key):
+        if not isinstance(table, Mapping) or not NAMES.fullmatch(key):
             raise inside.error("expected a table whose name has letters, digits, spaces and +-. only")
         made[key] = variant(laid(raw, table), inside, table)
     engine = Engine(**check(Engine, top.get("engine", {}), place.at("engine")))
-    return Recipe(name, tuple(top.get("seeds", (0,))), engine, made)
+    return Recipe(name, seeds, engine, made)
 
 
 def _top(
@@ -168,14 +175,31 @@ def parse(source: str) -> tuple[str, Table]:
         raise InputError(
             f"no recipe '{source}': pass a .toml or .yaml file, or one of {there}{near(source, shipped())}"
         )
-    text = path.read_text(encoding="utf-8")
     try:
-        raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Yaml)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path.name}: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path.name}: expected tables, got {type(raw).__name__}")
+    if odd := list(odd_keys(raw)):
+        raise InputError(f"{path.name}: the key {odd[0]!r} is no text: put it into quotes")
     return path.name, raw
+
+
+class _Yaml(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads 1e-3 as a number, as TOML does; YAML 1.1 wants 1.0e-3."""
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+
+
+def odd_keys(value: object) -> Iterator[object]:
+    """Keys that are no texts, at any depth."""
+    if isinstance(value, dict):
+        yield from (key for key in value if not isinstance(key, str))
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from odd_keys(one)
 
 
 def setting(change: str) -> Table:

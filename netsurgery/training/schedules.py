@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi
 
+from netsurgery.errors import InputError
+
 __all__ = ["SCHEDULES", "Constant", "Cosine", "OneCycle", "Steps"]
 
 
@@ -49,6 +51,10 @@ class OneCycle:
     rise: float = 0.3
     start: float = 0.04
     end: float = 4e-6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rise < 1:
+            raise InputError(f"rise = {self.rise}: a share of the stage in [0, 1)")
 
     def __call__(self, done: float) -> float:
         first = done < self.rise

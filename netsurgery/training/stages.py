@@ -13,12 +13,12 @@ from torch import nn
 import netsurgery
 from netsurgery.demo import widths
 from netsurgery.edit import Edit
-from netsurgery.errors import NetsurgeryError
+from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.names import build
 from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images
-from netsurgery.training.engine import Figures, Fit, Worker, derived
+from netsurgery.training.engine import Figures, Fit, Worker, derived, optimizer_for, schedule_of
 from netsurgery.training.options import parameters
 from netsurgery.training.recipe import PASSES, Model, Variant
 
@@ -100,11 +100,25 @@ class Job:
         """Make everything once, so that what cannot be made is known before anything runs."""
         worker.check(self.variant.data, self.images)
         model = fresh(self.variant.model, self.seed)
+        self.check_outputs(model)
+        for stage in (self.variant.train, self.variant.finetune):
+            optimizer_for(model, stage), schedule_of(stage)
         if self.variant.penalty:
             self.penalty(model)
         if self.variant.soft:
             self.soft(model, torch.optim.SGD(model.parameters()))
         self.passes()
+
+    def check_outputs(self, model: nn.Module) -> None:
+        """Raise a NetsurgeryError unless the model runs on an image and has an output for every class."""
+        netsurgery.trace(model, self.images.example)  # its error says where the model does not run
+        with torch.no_grad():
+            shape = tuple(model.eval()(self.images.example).shape)
+        if len(shape) != 2 or shape[1] < self.images.classes:
+            raise InputError(
+                f"{self.variant.model.name} gives outputs of shape {shape} for one image of {self.variant.data.name}: "
+                f"(1, {self.images.classes}) is needed, which model.arguments may say"
+            )
 
     def passes(self) -> list[netsurgery.Pass]:
         """The selection and the removal, with what they take of the run."""

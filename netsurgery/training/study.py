@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 import netsurgery
 from netsurgery.demo import progress_bar
-from netsurgery.errors import InputError
+from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.training import checkpoints, summary
 from netsurgery.training.data import Images, load
 from netsurgery.training.engine import Figures, Worker
@@ -122,7 +122,7 @@ def fetch(study: Study, worker: Worker) -> None:
         if job.seed == study.recipe.seeds[0]:
             try:
                 job.check(worker)
-            except InputError as error:
+            except NetsurgeryError as error:
                 raise InputError(f"variant '{name}': {error}") from error
 
 
