@@ -22,7 +22,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.notation import Op
-from netsurgery.passes.samples import Samples, draw
+from netsurgery.passes.samples import Samples, draw, in_eval_mode
 from netsurgery.passes.scores import BATCH_NORMS
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import RAISED_BY_MODELS
@@ -84,7 +84,7 @@ def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge:
     readers, left = _readers(edit, method)
     drawn = draw(data, samples, seed)
     done: list[str] = []
-    with _evaluating(network.model), _evaluating(small), torch.no_grad():
+    with in_eval_mode(network.model), in_eval_mode(small), torch.no_grad():
         for reader in readers:
             sums = _Sums(small.get_submodule(reader.path), reader)
             if why := _compare(network.model, small, reader, drawn, sums):
@@ -303,16 +303,3 @@ def _listening(model: nn.Module, reader: _Reader) -> Iterator[list[tuple[Tensor,
         yield heard
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; what was in training mode is afterwards again."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

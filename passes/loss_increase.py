@@ -105,8 +105,8 @@ class LossIncreaseScore(Pass):
                 raise InputError(f"LossIncreaseScore({name}={getattr(self, name)!r}): a number in (0, 1)")
         if not self.tolerance >= 0:
             raise InputError(f"LossIncreaseScore(tolerance={self.tolerance!r}): must not be negative")
-        if (self.rows is not None and self.rows < 1) or self.memory < 1:
-            raise InputError("LossIncreaseScore: rows and memory are at least 1")
+        if (self.rows is not None and self.rows < 1) or self.memory < 1 or self.samples < 1:
+            raise InputError("LossIncreaseScore: samples, rows and memory are at least 1")
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""

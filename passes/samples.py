@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import (
     ConcatDataset,
@@ -22,7 +23,7 @@ from torch.utils.data import (
 from netsurgery.errors import InputError
 from netsurgery.tracing import Inputs, as_inputs
 
-__all__ = ["Samples", "draw"]
+__all__ = ["Samples", "draw", "in_eval_mode"]
 
 _LABELS = ("labels", "label", "targets", "target")
 _FORMS = "(inputs, targets), or a dictionary with 'labels'"
@@ -199,3 +200,16 @@ def _length(value: Any) -> int:
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return pytree.tree_map_only(Tensor, change, value)
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """All of a model in eval mode; what was in training mode is afterwards again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

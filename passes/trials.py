@@ -23,7 +23,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
-from netsurgery.passes.samples import Samples
+from netsurgery.passes.samples import Samples, in_eval_mode
 from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
 from netsurgery.pipeline import _trace
 from netsurgery.rewriting import rewrite
@@ -236,7 +236,7 @@ class Trials:
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Any:
         """What a model returns in eval mode."""
-        with _eval(model), torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             return model(*inputs[0], **inputs[1])
 
     def losses(self, outputs: list[Tensor], targets: Any, engine: Suffixes, used: int, copies: int) -> Tensor:
@@ -327,17 +327,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         _log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:

@@ -607,7 +607,8 @@ def test_products_in_a_shorter_type() -> None:
         ({"racing": True, "mode": "cumulative"}, "goes with mode='score'"),
         ({"share": 1.0}, r"share=1.0\): a number in \(0, 1\)"),
         ({"tolerance": -1.0}, r"tolerance=-1.0\): must not be negative"),
-        ({"rows": 0}, "rows and memory are at least 1"),
+        ({"rows": 0}, "samples, rows and memory are at least 1"),
+        ({"samples": 0}, "samples, rows and memory are at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:

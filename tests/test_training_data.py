@@ -145,9 +145,10 @@ def test_without_augmentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(found.train[0][0].equal(found.plain[0][0]) for _ in range(9))
 
 
-def test_a_limit_takes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_takes_images_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = opened(tmp_path, monkeypatch, "cifar10", limit=7)
     assert (len(found.train), len(found.plain), len(found.test)) == (7, 7, 4)
+    assert found.plain.indices == [0, 2, 5, 8, 11, 14, 17]
     with pytest.raises(InputError, match=r"^data\.limit = 99: cifar10 has 20 images$"):
         load(Data("cifar10", folder=str(tmp_path), limit=99), 0)
 

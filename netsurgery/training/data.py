@@ -59,10 +59,11 @@ def load(data: Data, seed: int, download: bool = False) -> Images:
     images = digits(seed) if data.name == "digits" else published(data, download)
     if data.limit is None:
         return images
-    first = range(data.limit)
-    if len(images.train) < data.limit:  # type: ignore[arg-type]
-        raise InputError(f"data.limit = {data.limit}: {data.name} has {len(images.train)} images")  # type: ignore[arg-type]
-    return Images(Subset(images.train, first), Subset(images.plain, first), images.test, images.classes)
+    count = len(images.train)  # type: ignore[arg-type]
+    if count < data.limit:
+        raise InputError(f"data.limit = {data.limit}: {data.name} has {count} images")
+    spread = [index * count // data.limit for index in range(data.limit)]  # some data sets are sorted by class
+    return Images(Subset(images.train, spread), Subset(images.plain, spread), images.test, images.classes)
 
 
 def digits(seed: int) -> Images:

@@ -40,7 +40,7 @@ PASSES = {name: cls for name, cls in vars(netsurgery.passes).items() if isinstan
 
 @dataclass(frozen=True)
 class Data:
-    """The data set; `batch` images in a step over all processes; `limit`: the first so many training images only."""
+    """The data set; `batch` images in a step over all processes; `limit`: so many training images, evenly spread."""
 
     name: Literal["digits", "cifar10", "cifar100", "stl10", "tinyimagenet"]
     batch: int = 128
