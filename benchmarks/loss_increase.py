@@ -89,11 +89,10 @@ def main() -> None:
         start = time.perf_counter()
         raced = race.run(network).scores
         raced_in = time.perf_counter() - start
-        halves = [
-            {n: score.argsort()[: len(score) // 2].tolist() for n, score in one.items()} for one in (exact, raced)
-        ]
+        lower = {name: len(score) // 2 for name, score in exact.items()}
+        halves = [{name: one[name].argsort()[:n].tolist() for name, n in lower.items()} for one in (exact, raced)]
         common = sum(len({*halves[0][name]} & {*halves[1][name]}) for name in exact)
-        same = common / sum(len(half) for half in halves[0].values())
+        same = common / sum(lower.values())
         agreement.append(same)
         ratios["exact"].append(naive / taken)
         ratios["racing"].append(naive / raced_in)
