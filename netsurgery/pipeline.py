@@ -29,7 +29,7 @@ from netsurgery.network import Network, analyse
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import Inputs, Program, as_inputs, names_used, reads_training, record
 
-__all__ = ["Pass", "apply", "cost", "plan", "trace"]
+__all__ = ["Pass", "apply", "cost", "plan", "trace", "trace_untried"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,7 +81,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
         >>> [(group.name, group.size) for group in netsurgery.trace(model).prunable]
         [('0', 8)]
     """
-    network = _trace(model, example_inputs)
+    network = trace_untried(model, example_inputs)
     halves = {group.name: group.size - group.size // 2 for group in network.prunable}
     while found := adapt(model, network, halves)[1]:  # each round freezes at least one group
         network = network.with_frozen(found)
@@ -90,7 +90,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
 
 
 @_few_collections()
-def _trace(model: nn.Module, example_inputs: Any) -> Network:
+def trace_untried(model: nn.Module, example_inputs: Any) -> Network:
     """The network before its code was tried at other sizes."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -158,7 +158,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
         MACs 48 -> 24 (50.0%)
     """
     check_order(passes)
-    network = _trace(model, example_inputs)
+    network = trace_untried(model, example_inputs)
     while True:
         edit, found = _run(passes, model, network)
         if not found:
@@ -181,7 +181,7 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
                 return edit, found
             if index + 1 < len(passes):  # later passes look at what this edit leaves
                 small = rewrite(model, edit)
-                network = _trace(small, network.inputs[0] or network.inputs[1])
+                network = trace_untried(small, network.inputs[0] or network.inputs[1])
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
     if edit is None:
@@ -257,4 +257,4 @@ def cost(model: nn.Module, example_inputs: Any = None) -> Cost:
         64
     """
     with torch.no_grad():
-        return _trace(model, example_inputs).cost()
+        return trace_untried(model, example_inputs).cost()

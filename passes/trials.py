@@ -25,7 +25,7 @@ from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.samples import Samples, in_eval_mode
 from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
-from netsurgery.pipeline import _trace
+from netsurgery.pipeline import trace_untried
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.verification import look_up_constants
@@ -151,8 +151,7 @@ class Trials:
         alone = {n: units for n, units in due.items() if copies > 1 and (apart or not engine.suffix(n).blocks)}
         together = {n: units for n, units in due.items() if n not in alone}
         for times, some in ((copies, together), (1, alone)):
-            runner = self.engine(rows, times)
-            if some and runner is not None:
+            if some and (runner := self.engine(rows, times)) is not None:
                 yield from self.in_parts(runner, times, some, start, stop)
 
     def engine(self, rows: int, copies: int) -> Suffixes | None:
@@ -160,7 +159,7 @@ class Trials:
         key = rows, copies
         if key not in self.engines:
             inputs, _ = self.batch(0, rows, copies)
-            network = _trace(self.model, inputs[0] or inputs[1])
+            network = trace_untried(self.model, inputs[0] or inputs[1])
             try:
                 for group in self.network.prunable:
                     other = network.by_name.get(group.name)
