@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,8 @@ from netsurgery.report import columns
 from netsurgery.rewriting import rewrite
 
 __all__ = ["SoftPruning", "hard_share", "pruned_share", "soft_factor"]
+
+_log = logging.getLogger("netsurgery")
 
 Method = Literal["sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp"]
 Grouping = Literal["layer", "coupled"]
@@ -271,7 +274,11 @@ class SoftPruning:
         gone = self._places(self.pruned)
         dead = {group.name: dead_units(self._network, group, gone) for group in self._removable()}
         inputs = self._network.inputs[0] or self._network.inputs[1]
-        return plan(self._model, [_Without({name: tuple(units.tolist()) for name, units in dead.items()})], inputs)
+        edit = plan(self._model, [_Without({name: tuple(units.tolist()) for name, units in dead.items()})], inputs)
+        for name, units in dead.items():
+            if bool(units.any()) and (reason := edit.network[name].frozen) is not None:
+                _log.warning("%d units of '%s' are pruned but stay, as zeros: %s", int(units.sum()), name, reason)
+        return edit
 
     def finish(self, **options: Any) -> nn.Module:
         """The physically smaller network: it computes what the model computes after the last step.

@@ -755,3 +755,25 @@ def test_errors_of_states() -> None:
         other.load_state_dict({})
     with pytest.raises(InputError, match=r"the state is of ratio=0\.25, here it is "):
         other.load_state_dict({**other.state_dict(), "settings": {**other.state_dict()["settings"], "ratio": 0.25}})
+
+
+def test_what_is_pruned_but_cannot_go_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Einsum(nn.Module):
+        """For a single unit, einsum multiplies instead."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.w, self.head = nn.Linear(6, 8), nn.Parameter(torch.randn(8, 5)), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(torch.einsum("bi,ij->bj", self.a(x).relu(), self.w))
+            return y
+
+    x = torch.randn(4, 6)
+    for ratio, said in ((0.5, ""), (0.99, "7 units of 'a' are pruned but stay, as zeros: the code does other things")):
+        caplog.clear()
+        model = Einsum()
+        pruning = SoftPruning(model, x, method="sfp", ratio=ratio, epochs=1, grouping="coupled")
+        pruning.step(0)
+        assert torch.allclose(pruning.finish()(x), model(x), atol=1e-6)
+        assert (said in caplog.text) if said else not caplog.text
