@@ -219,21 +219,10 @@ class OptimizerStates:
 
 
 # What torch.optim keeps of each element of a parameter, under names that others use for the same.
-_OF_ELEMENTS = frozenset(
-    {
-        *(
-            "momentum_buffer",
-            "exp_avg",
-            "exp_avg_sq",
-            "max_exp_avg_sq",
-            "exp_inf",
-            "square_avg",
-            "grad_avg",
-            "acc_delta",
-        ),
-        *("sum", "ax", "prev", "step_size", "slow_buffer", "z"),
-    }
-)
+_OF_ELEMENTS = frozenset((
+    "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
+    "sum", "ax", "prev", "step_size", "slow_buffer", "z",
+))  # fmt: skip
 # Adafactor, as fairseq, transformers and timm name it: averages over the last dimension, and over the one before.
 _FACTORS: dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
     "exp_avg_sq_row": lambda of: of[:-1],

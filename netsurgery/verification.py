@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,16 @@ from netsurgery.tracing import (
 )
 from netsurgery.values import Values, answer, draw, flat, is_number, laid_out, select, told
 
-__all__ = ["STATISTICS", "is_view", "look_up_constants", "permuted_difference", "replay", "silenced", "verify"]
+__all__ = [
+    "STATISTICS",
+    "entries",
+    "is_view",
+    "look_up_constants",
+    "permuted_difference",
+    "replay",
+    "silenced",
+    "verify",
+]
 
 aten = torch.ops.aten
 Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
@@ -313,6 +322,12 @@ def _value(values: Mapping[Any, Any], device: torch.device, item: Any) -> Any:
     return device if isinstance(item, torch.device) else item
 
 
+def entries(masks: Sequence[Tensor]) -> Tensor:
+    """Which entries of a tensor stay, to be broadcast, from which positions of each of its dimensions do."""
+    shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(masks))]) for dim, one in enumerate(masks)]
+    return functools.reduce(torch.logical_and, shaped)
+
+
 def silenced(
     network: Network,
     program: Program,
@@ -341,23 +356,22 @@ def silenced(
         masks = [mask(axis).to(device) for axis in dims]
         if all(bool(one.all()) for one in masks):
             return None
-        shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(dims))]) for dim, one in enumerate(masks)]
-        return functools.reduce(torch.logical_and, shaped)
+        return entries(masks)
 
     def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
         special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:
             op = Op(node, network)
-            entries = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
-            if entries is not None:
+            kept = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
+            if kept is not None:
                 out = special(
                     {k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()},
-                    entries,
+                    kept,
                 )
         if isinstance(out, Tensor) and out.dim() and out.numel():
-            entries = stays(node.meta["dims"], out.device)
-            if entries is not None and not is_view(node):
-                out = out.masked_fill_(~entries, 0) if _is_inplace(node) else out.masked_fill(~entries, 0)
+            kept = stays(node.meta["dims"], out.device)
+            if kept is not None and not is_view(node):
+                out = out.masked_fill_(~kept, 0) if _is_inplace(node) else out.masked_fill(~kept, 0)
         return out
 
     return replay(program, tensors, inputs, silence, numbers=numbers)

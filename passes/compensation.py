@@ -25,7 +25,7 @@ from netsurgery.notation import Op
 from netsurgery.passes.samples import Samples, draw, in_eval_mode
 from netsurgery.passes.scores import BATCH_NORMS
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import RAISED_BY_MODELS
+from netsurgery.tracing import RAISED_BY_MODELS, home
 
 __all__ = ["Method", "compensate"]
 
@@ -243,8 +243,7 @@ def _windows(module: Any, x: Tensor, groups: int) -> Tensor:
 
 def _compare(model: nn.Module, small: nn.Module, reader: _Reader, drawn: Samples, sums: _Sums) -> str:
     """Add up over the data what the outputs of a layer lack; why that cannot be done, if so."""
-    device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
-    for (args, kwargs), _ in drawn.batches(_BATCH, device):
+    for (args, kwargs), _ in drawn.batches(_BATCH, home(model)):
         with _listening(model, reader) as before, _listening(small, reader) as after:
             for network in (model, small):
                 try:

@@ -145,10 +145,8 @@ class PruneChannels(Pass):
             removed = [self._allowed(bundle, int(bundle.groups[0].size * self.ratio + 1e-9)) for bundle in bundles]
             return _edit(network, bundles, removed)
         if self.threshold is not None:
-            removed = [int((bundle.scores <= self.threshold).sum()) for bundle in bundles]
-            return _edit(
-                network, bundles, [self._allowed(bundle, k) for bundle, k in zip(bundles, removed, strict=True)]
-            )
+            removed = [self._allowed(bundle, int((bundle.scores <= self.threshold).sum())) for bundle in bundles]
+            return _edit(network, bundles, removed)
         ranked = sorted(self._events(bundles))
         if self.ratio is not None:
             units = sum(group.size for bundle in bundles for group in bundle.groups)

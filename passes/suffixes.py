@@ -26,9 +26,9 @@ from torch import Tensor, fx
 
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.network import Network
-from netsurgery.tracing import Inputs, tensors_in
+from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.values import laid_out, spread
-from netsurgery.verification import STATISTICS, is_view
+from netsurgery.verification import STATISTICS, entries, is_view
 
 __all__ = ["Removal", "Suffixes", "Unsuited"]
 
@@ -114,9 +114,8 @@ class Suffixes:
         self.outputs: list[fx.Node] = list(output.args[0])
         self.rows = {find(node.meta["dims"][0]) for node in self.inputs if node.meta["dims"]}
         self.occurrences: dict[Axis, dict[Axis, int]] = {}
-        device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
         with torch.no_grad():
-            _Builder(self, device).build()
+            _Builder(self, home(self.network.model)).build()
         self.suffix = functools.cache(self._suffix)
 
     def product(self, target: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,11 +280,9 @@ class Suffixes:
     def _masks(self, step: Step, place: int, channel: Axis) -> bool:
         """Whether an argument that was only masked must be: of a product, one factor without the units is enough."""
         node = step.args[place]
-        others = [other for other in step.inputs if other is not node]
         weight = step.packet in _CONTRACTED and node in self.constants
-        return not (weight and any(other not in self.constants for other in others)) and bool(
-            self.carries(self.dims[node], channel)
-        )
+        enough = weight and any(other not in self.constants for other in step.inputs)
+        return not enough and bool(self.carries(self.dims[node], channel))
 
     def _shifted(self, step: Step, whole: Mapping[fx.Node, Any], gone: Gone) -> Tensor:
         """The result of the whole network less what the units contribute."""
@@ -376,12 +373,10 @@ class Gone:
             if len(self.units) > 1 and row is not None:
                 size = dims[row].size // len(self.units)
                 masks[row] = masks[row][index * size : (index + 1) * size]
-            shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(dims))]) for dim, one in enumerate(masks)]
-            entries = functools.reduce(torch.logical_and, shaped)
             given = {**dict(zip(names, args, strict=False)), **step.kwargs, names[0]: self.block(args[0], row, index)}
             if "N" in given:
                 given["N"] //= len(self.units)
-            rows.append(special(given, entries))
+            rows.append(special(given, entries(masks)))
         out = rows[0]
         if len(rows) > 1:
             out = torch.cat(rows, row or 0) if isinstance(out, Tensor) else _joined(rows, row or 0)

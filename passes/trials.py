@@ -40,8 +40,6 @@ _log = logging.getLogger("netsurgery")
 
 
 Active = Mapping[str, list[int]]  # groups, and the removals of each that are to be tried
-
-
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
 
 
