@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch import nn
 
 import netsurgery
 from netsurgery.errors import InputError, NetsurgeryError
+from netsurgery.models import DigitsResNet
 from netsurgery.passes import HGSR
 from netsurgery.training import checkpoints, read, run
 from netsurgery.training.data import load
@@ -29,7 +31,7 @@ from netsurgery.training.engine import Run, Worker
 from netsurgery.training.recipe import Engine
 from netsurgery.training.stages import fresh, smaller
 from netsurgery.training.study import Study, fetch
-from netsurgery.training.summary import lines, markdown, spread
+from netsurgery.training.summary import lines, markdown, spread, table
 from test_training_data import WRITERS, write_cifar10
 
 RECIPE = """
@@ -435,3 +437,109 @@ def test_two_processes_choose_and_hold_the_same(tmp_path: Path) -> None:
     assert found[0]["seen"] != found[1]["seen"]  # other images
     for (one,) in found[0]["results"].values():  # of 450 images, each counted once
         assert one["removed"] * 4.5 == pytest.approx(round(one["removed"] * 4.5))
+
+
+# First contact -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["penalised", "norm", "soft", "whole"])
+def test_load_reads_what_a_run_leaves(name: str, ran: tuple[dict[str, Any], Path, str]) -> None:
+    variant, out, (one,) = recipe(ran[1].parent).variants[name], ran[1] / name / "seed-0", ran[0][name]
+    whole = fresh(variant.model, 7)
+    before = {key: value.clone() for key, value in whole.state_dict().items()}
+    small = netsurgery.load(out, whole)
+    assert type(small) is type(whole)
+    assert sum(p.numel() for p in small.parameters()) == one["parameters"][1]
+    assert Worker(Engine()).accuracy(small, load(variant.data, 0).test) == one["finetuned"]
+    assert all(value.equal(before[key]) for key, value in whole.state_dict().items())
+    expected = checkpoints.read(out / "finetune.safetensors")["model"]
+    assert all(value.equal(expected[key]) for key, value in small.cpu().state_dict().items())
+
+
+def test_load_reads_what_was_not_fine_tuned(ran: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    shutil.copy(ran[1] / "norm" / "seed-0" / "small.safetensors", tmp_path)
+    small = netsurgery.load(tmp_path, fresh(recipe(ran[1].parent).variants["norm"].model, 7))
+    assert small.head.weight.equal(checkpoints.read(tmp_path / "small.safetensors")["model"]["head.weight"])
+
+
+def test_load_says_where_runs_are(ran: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    out, whole = ran[1], fresh(recipe(ran[1].parent).variants["norm"].model, 0)
+    (tmp_path / "begun" / "norm" / "seed-0").mkdir(parents=True)
+    shutil.copy(out / "recipe.json", tmp_path / "begun")
+    shutil.copy(out / "penalised" / "seed-0" / "train.safetensors", tmp_path / "begun" / "norm" / "seed-0")
+    for folder, advice in {
+        out: f"pass the folder of one of its runs, such as {out}/norm/seed-0",
+        tmp_path / "begun": "no run has come to its removal yet",
+        tmp_path
+        / "begun"
+        / "norm"
+        / "seed-0": "its run has not come to the removal yet; netsurgery train goes on with it",
+        tmp_path: "pass a folder that netsurgery.save, netsurgery prune --out or a run of netsurgery train wrote",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            netsurgery.load(folder, whole)
+        assert str(caught.value) == f"{folder} holds no edit.json: {advice}"
+
+
+def test_load_refuses_a_model_of_other_sizes(ran: tuple[dict[str, Any], Path, str]) -> None:
+    with pytest.raises(InputError, match=r"^the edit is for another model: group 'stem.0' has 4 units there, 6 here$"):
+        netsurgery.load(ran[1] / "norm" / "seed-0", DigitsResNet((6, 8)))
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [("step", "keeps all runs and epochs that were finished; the same command goes on from there"), ("claim", "")],
+)
+def test_an_interruption_says_what_is_kept(where: str, text: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "step":
+            stopped(patch, "step", 37)
+        else:
+            patch.setattr(Study, "claim", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run(recipe(tmp_path), tmp_path / "out", silent())
+    assert str(caught.value) == (f"{tmp_path / 'out'} {text}" if text else "nothing had been done yet")
+    assert (tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors").exists() == (where == "step")
+
+
+def test_control_c_prints_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mini.toml").write_text(RECIPE.replace("epochs = 2", "epochs = 2000"))
+    log = tmp_path / "out" / "log.jsonl"
+    command = [*COMMAND, "mini.toml", "--out", "out"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and not (log.exists() and '"epoch": 1' in log.read_text()):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, errors = process.communicate()
+    assert (process.returncode, output.strip()) == (130, "")
+    assert errors == (
+        "interrupted: out keeps all runs and epochs that were finished; the same command goes on from there\n"
+    )
+    assert checkpoints.read(tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors")["history"]
+
+
+@pytest.mark.parametrize("width", [40, 49, 60, 79, 100, 200])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_table_is_whole_in_any_terminal(width: int, seeds: int) -> None:
+    names = ["hgsr + loss-increase", "one-shot", "a_name_of_a_single_word_that_is_long"]
+    one = {"trained": 98.96, "removed": 24.31, "finetuned": None, "parameters": [200, 200], "macs": [900, 613]}
+    runs = [{**one, "removed": one["removed"] + 33 * index} for index in range(seeds)]
+    found = lines(dict.fromkeys(names, runs))
+    text = io.StringIO()
+    Console(file=text, width=width).print(table("digits", found, width), crop=False)
+    rows = text.getvalue().splitlines()
+    assert "…" not in text.getvalue()
+    assert width < 49 or max(map(len, rows)) <= width
+    start = min(row.find("trained") for row in rows if "trained" in row and "accuracy" not in row)
+    first = "".join(row[:start].strip() for row in rows[1:])
+    assert all(name.replace(" ", "") in first.replace(" ", "") for name in names)  # broken over lines, but whole
+    for figure in (
+        "98.96",
+        f"{24.31 + 33 * (seeds - 1) / 2:.2f}",
+        "100.00",
+        "68.11",
+        *(["±33.00"] if seeds > 1 else []),
+    ):
+        assert text.getvalue().count(figure) == len(names), figure
