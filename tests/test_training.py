@@ -24,7 +24,7 @@ from torch import nn
 import netsurgery
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.models import DigitsResNet
-from netsurgery.passes import HGSR
+from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints, read, run
 from netsurgery.training.data import load
 from netsurgery.training.engine import Run, Worker
@@ -437,6 +437,26 @@ def test_two_processes_choose_and_hold_the_same(tmp_path: Path) -> None:
     assert found[0]["seen"] != found[1]["seen"]  # other images
     for (one,) in found[0]["results"].values():  # of 450 images, each counted once
         assert one["removed"] * 4.5 == pytest.approx(round(one["removed"] * 4.5))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_soft_pruning_before_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, calls = SoftPruning.step, []
+    monkeypatch.setattr(SoftPruning, "step", lambda self, epoch: (calls.append(epoch), inner(self, epoch))[1])
+    (tmp_path / "mini.toml").write_text(RECIPE.split("[variants.")[0].replace("removal =", "# removal ="))
+    given = ["soft={method='sfp', ratio=0.3, grouping='coupled', before_training=true}"]
+    found = read(str(tmp_path / "mini.toml"), given)
+    whole = run(found, tmp_path / "whole", silent())
+    assert calls == [-1, 0, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(patch, "epoch", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(found, tmp_path / "out", silent())
+    assert run(found, tmp_path / "out", silent()) == whole
+    assert calls == [-1, 0, 1, -1, 0, 1]  # what goes on does not begin again
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    without = run(read(str(tmp_path / "mini.toml"), [given[0].replace("true", "false")]), tmp_path / "no", silent())
+    assert without["mini"][0]["training"] != whole["mini"][0]["training"]
 
 
 # First contact -------------------------------------------------------------------------------------------------------

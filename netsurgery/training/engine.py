@@ -160,6 +160,8 @@ class Worker:
         history: list[Figures] = []
         if fit.checkpoint.exists():
             history = run.restore(checkpoints.read(fit.checkpoint))
+        elif run.soft is not None and run.soft.before_training:
+            run.soft.step(-1)
         for epoch in range(len(history), fit.stage.epochs):
             history.append(run.epoch(epoch))
             tell(history[-1])
