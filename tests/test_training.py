@@ -22,13 +22,14 @@ from safetensors import safe_open
 from torch import nn
 
 import netsurgery
+from netsurgery import demo
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints, read, run
-from netsurgery.training.data import load
-from netsurgery.training.engine import Run, Worker
-from netsurgery.training.recipe import Engine
+from netsurgery.training.data import Images, load
+from netsurgery.training.engine import Fit, Run, Worker, derived
+from netsurgery.training.recipe import Data, Engine, Stage
 from netsurgery.training.stages import fresh, smaller
 from netsurgery.training.study import Study, fetch
 from netsurgery.training.summary import lines, markdown, spread, table
@@ -457,6 +458,88 @@ def test_soft_pruning_before_training_is_done_once(tmp_path: Path, monkeypatch: 
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     without = run(read(str(tmp_path / "mini.toml"), [given[0].replace("true", "false")]), tmp_path / "no", silent())
     assert without["mini"][0]["training"] != whole["mini"][0]["training"]
+
+
+def order_of(seed: int, epoch: int = 0, stage: str = "train", count: int = 40, batch: int = 8) -> list[int]:
+    """The images, by number, in the order in which a run of a seed learns from them."""
+    pairs = torch.utils.data.TensorDataset(torch.arange(count).float()[:, None], torch.zeros(count).long())
+    images = Images(pairs, pairs, pairs, 1)  # type: ignore[arg-type]
+    fit = Fit(Stage(2, {"name": "SGD", "lr": 0.0}, {"name": "constant"}), images, Data("digits", batch),
+              derived(seed, stage), Path("none"))  # fmt: skip
+    started = Run(Worker(Engine()), nn.Linear(1, 1), fit)
+    started.loader.set_epoch(epoch)
+    return [int(one) for x, _ in started.loader for one in x[:, 0]]
+
+
+def test_the_order_of_the_images_differs_by_seed_stage_and_epoch() -> None:
+    """A seed that changed the weights alone would make the spread over seeds too small."""
+    orders = {
+        "first": order_of(0),
+        "seeds": order_of(1),
+        "stages": order_of(0, stage="finetune"),
+        "epochs": order_of(0, epoch=1),
+        "other": order_of(2),
+    }
+    assert all(sorted(order) == list(range(40)) for order in orders.values())
+    assert len(set(map(tuple, orders.values()))) == len(orders)
+    assert orders["first"] != sorted(orders["first"])
+    assert order_of(0) == orders["first"]
+    torch.manual_seed(5)  # what the program drew before makes no difference
+    torch.rand(3)
+    assert order_of(0) == orders["first"]
+
+
+def test_what_is_drawn_in_an_epoch_differs_by_seed_and_epoch() -> None:
+    """Dropout and augmentation follow the seed too."""
+
+    class Noted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.drawn = nn.Parameter(torch.zeros(1, 1)), []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.drawn.append(float(torch.rand(())))
+            return x @ self.weight
+
+    pairs = torch.utils.data.TensorDataset(torch.zeros(4, 1), torch.zeros(4).long())
+    seen = []
+    for seed in (0, 1):
+        images, model = Images(pairs, pairs, pairs, 1), Noted()  # type: ignore[arg-type]
+        stage = Stage(1, {"name": "SGD", "lr": 0.0}, {"name": "constant"})
+        started = Run(Worker(Engine()), model, Fit(stage, images, Data("digits", 4), seed, Path("none")))
+        for epoch in (0, 1):
+            model.drawn.clear()
+            started.epoch(epoch)
+            seen.append(model.drawn[0])
+    assert len(set(seen)) == 4
+
+
+def test_the_demo_learns_in_the_order_of_its_seed() -> None:
+    """From the same weights and the same images."""
+    x, y = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 10
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(3)
+        model = DigitsResNet((2, 2))
+        demo.fit(model, (x, y), 1, 1e-3, seed, lambda: None)
+        found.append(model.head.weight.detach().clone())
+    assert found[0].equal(found[2]) and not found[0].equal(found[1])
+
+
+@pytest.mark.parametrize(("count", "accumulate", "steps"), [(48, 2, 2), (64, 3, 2), (80, 2, 3), (80, 4, 2), (48, 1, 3)])
+def test_the_rate_in_the_middle_of_a_stage_with_accumulation(count: int, accumulate: int, steps: int) -> None:
+    """Batches of 16: what is left at the end of an epoch makes a step of its own, so numbers are rounded up."""
+    pairs = torch.utils.data.TensorDataset(torch.zeros(count, 1), torch.zeros(count).long())
+    images = Images(pairs, pairs, pairs, 1)  # type: ignore[arg-type]
+    stage = Stage(4, {"name": "SGD", "lr": 1.0}, {"name": "cosine"})
+    started = Run(
+        Worker(Engine(accumulate=accumulate)), nn.Linear(1, 1), Fit(stage, images, Data("digits", 16), 0, Path())
+    )
+    for epoch in range(4):
+        figures = started.epoch(epoch)
+        assert figures["lr"] == pytest.approx((1 + math.cos(math.pi * epoch / 4)) / 2)
+        assert started.scheduler.last_epoch == steps * (epoch + 1)
+    assert started.scheduler.get_last_lr() == [pytest.approx(0.0, abs=1e-12)]
 
 
 # First contact -------------------------------------------------------------------------------------------------------
