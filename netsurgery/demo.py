@@ -24,7 +24,7 @@ from netsurgery.passes import HGSR, HGSRScore, PruneChannels
 
 BATCH = 64  # images in a training step
 TIMED_BATCH = 256  # images in a timed forward pass
-STRENGTH = 1e-4  # of the penalty in training
+STRENGTH = 3e-5  # of the penalty in training: benchmarks/strength.py, on held-out training images
 WIDTHS = (32, 64, 128)  # channels of each stage of the network
 PASSES = (HGSRScore(grouping="coupled"), PruneChannels(params=0.5, scope="global"))
 Step = Callable[[], None]  # says that a step of the work is done
