@@ -14,11 +14,12 @@ __all__ = ["check_writable", "writing"]
 _ARCHIVE = "inline_container"  # where torch.save raises a RuntimeError when a file cannot be written to its end
 
 
-def check_writable(folder: Path, files: Sequence[str] = ()) -> None:
+def check_writable(folder: Path, files: Sequence[str] = (), advice: str = "pass another folder by --out") -> None:
     """See that files can be written to a folder, which is left as it was: not there if it was not.
 
     Args:
         files: the names of those that will be.
+        advice: what to do where they cannot.
 
     Raises:
         InputError: they cannot.
@@ -33,7 +34,7 @@ def check_writable(folder: Path, files: Sequence[str] = ()) -> None:
             if path.exists():
                 path.open("ab").close()
     except OSError as error:
-        raise InputError(f"{_said(folder, error)}: pass another folder by --out") from error
+        raise InputError(f"{_said(folder, error)}: {advice}") from error
     finally:
         for one in made:
             with contextlib.suppress(OSError):

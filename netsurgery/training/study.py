@@ -18,7 +18,7 @@ from rich.progress import Progress
 import netsurgery
 from netsurgery.demo import progress_bar
 from netsurgery.errors import InputError, NetsurgeryError
-from netsurgery.outputs import check_writable
+from netsurgery.outputs import check_writable, writing
 from netsurgery.training import checkpoints, summary
 from netsurgery.training.data import Images, load
 from netsurgery.training.engine import Figures, Worker
@@ -205,9 +205,14 @@ def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None
     found = {"torch": torch.__version__, "recipe": recipe.fixed, "summary": lines, "runs": results}
     checkpoints.replace(out / "results.json", json.dumps(found, indent=1) + "\n")
     checkpoints.replace(out / "table.md", summary.markdown(lines))
-    draw(results, out)
+    with writing(out, checkpoints.ADVICE):
+        draw(results, out)
     console.print(summary.table(recipe.name, lines, console.width), crop=False)
-    console.print(f"Wrote results.json, table.md, log.jsonl and pictures to {out}.", markup=False, soft_wrap=True)
+    one = out / next(iter(results)) / f"seed-{recipe.seeds[0]}"
+    wrote = f"Wrote results.json, table.md, log.jsonl and pictures to {out}"
+    console.print(
+        f'{wrote}; netsurgery.load("{one}", model) reads a network.', markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
