@@ -162,7 +162,8 @@ def prune(
         small = netsurgery.rewrite(original, edit)
         rough = roughened(original)
         pairs = ((original, small), (rough, netsurgery.rewrite(rough, edit)))
-        error = max(netsurgery.verify(before, after, edit, inputs) for before, after in pairs)
+        errors = [netsurgery.verify(before, after, edit, inputs) for before, after in pairs]
+    error = max(errors, key=lambda one: (one != one, one))  # what is not a number is worse than any
     if not error < TOLERANCE:
         raise NetsurgeryError(f"the pruned network differs from the silenced original by {error:.1e} (relative)")
     proof = f"verify: the pruned network differs from the silenced original by {error:.1e} at most (relative)."

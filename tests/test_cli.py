@@ -1,5 +1,6 @@
 """The command line: what each command prints and writes, and the text of each error."""
 
+import math
 import re
 import subprocess
 import sys
@@ -343,6 +344,17 @@ def test_a_result_that_is_not_exact_is_refused_and_not_saved(monkeypatch: pytest
     assert result.exit_code == 1
     assert result.stderr == "error: the pruned network differs from the silenced original by 2.5e-01 (relative)\n"
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("found", [[0.0, math.nan], [math.nan, 0.0], [0.0, 0.25], [math.inf, 0.0], [1e-3, 0.0]])
+def test_either_proof_is_enough_to_refuse(found: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network as it is, and a copy without constants, are compared; what is not a number is no proof."""
+    errors = iter(found)
+    monkeypatch.setattr("netsurgery.verify", lambda *_: next(errors))
+    result = invoke("prune", "tiny_models:ready", "--random-weights", "--ratio", "0.5", "--out", "small")
+    assert (result.exit_code, Path("small").exists()) == (1, False)
+    worst = next((one for one in found if one != one), max(found))
+    assert f"differs from the silenced original by {worst:.1e} (relative)" in result.stderr
 
 
 # Folders that cannot be written, interruptions, requests that remove nothing -----------------------------------------
