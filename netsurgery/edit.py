@@ -65,7 +65,7 @@ class Edit:
                 raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
             if units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
                 raise InputError(
-                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {units}"
+                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {_start(units)}"
                 )
         kept = {name: tuple(map(int, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
         object.__setattr__(self, "keep", {n: units for n, units in kept.items() if len(units) < self.network[n].size})
@@ -186,6 +186,10 @@ class Edit:
                     f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here"
                 )
         return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
+
+
+def _start(units: list[int], most: int = 10) -> str:
+    return str(units) if len(units) <= most else f"[{', '.join(map(str, units[:most]))}, ... {len(units)} in all]"
 
 
 def _places(group: Group) -> tuple[tuple[str, int], ...]:

@@ -178,8 +178,14 @@ def fill(model: nn.Module, state: State, source: str) -> None:
         for name, value in state.items()
         if isinstance(value, Tensor) and name in wanted and value.shape != wanted[name].shape
     ]
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # older files have none
-    missing = [f"{name} is missing" for name in wanted if name not in state and name not in counters]
+    given = {_place(value) for name, value in wanted.items() if name in state}  # of tied tensors one is enough
+    missing = [
+        f"{name} is missing"
+        for name, value in wanted.items()
+        if not (
+            name in state or name.endswith("num_batches_tracked") or _place(value) in given
+        )  # older files have none
+    ]
     extra = [f"{name} has no place" for name in state if name not in wanted]
     if wrong := [*shapes, *missing, *extra]:
         more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
@@ -187,6 +193,11 @@ def fill(model: nn.Module, state: State, source: str) -> None:
             f"{source} is for another model than this {type(model).__name__}: {', '.join(wrong[:3])}{more}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _place(tensor: Tensor) -> object:
+    """What tied tensors have in common, and no others."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() and not tensor.is_meta else object()
 
 
 def _shape(tensor: Tensor) -> str:

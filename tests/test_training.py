@@ -1,5 +1,6 @@
 """Recipes carried out: what is written, that a run which was stopped goes on as if it had not been, what is refused."""
 
+import contextlib
 import io
 import json
 import math
@@ -304,6 +305,18 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
             "finetune.schedule={name='onecycle', rise=1.0}",
             "variant 'penalised': rise = 1.0: a share of ",
         ),
+        (
+            "variants.norm.removal.multiple_of=7000",
+            "variant 'norm': PruneChannels(params=0.5): DigitsResNet keeps at least ",
+        ),
+        (
+            "variants.norm.removal.params=1.0",
+            "variant 'norm': [removal] with params = 1.0, scope = 'global' takes nothing away",
+        ),
+        (
+            "removal.params=99999",
+            "variant 'penalised': [removal] with params = 99999, scope = 'global' takes nothing away ",
+        ),
         ("variants.norm.removal.samples=0", "variant 'norm': PruneChannels(samples=0): at least 1"),
         (
             "data.batch=401",
@@ -319,6 +332,20 @@ def test_what_cannot_be_made_is_known_before_anything_runs(change: str, text: st
         run(recipe(tmp_path, change), tmp_path / "out", silent())
     assert str(caught.value).startswith(text)
     assert not (tmp_path / "out").exists()  # put right, it may go there
+
+
+@pytest.mark.parametrize(("removal", "fails"), [
+    ("ratio = 0.5, multiple_of = 7000", True), ("ratio = 0.0", True), ("macs = 10_000_000_000", True),
+    ("threshold = -1.0", False), ("ratio = 0.5, compensate = 'bias'", False),
+])  # fmt: skip
+def test_a_removal_that_takes_nothing_is_known_before_anything_runs(removal: str, fails: bool, tmp_path: Path) -> None:
+    """What a threshold takes depends on the scores."""
+    text = "\n[variants.".join(RECIPE.split("\n[variants.")[:2])
+    (tmp_path / "mini.toml").write_text(text.replace("params = 0.5", removal))
+    study = Study(read(str(tmp_path / "mini.toml")), tmp_path / "out", False)
+    message = r"^variant 'penalised': \[removal\] with .* takes nothing away from 1,382 parameters$"
+    with pytest.raises(InputError, match=message) if fails else contextlib.nullcontext():
+        fetch(study, Worker(Engine()))
 
 
 def test_a_cut_that_is_not_exact_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,6 +417,25 @@ def test_files_of_other_models(models: nn.Sequential) -> None:
         assert all(value.equal(before[name]) for name, value in models.state_dict().items())
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("kept", ["embedding.weight", "head.weight"])
+def test_of_tied_weights_one_is_enough(kept: str) -> None:
+    """Files of safetensors hold them once."""
+    model = Tied()
+    fill(model, {kept: torch.full((5, 3), 7.0)}, "tied")
+    assert model.head.weight is model.embedding.weight and bool((model.head.weight == 7).all())
+    untied = Tied()
+    untied.head.weight = nn.Parameter(torch.zeros(5, 3))
+    with pytest.raises(InputError, match=r"weight is missing$"):
+        fill(untied, {kept: torch.ones(5, 3)}, "tied")
+
+
 def test_files_from_before_batches_were_counted() -> None:
     norm = nn.BatchNorm2d(3)
     old = {name: value + 1 for name, value in norm.state_dict().items() if name != "num_batches_tracked"}
