@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -632,8 +633,54 @@ def test_an_interruption_says_what_is_kept(where: str, text: str, tmp_path: Path
     assert (tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors").exists() == (where == "step")
 
 
-def test_control_c_prints_one_line(tmp_path: Path) -> None:
-    (tmp_path / "mini.toml").write_text(RECIPE.replace("epochs = 2", "epochs = 2000"))
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("times", "steps"), [(1, 30), (2, 29)])
+def test_control_c_is_not_lost_in_training(
+    times: int, steps: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops exceptions in the ``__del__`` of iterators; pressed twice, it takes effect at once."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # where the signal is dealt with
+
+    inner, calls = Run.step, []
+
+    def step(self: Run, *batch: torch.Tensor) -> Any:
+        if len(calls) == 29:
+            Dropped()
+            if times == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        calls.append(len(calls))
+        return inner(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "step", step)
+        with pytest.raises(KeyboardInterrupt, match="keeps all runs and epochs that were finished"):
+            run(recipe(tmp_path), tmp_path / "out", silent())
+    assert len(calls) == steps and capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_handlers_of_others_are_left_alone(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = threading.Thread(target=lambda: run(recipe(tmp_path, first=1), tmp_path / "a", silent()))
+        found.start(), found.join()
+        run(recipe(tmp_path, first=1), tmp_path / "b", silent())
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_control_c_prints_one_line(workers: int, tmp_path: Path) -> None:
+    text = RECIPE.replace("epochs = 2", "epochs = 2000").replace("batch = 16", f"batch = 16, workers = {workers}")
+    (tmp_path / "mini.toml").write_text(text)
     log = tmp_path / "out" / "log.jsonl"
     command = [*COMMAND, "mini.toml", "--out", "out"]
     with subprocess.Popen(
@@ -642,7 +689,7 @@ def test_control_c_prints_one_line(tmp_path: Path) -> None:
         while process.poll() is None and not (log.exists() and '"epoch": 1' in log.read_text()):
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        output, errors = process.communicate()
+        output, errors = process.communicate(timeout=120)
     assert (process.returncode, output.strip()) == (130, "")
     assert errors == (
         "interrupted: out keeps all runs and epochs that were finished; the same command goes on from there\n"

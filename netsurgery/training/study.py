@@ -111,7 +111,8 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
     """
     study, worker = Study(recipe, out, download), Worker(recipe.engine)
     try:
-        return carry_out(study, worker, console)
+        with worker.interruptible():
+            return carry_out(study, worker, console)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(*[study.left] * worker.leads) from stop
 
