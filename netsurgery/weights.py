@@ -63,8 +63,8 @@ class Draws(TorchDispatchMode):
         for one in pytree.tree_leaves((result, args[:1] if writes else ())):
             if isinstance(one, Tensor) and drawn:
                 self._note(one)
-            elif isinstance(one, Tensor) and overwrites and _is_whole(one):
-                self._drawn.pop(_key(one), None)
+            elif overwrites and self._holds(one) and _is_whole(one):
+                del self._drawn[_key(one)]
         return result
 
     def random(self, model: nn.Module) -> list[str]:

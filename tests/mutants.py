@@ -697,8 +697,8 @@ MUTANTS = (
     Mutant(
         "slices that are loaded count as the whole",
         "netsurgery/weights.py",
-        "elif isinstance(one, Tensor) and overwrites and _is_whole(one):",
-        "elif isinstance(one, Tensor) and overwrites:",
+        "elif overwrites and self._holds(one) and _is_whole(one):",
+        "elif overwrites and self._holds(one):",
     ),
     Mutant(
         "a folder that was tried stays",

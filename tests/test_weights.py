@@ -138,6 +138,13 @@ def emptied() -> nn.Module:
     return layer.to_empty(device="cpu")
 
 
+def sparse() -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer.register_buffer("mask", torch.eye(3).to_sparse())
+    layer.mask.copy_(torch.eye(3).to_sparse())
+    return layer
+
+
 def pickled() -> nn.Module:
     file = io.BytesIO()
     torch.save(nn.Linear(3, 4), file)
@@ -175,6 +182,7 @@ class Own(nn.Module):
         (on_meta, []),
         (emptied, ["weight", "bias"]),
         (pickled, []),
+        (sparse, ["weight", "bias"]),
     ],
 )
 def test_what_is_random(make: Callable[[], nn.Module], random: list[str]) -> None:
