@@ -21,6 +21,8 @@ from netsurgery.cli import app
 from netsurgery.errors import InputError
 from netsurgery.models import DigitsResNet
 from netsurgery.training import checkpoints
+from netsurgery.training.recipe import Model
+from netsurgery.training.stages import fresh
 from netsurgery.weights import Draws, fill, prepared, read_weights
 
 MODELS = """
@@ -268,6 +270,9 @@ def test_torchvision_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         found, said = prepared(f"torchvision:squeezenet1_1@{name}")
         assert found.classifier[1].weight.equal(model.classifier[1].weight)
         assert said == f"published, torchvision:squeezenet1_1@{name}"
+    for seed in (0, 1):  # a recipe may begin with them, whatever its seeds
+        begun = fresh(Model("torchvision:squeezenet1_1@DEFAULT"), seed)
+        assert begun.classifier[1].weight.equal(model.classifier[1].weight)
     with pytest.raises(InputError, match=r"^torchvision:squeezenet1_1@DEFAULT: .*num_classes"):
         netsurgery.names.build("torchvision:squeezenet1_1@DEFAULT", num_classes=7)
 
