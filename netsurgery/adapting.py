@@ -44,6 +44,10 @@ class Adaptation:
     reasons: dict[str, str] = field(default_factory=dict)
     model: weakref.ref[nn.Module] | None = None  # the one whose code it is about
 
+    def __repr__(self) -> str:
+        count = sum(map(len, self.attributes.values()))
+        return f"Adaptation({count} attributes, {len(self.code)} rewritten forwards)"
+
     def carry_out(self, model: nn.Module) -> None:
         """Change the attributes and the classes of the modules of a model."""
         for path, values in self.attributes.items():

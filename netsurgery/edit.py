@@ -13,6 +13,7 @@ from netsurgery.costs import Cost
 from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
+from netsurgery.report import edit_html, edit_line, share
 
 __all__ = ["Edit"]
 
@@ -64,7 +65,7 @@ class Edit:
                 raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
             if units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
                 raise InputError(
-                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {units}"
+                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {_start(units)}"
                 )
         kept = {name: tuple(map(int, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
         object.__setattr__(self, "keep", {n: units for n, units in kept.items() if len(units) < self.network[n].size})
@@ -115,9 +116,15 @@ class Edit:
         lines.extend(f"{name} has new values" for name in self.network.tensors if name in self.values)
         lines.extend(f"{name} not compensated: {why}" for name, why in self.uncompensated.items())
         before, after = self.before, self.after
-        lines.append(f"parameters {before.params:,} -> {after.params:,} ({_share(after.params, before.params)})")
-        lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({_share(after.macs, before.macs)})")
+        lines.append(f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)})")
+        lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Edit({edit_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return edit_html(self)
 
     def then(self, later: Edit) -> Edit:
         """This edit followed by one made for the network it leads to.
@@ -181,9 +188,9 @@ class Edit:
         return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
 
 
+def _start(units: list[int], most: int = 10) -> str:
+    return str(units) if len(units) <= most else f"[{', '.join(map(str, units[:most]))}, ... {len(units)} in all]"
+
+
 def _places(group: Group) -> tuple[tuple[str, int], ...]:
     return tuple((member.parameter, member.axis) for member in group.members)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "-"

@@ -68,6 +68,10 @@ class Group:
     channel: Axis = field(repr=False, compare=False)
     unit: Unit = "channel"
 
+    def __repr__(self) -> str:
+        locked = "" if self.frozen is None else f", frozen={self.frozen!r}"
+        return f"Group({self.name!r}, size={self.size}, unit={self.unit!r}, {len(self.members)} members{locked})"
+
 
 @dataclass(frozen=True)
 class Network:
@@ -184,6 +188,16 @@ class Network:
         from netsurgery.report import network_table
 
         return network_table(self)
+
+    def __repr__(self) -> str:
+        from netsurgery.report import network_line
+
+        return f"Network({network_line(self)})"
+
+    def _repr_html_(self) -> str:
+        from netsurgery.report import network_html
+
+        return network_html(self)
 
 
 _ATTENTION = {torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}

@@ -77,6 +77,9 @@ class Program:
     values: Literal["none", "known", "all"] = "none"
     heard: dict[str, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
 
+    def __repr__(self) -> str:
+        return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"
+
     @functools.cached_property
     def operations(self) -> list[fx.Node]:
         """The ATen operations in order, without those that only pick one result of several."""

@@ -33,7 +33,13 @@ TESTS = (
 
 #: Of the files that these alone look at.
 TESTS_OF = {
+    "netsurgery/cli.py": ("test_cli.py",),
     "netsurgery/optimizers.py": ("test_optimizers.py",),
+    "netsurgery/outputs.py": ("test_cli.py",),
+    "netsurgery/training/data.py": ("test_training_data.py",),
+    "netsurgery/training/engine.py": ("test_training.py",),
+    "netsurgery/training/schedules.py": ("test_training_recipe.py",),
+    "netsurgery/weights.py": ("test_weights.py",),
     "passes/compensation.py": ("test_compensation.py",),
     "passes/gates.py": ("test_gates.py",),
     "passes/ledger.py": ("test_loss_increase.py",),
@@ -643,6 +649,62 @@ MUTANTS = (
         "passes/scores.py",
         "above = ordered.flip(0).cumsum(0).flip(0)",
         "above = ordered.cumsum(0)",
+    ),
+    # training
+    Mutant(
+        "the strength's schedule begins again when the model moves",
+        "passes/penalty.py",
+        "self._factors = torch.zeros(2, dtype=dtype, device=device)\n            self._set(self._strength, self.steps)",
+        "self._factors = torch.zeros(2, dtype=dtype, device=device)\n            self._set(self._strength, 0)",
+    ),
+    Mutant(
+        "scores on augmented images",
+        "netsurgery/training/data.py",
+        "Subset(images.plain, spread)",
+        "Subset(images.train, spread)",
+    ),
+    Mutant(
+        "one order of the images for every seed",
+        "netsurgery/training/engine.py",
+        'data_seed=derived(self.of.seed, "order")',
+        'data_seed=derived("order")',
+    ),
+    Mutant(
+        "too few steps where gradients are accumulated",
+        "netsurgery/training/engine.py",
+        "-(-batches // self.accelerator.gradient_accumulation_steps)",
+        "max(1, batches // self.accelerator.gradient_accumulation_steps)",
+    ),
+    Mutant(
+        "recipes do not prune before training",
+        "netsurgery/training/engine.py",
+        "        elif run.soft is not None and run.soft.before_training:",
+        "        elif run.soft is None:",
+    ),
+    Mutant(
+        "the rate falls after a third of the epochs",
+        "netsurgery/training/schedules.py",
+        "at: Sequence[float] = (0.33, 0.66, 0.99)",
+        "at: Sequence[float] = (1 / 3, 2 / 3, 0.99)",
+    ),
+    # the command line
+    Mutant(
+        "what is not a number passes for a proof",
+        "netsurgery/cli.py",
+        "    error = max(errors, key=lambda one: (one != one, one))",
+        "    error = max(errors)",
+    ),
+    Mutant(
+        "slices that are loaded count as the whole",
+        "netsurgery/weights.py",
+        "elif overwrites and self._holds(one) and _is_whole(one):",
+        "elif overwrites and self._holds(one):",
+    ),
+    Mutant(
+        "a folder that was tried stays",
+        "netsurgery/outputs.py",
+        "                one.rmdir()",
+        "                one.exists()",
     ),
 )
 

@@ -201,3 +201,25 @@ def test_digits_are_split_by_the_seed() -> None:
     first, second = load(Data("digits"), 0), load(Data("digits"), 1)
     assert (len(first.train), len(first.test), first.example.shape) == (1347, 450, (1, 1, 8, 8))
     assert not torch.equal(first.test[0][0], second.test[0][0])
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "digits"])
+def test_the_plain_images_of_a_limited_set_are_plain(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are measured on them: the same as those that are learnt from, in the same order, but not augmented."""
+    if name != "digits":
+        WRITERS[name][0](tmp_path, monkeypatch)
+    whole = load(Data(name, folder=str(tmp_path)), 0)
+    count = len(whole.plain)
+    limited = load(Data(name, folder=str(tmp_path), limit=3), 0)
+    for index, at in enumerate((0, count // 3, 2 * count // 3)):
+        for _ in range(8):
+            (x, y), (wanted, label) = limited.plain[index], whole.plain[at]
+            assert x.equal(wanted) and y == label == limited.train[index][1]
+    if name != "digits":  # which are not augmented
+        seen = [limited.train[1][0] for _ in range(20)]
+        assert any(not one.equal(seen[0]) for one in seen)
+    unlimited = load(Data(name, folder=str(tmp_path), limit=count), 0)
+    assert all(unlimited.plain[at][0].equal(whole.plain[at][0]) for at in range(min(count, 20)))
+    assert len(limited.test) == len(whole.test)
