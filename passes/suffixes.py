@@ -134,7 +134,7 @@ class Suffixes:
 
     def mixes(self, step: Step, channel: Axis) -> bool:
         """Whether a result of an operation at one unit depends on its arguments at others."""
-        if step.packet is operator.getitem:
+        if step.packet is operator.getitem or self.is_whole(step.node, channel):
             return False
         if (along := self.normalised(step)) is not None:
             return bool(self.carries(along, channel))
@@ -145,6 +145,10 @@ class Suffixes:
             return False
         most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
         return most > self.carries(step.dims, channel)
+
+    def is_whole(self, node: fx.Node, channel: Axis) -> bool:
+        """Whether a node is a part of the computation of a weight that sees all units of a channel."""
+        return any(self.carries(axis, channel) for axis in node.meta.get("whole", ()))
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
         """The dimensions over which statistics are taken that every entry of the result depends on."""
@@ -424,6 +428,7 @@ class _Builder:
     def __init__(self, suffixes: Suffixes, device: torch.device):
         self.of, self.device = suffixes, device
         self.order = {node: index for index, node in enumerate(suffixes.program.graph.nodes)}
+        self.several: dict[fx.Node, Sequence[Tensor]] = {}  # results of operations on constants that return several
 
     def build(self) -> None:
         """Fill in the steps and constants."""
@@ -449,6 +454,10 @@ class _Builder:
             made = step.call(*of.arguments(step.args), **of.arguments(step.kwargs))
             if isinstance(made, Tensor):
                 of.constants[node] = made  # and a step, for where it lacks units
+            else:
+                self.several[node] = made
+        if step.packet is operator.getitem and step.args[0] in self.several:
+            of.constants[node] = self.several[step.args[0]][step.args[1]]
         if not (step.packet is operator.getitem and self.fold(step)):
             of.steps.append(step)
 

@@ -1,0 +1,208 @@
+"""Weights that are computed from others: what stays of them stays as it is, and scores are of what layers use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import netsurgery
+from netsurgery.errors import RewriteError
+from netsurgery.verification import permuted_difference
+from oracles import RandomKeep
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+Weighted = Callable[[nn.Module], Tensor]
+
+
+class Computed(nn.Module):
+    """Its convolution ``b`` uses a weight that a test computes from its parameters."""
+
+    def __init__(self, weight: Weighted, **tensors: Tensor):
+        super().__init__()
+        self.weight = weight
+        self.a, self.c = nn.Conv1d(3, 8, 3), nn.Conv1d(6, 4, 3)
+        self.v = nn.Parameter(torch.randn(6, 8, 3))
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(F.conv1d(self.a(x).relu(), self.weight(self)).relu())
+        return y
+
+
+def wrapped(wrap: Callable[[nn.Module], nn.Module], kind: Any = nn.Conv1d) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), wrap(kind(8, 6, 3)), nn.ReLU(), nn.Conv1d(6, 4, 3))
+
+
+def computed(weight: Weighted, **tensors: Tensor) -> Callable[[], nn.Module]:
+    return lambda: Computed(weight, **tensors)
+
+
+def length(v: Tensor) -> Tensor:
+    return v.square().sum((1, 2), keepdim=True).sqrt()
+
+
+G = 1 + torch.rand(6, generator=torch.Generator().manual_seed(3))
+
+#: Where a parameter can make up for what a removal changes: all hidden units may go.
+KEPT: dict[str, Callable[[], nn.Module]] = {
+    "weight norm": wrapped(parametrizations.weight_norm),
+    "weight norm by inputs": wrapped(lambda m: parametrizations.weight_norm(m, dim=1)),
+    "weight norm of all": wrapped(lambda m: parametrizations.weight_norm(m, dim=None)),
+    "old weight norm": wrapped(torch.nn.utils.weight_norm),
+    "old weight norm of all": wrapped(lambda m: torch.nn.utils.weight_norm(m, dim=None)),
+    "transposed": wrapped(parametrizations.weight_norm, nn.ConvTranspose1d),
+    "grouped": wrapped(parametrizations.weight_norm, lambda *sizes: nn.Conv1d(*sizes, groups=2)),
+    "by hand": computed(lambda m: m.v * (m.g[:, None, None] / length(m.v)), g=G),
+    "normalised, then scaled": computed(lambda m: F.normalize(m.v.flatten(1)).view_as(m.v) * m.g.view(-1, 1, 1), g=G),
+    "the largest is its length": computed(lambda m: -m.v / m.v.abs().amax((1, 2), True) * m.g[:, None, None], g=G),
+    "the mean of other weights": computed(lambda m: m.v / m.u.square().mean((0, 1), True), u=torch.rand(6, 8, 3)),
+}  # fmt: skip
+
+#: Where none can: units that the computation works across are locked.
+LOCKED: dict[str, Callable[[], nn.Module]] = {
+    "spectral norm": wrapped(parametrizations.spectral_norm),
+    "old spectral norm": wrapped(torch.nn.utils.spectral_norm),
+    "standardised": computed(lambda m: (m.v - m.v.mean((1, 2), True)) / m.v.std((1, 2), keepdim=True)),
+    "standardised as a batch norm": computed(
+        lambda m: F.batch_norm(m.v[None].flatten(2), None, None, m.g, training=True).view_as(m.v), g=G
+    ),
+    "standardised as a layer norm": computed(lambda m: F.layer_norm(m.v.flatten(1), (24,)).view_as(m.v)),
+    "normalised without a scale": computed(lambda m: F.normalize(m.v, dim=1)),
+    "a softmax": computed(lambda m: m.v.softmax(1)),
+    "a length that others use": computed(
+        lambda m: m.v * m.g[:, None, None] / length(m.v) + 0 * m.v * m.g[:, None, None], g=G
+    ),
+}  # fmt: skip
+
+X = torch.randn(2, 3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().double().eval()
+
+
+def weight_of(model: nn.Module) -> Tensor:
+    """The weight that the second layer uses."""
+    layer: Any = model[2] if isinstance(model, nn.Sequential) else model
+    if isinstance(model, nn.Sequential):
+        layer(torch.zeros(1, layer.in_channels, 5, dtype=torch.float64))  # old norms compute it as they run
+        found: Tensor = layer.weight
+        return found
+    return model.weight(model)  # type: ignore[no-any-return, operator]
+
+
+def silent(model: nn.Module, units: list[int]) -> None:
+    """Let the first layer's units be 0 always."""
+    first: Any = model[0] if isinstance(model, nn.Sequential) else model.a
+    with torch.no_grad():
+        first.weight[units] = 0
+        first.bias[units] = 0
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_stays_of_a_computed_weight_stays_as_it_is(name: str, inplace: bool) -> None:
+    model = made(KEPT[name])
+    network = netsurgery.trace(model, X)
+    first = "a" if isinstance(model, Computed) else "0:2" if name == "grouped" else "0"
+    assert network[first].frozen is None
+    assert permuted_difference(model, network, X) < 1e-10
+    edit = netsurgery.Edit(network, {first: tuple(range(1, network[first].size, 2))})
+    silent(model, list(range(0, 8, 2)))
+    wanted, weight = model(X).detach(), weight_of(model).detach().clone()
+    small = netsurgery.rewrite(model, edit, inplace=inplace)
+    torch.testing.assert_close(small(X), wanted, rtol=1e-10, atol=1e-10)
+    inputs = 0 if name == "transposed" else 1
+    kept = range(1, weight.shape[inputs], 2)
+    rest = weight.index_select(inputs, torch.tensor(kept))
+    torch.testing.assert_close(weight_of(small), rest, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_verify_sees_it_alike(name: str) -> None:
+    model = made(KEPT[name])
+    for seed in range(3):
+        edit = netsurgery.plan(model, [RandomKeep(seed)], X)
+        assert edit.keep
+        small = netsurgery.rewrite(model, edit)
+        assert netsurgery.verify(model, small, edit, X) < 1e-10
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.mul_(1.5)
+        assert netsurgery.verify(model, small, edit, X) > 1e-2
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_what_cannot_stay_is_locked(name: str) -> None:
+    model = made(LOCKED[name])
+    network = netsurgery.trace(model, X)
+    first = network["a" if isinstance(model, Computed) else "0"]
+    assert first.frozen is not None and first.frozen.startswith(
+        "the rest of a weight that is computed across its units"
+    )
+    edit = netsurgery.plan(model, [RandomKeep(1)], X) if network.prunable else None
+    if edit is not None:
+        assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, X) < 1e-10
+
+
+def test_a_layer_that_runs_twice() -> None:
+    torch.manual_seed(0)
+    layer = parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 4)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    edit = netsurgery.Edit(netsurgery.trace(model, x), {"0": (1, 2, 5)})
+    small: Any = netsurgery.rewrite(model, edit)
+    torch.testing.assert_close(small[2].weight, layer.weight[[1, 2, 5]][:, [1, 2, 5]])
+    assert netsurgery.verify(model, small, edit, x) < 1e-10
+
+
+def test_new_lengths_are_in_the_diff_and_in_averages_and_files(tmp_path: Any) -> None:
+    model = made(KEPT["weight norm"])
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + torch.rand_like(parameter))
+    weight, own = weight_of(model).detach().clone(), weight_of(average.module).detach().clone()
+    edit = netsurgery.Edit(netsurgery.trace(model, X), {"0": (0, 2, 5)})
+    assert edit.diff().splitlines()[:4] == [
+        "0.weight 8x3x3 -> 3x3x3",
+        "0.bias 8 -> 3",
+        "2.parametrizations.weight.original1 6x8x3 -> 6x3x3",
+        "2.parametrizations.weight.original0 has new values",
+    ]
+    small = netsurgery.rewrite(model, edit, ema=average)
+    torch.testing.assert_close(weight_of(small), weight[:, [0, 2, 5]])
+    torch.testing.assert_close(weight_of(average.module), own[:, [0, 2, 5]])
+    netsurgery.save(tmp_path, small, edit)
+    again = netsurgery.load(tmp_path, made(KEPT["weight norm"]), X)
+    torch.testing.assert_close(weight_of(again), weight[:, [0, 2, 5]])
+
+
+def test_training_goes_on_from_there() -> None:
+    """A step of gradient descent along the direction of a filter leaves the rest where a plain weight would be."""
+    model = made(KEPT["weight norm"])
+    edit = netsurgery.Edit(netsurgery.trace(model, X), {"0": (0, 2, 5)})
+    small: Any = netsurgery.rewrite(model, edit)
+    before = small[2].weight.detach().clone()
+    optimizer = torch.optim.SGD(small.parameters(), 1e-6)
+    small(X).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(small[2].weight, before, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(small[2].weight, before)
+
+
+def test_a_filter_of_which_only_zeros_would_stay_is_refused() -> None:
+    model: Any = made(KEPT["weight norm"])
+    with torch.no_grad():
+        model[2].parametrizations.weight.original1[3, :4] = 0
+    edit = netsurgery.Edit(netsurgery.trace(model, X), {"0": (0, 1, 2, 3)})
+    with pytest.raises(RewriteError, match=r"'2\.parametrizations\.weight\.original0' nothing but zeros would stay"):
+        netsurgery.rewrite(model, edit)
