@@ -24,8 +24,8 @@ from netsurgery.notation import Op
 from netsurgery.tracing import Program
 
 __all__ = [
-    "Computations", "ancestors", "freeze_normalised", "is_moved", "meetings", "packet_of", "peeled", "places", "scaled",
-    "writers",
+    "Computations", "ancestors", "freeze_normalised", "is_moved", "is_stream", "meetings", "packet_of", "peeled",
+    "places", "scaled", "writers",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -123,6 +123,18 @@ class Computations:
         return node.target, repr(fx.node.map_arg((node.args, node.kwargs), lambda one: f"%{self.known[one]}"))
 
 
+def is_stream(node: fx.Node) -> bool:
+    """Whether layers have worked on what comes from parameters, and nothing reads it as the weight of a layer."""
+    worked_on = any(packet_of(one) in _PRODUCTS for one in ancestors(node))
+    return worked_on and not any("params" not in user.meta and _reads_weight(user, node) for user in node.users)
+
+
+def _reads_weight(user: fx.Node, node: fx.Node) -> bool:
+    """Products of several matrices each, as in attention, are of activations."""
+    batched = packet_of(user) in (aten.bmm, aten.baddbmm)
+    return packet_of(user) in _WEIGHT_OF or (batched and node.meta["dims"][0].size == 1)
+
+
 # Which units depend on each other ----------------------------------------------------------------------------------
 
 
@@ -202,28 +214,17 @@ class _Computed:
     def __init__(self, program: Program):
         self.program = program
         self.mixed: dict[fx.Node, Mixed] = {}
-        self.product: set[fx.Node] = set()  # results that a layer has a part in
         for node in program.graph.nodes:
             if node.op == "call_function" and "params" in node.meta:
                 self._add(node)
-        self.met: dict[fx.Node, list[fx.Node]] = {}
-        for weight, user in meetings(program):
-            if self.mixed.get(weight):
-                self.met.setdefault(weight, []).append(user)
+        self.met = [weight for weight in dict.fromkeys(one for one, _ in meetings(program)) if self.mixed.get(weight)]
 
     def _add(self, node: fx.Node) -> None:
-        sources = node.all_input_nodes
         found = _worked_across(node)
-        for source in sources:
+        for source in node.all_input_nodes:
             if self.mixed.get(source):
                 found = _join(found, self.mixed[source])
         self.mixed[node] = found
-        if packet_of(node) in _PRODUCTS or any(source in self.product for source in sources):
-            self.product.add(node)
-
-    def is_stream(self, weight: fx.Node) -> bool:
-        """Whether layers have worked on it, and nothing reads it as the weight of a layer."""
-        return weight in self.product and not any(packet_of(user) in _WEIGHT_OF for user in self.met[weight])
 
 
 def freeze_normalised(programs: tuple[Program, ...], parameters: set[str]) -> None:
@@ -248,7 +249,7 @@ def _carried(node: fx.Node) -> Mapping[Axis, int]:
 
 def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -> None:
     own = _counts(weight.meta["dims"])
-    stream = of.is_stream(weight)
+    stream = is_stream(weight)
     whole: dict[Axis, _Across] = {}
     for leaf, across in of.mixed[weight].items():
         if leaf.frozen is not None or (stream and across.layer):

@@ -8,34 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis
-from netsurgery.computed_weights import ancestors, places, scaled
+from netsurgery.computed_weights import places, scaled
 from netsurgery.errors import RewriteError
 from netsurgery.network import Network
-from netsurgery.tracing import Inputs, Program
 from netsurgery.values import spread
 from netsurgery.verification import entries, replay, silenced
+from netsurgery.weights import nowhere, part
 
-__all__ = ["part", "rescaled"]
-
-
-def part(program: Program, wanted: list[fx.Node]) -> Program:
-    """The part of a program that computes some nodes from parameters alone."""
-    needed: dict[fx.Node, None] = {}
-    for node in wanted:
-        needed.update(ancestors(node))
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta.pop("whole", None)  # here, statistics are taken over what stays
-    graph.output(tuple(copies[node] for node in wanted))
-    return Program(graph, program.mode, program.constants, values=program.values)
-
-
-def on(tensors: Mapping[str, Tensor]) -> Inputs:
-    """No inputs, on the device of some tensors: a part of a program that has none is run there."""
-    return tuple(tensor.new_empty(0) for tensor in list(tensors.values())[:1]), {}
+__all__ = ["rescaled"]
 
 
 def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -55,8 +35,8 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
         if not weights:
             continue
         small = part(program, weights)
-        full = replay(small, tensors, on(tensors))
-        cut = silenced(network, small, tensors, on(tensors), units)
+        full = replay(small, tensors, nowhere(tensors))
+        cut = silenced(network, small, tensors, nowhere(tensors), units)
         for node, wanted, left in zip(weights, full, cut, strict=True):
             name = node.meta["scaled_by"]
             source = next(one for one in node.graph.nodes if one.op == "get_attr" and one.target == name)

@@ -15,7 +15,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.network import Group, Network
-from netsurgery.passes.layers import Layer, layers, units_of
+from netsurgery.passes.layers import Layer, contracted, layers, units_of
 from netsurgery.verification import verify
 
 __all__ = [
@@ -124,7 +124,7 @@ def _own(node: fx.Node, produced: frozenset[str]) -> frozenset[str]:
     """The weights that a node contracts activations with and that make new units, as depthwise kernels do not."""
     if "params" in node.meta:
         return frozenset()
-    return produced.intersection(name for weight, _ in node.meta.get("weights", ()) for name in weight.meta["params"])
+    return produced.intersection(name for weight, _ in contracted(node) for name in weight.meta["params"])
 
 
 def _produced(network: Network) -> frozenset[str]:

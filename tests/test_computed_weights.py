@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import netsurgery
-from netsurgery.errors import RewriteError
+from netsurgery.errors import InputError, RewriteError
+from netsurgery.passes import BatchNormScore, GeometricMedianScore, HGSRScore, MagnitudeScore, PruneChannels
 from netsurgery.verification import permuted_difference
 from oracles import RandomKeep
 
@@ -206,3 +208,173 @@ def test_a_filter_of_which_only_zeros_would_stay_is_refused() -> None:
     edit = netsurgery.Edit(netsurgery.trace(model, X), {"0": (0, 1, 2, 3)})
     with pytest.raises(RewriteError, match=r"'2\.parametrizations\.weight\.original0' nothing but zeros would stay"):
         netsurgery.rewrite(model, edit)
+
+
+# Scores are of the weight that a layer uses ------------------------------------------------------------------------
+
+
+SCORES = {
+    "magnitude": MagnitudeScore(),
+    "lamp": MagnitudeScore(lamp=True),
+    "l1": MagnitudeScore(p=1),
+    "median": GeometricMedianScore(),
+    "batch norm": BatchNormScore(),
+    "hgsr": HGSRScore(),
+    "hgsr of outputs": HGSRScore(grouping="neuron"),
+    "hgsr, coupled": HGSRScore("group_lasso", "coupled"),
+}
+
+
+class Twins(nn.Module):
+    """A layer whose weight is computed from ``u`` and ``v`` between two plain ones, a batch norm after it."""
+
+    def __init__(self, weight: Weighted | None = None, **tensors: Tensor):
+        super().__init__()
+        self.weight = weight
+        self.a, self.c, self.norm = nn.Linear(3, 8), nn.Linear(6, 4), nn.BatchNorm1d(6)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor.double()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.w if self.weight is None else self.weight(self)
+        y: Tensor = self.c(self.norm(F.linear(self.a(x), weight)).relu())
+        return y
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def written(m: Any) -> Tensor:
+    weight = m.u.clone()
+    weight.t().mul_(m.v.t())
+    weight.detach().add_(1)
+    weight.view(-1).square_()
+    return weight
+
+
+V, U = random(6, 8), random(6, 8, seed=1)
+SCALES = torch.logspace(-2, 2, 6, dtype=torch.float64)[:, None]
+
+EXPRESSIONS: dict[str, tuple[Weighted, dict[str, Tensor]]] = {
+    "a mask": (lambda m: m.v * (m.u > 0), {"v": V, "u": U}),
+    "a low rank": (lambda m: m.v + 0.5 * (m.u @ m.t), {"v": V, "u": random(6, 2), "t": random(2, 8, seed=2)}),
+    "a scale": (lambda m: m.v * 1e-3 * m.u[:, :1], {"v": V, "u": SCALES.expand(6, 2)}),
+    "a difference": (lambda m: m.v - m.u, {"v": V + 100, "u": U + 100}),
+    "a rounded weight": (lambda m: (m.v * 4).round() / 4, {"v": V}),
+    "a power": (lambda m: m.v.abs().pow(3), {"v": V}),
+    "a transposed product": (lambda m: (m.u.t() * m.v).t(), {"v": random(8, 6), "u": U}),
+    "parts": (lambda m: torch.cat([m.v, m.u]), {"v": V[:2], "u": U[2:]}),
+    "a slice": (lambda m: m.v[:, 1:-1], {"v": random(6, 10)}),
+    "written in place": (written, {"v": V, "u": U}),
+    "kronecker": (lambda m: torch.kron(m.u, m.v), {"u": random(1, 1), "v": V}),
+    "a weight norm": (lambda m: torch._weight_norm(m.v, m.u), {"v": V * SCALES, "u": U[:, :1]}),
+}
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_are_those_of_a_plain_weight(score: str, expression: str) -> None:
+    torch.manual_seed(0)
+    weight, tensors = EXPRESSIONS[expression]
+    model = Twins(weight, **tensors).double().eval()
+    plain = Twins(None, w=weight(model).detach()).double().eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    found, wanted = scored(model, SCORES[score]), scored(plain, SCORES[score])
+    assert found.keys() == wanted.keys() or expression in ("a slice", "parts")  # these have groups of their own
+    for place in {"a", *found} - {"c"} if expression == "parts" else found:
+        torch.testing.assert_close(found[place], wanted[place])
+
+
+def scored(model: nn.Module, score: netsurgery.Pass, x: Tensor | None = None) -> dict[str, Tensor]:
+    """Scores by the first plain parameter that has the units in it."""
+    network = score.run(netsurgery.trace(model, random(2, 3) if x is None else x))
+    assert isinstance(network, netsurgery.Network)
+    places = {group.name: {(m.parameter, m.axis) for m in group.members} for group in network.prunable}
+    known = {"a": ("a.weight", 0), "c": ("c.weight", 1)}
+    return {name: network.scores[group] for name, one in known.items() for group, at in places.items() if one in at}
+
+
+def normalised(plain: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The same function with a weight norm whose directions have lengths of their own."""
+    model: Any = copy.deepcopy(plain)
+    model[0] = wrap(model[0])
+    parametrized = parametrize.is_parametrized(model[0])
+    direction = model[0].parametrizations.weight.original1 if parametrized else model[0].weight_v
+    with torch.no_grad():
+        direction *= torch.linspace(10, 0.1, 16)[:, None, None]
+    return model
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, torch.nn.utils.weight_norm])
+@pytest.mark.parametrize("score", [MagnitudeScore(), GeometricMedianScore(), BatchNormScore(), HGSRScore()])
+def test_networks_of_the_same_function_keep_the_same_units(score: netsurgery.Pass, wrap: Any) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv1d(4, 16, 3), nn.ReLU(), nn.Conv1d(16, 2, 3))
+    x = torch.randn(1, 4, 9)
+    kept = [
+        tuple(netsurgery.plan(model, [score, PruneChannels(0.5)], x).keep.values())
+        for model in (plain, normalised(plain, wrap))
+    ]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("score", [MagnitudeScore(), HGSRScore(grouping="neuron")])
+def test_what_a_mask_prunes_weighs_nothing(score: netsurgery.Pass) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 16, 3), nn.ReLU(), nn.Conv1d(16, 2, 3))
+    prune.ln_structured(model[0], "weight", 0.5, n=2, dim=0)
+    prune.random_unstructured(model[0], "bias", 0.5)
+    x = torch.randn(1, 4, 9)
+    edit = netsurgery.plan(model, [score, PruneChannels(threshold=0)], x)
+    mask: Any = model[0].weight_mask
+    assert edit.keep["0"] == tuple(mask.any(2).any(1).nonzero().flatten().tolist())
+    small: Any = netsurgery.rewrite(model, edit)
+    assert small(x).shape == (1, 2, 5) and small[0].weight.shape == (8, 4, 3)
+    assert netsurgery.verify(model, small, edit, x) < 1e-6
+
+
+def test_the_scale_of_a_batch_norm_may_be_computed_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    model[1].weight.data = torch.tensor([1.0, -2.0, 3.0, 4.0])
+    prune.custom_from_mask(model[1], "weight", torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    scores = BatchNormScore().run(netsurgery.trace(model)).scores  # type: ignore[union-attr]
+    assert scores["0"].tolist() == [1.0, 2.0, 0.0, 4.0]
+
+
+def test_the_rank_of_a_low_rank_update_is_scored_by_its_own_matrices() -> None:
+    model = Twins(*EXPRESSIONS["a low rank"][:1], **EXPRESSIONS["a low rank"][1]).double().eval()
+    network = netsurgery.trace(model, random(2, 3))
+    rank = next(g for g in network.prunable if {(m.parameter, m.axis) for m in g.members} == {("u", 1), ("t", 0)})
+    wanted = (model.u.square().sum(0) + model.t.square().sum(1)).sqrt()  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(MagnitudeScore().run(network).scores[rank.name], wanted.detach())
+
+
+def test_scores_follow_the_weights_as_they_are_now() -> None:
+    model = Twins(lambda m: m.v * m.u, v=V, u=U).double().eval()
+    network = netsurgery.trace(model, random(2, 3))
+    before = MagnitudeScore().run(network).scores
+    with torch.no_grad():
+        model.u.mul_(2)  # type: ignore[operator, union-attr]
+    after = MagnitudeScore().run(network).scores
+    (name,) = [name for name in before if name != "a"]
+    torch.testing.assert_close(after[name], 2 * before[name])
+
+
+REFUSED: dict[str, tuple[Weighted, str]] = {
+    "random": (lambda m: m.v * torch.rand(6, 8, dtype=torch.float64), r"'v' at .*draws random numbers"),
+    "noise": (lambda m: m.v + torch.randn_like(m.v), r"cannot be scored: aten.randn_like.default draws random numbers"),
+    "a mask of dropout": (
+        lambda m: F.dropout(m.v, 0.5, training=True),
+        "cannot be scored: aten.bernoulli_.float draws",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("score", SCORES)
+def test_what_has_no_value_is_refused_by_name(name: str, score: str) -> None:
+    weight, why = REFUSED[name]
+    network = netsurgery.trace(Twins(weight, v=V).double().eval(), random(2, 3))
+    with pytest.raises(InputError, match=why):
+        SCORES[score].run(network)
