@@ -11,6 +11,7 @@ norms and products inside of these are no computation of a weight.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from netsurgery.tracing import Program
 
 __all__ = [
     "Computations", "ancestors", "freeze_normalised", "is_moved", "is_stream", "meetings", "packet_of", "peeled",
-    "places", "scaled", "writers",
+    "places", "scaled", "worked_across", "writers",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -38,6 +39,8 @@ _WEIGHT_OF = {
     aten.mm, aten.addmm, aten.mv, aten.addmv, aten.convolution, aten.embedding, aten._embedding_bag, aten._trilinear,
     aten.native_batch_norm, aten.native_layer_norm, aten.native_group_norm,
 }  # fmt: skip
+_ARRANGED = {aten.t, aten.transpose, aten.permute, aten.detach, aten.alias}
+_LIMITS = {aten.renorm, aten.renorm_, aten.embedding_renorm_}
 _MULTIPLIED = {aten.mul, aten.mul_, aten.div, aten.div_}
 _ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
 
@@ -71,10 +74,13 @@ def _count(node: fx.Node) -> int:
 
 
 def peeled(node: fx.Node) -> fx.Node:
-    """A node without the views around it."""
-    while is_moved(node):
-        node = node.all_input_nodes[0]
-    return node
+    """A node without the views around it: a parameter, or what is computed, in dimensions of its own."""
+    core, arranged = node, True
+    while is_moved(core):
+        arranged = arranged and packet_of(core) in _ARRANGED
+        core = core.all_input_nodes[0]
+        node = core if arranged else node
+    return core if core.op == "get_attr" else node
 
 
 def writers(node: fx.Node) -> list[fx.Node]:
@@ -92,14 +98,17 @@ def writers(node: fx.Node) -> list[fx.Node]:
 
 
 def ancestors(node: fx.Node) -> dict[fx.Node, None]:
-    """A node and all that its value comes from, what writes into these included."""
+    """A node and all that its value comes from, what writes into these included.
+
+    Not which rows of a table are looked up, before which these are normalised: others do not matter.
+    """
     found: dict[fx.Node, None] = {}
     left = [node]
     while left:
         one = left.pop()
         if one not in found:
             found[one] = None
-            left.extend(one.all_input_nodes)
+            left.extend(one.all_input_nodes[:1] if packet_of(one) is aten.embedding_renorm_ else one.all_input_nodes)
             left.extend(writers(one))
     return found
 
@@ -118,9 +127,13 @@ class Computations:
         return self.known[node]
 
     def _what(self, node: fx.Node) -> Any:
-        if node.op != "call_function" or writers(node):
-            return node.target, node if writers(node) else None
-        return node.target, repr(fx.node.map_arg((node.args, node.kwargs), lambda one: f"%{self.known[one]}"))
+        made = [node] if node.op == "call_function" else []
+        written = [(one.target, self._arguments(one)) for one in (*made, *writers(node))]
+        return node.target, repr(written)
+
+    def _arguments(self, node: fx.Node) -> Any:
+        numbers = {one: f"%{self.known[one]}" for one in node.all_input_nodes if one in self.known}
+        return fx.node.map_arg((node.args, node.kwargs), lambda one: numbers.get(one, one.name))
 
 
 def is_stream(node: fx.Node) -> bool:
@@ -177,12 +190,16 @@ def _normalised(node: fx.Node) -> tuple[Axis, ...] | None:
         return tuple(op.dims(op["input"])[1:])
     if packet is aten._weight_norm_interface:
         return tuple(axis for dim, axis in enumerate(op.dims(op["v"])) if dim != op["dim"])
+    if packet in (aten.renorm, aten.renorm_):
+        return tuple(axis for dim, axis in enumerate(op.dims(op["self"])) if dim != op["dim"])
+    if packet is aten.embedding_renorm_:
+        return (op.dims(op["self"])[1],)
     if packet is aten.native_batch_norm and op["training"]:
         return tuple(axis for dim, axis in enumerate(op.dims(op["input"])) if dim != 1)
     return None
 
 
-def _worked_across(node: fx.Node) -> Mixed:
+def worked_across(node: fx.Node) -> Mixed:
     """The channels at one unit of which the result of an operation depends on its arguments at others."""
     if node.target is operator.getitem or is_moved(node):
         return {}
@@ -213,18 +230,21 @@ class _Computed:
 
     def __init__(self, program: Program):
         self.program = program
-        self.mixed: dict[fx.Node, Mixed] = {}
+        self.own: dict[fx.Node, Mixed] = {}
         for node in program.graph.nodes:
-            if node.op == "call_function" and "params" in node.meta:
-                self._add(node)
-        self.met = [weight for weight in dict.fromkeys(one for one, _ in meetings(program)) if self.mixed.get(weight)]
+            made = "params" in node.meta or packet_of(node) is aten.embedding_renorm_
+            if node.op == "call_function" and made and (across := worked_across(node)):
+                self.own[node] = across
+        self.mixed = functools.cache(self._mixed)
+        met = dict.fromkeys(weight for weight, _ in meetings(program)) if self.own else {}
+        self.met = [weight for weight in met if self.mixed(weight)]
 
-    def _add(self, node: fx.Node) -> None:
-        found = _worked_across(node)
-        for source in node.all_input_nodes:
-            if self.mixed.get(source):
-                found = _join(found, self.mixed[source])
-        self.mixed[node] = found
+    def _mixed(self, node: fx.Node) -> Mixed:
+        """The channels across which a node depends on what it comes from."""
+        found: Mixed = {}
+        for one in ancestors(node):
+            found = _join(found, self.own.get(one, {}))
+        return found
 
 
 def freeze_normalised(programs: tuple[Program, ...], parameters: set[str]) -> None:
@@ -251,19 +271,20 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
     own = _counts(weight.meta["dims"])
     stream = is_stream(weight)
     whole: dict[Axis, _Across] = {}
-    for leaf, across in of.mixed[weight].items():
+    for leaf, across in of.mixed(weight).items():
         if leaf.frozen is not None or (stream and across.layer):
             continue
         if leaf in own or leaf in carried:
             whole[leaf] = across
         elif not across.linear:
             _freeze(leaf, across)
-    scale, kept = _scale(of, weight, list(whole), alone)
+    scale, kept = _limited(weight, set(whole), alone) or _scale(of, weight, list(whole), alone)
     for leaf, across in whole.items():
         if leaf not in kept:
             _freeze(leaf, across)
     if scale is not None:
         peeled(weight).meta["scaled_by"] = scale.target
+        peeled(weight).meta["limited"] = _limited(weight, set(), alone) is not None
         for node in ancestors(weight):
             node.meta["whole"] = node.meta.get("whole", frozenset()) | frozenset(kept)
 
@@ -304,7 +325,7 @@ def _factors(of: _Computed, node: fx.Node, divides: bool = False) -> list[_Facto
         elif packet in _ALIKE or is_moved(node):
             return _factors(of, node.all_input_nodes[0], divides)
     channels = frozenset(_counts(node.meta["dims"]))
-    return [_Factor(node, channels, frozenset(of.mixed.get(node, ())), divides)]
+    return [_Factor(node, channels, frozenset(of.mixed(node)), divides)]
 
 
 def _length_and_direction(of: _Computed, node: fx.Node, divides: bool) -> list[_Factor]:
@@ -320,7 +341,7 @@ def _scale(of: _Computed, weight: fx.Node, wanted: list[Axis], alone: _Alone) ->
     best: tuple[fx.Node | None, set[Axis]] = (None, set())
     for factor in factors:
         scale = factor.node
-        if scale.op != "get_attr" or factor.divides or not wanted:
+        if scale.op != "get_attr" or writers(scale) or factor.divides or not wanted:
             continue
         others = [other for other in factors if other is not factor]
         if any(scale in ancestors(other.node) for other in others):
@@ -331,6 +352,21 @@ def _scale(of: _Computed, weight: fx.Node, wanted: list[Axis], alone: _Alone) ->
         if len(covered) > len(best[1]):
             best = scale, covered
     return best
+
+
+def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node, set[Axis]] | None:
+    """The parameter, where a weight is just a parameter whose rows are cut down to a norm: it can hold them so."""
+    core = peeled(weight)
+    written = [one for one in writers(core) if packet_of(one) in _LIMITS]
+    if written and (packet_of(written[0]) is aten.embedding_renorm_ or written == writers(core)):
+        limit, parameter = written[0], core
+    elif packet_of(core) in _LIMITS:
+        limit, parameter = core, peeled(core.all_input_nodes[0])
+    else:
+        return None
+    if parameter.op != "get_attr" or peeled(limit.all_input_nodes[0]) is not parameter:
+        return None
+    return (parameter, wanted) if alone(parameter, weight) else None
 
 
 def _fits(scale: fx.Node, weight: fx.Node) -> bool:
@@ -373,8 +409,4 @@ class _Alone:
         what = self.what(peeled(weight))
         met = [one for computed in self.everywhere for one, _ in meetings(computed.program)]
         mine = [one for one in met if scale.target in one.meta["params"]]
-        return (
-            scale.target in self.parameters
-            and not writers(scale)
-            and all(self.what(peeled(one)) == what for one in mine)
-        )
+        return scale.target in self.parameters and all(self.what(peeled(one)) == what for one in mine)

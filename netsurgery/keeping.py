@@ -39,6 +39,9 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
         cut = silenced(network, small, tensors, nowhere(tensors), units)
         for node, wanted, left in zip(weights, full, cut, strict=True):
             name = node.meta["scaled_by"]
+            if node.meta["limited"]:  # what is within its limit is not changed by it
+                found[name] = wanted.reshape(tensors[name].shape)
+                continue
             source = next(one for one in node.graph.nodes if one.op == "get_attr" and one.target == name)
             ratio = _ratio(node, source, *_kept(node, wanted, left, units))
             found[name] = tensors[name].detach() * ratio.reshape(tensors[name].shape).to(tensors[name])

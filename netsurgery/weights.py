@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, leaves, resolve
-from netsurgery.computed_weights import Computations, ancestors, is_stream, meetings, peeled, writers
+from netsurgery.computed_weights import Computations, ancestors, is_stream, meetings, packet_of, peeled, writers
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network, Role
 from netsurgery.tracing import Inputs, Program, format_where
 from netsurgery.verification import replay
 
-__all__ = ["Use", "Weight", "computed_weights", "evaluated", "is_computed", "nowhere", "part", "uses"]
+__all__ = ["Use", "Weight", "computed_weights", "evaluated", "is_computed", "nowhere", "part", "used_directly", "uses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +68,19 @@ def uses(network: Network, tensors: Mapping[str, Tensor] | None = None) -> dict[
     """
     tensors = network.tensors if tensors is None else tensors
     computed = computed_weights(network, tensors)
-    met = {peeled(weight) for program in network.programs for weight, _ in meetings(program)}
-    direct = {str(node.target) for node in met if not is_computed(node)}
+    direct = used_directly(network)
     return {group.name: _uses(network, group, computed, direct, tensors) for group in network.prunable}
+
+
+def used_directly(network: Network) -> set[str]:
+    """The tensors that activations meet as they are (in training only those that are not used otherwise)."""
+    direct: set[str] = set()
+    known: set[str] = set()
+    for program in network.programs:
+        met = {peeled(weight) for weight, _ in meetings(program)}
+        direct |= {str(node.target) for node in met if not is_computed(node)} - known
+        known.update(name for node in met for name in _names(network, node))
+    return direct
 
 
 def _uses(
@@ -138,14 +149,27 @@ def part(program: Program, wanted: list[fx.Node]) -> Program:
     needed: dict[fx.Node, None] = {}
     for node in wanted:
         needed.update(ancestors(node))
-    graph = fx.Graph()
+    graph, constants = fx.Graph(), dict(program.constants)
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = _copied(graph, node, copies, constants)
             copies[node].meta.pop("whole", None)  # here, statistics are taken over what stays
     graph.output(tuple(copies[node] for node in wanted))
-    return Program(graph, program.mode, program.constants, values=program.values)
+    return Program(graph, program.mode, constants, values=program.values)
+
+
+def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], constants: dict[str, Tensor]) -> fx.Node:
+    if packet_of(node) is not torch.ops.aten.embedding_renorm_:
+        return graph.node_copy(node, copies.__getitem__)
+    table: Any = node.args[0]
+    name = f"rows of {node.name}"  # all: whichever is looked up is normalised before
+    constants[name] = torch.arange(table.meta["shape"][0])
+    rows = graph.get_attr(name)
+    rows.meta["dims"] = table.meta["dims"][:1]
+    new = graph.create_node("call_function", node.target, (copies[table], rows, *node.args[2:]), node.kwargs)
+    new.meta = dict(node.meta)
+    return new
 
 
 def nowhere(tensors: Mapping[str, Tensor]) -> Inputs:

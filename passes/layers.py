@@ -16,7 +16,7 @@ from netsurgery.kernels.criteria import CRITERIA, Reading, column_count
 from netsurgery.kernels.sparsity import Layout
 from netsurgery.network import Network
 from netsurgery.tracing import Program
-from netsurgery.weights import Weight, computed_weights, is_computed
+from netsurgery.weights import Weight, computed_weights, used_directly
 
 __all__ = [
     "ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "check_choice", "contracted", "layers", "outer_groups",
@@ -82,7 +82,6 @@ def scored_layers(network: Network) -> tuple[list[Layer], list[Tensor]]:
     Raises:
         InputError: as for ``netsurgery.weights.uses``.
     """
-    plain: set[str] = set()
     computed = {one.node: one for one in computed_weights(network, network.tensors)}
     found: dict[tuple[Weight, Reading, Reading], Layer] = {}
     for program in network.programs:
@@ -90,13 +89,13 @@ def scored_layers(network: Network) -> tuple[list[Layer], list[Tensor]]:
             node = peeled(operand)
             weight = computed.get(node)
             if weight is None:
-                plain.update(operand.meta["params"] if not is_computed(node) else ())
                 continue
             name = f"what is computed from {', '.join(weight.names)}"
             layer = _layer(name, weight.axes, tuple(node.meta["dims"]), dims, "computed")
             if layer is not None:
                 found.setdefault((weight, layer.inputs, layer.outputs), layer)
-    own = [layer for layer in layers(network) if layer.name in plain]
+    direct = used_directly(network)
+    own = [layer for layer in layers(network) if layer.name in direct]
     listed = list(found.items())
     return (
         [*own, *(layer for _, layer in listed)],

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, find, leaves
+from netsurgery.computed_weights import ancestors, worked_across, writers
 from netsurgery.network import Network
 from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.values import laid_out, spread
@@ -439,13 +440,17 @@ class _Builder:
                 source = of.tensors[node.target] if node.target in of.tensors else of.program.constants[node.target]
                 if source.is_meta:
                     raise Unsuited(f"the values of '{node.target}' are not known")
-                of.constants[node] = source.detach().to(self.device)
+                value = source.detach().to(self.device)
+                of.constants[node] = value.clone() if writers(node) else value
             elif node.op == "call_function":
                 self.add(node)
         self.prune()
 
     def add(self, node: fx.Node) -> None:
         of = self.of
+        if self.writes_constants(node):
+            of.constants[node] = node.target(*of.arguments(node.args), **of.arguments(node.kwargs))  # type: ignore[operator]
+            return
         if node.target is operator.getitem:
             step = Step(node, operator.getitem, operator.getitem, node.args, {}, node.meta["dims"])
         else:
@@ -471,6 +476,20 @@ class _Builder:
         packet = target.overloadpacket
         call = self.of.product(target) if packet in _CONTRACTED else laid_out(target)
         return Step(node, call, packet, node.args, kwargs, node.meta["dims"])
+
+    def writes_constants(self, node: fx.Node) -> bool:
+        """Whether an operation overwrites a constant with others, unit by unit: so it is done, once."""
+        schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
+        if schema is None or not schema.is_mutable or not all(n in self.of.constants for n in node.all_input_nodes):
+            return False
+        if "decided" in node.meta or torch.Tag.nondeterministic_seeded in tags:
+            return False
+        return all(
+            leaf in one.meta.get("whole", ())
+            for one in ancestors(node)
+            if one.op == "call_function"
+            for leaf in worked_across(one)
+        )
 
     def functional(self, node: fx.Node) -> Any:
         """The operation that returns what one in place writes, where nothing else shows what was written."""

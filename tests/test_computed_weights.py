@@ -14,9 +14,18 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import netsurgery
 from netsurgery.errors import InputError, RewriteError
-from netsurgery.passes import BatchNormScore, GeometricMedianScore, HGSRScore, MagnitudeScore, PruneChannels
+from netsurgery.passes import (
+    BatchNormScore,
+    FisherScore,
+    GeometricMedianScore,
+    HGSRScore,
+    LossIncreaseScore,
+    MagnitudeScore,
+    PruneChannels,
+    TaylorScore,
+)  # fmt: skip
 from netsurgery.verification import permuted_difference
-from oracles import RandomKeep
+from oracles import RandomKeep, check
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 Weighted = Callable[[nn.Module], Tensor]
@@ -378,3 +387,170 @@ def test_what_has_no_value_is_refused_by_name(name: str, score: str) -> None:
     network = netsurgery.trace(Twins(weight, v=V).double().eval(), random(2, 3))
     with pytest.raises(InputError, match=why):
         SCORES[score].run(network)
+
+
+# Weights that the code writes --------------------------------------------------------------------------------------
+
+
+class Overwritten(nn.Module):
+    """Its layer ``c`` runs with a weight that a function makes of that of ``real``."""
+
+    def __init__(self, write: Callable[[Any], object], trains: bool):
+        super().__init__()
+        self.write, self.trains = write, trains
+        self.a, self.z = nn.Conv1d(3, 8, 3), nn.Conv1d(6, 2, 3)
+        self.real, self.c = nn.Conv1d(8, 6, 3, bias=False), nn.Conv1d(8, 6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.real if self.training and self.trains else self.c
+        if layer is self.c:
+            self.write(self)
+        y: Tensor = self.z(layer(self.a(x).relu()).relu())
+        return y
+
+
+def assigned(m: Any) -> None:
+    m.c.weight.data = m.real.weight.data * 1.0
+
+
+def the_same_memory(m: Any) -> None:
+    m.c.weight.data = m.real.weight.data
+
+
+def copied(m: Any) -> None:
+    m.c.weight.data.copy_(m.real.weight.data)
+
+
+def loaded(m: Any) -> None:
+    m.c.load_state_dict(m.real.state_dict())
+
+
+def flattened(m: Any) -> None:
+    vector = nn.utils.parameters_to_vector(m.real.parameters())
+    nn.utils.vector_to_parameters(vector * 1.0, m.c.parameters())
+
+
+def averaged(m: Any) -> None:
+    m.c.weight.data.mul_(0).add_(m.real.weight.data)
+
+
+WRITES = [assigned, the_same_memory, copied, loaded, flattened, averaged]
+
+
+def overwritten(write: Callable[[Any], object], trains: bool = False) -> Overwritten:
+    torch.manual_seed(0)
+    return Overwritten(write, trains).double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_a_parameter_is_overwritten_with_is_what_is_scored_and_cut(write: Callable[[Any], object]) -> None:
+    model = overwritten(write, trains=True)
+    plain = nn.Sequential(model.a, nn.ReLU(), copy.deepcopy(model.real), nn.ReLU(), model.z)
+    labels = torch.randint(2, (16, 6), generator=torch.Generator().manual_seed(1))
+    data = random(16, 3, 12), labels
+    scores: list[netsurgery.Pass] = [
+        MagnitudeScore(), GeometricMedianScore(), HGSRScore(), TaylorScore(data), FisherScore(data),
+        LossIncreaseScore(data, samples=16, progress=False),
+    ]  # fmt: skip
+    for score in scores:
+        found, wanted = (score.run(netsurgery.trace(m, X)) for m in (model, plain))
+        assert isinstance(found, netsurgery.Network) and isinstance(wanted, netsurgery.Network)
+        for own, other in zip(found.prunable, wanted.prunable, strict=True):
+            torch.testing.assert_close(found.scores[own.name], wanted.scores[other.name])
+    for seed in range(3):
+        check(model, (X,), 1e-10, seed)
+        edit = netsurgery.plan(model, [RandomKeep(seed)], X)
+        small = netsurgery.rewrite(model, edit)
+        assert [tuple(t.shape) for t in (small.c.weight, small.real.weight)] == 2 * [small.real.weight.shape]
+        again = netsurgery.rewrite(model, edit)
+        small(X)
+        again.load_state_dict(small.state_dict())
+        assert torch.equal(again(X), small(X))
+
+
+def new_parameter(m: Any) -> None:
+    m.c.weight = nn.Parameter(m.real.weight * 2)
+
+
+def swapped(m: Any) -> None:
+    torch.utils.swap_tensors(m.c.weight, m.real.weight)
+
+
+def pointed_elsewhere(m: Any) -> None:
+    m.c.weight.data.set_(m.real.weight.data * 1)
+
+
+@pytest.mark.parametrize("write", [new_parameter, swapped, pointed_elsewhere])
+@pytest.mark.parametrize("trains", [False, True])
+def test_writes_that_cannot_be_followed_lock_what_they_touch(write: Callable[[Any], object], trains: bool) -> None:
+    network = netsurgery.trace(overwritten(write, trains), X)
+    assert network.prunable == ()
+    assert all(group.frozen for group in network.groups)
+
+
+def test_data_that_changes_its_shape_is_followed() -> None:
+    """The parameter itself is nothing but a place then."""
+    model = overwritten(lambda m: setattr(m.c.weight, "data", m.real.weight.data[:, :, 1:]))
+    network = netsurgery.trace(model, X)
+    assert [group.size for group in network.prunable] == [8, 6]
+    edit = netsurgery.plan(model, [RandomKeep(1)], X)
+    assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, X) < 1e-10
+
+
+# Weights that are held within a norm -------------------------------------------------------------------------------
+
+
+def constrained(m: Any) -> None:
+    m.c.weight.data = torch.renorm(m.c.weight.data, 2, 0, 0.5)
+
+
+def constrained_in_place(m: Any) -> None:
+    m.c.weight.data.renorm_(2, 0, 0.5)
+
+
+@pytest.mark.parametrize("write", [constrained, constrained_in_place])
+def test_what_a_limit_has_cut_down_stays_so(write: Callable[[Any], object]) -> None:
+    model = overwritten(write)
+    with torch.no_grad():
+        model.c.weight[:3] *= 0.1
+    network = netsurgery.trace(model, X)
+    assert [group.name for group in network.prunable] == ["a", "c"]
+    wanted = model.c.weight.detach().renorm(2, 0, 0.5)
+    scores = MagnitudeScore().run(network).scores
+    torch.testing.assert_close(scores["c"], wanted.flatten(1).norm(dim=1))
+    edit = netsurgery.Edit(network, {"a": (0, 2, 3)})
+    small = netsurgery.rewrite(model, edit)
+    torch.testing.assert_close(small.c.weight, wanted[:, [0, 2, 3]])
+    small(X)
+    torch.testing.assert_close(small.c.weight, wanted[:, [0, 2, 3]])
+    assert netsurgery.verify(model, small, edit, X) < 1e-10
+
+
+def test_a_table_with_a_largest_norm() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8, max_norm=1.0), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x = torch.tensor([[0, 3, 8, 3]])
+    network = netsurgery.trace(model, x)
+    assert [group.name for group in network.prunable] == ["0:2", "1"]
+    table = model[0].weight.detach().renorm(2, 0, 1.0)
+    torch.testing.assert_close(MagnitudeScore().run(network).scores["0:2"], table.norm(dim=0))
+    edit = netsurgery.Edit(network, {"0:2": (0, 2, 3), "1": (1, 4)})
+    small: Any = netsurgery.rewrite(model, edit)
+    torch.testing.assert_close(small[0].weight, table[:, [0, 2, 3]])
+    assert small[0].embedding_dim == 3
+    assert netsurgery.verify(model, small, edit, x) < 1e-10
+
+
+def normalised_in_place(m: Any) -> None:
+    m.c.weight.data.div_(m.c.weight.data.norm(dim=(1,), keepdim=True))
+
+
+def normalised_by_rows(m: Any) -> None:
+    m.c.weight.data[1] /= m.c.weight.data[1].norm()
+
+
+@pytest.mark.parametrize("write", [normalised_in_place, normalised_by_rows])
+def test_a_weight_that_is_normalised_in_place_is_locked(write: Callable[[Any], object]) -> None:
+    network = netsurgery.trace(overwritten(write), X)
+    (frozen,) = [g.frozen for g in network.groups if g.name == "a"]
+    assert frozen is not None and "computed across its units" in frozen

@@ -95,6 +95,19 @@ CASES: dict[str, Case] = {
     "tril of features": rows(lambda m, h: h.mT @ h @ torch.ones(8, 8).double().tril(), "", APART),
     "diagonal": rows(lambda m, h: h + (h @ h.mT).diagonal(0, 1, 2)[..., None], "a"),
     "diagonal of features": rows(lambda m, h: (h.mT @ h).diagonal(0, 1, 2), "", APART),
+    "a diagonal of a parameter": rows(lambda m, h: h @ torch.diag(m.b.weight[0]), "a", b=lin(8, 1)),
+    "a diagonal of activations": rows(lambda m, h: (h[..., None, :] @ torch.diag_embed(h))[..., 0, :], "a"),
+    "a diagonal before others": rows(lambda m, h: torch.diag_embed(h, dim1=0, dim2=2).diagonal(0, 0, 2) * h, "", APART),
+    "off the diagonal": rows(lambda m, h: torch.diag(m.b.weight[0, 1:], 1) + h[:, :1], "", APART, b=lin(8, 1)),
+    "a diagonal that is read": rows(lambda m, h: h * torch.diag(m.b.weight), "", APART, b=lin(8, 8)),
+    "blocks on a diagonal": rows(
+        lambda m, h: h @ torch.block_diag(m.b.weight, m.c.weight, m.b.bias[:1, None]),
+        "a a:2 b c", b=lin(3, 4), c=lin(2, 3), z=lin(6, 3),
+    ),
+    "blocks of one row": rows(
+        lambda m, h: m.b(h) @ torch.block_diag(m.c.bias, m.d.bias), "a c", b=lin(8, 2), c=lin(2, 5), d=lin(2, 1),
+        z=lin(6, 3),
+    ),
     "counting": rows(
         lambda m, h: h + torch.arange(5)[:, None] + torch.linspace(0, 1, 5)[:, None] + torch.eye(5)[:, :1]
         + torch.logspace(0, 1, 5)[:, None]
