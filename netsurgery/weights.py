@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from netsurgery.adapters import adapted_layers
 from netsurgery.axes import Axis, leaves, resolve
 from netsurgery.computed_weights import Computations, ancestors, is_stream, meetings, packet_of, peeled, writers
 from netsurgery.errors import InputError
@@ -33,6 +34,7 @@ class Weight:
         value: what it is now.
         roles: of the channels in its dimensions, where an operation says what they do; ``(dimension, channel)``.
         node: what computes it; None for a parameter itself.
+        parts: of a layer with low-rank updates: the weights of these, which are no weights of its units by themselves.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Weight:
     value: Tensor
     roles: Mapping[tuple[int, Axis], Role]
     node: fx.Node | None = None
+    parts: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +91,7 @@ def _uses(
 ) -> list[Use]:
     found: list[Use] = []
     replaced: set[str] = set()
+    merged: set[str] = set()
     for weight in computed:
         mine = [member for member in group.members if member.parameter in weight.names]
         if not weight.roles and (not mine or any(member.role != "carries" for member in mine)):
@@ -95,8 +99,9 @@ def _uses(
         for axis, expression in enumerate(weight.axes):
             if group.channel in leaves(expression):
                 found.append(Use(weight, axis, weight.roles.get((axis, group.channel), "carries")))
-                replaced.update(member.parameter for member in mine)
-    kept = [member for member in group.members if member.parameter not in replaced or member.parameter in direct]
+                (merged if weight.parts else replaced).update(member.parameter for member in mine)
+    gone = merged | (replaced - direct)
+    kept = [member for member in group.members if member.parameter not in gone]
     own = {m.parameter: Weight((m.parameter,), network.axes[m.parameter], tensors[m.parameter], {}) for m in kept}
     return [*(Use(own[member.parameter], member.axis, member.role) for member in kept), *found]
 
@@ -117,7 +122,26 @@ def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[We
             axes = tuple(resolve(axis, {}) for axis in node.meta["dims"])
             found.setdefault(what(node), Weight(names, axes, value, _roles(node, met[node]), node))
         known.update(*(_names(network, peeled(weight)) for weight, _ in meetings(program)))
-    return list(found.values())
+    adapted = _adapted(network, tensors)
+    own = {weight.node for weight in adapted}
+    return [*(weight for weight in found.values() if weight.node not in own), *adapted]
+
+
+def _adapted(network: Network, tensors: Mapping[str, Tensor]) -> list[Weight]:
+    """The weights of layers together with the low-rank updates that are added to their outputs."""
+    program = network.programs[0]
+    layers = adapted_layers(program)
+    nodes = [node for one in layers for node in (one.weight, *(n for u in one.updates for n in (u.down, u.up)))]
+    values = dict(zip(nodes, evaluated(program, nodes, tensors), strict=True))
+    found = []
+    for one in layers:
+        parts = tuple(node for update in one.updates for node in (update.down, update.up))
+        names = [name for node in (one.weight, *parts) for name in _names(network, node)]
+        axes = tuple(resolve(axis, {}) for axis in one.weight.meta["dims"])
+        roles = _roles(one.weight, [(one.weight, one.layer)])
+        weight = Weight(tuple(dict.fromkeys(names)), axes, one.value(values), roles, peeled(one.weight), parts)
+        found.append(weight)
+    return found
 
 
 def _names(network: Network, node: fx.Node) -> tuple[str, ...]:

@@ -76,8 +76,10 @@ def layers(network: Network) -> tuple[Layer, ...]:
     return tuple(layer for name in network.tensors for layer in found.get(name, {}).values())
 
 
-def scored_layers(network: Network) -> tuple[list[Layer], list[Tensor]]:
+def scored_layers(network: Network, grouping: Grouping) -> tuple[list[Layer], list[Tensor]]:
     """The layers and their weights: one that is computed from parameters in place of these.
+
+    Of a low-rank update, the matrix that has the units of the whole layer is none by itself.
 
     Raises:
         InputError: as for ``netsurgery.weights.uses``.
@@ -91,10 +93,16 @@ def scored_layers(network: Network) -> tuple[list[Layer], list[Tensor]]:
             if weight is None:
                 continue
             name = f"what is computed from {', '.join(weight.names)}"
-            layer = _layer(name, weight.axes, tuple(node.meta["dims"]), dims, "computed")
+            dims_of = operand if weight.parts else node
+            layer = _layer(name, weight.axes, tuple(dims_of.meta["dims"]), dims, "computed")
             if layer is not None:
                 found.setdefault((weight, layer.inputs, layer.outputs), layer)
     direct = used_directly(network)
+    for weight in computed.values():
+        for node in weight.parts[grouping == "neuron" :: 2]:
+            direct -= set(node.meta["params"])
+        if weight.parts and weight.node is not None:
+            direct -= set(weight.node.meta["params"])
     own = [layer for layer in layers(network) if layer.name in direct]
     listed = list(found.items())
     return (

@@ -107,7 +107,7 @@ class HGSRScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
-        listed, values = scored_layers(network)
+        listed, values = scored_layers(network, self.grouping)
         found = outer_groups(network, listed, self.grouping)
         value = dict(zip(map(id, listed), values, strict=True))
         weights = [value[id(layer)] for layer in found.layers]

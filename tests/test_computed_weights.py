@@ -554,3 +554,97 @@ def test_a_weight_that_is_normalised_in_place_is_locked(write: Callable[[Any], o
     network = netsurgery.trace(overwritten(write), X)
     (frozen,) = [g.frozen for g in network.groups if g.name == "a"]
     assert frozen is not None and "computed across its units" in frozen
+
+
+# Low-rank updates that are not merged ------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """A layer and low-rank updates that run beside it, as adapters do."""
+
+    def __init__(self, base: nn.Module, *updates: tuple[nn.Module, nn.Module, float]):
+        super().__init__()
+        self.base = base
+        self.down = nn.ModuleList([down for down, _, _ in updates])
+        self.up = nn.ModuleList([up for _, up, _ in updates])
+        self.scales = [scale for _, _, scale in updates]
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        for down, up, scale in zip(self.down, self.up, self.scales, strict=True):
+            y = y + up(down(x if isinstance(down, nn.Embedding) else self.dropout(x))) * scale
+        return y
+
+
+def lin(*sizes: int) -> nn.Linear:
+    return nn.Linear(*sizes, bias=False)
+
+
+def conv(*sizes: int, **options: int) -> nn.Conv1d:
+    return nn.Conv1d(*sizes, bias=False, **options)
+
+
+def merged_convolution(m: Any) -> nn.Module:
+    base = copy.deepcopy(m.base)
+    base.weight.data += m.scales[0] * torch.einsum("or,rik->oik", m.up[0].weight[..., 0], m.down[0].weight)
+    return base
+
+
+def merged_matrices(m: Any) -> nn.Module:
+    base = copy.deepcopy(m.base)
+    for down, up, scale in zip(m.down, m.up, m.scales, strict=True):
+        first = down.weight.t() if isinstance(down, nn.Embedding) else down.weight
+        product = scale * up.weight @ first
+        base.weight.data += product.t() if isinstance(base, nn.Embedding) else product
+    return base
+
+
+Parts = tuple[Callable[[], Adapter], Callable[[Any], nn.Module], Callable[[nn.Module], nn.Module], Tensor]
+ROWS = random(2, 5, 3)
+ADAPTED: dict[str, Parts] = {
+    "linear": (
+        lambda: Adapter(nn.Linear(8, 6), (lin(8, 2), lin(2, 6), 3.0)), merged_matrices,
+        lambda m: nn.Sequential(nn.Linear(3, 8), m, nn.ReLU(), nn.Linear(6, 2)), ROWS,
+    ),
+    "two": (
+        lambda: Adapter(nn.Linear(8, 6), (lin(8, 2), lin(2, 6), 3.0), (lin(8, 3), lin(3, 6), -0.5)), merged_matrices,
+        lambda m: nn.Sequential(nn.Linear(3, 8), m, nn.ReLU(), nn.Linear(6, 2)), ROWS,
+    ),
+    "convolution": (
+        lambda: Adapter(conv(8, 6, 3, stride=2), (conv(8, 2, 3, stride=2), conv(2, 6, 1), 3.0)), merged_convolution,
+        lambda m: nn.Sequential(nn.Conv1d(3, 8, 1), m, nn.ReLU(), nn.Conv1d(6, 2, 1)), X,
+    ),
+    "table": (
+        lambda: Adapter(nn.Embedding(9, 6), (nn.Embedding(9, 2), lin(2, 6), 3.0)), merged_matrices,
+        lambda m: nn.Sequential(m, nn.ReLU(), nn.Linear(6, 2)), torch.arange(4)[None],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("score", SCORES)
+def test_an_update_that_is_not_merged_is_scored_as_if_it_were(score: str, name: str) -> None:
+    torch.manual_seed(0)
+    make, merge, around, x = ADAPTED[name]
+    model = around(make()).double().eval()
+    place = 0 if name == "table" else 1
+    plain = copy.deepcopy(model)
+    plain[place] = merge(plain[place])  # type: ignore[index, operator]
+    torch.testing.assert_close(model(x), plain(x))
+    found = SCORES[score].run(netsurgery.trace(model, x))
+    wanted = SCORES[score].run(netsurgery.trace(plain, x))
+    assert isinstance(found, netsurgery.Network) and isinstance(wanted, netsurgery.Network)
+    for group in wanted.prunable:
+        twin = group.name.replace(f"{place}", f"{place}.base", 1) if group.name.startswith(f"{place}") else group.name
+        torch.testing.assert_close(found.scores[twin], wanted.scores[group.name])
+    assert {g.name for g in found.prunable} == {*found.scores}
+
+
+def test_branches_that_are_no_update_are_scored_by_themselves() -> None:
+    torch.manual_seed(0)
+    parts = Adapter(nn.Linear(8, 6), (lin(8, 2), nn.Sequential(nn.ReLU(), lin(2, 6)), 1.0))  # type: ignore[arg-type]
+    model = nn.Sequential(nn.Linear(3, 8), parts, nn.ReLU(), nn.Linear(6, 2)).double().eval()
+    found = MagnitudeScore().run(netsurgery.trace(model, ROWS)).scores["1.base"]
+    joined = torch.cat([parts.base.weight, parts.up[0][1].weight], 1)  # type: ignore[index, union-attr, list-item]
+    torch.testing.assert_close(found, joined.norm(dim=1).detach())
