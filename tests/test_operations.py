@@ -290,6 +290,37 @@ CASES: dict[str, Case] = {
     "channel shuffle": image(lambda m, h: F.channel_shuffle(h, 2) + torch.native_channel_shuffle(h, 2), "a:2"),
     "power pooling": image(lambda m, h: F.lp_pool2d(h, 2, 2), "a"),
     "local response norm": image(lambda m, h: F.local_response_norm(h, 3), "", "aten.avg_pool3d"),
+    "scatter of another layer's units": rows(
+        lambda m, h: h.scatter(1, POSITIONS[..., None].expand(-1, -1, h.shape[-1]), m.b(h)), "a", b=lin(8, 8)
+    ),
+    "scatter of a part of a source": rows(
+        lambda m, h: h.scatter_add(1, POSITIONS[:, :2, None].expand(-1, -1, h.shape[-1]), m.b(h)), "a", b=lin(8, 8)
+    ),
+    "scatter of the first of several layers' units": rows(
+        lambda m, h: h.scatter_reduce(
+            1, torch.ones(2, 3, m.b.weight.shape[0]).long(), torch.cat([m.b(h), m.c(h)], -1), "amax"
+        ), "a a:2 c", b=lin(8, 5), c=lin(8, 4),
+    ),
+    "scatter into zeros": rows(
+        lambda m, h: torch.zeros(2, 7, m.b.weight.shape[0]).double().scatter(
+            1, POSITIONS[..., None].expand(-1, -1, m.b.weight.shape[0]), m.b(h)), "a b", b=lin(8, 6), z=lin(6, 3),
+    ),
+    "scatter along features": rows(
+        lambda m, h: h.scatter(2, POSITIONS[:, None].expand(-1, 5, -1), m.b(h)), "b:2", APART, b=lin(8, 8)
+    ),
+    # blocks of several layers in one dimension
+    "blocks of two layers": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).unflatten(-1, (-1, m.z.in_features)).square().sum(-2),
+        "a a:2 b", b=lin(8, 12), z=lin(4, 3),
+    ),
+    "blocks of two layers, in turn": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).unflatten(-1, (-1, m.z.in_features)).mT.flatten(-2)
+        .unflatten(-1, (m.z.in_features, -1)).square().sum(-1), "a a:2 b", b=lin(8, 12), z=lin(4, 3),
+    ),
+    "blocks of three layers, one of them twice": rows(
+        lambda m, h: torch.cat([h, m.b(h), m.c(h), h], -1).unflatten(-1, (-1, m.z.in_features)).prod(-2),
+        "a a:2 c", b=lin(8, 4), c=lin(8, 16), z=lin(4, 3),
+    ),
     # convolutions
     "grouped transposed convolution": image(
         lambda m, h: m.b(h), "a a:2 b", b=nn.ConvTranspose2d(8, 12, 3, 2, groups=4), z=conv(12, 2, 1)
