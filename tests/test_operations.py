@@ -317,6 +317,14 @@ CASES: dict[str, Case] = {
         lambda m, h: torch.cat([h, m.b(h)], -1).unflatten(-1, (-1, m.z.in_features)).mT.flatten(-2)
         .unflatten(-1, (m.z.in_features, -1)).square().sum(-1), "a a:2 b", b=lin(8, 12), z=lin(4, 3),
     ),
+    "blocks as rows": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).reshape(-1, m.z.in_features), "a:2", "network output", b=lin(8, 12),
+        z=lin(4, 3),
+    ),
+    "blocks of each row": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).reshape(2, -1, m.z.in_features).square().sum(1), "a a:2 b",
+        b=lin(8, 12), z=lin(4, 3),
+    ),
     "blocks of three layers, one of them twice": rows(
         lambda m, h: torch.cat([h, m.b(h), m.c(h), h], -1).unflatten(-1, (-1, m.z.in_features)).prod(-2),
         "a a:2 c", b=lin(8, 4), c=lin(8, 16), z=lin(4, 3),
