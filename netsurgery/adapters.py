@@ -105,6 +105,8 @@ def _update(up: fx.Node, scale: float, layer: fx.Node) -> Update | None:
     down, scale = _bare(Op(up, None)[_INPUT[packet_of(up)]], scale)
     if packet_of(down) not in ((kind,) if kind in (aten.convolution, aten.embedding) else (aten.mm, aten.addmm)):
         return None
+    if down is layer or not _feeds_only(down, up):
+        return None
     reads = [_bare(Op(one, None)[_INPUT[packet_of(one)]]) for one in (layer, down)]
     operands = [Op(one, None)[_WEIGHT[packet_of(one)]] for one in (down, up)]
     if reads[0][0] is not reads[1][0] or reads[0][1] != 1 or not all("params" in one.meta for one in operands):
@@ -112,6 +114,15 @@ def _update(up: fx.Node, scale: float, layer: fx.Node) -> Update | None:
     if not (_fits_convolution(layer, down, up) if kind is aten.convolution else _fits(layer, down, up)):
         return None
     return Update(operands[0], operands[1], scale * reads[1][1])
+
+
+def _feeds_only(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether nothing but one operation reads a result, be it through views, copies and constant factors."""
+    return all(
+        user is reader
+        or (_bare(user)[0] is _bare(node)[0] and user.op == "call_function" and _feeds_only(user, reader))
+        for user in node.users
+    )
 
 
 def _axis(node: fx.Node, name: str) -> Axis:

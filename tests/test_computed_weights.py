@@ -648,3 +648,19 @@ def test_branches_that_are_no_update_are_scored_by_themselves() -> None:
     found = MagnitudeScore().run(netsurgery.trace(model, ROWS)).scores["1.base"]
     joined = torch.cat([parts.base.weight, parts.up[0][1].weight], 1)  # type: ignore[index, union-attr, list-item]
     torch.testing.assert_close(found, joined.norm(dim=1).detach())
+
+
+def test_a_residual_layer_is_no_update_of_the_one_before() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = lin(3, 6), lin(6, 6), lin(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y: Tensor = self.c(x + self.b(x))
+            return y
+
+    model = Residual().double()
+    found = MagnitudeScore().run(netsurgery.trace(model, ROWS)).scores["a"]
+    torch.testing.assert_close(found, torch.cat([model.a.weight, model.b.weight], 1).norm(dim=1).detach())
