@@ -47,6 +47,14 @@ class Computed(nn.Module):
         return y
 
 
+class Shared(Computed):
+    """The length of its filters scales their outputs too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(F.conv1d(self.a(x).relu(), self.weight(self)).relu() * self.g[:, None])
+        return y
+
+
 def wrapped(wrap: Callable[[nn.Module], nn.Module], kind: Any = nn.Conv1d) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), wrap(kind(8, 6, 3)), nn.ReLU(), nn.Conv1d(6, 4, 3))
 
@@ -87,7 +95,8 @@ LOCKED: dict[str, Callable[[], nn.Module]] = {
     "standardised as a layer norm": computed(lambda m: F.layer_norm(m.v.flatten(1), (24,)).view_as(m.v)),
     "normalised without a scale": computed(lambda m: F.normalize(m.v, dim=1)),
     "a softmax": computed(lambda m: m.v.softmax(1)),
-    "a length that others use": computed(
+    "a length that something else uses": lambda: Shared(lambda m: m.v * (m.g[:, None, None] / length(m.v)), g=G),
+    "a sum of two": computed(
         lambda m: m.v * m.g[:, None, None] / length(m.v) + 0 * m.v * m.g[:, None, None], g=G
     ),
 }  # fmt: skip
