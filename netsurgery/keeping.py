@@ -32,6 +32,7 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
     found: dict[str, Tensor] = {}
     for program in network.programs:
         weights = [node for node in scaled(program, units) if node.meta["scaled_by"] not in found]
+        weights = [node for node in weights if not tensors[node.meta["scaled_by"]].is_meta]  # without data, nothing is
         if not weights:
             continue
         small = part(program, weights)

@@ -54,12 +54,15 @@ def rewrite(
     Returns:
         The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
         ``in_channels`` in step. Training mode, hooks, requires_grad, dtype, device, memory format and ties stay.
+        What stays of a weight that is computed from others stays as it is: the length of a weight norm is cut to what
+        its direction loses (the norms of other computations lock what they are taken over).
         A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
         ``netsurgery`` names these, ``edit.replaced`` says why.
 
     Raises:
         RewriteError: the model's tensors are not those of the edit's network, or its code does not follow the new sizes
-            (an edit that ``plan`` made has been checked already), or an optimizer's state cannot be cut.
+            (an edit that ``plan`` made has been checked already), or an optimizer's state cannot be cut, or all that
+            would stay of a filter with a weight norm are zeros.
         InputError: an optimizer or an average that is none of this model. Whatever is raised, nothing has been changed.
 
     Example:

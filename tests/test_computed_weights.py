@@ -673,3 +673,26 @@ def test_a_residual_layer_is_no_update_of_the_one_before() -> None:
     model = Residual().double()
     found = MagnitudeScore().run(netsurgery.trace(model, ROWS)).scores["a"]
     torch.testing.assert_close(found, torch.cat([model.a.weight, model.b.weight], 1).norm(dim=1).detach())
+
+
+def test_a_model_without_data_is_cut_all_the_same() -> None:
+    model = made(KEPT["weight norm"])
+    edit = netsurgery.Edit(netsurgery.trace(model, X), {"0": (0, 2, 5)})
+    small: Any = netsurgery.rewrite(copy.deepcopy(model).to("meta"), edit)
+    assert small[2].parametrizations.weight.original1.shape == (6, 3, 3)
+    assert small[2].weight.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_lengths_in_other_precisions(dtype: torch.dtype) -> None:
+    model = made(KEPT["weight norm"]).to(dtype)
+    weight = weight_of_conv(model)
+    edit = netsurgery.Edit(netsurgery.trace(model, X.to(dtype)), {"0": (0, 2, 5)})
+    found = weight_of_conv(netsurgery.rewrite(model, edit))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, weight[:, [0, 2, 5]], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def weight_of_conv(model: Any) -> Tensor:
+    weight: Tensor = model[2].weight.detach()
+    return weight
