@@ -133,7 +133,7 @@ def prune(
     from netsurgery.names import example
     from netsurgery.outputs import check_writable, writing
     from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
-    from netsurgery.weights import prepared
+    from netsurgery.weight_sources import prepared
 
     scores = {"hgsr": HGSRScore(), "magnitude": MagnitudeScore(), "random": RandomScore(seed=seed)}
     selection = PruneChannels(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from netsurgery.adapting import Adaptation
+from netsurgery.computed_weights import scaled
 from netsurgery.costs import Cost
 from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
@@ -113,7 +114,8 @@ class Edit:
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
         lines.extend(f"{path}.forward rewritten" for path in self.replaced)
-        lines.extend(f"{name} has new values" for name in self.network.tensors if name in self.values)
+        valued = {*self.values, *self._scaled}
+        lines.extend(f"{name} has new values" for name in self.network.tensors if name in valued)
         lines.extend(f"{name} not compensated: {why}" for name, why in self.uncompensated.items())
         before, after = self.before, self.after
         lines.append(f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)})")
@@ -125,6 +127,12 @@ class Edit:
 
     def _repr_html_(self) -> str:
         return edit_html(self)
+
+    @property
+    def _scaled(self) -> list[str]:
+        """Parameters that keep the rest of a computed weight as it is: ``rewrite`` works out by how much."""
+        channels = {self.network[name].channel for name in self.keep}
+        return [node.meta["scaled_by"] for program in self.network.programs for node in scaled(program, channels)]
 
     def then(self, later: Edit) -> Edit:
         """This edit followed by one made for the network it leads to.

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, Fixed, channel, freeze, leaves, resolve, tie
+from netsurgery.computed_weights import freeze_normalised
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost, Sizes, Term, total
 from netsurgery.errors import InputError
@@ -294,6 +295,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
         for axis in analysis.axes[name]:
             freeze(axis, "not used in the recorded run")
     _freeze_what_is_cut_off(analysis, programs)
+    freeze_normalised(programs, {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)})
     sources = analysis.axes
     classes = analysis.settle_ties()
     memo = analysis.resolve()

@@ -19,11 +19,23 @@ __all__ = ["Posing"]
 
 
 class Posing(TorchFunctionMode):
-    """Lets tensors without data pass for tensors of the model's device, whose values Python can read."""
+    """Lets tensors without data pass for tensors of the model's device, whose values Python can read.
 
-    def __init__(self, read: Callable[[Tensor], Tensor], device: torch.device):
+    Args:
+        read: the value of a tensor.
+        alias: told of ``tensor.data``, which no operation makes: the tensor, and the other that shares its memory.
+        assign: told of ``tensor.data = value`` before it happens.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Tensor], Tensor],
+        device: torch.device,
+        alias: Callable[[Tensor, Tensor], Tensor] | None = None,
+        assign: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         super().__init__()
-        self.read = read
+        self.read, self.alias, self.assign = read, alias, assign
         kind = device.type
         self.answers = {
             torch.Tensor.device.__get__: device,
@@ -43,6 +55,10 @@ class Posing(TorchFunctionMode):
             return args[0]
         if bare and func is torch.Tensor.to:
             return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
+        if bare and func == _GET_DATA and self.alias is not None:
+            return self.alias(args[0], func(*args))
+        if bare and func == _SET_DATA and self.assign is not None:
+            return func(args[0], self.assign(*args))
         if func in _READS:
             args = (self.read(args[0]), *args[1:])
             with _disable_current_modes():
@@ -75,7 +91,18 @@ class Posing(TorchFunctionMode):
 _INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
-_POSED = {*_READS, *_MOVES, *_INDEXES, torch.Tensor.to, torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
+_GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_POSED = {
+    _GET_DATA,
+    _SET_DATA,
+    *_READS,
+    *_MOVES,
+    *_INDEXES,
+    torch.Tensor.to,
+    torch.Tensor.new_tensor,
+    torch.tensor,
+    torch.as_tensor,
+}
 
 
 def _nowhere(value: Any) -> Any:

@@ -181,10 +181,7 @@ class Watcher(TorchDispatchMode):
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
             kwargs["device"] = torch.device("meta")
         if func in TRANSPARENT:  # torch inserts these or not as it likes
-            other = self.same(args[0], func(*args, **kwargs))
-            if self.values is not None and (value := self.values.of.get(args[0])) is not None:
-                self.values.of[other] = value
-            return other
+            return self.alias(args[0], func(*args, **kwargs))
         out = self.see(func, args, kwargs)
         return self.legible(out) if self.reads else out
 
@@ -215,6 +212,26 @@ class Watcher(TorchDispatchMode):
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         """Note that ``other`` is ``tensor`` under another name."""
         return other
+
+    def alias(self, tensor: Tensor, other: Tensor) -> Tensor:
+        """Note that ``other`` is ``tensor`` under another name, with the same value."""
+        other = self.same(tensor, other)
+        if self.values is not None and (value := self.values.of.get(tensor)) is not None:
+            self.values.of[other] = value
+        return other
+
+    def assign(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Note that ``tensor`` will stand for ``value``, as after ``tensor.data = value``.
+
+        Where it can be, it is copied too, though nothing reads the copy: what a parameter is overwritten with has the
+        dimensions of the parameter, so that both are cut alike.
+        """
+        with torch.no_grad():
+            bare: Tensor = self.stand_in(value)
+            if bare.shape == tensor.shape and bare.dtype == tensor.dtype:
+                torch.ops.aten.copy.default(tensor, bare)
+        self.alias(bare, tensor)
+        return bare
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one operation, its arguments without data."""
@@ -254,6 +271,7 @@ class _Recorder(Watcher):
         self.nodes: TensorMap[fx.Node] = TensorMap()
         self.parts: TensorMap[tuple[fx.Node, int]] = TensorMap()  # results among several: a node once they are used
         self.count = 0  # operations so far
+        self.memory: dict[int, int] = {}  # by id of the model's tensors: the memory that they are in
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[tensor] = node
@@ -295,8 +313,16 @@ class _Recorder(Watcher):
         node.meta["where"] = location()
         return node
 
+    def assign(self, tensor: Tensor, value: Tensor) -> Tensor:
+        bare = super().assign(tensor, value)
+        self.memory[id(tensor)] = _memory(bare)
+        return bare
+
     def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
+            if self.memory.get(id(value)) not in (None, _memory(value)):  # something that nobody sees has moved it
+                del self.memory[id(value)], self.names[id(value)]
+                return self.attribute(value)
             return self.nodes.get(value) or self.part(value) or self.attribute(value)
         if isinstance(value, list | tuple):
             return [self.node_of(item) for item in value]
@@ -357,6 +383,10 @@ class _Recorder(Watcher):
                 if isinstance(item, Tensor):
                     self.parts[item] = node, index
         return out
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def format_where(where: tuple[str, int] | None) -> str:
@@ -455,7 +485,7 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torc
         with torch.no_grad(), caches_kept(bare), contextlib.ExitStack() as stack:
             if watcher.values is not None:
                 stack.enter_context(_own_random_numbers(device))
-            stack.enter_context(Posing(watcher.read, device))
+            stack.enter_context(Posing(watcher.read, device, watcher.alias, watcher.assign))
             stack.enter_context(watcher)
             return bare(*inputs[0], **inputs[1])
     finally:
@@ -490,6 +520,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None)
     looks: Any = "none" if values is None else "known" if isinstance(values, Known) else "all"
     program = Program(fx.Graph(), mode, values=looks)
     recorder = _Recorder(program, names, values)
+    recorder.memory = {id(tensor): _memory(tensor) for _, tensor in named_tensors(bare)}
     on_meta_inputs = bare_inputs(inputs)
     if values is not None:
         lend(values, model, bare, names)

@@ -1,248 +1,230 @@
-"""Where the weights of a model come from: a file, its maker, or the random generator."""
+"""Weights as layers use them: parameters, and what the code computes from parameters alone.
+
+A weight norm, a mask, a low-rank update, a scale of the learning rate: what a unit weighs is told by the result, not by
+the parameters that go into it.
+"""
 
 from __future__ import annotations
 
-import pickle
-import struct
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, fx
 
+from netsurgery.adapters import adapted_layers
+from netsurgery.axes import Axis, leaves, resolve
+from netsurgery.computed_weights import Computations, ancestors, is_stream, meetings, packet_of, peeled, writers
 from netsurgery.errors import InputError
-from netsurgery.names import build
+from netsurgery.network import Group, Network, Role
+from netsurgery.tracing import Inputs, Program, format_where
+from netsurgery.verification import replay
 
-__all__ = ["Draws", "fill", "prepared", "read_weights"]
-
-State = Mapping[str, Tensor]
-
-#: What reading a file that is no state dict, or a broken one, can raise.
-UNREADABLE = (
-    *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError),
-    *(TypeError, AttributeError, AssertionError, struct.error),
-)
-FILLED = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor", "arange", "linspace", "eye")
-UNFILLED = ("empty", "new_empty")
-OVERWRITTEN = ("copy", "fill", "zero", "set")
+__all__ = ["Use", "Weight", "computed_weights", "evaluated", "is_computed", "nowhere", "part", "used_directly", "uses"]
 
 
-class Draws(TorchDispatchMode):
-    """Notes which tensors hold random numbers, or none yet: results of a draw, and what is computed from them.
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """What activations meet that comes from parameters alone.
 
-    A tensor is free of them again once all of it is written over, as ``load_state_dict`` does. Constants count as
-    neither: a batch norm starts from ones.
-
-    Example:
-        >>> import torch
-        >>> from netsurgery.weights import Draws
-        >>> with Draws() as draws:
-        ...     layer = torch.nn.Linear(2, 3)
-        ...     _ = layer.load_state_dict({"weight": torch.eye(3)[:, :2], "bias": layer.bias})
-        >>> draws.random(layer)
-        ['bias']
+    Attributes:
+        names: of the tensors of the model that it comes from.
+        axes: its dimensions, as expressions over the groups' channels.
+        value: what it is now.
+        roles: of the channels in its dimensions, where an operation says what they do; ``(dimension, channel)``.
+        node: what computes it; None for a parameter itself.
+        parts: of a layer with low-rank updates: the weights of these, which are no weights of its units by themselves.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._drawn: dict[int, torch.UntypedStorage] = {}  # holding them keeps their keys from being used again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        writes = func._schema.is_mutable
-        overwrites = writes and name.rstrip("_") in OVERWRITTEN
-        sources = () if name.startswith(FILLED) else pytree.tree_leaves((args, kwargs))[1 if overwrites else 0 :]
-        drawn = torch.Tag.nondeterministic_seeded in func.tags or (
-            name.startswith(UNFILLED) or any(self._holds(one) for one in sources)
-        )
-        for one in pytree.tree_leaves((result, args[:1] if writes else ())):
-            if isinstance(one, Tensor) and drawn:
-                self._note(one)
-            elif overwrites and self._holds(one) and _is_whole(one):
-                del self._drawn[_key(one)]
-        return result
-
-    def random(self, model: nn.Module) -> list[str]:
-        """The names of a model's parameters that hold such numbers."""
-        return [name for name, one in model.named_parameters() if self._holds(one)]
-
-    def _holds(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and _key(value) in self._drawn
-
-    def _note(self, tensor: Tensor) -> None:
-        if tensor.numel() and (key := _key(tensor)):
-            self._drawn[key] = tensor.untyped_storage()
+    names: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    value: Tensor
+    roles: Mapping[tuple[int, Axis], Role]
+    node: fx.Node | None = None
+    parts: tuple[fx.Node, ...] = ()
 
 
-def _key(tensor: Tensor) -> int:
-    """The storage of a tensor; 0 where it has none, as sparse ones and wrappers of other tensors."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:
-        return 0
+@dataclass(frozen=True, eq=False)
+class Use:
+    """An axis of a weight that carries the units of a group, and what they do there."""
+
+    weight: Weight
+    axis: int
+    role: Role
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all of its storage, not a slice."""
-    return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
+def is_computed(node: fx.Node) -> bool:
+    """Whether a node is not just a parameter, or another view of one."""
+    core = peeled(node)
+    return core.op != "get_attr" or bool(writers(core))
 
 
-def read_weights(path: Path) -> tuple[State, str]:
-    """The state dict in a file, and in words what it was found in.
+def uses(network: Network, tensors: Mapping[str, Tensor] | None = None) -> dict[str, list[Use]]:
+    """By group, the axes of weights that carry its units: those of computed weights in place of what they come from.
 
     Args:
-        path: safetensors, or what ``torch.save`` wrote: a state dict, or a dictionary that holds one, as checkpoints
-            of training loops do. No code in it is run.
+        tensors: of the model, by name; by default as they are now.
 
     Raises:
-        InputError: there is no such file, or it holds no state dict, several, or more than tensors and plain values.
+        InputError: a weight is computed from something else than parameters, such as random numbers.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    try:
-        found = _read(path)
-    except UNREADABLE as error:
-        hint = "it holds Python objects, whose code is not run" if "Unsupported" in str(error) else _first_line(error)
-        raise InputError(
-            f"{path} cannot be read ({hint}): pass a safetensors file, or one that torch.save(model.state_dict(), "
-            "file) wrote"
-        ) from error
-    return _state_in(found, path)
+    tensors = network.tensors if tensors is None else tensors
+    computed = computed_weights(network, tensors)
+    direct = used_directly(network)
+    return {group.name: _uses(network, group, computed, direct, tensors) for group in network.prunable}
 
 
-def _read(path: Path) -> Any:
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] != b"{":  # safetensors: the length of its header, and the header, which is JSON
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Detected pickle protocol", UserWarning
-            )  # it is an error, or does no harm
-            return torch.load(path, map_location="cpu", weights_only=True)
-    from safetensors import SafetensorError, safe_open
-
-    from netsurgery.training import checkpoints  # stands above this module, and is heavy
-
-    try:
-        with safe_open(path, "pt") as opened:
-            if "state" in (opened.metadata() or {}):
-                return checkpoints.read(path)
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dictionary
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+def used_directly(network: Network) -> set[str]:
+    """The tensors that activations meet as they are (in training only those that are not used otherwise)."""
+    direct: set[str] = set()
+    known: set[str] = set()
+    for program in network.programs:
+        met = {peeled(weight) for weight, _ in meetings(program)}
+        direct |= {str(node.target) for node in met if not is_computed(node)} - known
+        known.update(name for node in met for name in _names(network, node))
+    return direct
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:150] or type(error).__name__
+def _uses(
+    network: Network, group: Group, computed: list[Weight], direct: set[str], tensors: Mapping[str, Tensor]
+) -> list[Use]:
+    found: list[Use] = []
+    replaced: set[str] = set()
+    merged: set[str] = set()
+    for weight in computed:
+        mine = [member for member in group.members if member.parameter in weight.names]
+        if not weight.roles and (not mine or any(member.role != "carries" for member in mine)):
+            continue  # it is a result of layers, which use the parameters themselves
+        for axis, expression in enumerate(weight.axes):
+            if group.channel in leaves(expression):
+                found.append(Use(weight, axis, weight.roles.get((axis, group.channel), "carries")))
+                (merged if weight.parts else replaced).update(member.parameter for member in mine)
+    gone = merged | (replaced - direct)
+    kept = [member for member in group.members if member.parameter not in gone]
+    own = {m.parameter: Weight((m.parameter,), network.axes[m.parameter], tensors[m.parameter], {}) for m in kept}
+    return [*(Use(own[member.parameter], member.axis, member.role) for member in kept), *found]
 
 
-def _state_in(found: Any, path: Path) -> tuple[State, str]:
-    if _is_state(found):
-        return found, str(path)
-    inside = [key for key, value in found.items() if _is_state(value)] if isinstance(found, Mapping) else []
-    if len(inside) != 1:
-        held = f"several state dicts ({', '.join(map(str, inside))})" if inside else "no state dict"
-        raise InputError(
-            f"{path} holds {held}: save the one that is meant alone, by torch.save(model.state_dict(), file)"
-        )
-    return found[inside[0]], f"'{inside[0]}' in {path}"
+def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[Weight]:
+    """The weights that are computed from parameters, each once, with their values."""
+    found: dict[int, Weight] = {}
+    known: set[str] = set()  # tensors whose use has been seen: what training does to them counts for nothing
+    what = Computations()
+    for program in network.programs:
+        met: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
+        for weight, user in meetings(program):
+            if is_computed(weight) and not is_stream(weight) and weight.meta["dtype"].is_floating_point:
+                met.setdefault(peeled(weight), []).append((weight, user))
+        new = {node: names for node in met if not known.issuperset(names := _names(network, node))}
+        values = evaluated(program, list(new), tensors)
+        for (node, names), value in zip(new.items(), values, strict=True):
+            axes = tuple(resolve(axis, {}) for axis in node.meta["dims"])
+            found.setdefault(what(node), Weight(names, axes, value, _roles(node, met[node]), node))
+        known.update(*(_names(network, peeled(weight)) for weight, _ in meetings(program)))
+    adapted = _adapted(network, tensors)
+    own = {weight.node for weight in adapted}
+    return [*(weight for weight in found.values() if weight.node not in own), *adapted]
 
 
-def _is_state(value: Any) -> bool:
-    """Names and tensors; what modules keep beside their tensors is allowed."""
-    return (
-        isinstance(value, Mapping)
-        and any(isinstance(one, Tensor) for one in value.values())
-        and all(
-            isinstance(key, str) and (isinstance(one, Tensor) or key.endswith("_extra_state"))
-            for key, one in value.items()
-        )
-    )
+def _adapted(network: Network, tensors: Mapping[str, Tensor]) -> list[Weight]:
+    """The weights of layers together with the low-rank updates that are added to their outputs."""
+    program = network.programs[0]
+    layers = adapted_layers(program)
+    nodes = [node for one in layers for node in (one.weight, *(n for u in one.updates for n in (u.down, u.up)))]
+    values = dict(zip(nodes, evaluated(program, nodes, tensors), strict=True))
+    found = []
+    for one in layers:
+        parts = tuple(node for update in one.updates for node in (update.down, update.up))
+        names = [name for node in (one.weight, *parts) for name in _names(network, node)]
+        axes = tuple(resolve(axis, {}) for axis in one.weight.meta["dims"])
+        roles = _roles(one.weight, [(one.weight, one.layer)])
+        weight = Weight(tuple(dict.fromkeys(names)), axes, one.value(values), roles, peeled(one.weight), parts)
+        found.append(weight)
+    return found
 
 
-def fill(model: nn.Module, state: State, source: str) -> None:
-    """Load a state dict into a model of the same names and shapes; a prefix of all names, as wrappers add, is dropped.
+def _names(network: Network, node: fx.Node) -> tuple[str, ...]:
+    found = [str(one.target) for one in ancestors(node) if one.op == "get_attr" and one.target in network.tensors]
+    return tuple(name for name in network.tensors if name in found)
+
+
+_STRENGTH = {"carries": 0, "window": 0, "consumes": 1, "produces": 2}
+
+
+def _roles(node: fx.Node, met: list[tuple[fx.Node, fx.Node]]) -> dict[tuple[int, Axis], Role]:
+    """What the channels in the dimensions of a weight do in the operations that it takes part in."""
+    found: dict[tuple[int, Axis], Role] = {}
+    for weight, user in met:
+        for operand, dims in user.meta.get("operands", ()):
+            for source, axis, role in dims if operand is weight else ():
+                at = [i for i, own in enumerate(node.meta["dims"]) if own is source] or range(len(node.meta["dims"]))
+                for key in ((i, leaf) for i in at for leaf in leaves(resolve(axis, {}))):
+                    if key not in found or _STRENGTH[role] > _STRENGTH[found[key]]:
+                        found[key] = "carries" if role == "window" else role
+    return found
+
+
+# Their values --------------------------------------------------------------------------------------------------------
+
+
+def part(program: Program, wanted: list[fx.Node]) -> Program:
+    """The part of a program that computes some nodes."""
+    needed: dict[fx.Node, None] = {}
+    for node in wanted:
+        needed.update(ancestors(node))
+    graph, constants = fx.Graph(), dict(program.constants)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node in needed:
+            copies[node] = _copied(graph, node, copies, constants)
+            copies[node].meta.pop("whole", None)  # here, statistics are taken over what stays
+    graph.output(tuple(copies[node] for node in wanted))
+    return Program(graph, program.mode, constants, values=program.values)
+
+
+def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], constants: dict[str, Tensor]) -> fx.Node:
+    if packet_of(node) is not torch.ops.aten.embedding_renorm_:
+        return graph.node_copy(node, copies.__getitem__)
+    table: Any = node.args[0]
+    name = f"rows of {node.name}"  # all: whichever is looked up is normalised before
+    constants[name] = torch.arange(table.meta["shape"][0])
+    rows = graph.get_attr(name)
+    rows.meta["dims"] = table.meta["dims"][:1]
+    new = graph.create_node("call_function", node.target, (copies[table], rows, *node.args[2:]), node.kwargs)
+    new.meta = dict(node.meta)
+    return new
+
+
+def nowhere(tensors: Mapping[str, Tensor]) -> Inputs:
+    """No inputs, on the device of some tensors: a part of a program that has none is run there."""
+    return tuple(tensor.new_empty(0) for tensor in list(tensors.values())[:1]), {}
+
+
+def evaluated(program: Program, nodes: list[fx.Node], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The values of nodes that come from parameters alone.
 
     Raises:
-        InputError: a tensor is missing, has no place, or has another shape; nothing is loaded then.
+        InputError: they come from something else too.
     """
-    wanted = model.state_dict()
-    state = _without_prefix(state, wanted)
-    shapes = [
-        f"{name} is {_shape(value)} there and {_shape(wanted[name])} here"
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name in wanted and value.shape != wanted[name].shape
-    ]
-    given = {_place(value) for name, value in wanted.items() if name in state}  # of tied tensors one is enough
-    missing = [
-        f"{name} is missing"
-        for name, value in wanted.items()
-        if not (
-            name in state or name.endswith("num_batches_tracked") or _place(value) in given
-        )  # older files have none
-    ]
-    extra = [f"{name} has no place" for name in state if name not in wanted]
-    if wrong := [*shapes, *missing, *extra]:
-        more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
-        raise InputError(
-            f"{source} is for another model than this {type(model).__name__}: {', '.join(wrong[:3])}{more}"
-        )
-    model.load_state_dict(state, strict=False)
+    if not nodes:
+        return []
+    for node in nodes:
+        if why := _unknown(program, node):
+            names = ", ".join(f"'{name}'" for name in node.meta["params"])
+            raise InputError(
+                f"the weight that is computed from {names} {format_where(node.meta['where'])} cannot be scored: {why}"
+            )
+    return replay(part(program, nodes), tensors, nowhere(tensors))
 
 
-def _place(tensor: Tensor) -> object:
-    """What tied tensors have in common, and no others."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() and not tensor.is_meta else object()
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a single number"
-
-
-def _without_prefix(state: State, wanted: State) -> State:
-    """DistributedDataParallel puts ``module.`` before every name, torch.compile ``_orig_mod.``, others their own."""
-    first = next(iter(wanted), "")
-    prefix = next((name.removesuffix(first) for name in state if name.endswith(f".{first}")), "")
-    if first in state or not all(name.startswith(prefix) for name in state):
-        return state
-    return {name.removeprefix(prefix): value for name, value in state.items()}
-
-
-def prepared(name: str, file: Path | None = None, random: bool = False) -> tuple[nn.Module, str]:
-    """A model by name, and in words which weights it has.
-
-    Args:
-        name: as for ``names.build``.
-        file: what to load into it, as for ``read_weights``.
-        random: whether its weights may be random.
-
-    Raises:
-        InputError: as those do; weights are named in two ways; or most of them are random and that was not asked for.
-    """
-    by_name = "@" in name
-    if sum((by_name, file is not None, random)) > 1:
-        raise InputError("name the weights in one way: MODEL@WEIGHTS, --weights FILE or --random-weights")
-    if file is not None:
-        state, source = read_weights(file)  # before what takes longer
-    with Draws() as draws:
-        model = build(name)
-        if file is not None:
-            fill(model, state, source)
-    sizes = {key: one.numel() for key, one in model.named_parameters()}
-    drawn = draws.random(model)
-    if 2 * sum(sizes[key] for key in drawn) > sum(sizes.values()):
-        if random:
-            return model, "random, as asked for"
-        published = {"torchvision": f"{name}@DEFAULT, ", "timm": f"{name}@pretrained, "}.get(name.partition(":")[0], "")
-        raise InputError(
-            f"{name} has random weights: pass {'' if by_name else published}--weights FILE, or --random-weights if "
-            "these are meant"
-        )
-    said = source if file is not None else f"published, {name}" if by_name else f"as {name} returns them"
-    listed = ", ".join(drawn[:3]) + (f" and {len(drawn) - 3} more" if drawn[3:] else "")
-    return model, said + (f"; random: {listed}" if drawn else "")
+def _unknown(program: Program, node: fx.Node) -> str:
+    """Why a node has no value without data, or nothing."""
+    for one in ancestors(node):
+        if one.op == "placeholder":
+            return "activations are written into it"
+        if torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ()):
+            return f"{one.target} draws random numbers"
+        if one.op == "get_attr" and one.target in program.constants and program.constants[str(one.target)].is_meta:
+            return "the values of a tensor that the code makes are not known"
+    return ""

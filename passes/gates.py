@@ -58,9 +58,12 @@ class TaylorScore(_GateScore):
         order: 1 or 2.
 
     Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", arXiv 1611.06440
-    (first order), and "Importance Estimation for Neural Network Pruning", arXiv 1906.10771 (second order). The gate on
-    coupled units at all their readers, and the Fisher information a_n² in the place of the second derivative, are our
-    choice.
+    (first order), and "Importance Estimation for Neural Network Pruning", arXiv 1906.10771 (second order). Our choice,
+    where these do otherwise: the gate on coupled units at all their readers. First order: the first paper averages
+    activation times gradient over the positions of a feature map, a gate's slope is their sum; and it divides scores
+    by the L2 norm of those of their layer, here they stay rises of the loss (``PruneChannels(normalize=...)`` divides).
+    Second order: the Fisher information a_n² stands for the second derivative, and the predicted rise keeps its sign,
+    which the second paper squares.
 
     Example:
         >>> import torch, netsurgery

@@ -21,6 +21,7 @@ from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
 from netsurgery.passes.filters import (
     Filters,
+    computed_norms,
     dead_units,
     filters_of_group,
     filters_of_layers,
@@ -245,7 +246,11 @@ class SoftPruning:
             )
         tensors = self._tensors()
         share, factor, hard = self._schedule(int(epoch))
-        masks = {name: self._ranked(filters, tensors, share, hard) for name, filters in self._filters.items()}
+        computed = computed_norms(self._network, tensors) if self.grouping == "coupled" else {}
+        masks = {
+            name: self._ranked(filters, computed[name] if name in computed else norms(filters, tensors), share, hard)
+            for name, filters in self._filters.items()
+        }
         self.pruned = {name: pruned for name, (pruned, _) in masks.items()}
         self.hard = {name: gone for name, (_, gone) in masks.items()}
         for name, filters in self._filters.items():
@@ -382,9 +387,12 @@ class SoftPruning:
         hard = hard_share(epoch, self.epochs) if self.method in _GRADUAL else float(self.method == "hfp")
         return share, factor, 1.0 if _is_last(epoch, self.epochs, self.settle) else hard
 
-    def _ranked(self, filters: Filters, tensors: Masks, share: float, hard: float) -> tuple[Tensor, Tensor]:
-        """The filters that are pruned, and those of them that are pruned for good: bool, (filters,)."""
-        sizes = norms(filters, tensors)
+    def _ranked(self, filters: Filters, sizes: Tensor, share: float, hard: float) -> tuple[Tensor, Tensor]:
+        """The filters that are pruned, and those of them that are pruned for good: bool, (filters,).
+
+        Args:
+            sizes: the norms of their weights; written to.
+        """
         if not bool(sizes.isfinite().all()):
             raise InputError(f"SoftPruning.step: weights of {filters.name} are NaN or infinite: training went astray")
         sizes[self.hard[filters.name]] = -1  # those come first, also among others that are zero

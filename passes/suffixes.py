@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, find, leaves
+from netsurgery.computed_weights import ancestors, worked_across, writers
 from netsurgery.network import Network
 from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.values import laid_out, spread
@@ -134,7 +135,7 @@ class Suffixes:
 
     def mixes(self, step: Step, channel: Axis) -> bool:
         """Whether a result of an operation at one unit depends on its arguments at others."""
-        if step.packet is operator.getitem:
+        if step.packet is operator.getitem or self.is_whole(step.node, channel):
             return False
         if (along := self.normalised(step)) is not None:
             return bool(self.carries(along, channel))
@@ -145,6 +146,10 @@ class Suffixes:
             return False
         most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
         return most > self.carries(step.dims, channel)
+
+    def is_whole(self, node: fx.Node, channel: Axis) -> bool:
+        """Whether a node is a part of the computation of a weight that sees all units of a channel."""
+        return any(self.carries(axis, channel) for axis in node.meta.get("whole", ()))
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
         """The dimensions over which statistics are taken that every entry of the result depends on."""
@@ -424,6 +429,7 @@ class _Builder:
     def __init__(self, suffixes: Suffixes, device: torch.device):
         self.of, self.device = suffixes, device
         self.order = {node: index for index, node in enumerate(suffixes.program.graph.nodes)}
+        self.several: dict[fx.Node, Sequence[Tensor]] = {}  # results of operations on constants that return several
 
     def build(self) -> None:
         """Fill in the steps and constants."""
@@ -434,13 +440,17 @@ class _Builder:
                 source = of.tensors[node.target] if node.target in of.tensors else of.program.constants[node.target]
                 if source.is_meta:
                     raise Unsuited(f"the values of '{node.target}' are not known")
-                of.constants[node] = source.detach().to(self.device)
+                value = source.detach().to(self.device)
+                of.constants[node] = value.clone() if writers(node) else value
             elif node.op == "call_function":
                 self.add(node)
         self.prune()
 
     def add(self, node: fx.Node) -> None:
         of = self.of
+        if self.writes_constants(node):
+            of.constants[node] = node.target(*of.arguments(node.args), **of.arguments(node.kwargs))  # type: ignore[operator]
+            return
         if node.target is operator.getitem:
             step = Step(node, operator.getitem, operator.getitem, node.args, {}, node.meta["dims"])
         else:
@@ -449,6 +459,10 @@ class _Builder:
             made = step.call(*of.arguments(step.args), **of.arguments(step.kwargs))
             if isinstance(made, Tensor):
                 of.constants[node] = made  # and a step, for where it lacks units
+            else:
+                self.several[node] = made
+        if step.packet is operator.getitem and step.args[0] in self.several:
+            of.constants[node] = self.several[step.args[0]][step.args[1]]
         if not (step.packet is operator.getitem and self.fold(step)):
             of.steps.append(step)
 
@@ -462,6 +476,20 @@ class _Builder:
         packet = target.overloadpacket
         call = self.of.product(target) if packet in _CONTRACTED else laid_out(target)
         return Step(node, call, packet, node.args, kwargs, node.meta["dims"])
+
+    def writes_constants(self, node: fx.Node) -> bool:
+        """Whether an operation overwrites a constant with others, unit by unit: so it is done, once."""
+        schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
+        if schema is None or not schema.is_mutable or not all(n in self.of.constants for n in node.all_input_nodes):
+            return False
+        if "decided" in node.meta or torch.Tag.nondeterministic_seeded in tags:
+            return False
+        return all(
+            leaf in one.meta.get("whole", ())
+            for one in ancestors(node)
+            if one.op == "call_function"
+            for leaf in worked_across(one)
+        )
 
     def functional(self, node: fx.Node) -> Any:
         """The operation that returns what one in place writes, where nothing else shows what was written."""

@@ -365,7 +365,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("precious")
     (tmp_path / "full" / "weights.pt").mkdir(parents=True)
-    monkeypatch.setattr("netsurgery.weights.prepared", None)  # calling it would fail
+    monkeypatch.setattr("netsurgery.weight_sources.prepared", None)  # calling it would fail
     for out, reason in {
         "file": "File exists",
         "file/inside": "Not a directory",

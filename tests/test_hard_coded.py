@@ -489,3 +489,41 @@ def test_caches_of_the_users_code_stay_clean() -> None:
     model = Cached().double()
     netsurgery.trace(model, X)
     assert model(X).shape == (2, 5, 2)
+
+
+class Otherwise(nn.Module):
+    """Its ``num_features`` is no size of a dimension, whatever it is."""
+
+    def __init__(self, number: int, use: Callable[[Any, Tensor], Tensor]):
+        super().__init__()
+        self.num_features, self.use, self.layer = number, use, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, self.layer(x))
+
+
+def repeated(m: Any, x: Tensor) -> Tensor:
+    for _ in range(m.num_features):
+        x = x + 1
+    return x
+
+
+@pytest.mark.parametrize("number", [3, 4, 8])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: x * m.num_features,
+        lambda m, x: x + torch.arange(m.num_features).sum(),
+        lambda m, x: x / m.num_features**0.5,
+        repeated,
+    ],
+)
+def test_a_number_with_another_meaning_under_a_known_name(number: int, use: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), Otherwise(number, use), nn.Linear(8, 2)).double().eval()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for seed in range(3):
+        small, edit = oracles.check(model, (x,), 1e-10, seed, 0.5)
+        if number != 8:  # there it is the width of the layer, by chance, and may keep it from changing
+            assert {"0", "1.layer"} == {*edit.keep}
+            assert small[1].num_features == number  # type: ignore[index, union-attr]

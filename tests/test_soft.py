@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 
 import netsurgery
 from netsurgery.errors import InputError
@@ -856,3 +857,17 @@ def test_what_is_pruned_but_cannot_go_is_said(caplog: pytest.LogCaptureFixture) 
         pruning.step(0)
         assert torch.allclose(pruning.finish()(x), model(x), atol=1e-6)
         assert (said in caplog.text) if said else not caplog.text
+
+
+def test_coupled_filters_are_ranked_by_the_weight_that_a_layer_uses() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    mask = torch.ones(8, 3, 3, 3)
+    mask[[1, 4, 6]] = 0
+    prune.custom_from_mask(model[0], "weight", mask)
+    with torch.no_grad():
+        model[0].weight_orig[[1, 4, 6]] = 9.0  # large, but for nothing
+    pruning = SoftPruning(model, torch.zeros(1, 3, 8, 8), method="sfp", ratio=0.375, epochs=1, grouping="coupled")
+    pruning.step(0)
+    (pruned,) = pruning.pruned.values()
+    assert pruned.nonzero().flatten().tolist() == [1, 4, 6]

@@ -23,7 +23,7 @@ from netsurgery.models import DigitsResNet
 from netsurgery.training import checkpoints
 from netsurgery.training.recipe import Model
 from netsurgery.training.stages import fresh
-from netsurgery.weights import Draws, fill, prepared, read_weights
+from netsurgery.weight_sources import Draws, fill, prepared, read_weights
 
 MODELS = """
 import torch
