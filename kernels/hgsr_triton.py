@@ -493,9 +493,7 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
-def _tile(
-    sizes: Sequence[int], strides: Sequence[Sequence[int]], aligned: bool, writes: bool, tile: Sizes
-) -> Tile:
+def _tile(sizes: Sequence[int], strides: Sequence[Sequence[int]], aligned: bool, writes: bool, tile: Sizes) -> Tile:
     """The kind of tile for a weight."""
     blocks, rows, columns, window = sizes
     across, along = strides[0][1], strides[0][2] if columns > 1 else strides[0][0]

@@ -10,9 +10,10 @@ from torch import Tensor
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.passes.loss_increase import LossIncreaseScore
+from netsurgery.passes.losses import Loss, ignored_by
 from netsurgery.passes.samples import draw
 from netsurgery.passes.slopes import gate_slopes
-from netsurgery.passes.trials import Loss, Trials
+from netsurgery.passes.trials import Trials
 from netsurgery.pipeline import Pass
 
 __all__ = ["FisherScore", "TaylorScore"]
@@ -32,9 +33,10 @@ class _GateScore(Pass):
         """Lay the scores on the network."""
         if not network.prunable:
             return network
-        samples = draw(self.data, self.samples, self.seed)
-        settings = LossIncreaseScore(None, self.loss, rows=self.rows)
-        slopes = gate_slopes(Trials(settings, network, samples))
+        samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
+        trials = Trials(LossIncreaseScore(None, self.loss, rows=self.rows), network, samples)
+        trials.check()
+        slopes = gate_slopes(trials)
         return network.with_scores({name: self.score(slope) for name, slope in slopes.items()}, comparable=True)
 
     def score(self, slopes: Tensor) -> Tensor:

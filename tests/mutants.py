@@ -709,6 +709,7 @@ MUTANTS = (
         "netsurgery/outputs.py",
         "                one.rmdir()",
         "                one.exists()",
+    ),
     # computed weights: what stays, and what is scored
     Mutant(
         "the length of a weight norm stays",

@@ -149,6 +149,10 @@ def test_a_limit_takes_images_from_everywhere(tmp_path: Path, monkeypatch: pytes
     found = opened(tmp_path, monkeypatch, "cifar10", limit=7)
     assert (len(found.train), len(found.plain), len(found.test)) == (7, 7, 4)
     assert found.plain.indices == [0, 2, 5, 8, 11, 14, 17]
+    whole = opened(tmp_path, monkeypatch, "cifar10")
+    for at, index in enumerate(found.plain.indices):  # as they are, though those to learn from are augmented
+        assert all(found.plain[at][0].equal(whole.plain[index][0]) for _ in range(5))
+    assert any(not found.train[at][0].equal(found.plain[at][0]) for at in range(7) for _ in range(5))
     with pytest.raises(InputError, match=r"^data\.limit = 99: cifar10 has 20 images$"):
         load(Data("cifar10", folder=str(tmp_path), limit=99), 0)
 
