@@ -24,7 +24,8 @@ def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
     """Set the attributes of a model whose tensors have the new sizes; only those that held the old size change."""
     modules = named_modules(model)
     for path, attribute, old, new in _followers(network, modules, sizes):
-        if old != new and modules[path].__dict__[attribute] == old:
+        held = modules[path].__dict__[attribute]
+        if old != new and isinstance(held, int | tuple) and held == old:  # an array has no one answer
             setattr(modules[path], attribute, new)
 
 

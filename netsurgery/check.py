@@ -137,7 +137,7 @@ class _Attempt:
             codes = {rebuild(run.whole, module, self.sizes, attributes, self.network.by_channel) for run in runs}
         except Deaf as reason:
             for name in why:
-                why[name] += f" (the code of {path} {reason})"
+                why[name] += f" (the code of {path or 'the model'} {reason})"
             return False
         if len(codes) > 1:
             return False

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import torch.utils._contextlib
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
@@ -273,7 +274,14 @@ class _Plain(Watcher):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = infer(func, args, kwargs)
         self.place(out, None)
+        self.hear_scripted(func, args, kwargs, out)
         return out
+
+    def hear_scripted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Scripted functions run operations without calling torch functions: the ears hear these here."""
+        if self.ears is not None and not self.ears.paused and not self.ears.busy:
+            self.ears.look_around()
+            self.ears.bind(out, self.ears.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
@@ -311,6 +319,7 @@ class _Follower(_Plain):
         out = infer(func, args, kwargs)
         self.place(out, node.meta["dims"])
         self.done.append(node)
+        self.hear_scripted(func, args, kwargs, out)
         return out
 
 
@@ -336,6 +345,16 @@ class _Ears(TorchFunctionMode):
         self.dtypes: dict[torch.dtype, fx.Node] = {}
         self.doubts: list[str] = []
         self.paused = False
+        self.busy = False  # inside of a torch function that is heard
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """What runs now is part of a torch function."""
+        before, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = before
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -485,7 +504,8 @@ class _Ears(TorchFunctionMode):
         if func in (Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__):
             return self.size(name, args, kwargs)
         start = len(self.watcher.done)
-        out = func(*_plain(args), **_plain(kwargs))
+        with self.inside():
+            out = func(*_plain(args), **_plain(kwargs))
         self.look_around()
         if name in _OF_MEMORY or (out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args)):
             self.doubts.append(f"calls {name}")
@@ -503,7 +523,8 @@ class _Ears(TorchFunctionMode):
             frame = frame.f_back  # type: ignore[assignment]
 
     def attribute_of(self, x: Tensor, name: str) -> Any:
-        value = getattr(x, name)
+        with self.inside():
+            value = getattr(x, name)
         if name == "shape":
             return self.shape(x)
         if name == "dtype":
@@ -541,9 +562,9 @@ class _Ears(TorchFunctionMode):
         given = tuple([self.node_of(a) for a in args]), {key: self.node_of(value) for key, value in kwargs.items()}
         if name.startswith("__") and hasattr(operator, name):
             node = self.graph.call_function(getattr(operator, name), *given)
-        elif getattr(Tensor, name, None) is func or (name in ("reshape",) and isinstance(args[0], Tensor)):
+        elif getattr(Tensor, name, None) is func or (name in _AS_METHODS and isinstance(args[0], Tensor)):
             node = self.graph.call_method(name, *given)
-        elif (resolve_name(func) or "").startswith("torch."):
+        elif isinstance(func, OpOverload) or (resolve_name(func) or "").startswith("torch."):
             node = self.graph.call_function(func, *given)
         else:
             raise Deaf(f"calls {func}")
@@ -551,6 +572,9 @@ class _Ears(TorchFunctionMode):
         if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             node.meta["scale"] = axes.of(args[0])[-1]
         return node
+
+
+_AS_METHODS = ("reshape", "view", "expand", "unflatten")
 
 
 def _illegible(tensor: Tensor) -> Tensor:

@@ -157,6 +157,19 @@ class Network:
         """Parameters and multiply-accumulates, now or with other numbers of units; nothing is built."""
         return total(*self.terms, self.sizes(counts))
 
+    def require_weights(self, reader: object) -> None:
+        """Make sure that the model has weights, for a pass that reads them.
+
+        Raises:
+            InputError: it is on the meta device.
+        """
+        absent = next((n for n, t in self.tensors.items() if t.is_meta and isinstance(t, nn.Parameter)), None)
+        if absent is not None:
+            raise InputError(
+                f"{type(reader).__name__} reads weights, but '{absent}' has none, it is on the meta device: "
+                "pass a model with its weights loaded, or use RandomScore()"
+            )
+
     def with_scores(self, scores: Mapping[str, Tensor], comparable: bool = False) -> Network:
         """The same network with scores laid on its groups; ``comparable`` where they mean the same in every group."""
         return dataclasses.replace(self, scores=dict(scores), comparable=comparable)

@@ -173,6 +173,13 @@ class Watcher(TorchDispatchMode):
         return torch.device("meta") if isinstance(value, torch.device) else value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "profiler":  # a label for what runs, no part of it
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # scripted functions come here with Posing still around them
+            return self.dispatch(func, args, kwargs)
+
+    def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answer one operation: tensors that torch inserts are the same tensors, real ones get stand-ins."""
         kwargs = {key: self.stand_in(value) for key, value in kwargs.items()} if kwargs else {}
         args = tuple([self.stand_in(value) for value in args])
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
@@ -251,6 +258,7 @@ class _Recorder(Watcher):
         self.nodes: TensorMap[fx.Node] = TensorMap()
         self.parts: TensorMap[tuple[fx.Node, int]] = TensorMap()  # results among several: a node once they are used
         self.count = 0  # operations so far
+        self.need: NeedsValues | None = None
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[tensor] = node
@@ -260,8 +268,13 @@ class _Recorder(Watcher):
     def read(self, bare: Tensor) -> Tensor:
         copied = None if self.values is None else super().read(bare)
         if copied is None or (copied.is_meta and self.program.values != "all"):
-            raise NeedsValues(format_where(location()))
+            raise self.needed(format_where(location()))
         return copied
+
+    def needed(self, place: str) -> NeedsValues:
+        """What to raise where the code looks at values that are not there; a scripted function makes another error."""
+        self.need = NeedsValues(place)
+        return self.need
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.remember(other, self.node_of(tensor))
@@ -334,7 +347,7 @@ class _Recorder(Watcher):
         except RuntimeError as error:
             place = f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())}"
             if self.program.values != "all" and needs_values(func, error):
-                raise NeedsValues(place) from error
+                raise self.needed(place) from error
             data = "" if self.program.values == "all" else "tensors without data of "
             raise TraceError(
                 f"{place} cannot run on {data}shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
@@ -497,7 +510,12 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None)
         layout = tensor.shape, tensor.stride()
         node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
         recorder.remember(tensor, node)
-    out = run_guarded(bare, recorder, on_meta_inputs, home(model))
+    try:
+        out = run_guarded(bare, recorder, on_meta_inputs, home(model))
+    except TraceError as error:
+        if recorder.need is not None:
+            raise recorder.need from error
+        raise
     results = [recorder.node_of(recorder.stand_in(tensor)) for tensor in tensors_in(out)]
     if not results:
         raise TraceError(

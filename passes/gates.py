@@ -32,6 +32,7 @@ class _GateScore(Pass):
         """Lay the scores on the network."""
         if not network.prunable:
             return network
+        network.require_weights(self)
         samples = draw(self.data, self.samples, self.seed)
         settings = LossIncreaseScore(None, self.loss, rows=self.rows)
         slopes = gate_slopes(Trials(settings, network, samples))

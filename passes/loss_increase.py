@@ -112,6 +112,7 @@ class LossIncreaseScore(Pass):
         """Lay the scores on the network."""
         if not network.prunable:
             return network
+        network.require_weights(self)
         samples = draw(self.data, self.samples, self.seed)
         trials = Trials(self, network, samples)
         key = trials.fingerprint()

@@ -105,6 +105,7 @@ class HGSRScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         found = outer_groups(network, layers(network), self.grouping)
         weights = [network.tensors[layer.name] for layer in found.layers]
         terms = outer_terms(weights, found.layout, self.criterion) if weights else torch.zeros(0)
@@ -146,6 +147,7 @@ class MagnitudeScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
 
         def along(weight: Tensor, axis: int) -> Tensor:
             flat = weight.movedim(axis, 0).flatten(1) if weight.dim() > 1 else weight[:, None]
@@ -190,6 +192,7 @@ class BatchNormScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         sums: dict[Axis, Tensor] = {}
         passed: dict[Axis, int] = {}
         for name in _norm_weights(network):
@@ -231,6 +234,7 @@ class GeometricMedianScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         scores = {}
         for group in network.prunable:
             squares = torch.zeros(group.size, group.size)
