@@ -32,6 +32,7 @@ from netsurgery.tracing import (
     Program,
     bare_inputs,
     home,
+    is_namedtuple,
     lend_inputs,
     run_guarded,
     skeleton,
@@ -232,6 +233,8 @@ class _Checker(Alongside):
             return tensor
         if type(out) in (tuple, list):
             return type(out)([self.predicted(item) for item in out])
+        if is_namedtuple(out):
+            return out._make(map(self.predicted, out))
         return {key: self.predicted(item) for key, item in out.items()} if type(out) is dict else out
 
     def blame(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:

@@ -758,8 +758,8 @@ def _run(
             watcher.place(given[value], None if training or other or sizes else dims)
         return given[value]
 
-    args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     try:
+        args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
         args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
         ears.integers(module)
         ears.fractions(module)

@@ -40,6 +40,7 @@ __all__ = [
     "as_inputs",
     "bare_inputs",
     "home",
+    "is_namedtuple",
     "lend",
     "lend_inputs",
     "location",
@@ -121,6 +122,11 @@ def tensors_in(value: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type) and not callable(leaf):
             found.extend(tensors_in(list(vars(leaf).values())))
     return found
+
+
+def is_namedtuple(value: Any) -> bool:
+    """Whether a value is a named tuple, such as a packed sequence."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
 @functools.cache
@@ -296,6 +302,8 @@ class _Recorder(Watcher):
             return found if found is not None or name is None else Named(name)
         if type(value) in (tuple, list):
             return type(value)([self.known(item) for item in value])
+        if is_namedtuple(value):
+            return value._make(map(self.known, value))
         if type(value) is dict:
             return {key: self.known(item) for key, item in value.items()}
         return value

@@ -41,6 +41,7 @@ T = TypeVar("T")
 _BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 _PICKS = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default}  # the first argument decides nothing
+_PACK = torch.ops.aten._pack_padded_sequence.default  # reads its second argument, lengths, from memory
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -70,7 +71,7 @@ class TensorMap(Generic[T]):
 def needs_values(func: Any, error: Exception) -> bool:
     """Whether an operation failed on tensors without data for want of values (or of a kernel that does without)."""
     foreign = not func._schema.name.startswith("aten::")  # torch's own say by their tags what they need
-    return foreign or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(func.tags)
+    return foreign or func is _PACK or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(func.tags)
 
 
 def draw(inputs: Any, device: torch.device) -> Any:
@@ -244,6 +245,9 @@ class Values:
         for tensor in self.written(func, args, kwargs):
             self.own(tensor)
         args, kwargs = self.reals(args, kwargs)
+        if func is _PACK:
+            data, sizes = func(args[0], args[1].cpu(), *args[2:])
+            return data, sizes.to(self.device)
         return laid_out(func)(*args, **kwargs)
 
     def written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -323,6 +327,8 @@ class Known(Values):
             return self.keep(func, args, kwargs, self.run(func, args, kwargs)), None
         for value in self.written(func, args, kwargs):
             self.forget(value)
+        if func is _PACK and self.knows(func, args[1:2], {}):
+            return self.packed(args), None
         if func in _PICKS and self.knows(func, args[1:], kwargs):
             return self.like(func, args, kwargs), None
         return infer(func, args, kwargs), None
@@ -333,6 +339,8 @@ class Known(Values):
         """The same where decisions are known too: those of ``node``, with the units that ``units`` lists."""
         if self.knows(func, args, kwargs):
             return self.keep(func, args, kwargs, self.run(func, args, kwargs))
+        if func is _PACK and self.knows(func, args[1:2], {}):
+            return self.packed(args)
         written = self.written(func, args, kwargs)
         if "decided" not in node.meta:
             for value in written:
@@ -349,6 +357,13 @@ class Known(Values):
             if isinstance(value, Tensor) and value.shape == part.shape:
                 self.of[part] = value
         return out
+
+    def packed(self, args: Any) -> Any:
+        """Sequences without data, one after the other by their known lengths."""
+        data, sizes = _PACK(args[0], self.real(args[1]).cpu(), *args[2:])
+        bare = _like(sizes)
+        self.of[bare] = sizes.to(self.device)
+        return data, bare
 
     def like(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result without data of an operation on values that are not known: zeros where it needs some."""
