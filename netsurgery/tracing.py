@@ -179,7 +179,7 @@ class Watcher(TorchDispatchMode):
         return torch.device("meta") if isinstance(value, torch.device) else value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "profiler":  # a label for what runs, no part of it
+        if _is_label(func):
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():  # scripted functions come here with Posing still around them
             return self.dispatch(func, args, kwargs)
@@ -246,6 +246,12 @@ def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise TraceError(f"{leaf!r} has no data to run on")
     with torch._C.DisableTorchFunction(), _disable_current_modes():  # the leaf sees what its tensors are
         return watcher.see(leaf, watcher.stand_in(leaf.bind(bare, args, kwargs)), {})
+
+
+@functools.cache
+def _is_label(func: Any) -> bool:
+    """Whether an operation only marks, for the profiler, what runs."""
+    return func._schema.name.startswith("profiler::")  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ them: so they take the same path, and are compared by the numbers on it.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -114,7 +115,10 @@ def flat(value: Any) -> Iterator[Any]:
     """What is in lists and tuples, however deep."""
     if isinstance(value, list | tuple):
         for item in value:
-            yield from flat(item)
+            if isinstance(item, list | tuple):
+                yield from flat(item)
+            else:
+                yield item
     else:
         yield value
 
@@ -127,6 +131,7 @@ def _parts(out: Any) -> list[Any]:
     return list(out) if isinstance(out, list | tuple) else [out]
 
 
+@functools.cache
 def _writes(func: Any) -> bool:
     return getattr(func._schema, "is_mutable", False)
 
@@ -318,8 +323,10 @@ class Known(Values):
 
     def knows(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the result of an operation follows from what is known."""
-        given = _tensors(args, list(kwargs.values()))
-        return _RANDOM not in func.tags and all(self.of.get(tensor) is not None for tensor in given)
+        known = self.of.items
+        if not all(id(leaf) in known for leaf in flat([args, *kwargs.values()]) if isinstance(leaf, Tensor)):
+            return False
+        return _RANDOM not in func.tags
 
     def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
         """The result of an operation without data; nothing is decided by what is known."""
