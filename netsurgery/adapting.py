@@ -196,6 +196,8 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     for node, place, value, axis in _wants(new_graph):
         if values(value) != sizes(axis):
             node.args = _put(node.args, place, _mended(value, axis, values, node))
+    for node in [node for node in new_graph.nodes if "parts" in node.meta]:
+        _settle_parts(node, values)
     for node in list(new_graph.nodes):
         axis = node.meta.get("scale")
         if axis is not None and sizes(axis) != axis.size:
@@ -210,6 +212,24 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     foreign = {name: f for name, f in code.globals.items() if name not in _SCOPE and name in code.src}
     lines = [f"from {f.__module__} import {f.__qualname__} as {name}" for name, f in foreign.items()]
     return "\n".join([*lines, code.src])
+
+
+def _settle_parts(node: fx.Node, values: Worth) -> None:
+    """Parts that are not all of one size any more are split by their sizes."""
+    parts = node.meta["parts"]
+    wanted = [values.sizes(part) for part in parts]
+    if wanted == _chunks(sum(wanted), len(wanted)) or wanted == [part.size for part in parts]:
+        return
+    if any(map(values.free, parts)):
+        raise Deaf("takes parts of a dimension that inputs and units share")
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    node.op, node.target, node.args, node.kwargs = "call_method", "split", (node.args[0], wanted, dim), {}
+
+
+def _chunks(size: int, count: int) -> list[int]:
+    """The sizes of the parts that ``chunk`` makes."""
+    whole = -(-size // count)
+    return [min(whole, size - start) for start in range(0, size, whole)]
 
 
 def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node) -> Any:

@@ -42,7 +42,7 @@ from netsurgery.tracing import (
 )
 from netsurgery.values import Known, draw, is_number, select
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "channels_of", "follows"]
 
 
 def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
@@ -66,6 +66,11 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
         reason = next(iter(why.values()))
         found.update({name: why.get(name, reason) for name in alike if name in counts})
     return adaptation, found or {name: reason for why, _ in lost.values() for name, reason in why.items()}
+
+
+def follows(model: nn.Module, network: Network, counts: Mapping[str, int]) -> bool:
+    """Whether the modules that changed groups come near follow these numbers of units; False may be wrong."""
+    return not _tried(model, network, counts, hurry=True)[1]
 
 
 _MANY = 1  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
@@ -233,6 +238,9 @@ def _known(network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, 
     return values
 
 
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 class _Checker(Alongside):
     def __init__(
         self,
@@ -266,12 +274,21 @@ class _Checker(Alongside):
             out = super().call(path, forward, args, kwargs)
             self.arrive(call.end)
         except (*RAISED_BY_MODELS, InputError) as error:
-            if path not in self.blamed:  # what follows from a size already found wrong says nothing new
+            if path not in self.blamed and not self.is_the_same(
+                call, args
+            ):  # what follows from a size already found wrong says nothing new
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
                 does = "does other things at" if isinstance(error, LeftPath) else "refuses"
                 self.blame_module(f"the code {does} other sizes ({first})", path)
             out = self.passed_over(call)
         return out
+
+    def is_the_same(self, call: Call, args: tuple[Any, ...]) -> bool:
+        """Whether a linear layer reads what it should: how memory is laid out decides by which operations it works."""
+        given = call.args[0] if self.kinds[call.path] in _LINEAR and len(call.args) == 1 and not call.kwargs else None
+        if not isinstance(given, fx.Node) or self.sources.get(id(args[0])) != self.origin(given):
+            return False
+        return tuple(args[0].shape) == tuple(map(self.sizes, given.meta["dims"]))
 
     def passed_over(self, call: Call) -> Any:
         """What a run of a module should have returned; the code goes on after it."""
@@ -464,14 +481,20 @@ class _Checker(Alongside):
         return out if isinstance(node.meta["shape"], list) else out[0]
 
 
+def channels_of(node: fx.Node) -> dict[Axis, None]:
+    """The channels in the dimensions of an operation's arguments and results."""
+    if "channels" not in node.meta:
+        touched = _touched(node, *node.all_input_nodes)
+        node.meta["channels"] = dict.fromkeys(leaf for axis in touched for leaf in leaves(axis))
+    return node.meta["channels"]  # type: ignore[no-any-return]
+
+
 def _concerned(program: Program, changed: Container[Axis]) -> list[int]:
     """How many operations before each place concern a changed group, or write to a tensor."""
     count = [0]
     for node in program.operations:
-        if "channels" not in node.meta:
-            node.meta["channels"] = {leaf for axis in _touched(node, *node.all_input_nodes) for leaf in leaves(axis)}
         schema: Any = getattr(node.target, "_schema", None)
-        matters = getattr(schema, "is_mutable", False) or any(c in changed for c in node.meta["channels"])
+        matters = getattr(schema, "is_mutable", False) or any(channel in changed for channel in channels_of(node))
         count.append(count[-1] + matters)
     return count
 

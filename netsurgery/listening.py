@@ -499,6 +499,9 @@ class _Ears(TorchFunctionMode):
         name = func.__name__
         if func in self.answers:
             return self.answers[func]
+        if func in _LIKE:
+            with self:
+                return _LIKE[func](args[0], args[1].shape)
         if name == "__get__":
             return self.attribute_of(args[0], func.__self__.__name__)
         if func in (Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__):
@@ -569,11 +572,16 @@ class _Ears(TorchFunctionMode):
         else:
             raise Deaf(f"calls {func}")
         node.meta["sizes"] = sizes
+        if name in ("chunk", "tensor_split") and isinstance(out, tuple | list):
+            node.meta["parts"] = [axes.of(part)[kwargs.get("dim", args[2] if len(args) > 2 else 0)] for part in out]
         if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             node.meta["scale"] = axes.of(args[0])[-1]
         return node
 
 
+_LIKE: dict[Any, Callable[..., Any]] = {
+    Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape, Tensor.expand_as: Tensor.expand,
+}  # fmt: skip
 _AS_METHODS = ("reshape", "view", "expand", "unflatten")
 
 

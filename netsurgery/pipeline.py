@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from netsurgery.alone import settle_alone
 from netsurgery.check import adapt
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost
@@ -87,7 +88,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     while found := adapt(model, network, halves)[1]:  # each round freezes at least one group
         network = network.with_frozen(found)
         halves = {group.name: halves[group.name] for group in network.prunable}
-    return network
+    return settle_alone(model, network)
 
 
 @_few_collections()
