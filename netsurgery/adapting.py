@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import linecache
 import operator
 import weakref
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, nan, sqrt
 from typing import Any
@@ -22,9 +23,10 @@ from torch import fx, nn
 
 from netsurgery.axes import Axis, leaves
 from netsurgery.costs import Sizes
+from netsurgery.expecting import EXPECTATIONS
 from netsurgery.listening import Deaf, Worth
 
-__all__ = ["Adaptation", "Rewritten", "rebuild", "solve"]
+__all__ = ["Adaptation", "Rewritten", "joined", "kinds", "merge", "rebuild", "solve"]
 
 Attributes = Mapping[str, Any]
 
@@ -130,6 +132,18 @@ def solve(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, A
     return attributes, len(agreed) == len(found) and not _used_otherwise(graph, agreed)
 
 
+def merge(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dict[str, Any], bool]:
+    """What several runs of a module want its attributes to be, none if they disagree; and whether that is all."""
+    wanted: dict[str, Any] = {}
+    enough = True
+    for attributes, alone in found:
+        if any(wanted.get(name, value) != value for name, value in attributes.items()):
+            return {}, False
+        wanted.update(attributes)
+        enough = enough and alone
+    return wanted, enough
+
+
 def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]) -> bool:
     """Whether one of these attributes is also used for something that is not the size of a dimension."""
     places = {(node, place) for node, place, _, _ in _wants(graph)}
@@ -212,6 +226,44 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     foreign = {name: f for name, f in code.globals.items() if name not in _SCOPE and name in code.src}
     lines = [f"from {f.__module__} import {f.__qualname__} as {name}" for name, f in foreign.items()]
     return "\n".join([*lines, code.src])
+
+
+def kinds(graph: fx.Graph) -> tuple[str, ...]:
+    """What a graph makes sure of about the inputs of its module."""
+    return tuple(
+        f"{node.target.__name__}{[value for value in node.args if not isinstance(value, fx.Node)]}"
+        for node in graph.nodes
+        if node.target in EXPECTATIONS
+    )
+
+
+def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
+    """One ``forward`` of those of several runs, each with the kinds of inputs that it is for.
+
+    Raises:
+        Deaf: they differ for inputs of one kind.
+    """
+    by_kind: dict[tuple[str, ...], str] = {}
+    for kind, code in ways:
+        if by_kind.setdefault(kind, code) != code:
+            raise Deaf("takes several ways for inputs of one kind")
+    codes = [by_kind[kind] for kind in sorted(by_kind, key=len, reverse=True)]  # what is made sure of more comes first
+    if len(set(codes)) == 1:
+        return codes[0]
+    head = next(line for line in codes[0].splitlines() if line.startswith("def forward("))
+    given = inspect.signature(_compiled(f"{head} ...")["forward"]).parameters.values()
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    passed = ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in given)
+    ways_in = [code.replace("def forward(", f"def way_{i}(") for i, code in enumerate(codes)]
+    names = ", ".join(f"way_{i}" for i in range(len(codes)))
+    last = f"{head}\n    return first_that_fits(({names}), {passed})\n"
+    return "\n".join(["from netsurgery.expecting import first_that_fits", *ways_in, last])
+
+
+def _compiled(code: str) -> dict[str, Any]:
+    scope = dict(_SCOPE)
+    exec(code, scope)
+    return scope
 
 
 def _settle_parts(node: fx.Node, values: Worth) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from netsurgery.adapting import Adaptation, rebuild, solve
+from netsurgery.adapting import Adaptation, joined, kinds, merge, rebuild, solve
 from netsurgery.alongside import Alongside, LeftPath, source_of
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
@@ -189,22 +189,23 @@ class _Attempt:
             if path not in self.tried:
                 self.tried.add(path)
                 found = [solve(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
-                if all(one == found[0] for one in found) and found[0][0]:
-                    self.adaptation.attributes[path], enough = found[0]
+                agreed, enough = merge(found)
+                if agreed:
+                    self.adaptation.attributes[path] = agreed
                     if enough:
                         return True
             if not path:  # the user's own class stays
                 self.adaptation.attributes.pop(path, None)
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
-            codes = {rebuild(run.whole, module, self.sizes, attributes, self.network.by_channel) for run in runs}
+            by_channel = self.network.by_channel
+            ways = [(kinds(run.whole), rebuild(run.whole, module, self.sizes, attributes, by_channel)) for run in runs]
+            self.adaptation.code[path] = joined(ways)
         except Deaf as reason:
             for name in why:
                 why[name] += f" (the code of {path or 'the model'} {reason})"
             return False
-        if len(codes) > 1:
-            return False
-        self.adaptation.code[path], self.adaptation.reasons[path] = codes.pop(), next(iter(why.values()))
+        self.adaptation.reasons[path] = next(iter(why.values()))
         return True
 
     def heard(self, path: str) -> list[Heard]:
