@@ -11,11 +11,13 @@ import contextlib
 import functools
 import operator
 import os
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -453,9 +455,16 @@ def skeleton(
 @contextlib.contextmanager
 def _own_random_numbers(device: torch.device) -> Iterator[None]:
     """Random numbers that are the same in every run; the state outside stays as it is."""
+    python, arrays = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        yield
+        random.seed(0)
+        numpy.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
 
 
 def home(model: nn.Module) -> torch.device:
@@ -477,8 +486,7 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torc
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:
         with torch.no_grad(), caches_kept(bare), contextlib.ExitStack() as stack:
-            if watcher.values is not None:
-                stack.enter_context(_own_random_numbers(device))
+            stack.enter_context(_own_random_numbers(device))
             stack.enter_context(Posing(watcher.read, device))
             stack.enter_context(watcher)
             return bare(*inputs[0], **inputs[1])
