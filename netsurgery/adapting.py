@@ -26,7 +26,7 @@ from netsurgery.costs import Sizes
 from netsurgery.expecting import EXPECTATIONS
 from netsurgery.listening import Deaf, Worth
 
-__all__ = ["Adaptation", "Rewritten", "joined", "kinds", "merge", "rebuild", "solve"]
+__all__ = ["Adaptation", "Rewritten", "by_mode", "joined", "kinds", "merge", "rebuild", "solve"]
 
 Attributes = Mapping[str, Any]
 
@@ -219,7 +219,8 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
         if node.meta.get("guard") and not (values(node.args[0]) and values.depends(node.args[0])):
             new_graph.erase_node(node)
     for node in reversed(list(new_graph.nodes)):
-        bare = "value" in node.meta or node.op == "get_attr" or node.target in (operator.getitem, getattr)
+        picks = node.target in (operator.getitem, getattr) and "sizes" not in node.meta  # no operation on a tensor
+        bare = "value" in node.meta or node.op == "get_attr" or picks
         if bare and not node.users and node.op != "placeholder":
             new_graph.erase_node(node)
     code = new_graph.python_code("self")
@@ -250,14 +251,33 @@ def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
     codes = [by_kind[kind] for kind in sorted(by_kind, key=len, reverse=True)]  # what is made sure of more comes first
     if len(set(codes)) == 1:
         return codes[0]
-    head = next(line for line in codes[0].splitlines() if line.startswith("def forward("))
+    names = [f"netsurgery_way_{i}" for i in range(len(codes))]
+    ways_in = [_renamed(code, "way", name) for name, code in zip(names, codes, strict=True)]
+    head, passed = _head(codes[0])
+    last = f"{head}\n    return first_that_fits(({', '.join(names)}), {passed})\n"
+    return "\n".join(["from netsurgery.expecting import first_that_fits", *ways_in, last])
+
+
+def by_mode(usual: str, trained: str) -> str:
+    """One ``forward`` of those outside of training and in training."""
+    head, passed = _head(usual)
+    last = f"{head}\n    return (netsurgery_trained if self.training else netsurgery_usual)({passed})\n"
+    return "\n".join(
+        [_renamed(usual, "usual", "netsurgery_usual"), _renamed(trained, "trained", "netsurgery_trained"), last]
+    )
+
+
+def _renamed(code: str, prefix: str, name: str) -> str:
+    """A ``forward`` under another name; ways that are in it have a prefix then."""
+    return code.replace("netsurgery_way_", f"netsurgery_{prefix}_way_").replace("def forward(", f"def {name}(")
+
+
+def _head(code: str) -> tuple[str, str]:
+    """The first line of a ``forward``, and its arguments as they are passed on."""
+    head = next(line for line in code.splitlines() if line.startswith("def forward("))
     given = inspect.signature(_compiled(f"{head} ...")["forward"]).parameters.values()
     stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    passed = ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in given)
-    ways_in = [code.replace("def forward(", f"def way_{i}(") for i, code in enumerate(codes)]
-    names = ", ".join(f"way_{i}" for i in range(len(codes)))
-    last = f"{head}\n    return first_that_fits(({names}), {passed})\n"
-    return "\n".join(["from netsurgery.expecting import first_that_fits", *ways_in, last])
+    return head, ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in given)
 
 
 def _compiled(code: str) -> dict[str, Any]:

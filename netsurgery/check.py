@@ -16,14 +16,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from netsurgery.adapting import Adaptation, joined, kinds, merge, rebuild, solve
+from netsurgery.adapting import Adaptation, by_mode, joined, kinds, merge, rebuild, solve
 from netsurgery.alongside import Alongside, LeftPath, source_of
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
 from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
 from netsurgery.errors import InputError, RewriteError
-from netsurgery.listening import Deaf, Heard, hear
+from netsurgery.listening import Deaf, Heard, OtherInTraining, hear
 from netsurgery.network import Group, Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
@@ -33,9 +33,11 @@ from netsurgery.tracing import (
     Inputs,
     Program,
     bare_inputs,
+    format_where,
     home,
     is_namedtuple,
     lend_inputs,
+    raised_at,
     run_guarded,
     skeleton,
     tensors_in,
@@ -194,13 +196,13 @@ class _Attempt:
                     self.adaptation.attributes[path] = agreed
                     if enough:
                         return True
+                    if not path and agreed:  # the next try says whether they do
+                        return True
             if not path:  # the user's own class stays
                 self.adaptation.attributes.pop(path, None)
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
-            by_channel = self.network.by_channel
-            ways = [(kinds(run.whole), rebuild(run.whole, module, self.sizes, attributes, by_channel)) for run in runs]
-            self.adaptation.code[path] = joined(ways)
+            self.adaptation.code[path] = self.written(path, module, attributes)
         except Deaf as reason:
             for name in why:
                 why[name] += f" (the code of {path or 'the model'} {reason})"
@@ -208,17 +210,42 @@ class _Attempt:
         self.adaptation.reasons[path] = next(iter(why.values()))
         return True
 
-    def heard(self, path: str) -> list[Heard]:
-        """What the code of a module does, each time it runs."""
-        program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
-        module = self.model.get_submodule(path)
-        if path not in program.heard or program.heard[path][0]() is not module:
+    def written(self, path: str, module: nn.Module, attributes: Mapping[str, Any]) -> str:
+        """The source of a module's ``forward`` at other sizes: of one that computes other things in training, both.
+
+        Raises:
+            Deaf: its code cannot be followed; the message says why.
+        """
+
+        def code(graphs: list[fx.Graph]) -> str:
+            by_channel = self.network.by_channel
+            return joined((kinds(one), rebuild(one, module, self.sizes, attributes, by_channel)) for one in graphs)
+
+        try:
+            return code([run.whole for run in self.heard(path)])
+        except OtherInTraining:
+            trained = self.heard(path, in_training=True)
+            return by_mode(code([run.alone for run in self.heard(path)]), code([run.alone for run in trained]))
+
+    def heard(self, path: str, in_training: bool = False) -> list[Heard]:
+        """What the code of a module does, each time it runs.
+
+        Raises:
+            Deaf: it cannot be heard; the message says why.
+        """
+        programs = [p for p in self.network.programs if p.mode == "train" or not in_training]
+        program = next((p for p in programs if any(call.path == path for call in p.calls)), None)
+        if program is None:
+            raise Deaf("runs other code in training, and that run is not recorded")
+        module, key = self.model.get_submodule(path), f"{path} in training" if in_training else path
+        if key not in program.heard or program.heard[key][0]() is not module:
             try:
-                runs = [hear(module, program, call, self.network) for call in program.calls if call.path == path]
-                program.heard[path] = weakref.ref(module), runs
+                calls = [call for call in program.calls if call.path == path]
+                runs = [hear(module, program, call, self.network, in_training) for call in calls]
+                program.heard[key] = weakref.ref(module), runs
             except Deaf as reason:
-                program.heard[path] = weakref.ref(module), str(reason)
-        found: list[Heard] | str = program.heard[path][1]
+                program.heard[key] = weakref.ref(module), str(reason)
+        found: list[Heard] | str = program.heard[key][1]
         if isinstance(found, str):
             raise Deaf(found)
         return found
@@ -278,9 +305,10 @@ class _Checker(Alongside):
             if path not in self.blamed and not self.is_the_same(
                 call, args
             ):  # what follows from a size already found wrong says nothing new
-                first = str(error).splitlines()[0] if str(error) else type(error).__name__
+                first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
                 does = "does other things at" if isinstance(error, LeftPath) else "refuses"
-                self.blame_module(f"the code {does} other sizes ({first})", path)
+                place = f" {format_where(raised_at(error))}".rstrip()
+                self.blame_module(f"the code {does} other sizes ({first}){place}", path)
             out = self.passed_over(call)
         return out
 

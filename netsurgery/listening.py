@@ -9,6 +9,7 @@ the node says of which (``node.meta["sizes"]``), so that it can be worked out an
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -41,11 +42,15 @@ from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
-__all__ = ["Deaf", "Heard", "Worth", "hear"]
+__all__ = ["Deaf", "Heard", "OtherInTraining", "Worth", "hear"]
 
 
 class Deaf(Exception):
     """The code of a module does something that a graph of torch functions cannot express."""
+
+
+class OtherInTraining(Deaf):
+    """The code of a module computes other things in training."""
 
 
 class Number(int):
@@ -632,6 +637,27 @@ class Heard:
     again: Callable[..., _Ears]  # in training? with other dtypes? at which sizes?
     free: list[Axis]  # channels of the inputs that may be of any size
     attributes: dict[str, Any]
+    training: bool = False
+
+    @functools.cached_property
+    def alone(self) -> fx.Graph:
+        """The graph that stands for the code in the mode in which it was heard.
+
+        Raises:
+            Deaf: there is none; the message says why.
+        """
+        if self.doubts:
+            raise Deaf(self.doubts[0])
+        self.try_other_inputs()
+        graph, told = copy.deepcopy(self.usual), True
+        if any(map(_reads_dtype, graph.nodes)):
+            try:
+                told = _tell_dtypes_apart(graph, self.again(self.training, True).graph)
+            except Deaf:
+                told = False
+        if not told:
+            _keep_dtypes(graph)
+        return graph
 
     @functools.cached_property
     def whole(self) -> fx.Graph:
@@ -653,10 +679,9 @@ class Heard:
                     told &= _tell_dtypes_apart(graph, self.again(training, True).graph)
                 except Deaf:
                     told = False
-        merged = _merged(self.usual, trained.graph)
-        for node in merged.nodes if not told else ():  # other dtypes may take another way
-            if node.target is expect_tensor:
-                node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
+        merged = _merged(copy.deepcopy(self.usual), trained.graph)
+        if not told:
+            _keep_dtypes(merged)
         return merged
 
     def try_other_inputs(self) -> None:
@@ -668,7 +693,7 @@ class Heard:
         for chosen in (self.free, *([axis] for axis in self.free if len(self.free) > 1)):
             sizes = Sizes({axis: 2 * axis.size for axis in chosen})
             try:
-                other = self.again(False, False, sizes).graph
+                other = self.again(self.training, False, sizes).graph
             except Deaf:  # the code does not run so; one size at a time may do
                 continue
             worth = Worth(sizes, self.attributes, ())
@@ -679,7 +704,14 @@ class Heard:
                 return
 
 
-def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
+def _keep_dtypes(graph: fx.Graph) -> None:
+    """Other dtypes may take another way: those that were traced are made sure of."""
+    for node in graph.nodes:
+        if node.target is expect_tensor:
+            node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
+
+
+def hear(module: nn.Module, program: Program, call: Call, network: Network, in_training: bool = False) -> Heard:
     """What one run of a module's own code did, as it was recorded.
 
     Raises:
@@ -692,17 +724,17 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> H
 
     def listen(training: bool, other: bool, sizes: Sizes | None = None) -> _Ears:
         bare, names = _in_other_dtypes(*skeleton(module, program.mode)) if other else usual
-        watcher = _Plain() if training or other or sizes else _Follower(program, call)
+        watcher = _Plain() if training != in_training or other or sizes else _Follower(program, call)
         track(bare, watcher)
         ears = _Ears(bare, names, watcher, device)
         _run(bare, ears, call, network, training, other, sizes)
         return ears
 
-    heard = listen(training=False, other=False)
+    heard = listen(training=in_training, other=False)
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
     free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
-    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__))
+    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training)
 
 
 def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
@@ -763,7 +795,7 @@ def _run(
                     shape = tuple(map(sizes, dims))
                     given[value] = torch.empty_permuted(shape, order, dtype=value.meta["dtype"], device="meta")
             given[value] = given[value].to(_other(given[value].dtype)) if other else given[value]
-            watcher.place(given[value], None if training or other or sizes else dims)
+            watcher.place(given[value], dims if isinstance(watcher, _Follower) else None)
         return given[value]
 
     try:
@@ -928,7 +960,7 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
         if isinstance(x, float) and x == 0 and isinstance(y, fx.Node | float):
             with usual.inserting_after(twin[y] if isinstance(y, fx.Node) else mode):
                 return usual.call_function(operator.mul, (settled(y), mode))
-        raise Deaf("computes other things in training")
+        raise OtherInTraining("computes other things in training")
 
     if _guards(training) - _guards(usual):
         raise Deaf("asks for other sizes in training")
@@ -941,16 +973,16 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
                     twin[other] = usual.get_attr(str(other.target))
                 continue
             if other.target is not F.dropout or other.args[0] not in twin:
-                raise Deaf("runs other code in training")
+                raise OtherInTraining("runs other code in training")
             rate = settled(other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5))
             with usual.inserting_after(last):
                 last = twin[other] = usual.call_function(F.dropout, (twin[other.args[0]], rate, mode))  # type: ignore[index]
             continue
         if node.kwargs.keys() != other.kwargs.keys():
-            raise Deaf("runs other code in training")
+            raise OtherInTraining("runs other code in training")
         last = twin[other] = left.pop()
         node.args = same(node.args, other.args)
         node.kwargs = {key: same(value, other.kwargs[key]) for key, value in node.kwargs.items()}
     if left:
-        raise Deaf("runs other code in training")
+        raise OtherInTraining("runs other code in training")
     return usual

@@ -47,6 +47,7 @@ __all__ = [
     "lend_inputs",
     "location",
     "names_used",
+    "raised_at",
     "record",
     "run_guarded",
     "skeleton",
@@ -131,13 +132,17 @@ def is_namedtuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
+#: Packages that stand between the user's code and torch, whose own lines say nothing of the user's.
+_BETWEEN = tuple(f"{os.sep}{name}{os.sep}" for name in ("einops", "opt_einsum", "jaxtyping", "beartype", "typeguard"))
+
+
 @functools.cache
 def _is_library(filename: str) -> bool:
-    return filename.startswith(_LIBRARY)
+    return filename.startswith(_LIBRARY) or any(name in filename for name in _BETWEEN)
 
 
 def location() -> tuple[str, int] | None:
-    """File and line of the innermost frame that is neither torch's nor ours."""
+    """File and line of the innermost frame that is neither torch's, nor of packages like it, nor ours."""
     frame = sys._getframe(1)
     while frame is not None:
         if not _is_library(frame.f_code.co_filename):
@@ -454,17 +459,17 @@ def skeleton(
 
 @contextlib.contextmanager
 def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers that are the same in every run; the state outside stays as it is."""
-    python, arrays = random.getstate(), numpy.random.get_state()
+    """Random numbers that are the same in every run, numpy's global ones too; the state outside stays as it is."""
+    python, arrays = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         random.seed(0)
-        numpy.random.seed(0)
+        numpy.random.seed(0)  # noqa: NPY002
         try:
             yield
         finally:
             random.setstate(python)
-            numpy.random.set_state(arrays)
+            numpy.random.set_state(arrays)  # noqa: NPY002
 
 
 def home(model: nn.Module) -> torch.device:
@@ -597,7 +602,7 @@ def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch
         raise TraceError(_explain(bare, error, inputs)) from error
 
 
-def _raised(error: Exception) -> tuple[str, int] | None:
+def raised_at(error: Exception) -> tuple[str, int] | None:
     """File and line of the user's code that raised an error."""
     traceback, where = error.__traceback__, None
     while traceback is not None:
@@ -608,8 +613,8 @@ def _raised(error: Exception) -> tuple[str, int] | None:
 
 
 def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
-    where = _raised(error)
-    first = str(error).splitlines()[0] if str(error) else ""
+    where = raised_at(error)
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return (
         f"{type(bare).__name__} does not run on inputs of shape {_shapes(inputs)}: "
         f"{type(error).__name__}: {first} {format_where(where)}. Pass example_inputs that fit the model"

@@ -172,6 +172,77 @@ def test_the_branches_compile() -> None:
     torch.testing.assert_close(compiled(X), small(X))
 
 
+# Code that is another in training -----------------------------------------------------------------------------------
+
+
+class MasksInTraining(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x).view(x.shape[0], -1, 3, 4).transpose(1, 2)
+        if self.training:
+            weights = F.dropout((0.5 * y @ y.transpose(-1, -2)).softmax(-1), 0.25, True)
+            return self.g((weights @ y).transpose(1, 2).reshape(x.shape[0], -1, 12))
+        return self.g(((y @ y.transpose(-1, -2) * 0.5).softmax(-1) @ y).transpose(1, 2).flatten(2))
+
+
+class AddsInTraining(Part):
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        y = self.heads(x) if state is None else self.heads(x) * state
+        return self.g(y + 1) if self.training else self.g(y)
+
+
+class OtherOrder(Part):
+    """The same in both modes, in another order; and a part of a result that nothing reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            y, _ = self.heads(x).relu()[..., :12], x[..., 0]
+            return self.g(y * 2.0)
+        y = 2.0 * self.heads(x)
+        last = y[:, -1]
+        assert last.dim() == 2
+        return self.g(y.relu())
+
+
+TRAINED: dict[str, Callable[[], nn.Module]] = {
+    "masks": lambda: net(lambda net, x: net.part(x), MasksInTraining(torch.add)),
+    "adds": lambda: net(lambda net, x: net.part(x), AddsInTraining(torch.add)),
+    "adds, with a state": lambda: net(with_state, AddsInTraining(torch.add)),
+    "another order": lambda: net(lambda net, x: net.part(net.part(x)), OtherOrder(torch.add)),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_code_that_is_another_in_training_is_followed(name: str) -> None:
+    model = TRAINED[name]()
+    for seed, share in ((0, 0.5), (1, 0.75), (2, None)):
+        small, _ = check(model, (X,), 1e-10, seed, share)
+    assert "netsurgery_trained if self.training" in small.part.netsurgery_code
+
+
+@pytest.mark.parametrize("name", ["adds", "another order"])
+def test_in_training_too_the_result_is_that_of_the_silenced_network(name: str) -> None:
+    """Units whose consumers are zero may go: in both modes nothing else changes."""
+    model = TRAINED[name]()
+    gone = [i for i in range(12) if i % 4 == 1]
+    with torch.no_grad():
+        model.part.g.weight[:, gone] = 0
+        model.part.f.weight[gone], model.part.f.bias[gone] = 0, -1e9  # nothing of the softmax either
+    network = netsurgery.trace(model, (X,))
+    inner = next(group for group in network.prunable if group.size == 4)
+    small = netsurgery.rewrite(model, netsurgery.Edit(network, {inner.name: (0, 2, 3)}))
+    for one in (model, small):
+        one.train()
+    torch.testing.assert_close(small(X), model(X), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(small(X), small.eval()(X)) or name == "another order"
+
+
+def test_each_mode_has_its_dropout() -> None:
+    small = netsurgery.apply(TRAINED["masks"](), [RandomScore(), PruneChannels(0.5)], (X,))
+    assert torch.equal(small(X), small(X))
+    small.train()
+    assert not torch.equal(small(X), small(X))
+
+
 class Counts(Part):
     """It takes another way each second time, and nothing that it is given says so."""
 
