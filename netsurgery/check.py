@@ -161,6 +161,7 @@ class _Attempt:
         self.kinds = {path: type(module) for path, module in named_modules(model).items()}
         self.adaptation = Adaptation(model=weakref.ref(model))
         self.tried: set[str] = set()
+        self.by_size: set[str] = set()
         self.hurry = False  # whether modules that no changed group comes near are passed over
 
     def failures(self) -> Lost:
@@ -204,11 +205,34 @@ class _Attempt:
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
             self.adaptation.code[path] = self.written(path, module, attributes)
         except Deaf as reason:
+            if path not in self.by_size:
+                self.by_size.add(path)
+                if alike := self.adaptation.attributes.get(path) or self.of_these_sizes(path):
+                    self.adaptation.attributes[path] = alike  # the next try says whether they are what they seem
+                    return True
             for name in why:
                 why[name] += f" (the code of {path or 'the model'} {reason})"
             return False
         self.adaptation.reasons[path] = next(iter(why.values()))
         return True
+
+    def of_these_sizes(self, path: str) -> dict[str, int]:
+        """New values of the integers that a module's code mentions and that are the size of changed groups.
+
+        For code that cannot be heard. A size that groups have which change in different ways says nothing.
+        """
+        now: dict[int, set[int]] = {}
+        for program in self.network.programs:
+            for call in [call for call in program.calls if call.path == path]:
+                for node in program.operations[call.begin : call.end]:
+                    for channel in channels_of(node):
+                        if channel in self.network.by_channel:
+                            now.setdefault(channel.size, set()).add(self.sizes(channel))
+        module = self.model.get_submodule(path)
+        kind: Any = type(module)
+        held = {name: n for name, n in module.__dict__.items() if type(n) is int and name in _mentioned(kind)}
+        found = {name: (n, now.get(n, {n})) for name, n in held.items()}
+        return {name: new for name, (n, sizes) in found.items() for new in sizes if len(sizes) == 1 and new != n}
 
     def written(self, path: str, module: nn.Module, attributes: Mapping[str, Any]) -> str:
         """The source of a module's ``forward`` at other sizes: of one that computes other things in training, both.
@@ -249,6 +273,14 @@ class _Attempt:
         if isinstance(found, str):
             raise Deaf(found)
         return found
+
+
+@functools.cache
+def _mentioned(kind: Any) -> frozenset[str]:
+    """The names that the code of a class of modules mentions, but for how it is built and shown."""
+    methods = {name: f for base in reversed(kind.__mro__) for name, f in vars(base).items() if hasattr(f, "__code__")}
+    used = [f.__code__.co_names for name, f in methods.items() if name not in ("__init__", "extra_repr", "__repr__")]
+    return frozenset(name for names in used for name in names)
 
 
 def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
@@ -498,7 +530,8 @@ class _Checker(Alongside):
                     self.blame([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
             elif name not in sized and now != then and _is_number(now):
-                self.blame(_touched(*node.all_input_nodes), node, f"the code computes {name}={then} from a size")
+                reason = Op(node, None).reason(f"the code computes {name}={then} from a size")
+                self.blame_module(reason, self.modules[-1] if self.modules else "")
                 return True
         return False
 
