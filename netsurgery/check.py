@@ -58,9 +58,10 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
     culprits: dict[tuple[type, type], tuple[str, list[str]]] = {}  # by class: where the code was looked into, and whose
     kinds = {path: type(module) for path, module in named_modules(model).items()}
     for path, (why, around) in lost.items():
-        if around is None or len(why) <= _MANY:
+        if len(why) <= _MANY or (around is None and len(why) > _FEW):
             found.update(why)
             continue
+        around = path if around is None else around
         kind = kinds[path], kinds[around]
         if kind not in culprits:
             culprits[kind] = around, _culprit(model, network, counts, path, around)
@@ -76,6 +77,7 @@ def follows(model: nn.Module, network: Network, counts: Mapping[str, int]) -> bo
 
 
 _MANY = 1  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
+_FEW = 4  # groups; when an operation is about more than these, it is about each of them
 Lost = dict[str, tuple[dict[str, str], str | None]]
 
 
