@@ -33,6 +33,7 @@ class _GateScore(Pass):
         """Lay the scores on the network."""
         if not network.prunable:
             return network
+        network.require_weights(self)
         samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
         trials = Trials(LossIncreaseScore(None, self.loss, rows=self.rows), network, samples)
         trials.check()

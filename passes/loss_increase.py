@@ -113,6 +113,7 @@ class LossIncreaseScore(Pass):
         """Lay the scores on the network."""
         if not network.prunable:
             return network
+        network.require_weights(self)
         samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
         trials = Trials(self, network, samples)
         trials.check()

@@ -110,6 +110,7 @@ class HGSRScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         listed, values = scored_layers(network, self.grouping)
         found = outer_groups(network, listed, self.grouping)
         value = dict(zip(map(id, listed), values, strict=True))
@@ -153,6 +154,7 @@ class MagnitudeScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
 
         def along(weight: Tensor, axis: int) -> Tensor:
             flat = weight.movedim(axis, 0).flatten(1) if weight.dim() > 1 else weight[:, None]
@@ -197,6 +199,7 @@ class BatchNormScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         sums: dict[Axis, Tensor] = {}
         passed: dict[Axis, int] = {}
         for axis, scale in _norm_scales(network):
@@ -241,6 +244,7 @@ class GeometricMedianScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         scores = {}
         found = uses(network)
         for group in network.prunable:

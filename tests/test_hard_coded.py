@@ -338,6 +338,11 @@ def trains_otherwise(m: Any, x: Tensor) -> Tensor:
     return y + 1 if m.training else y
 
 
+def trains_with_what_is_outside(m: Any, x: Tensor) -> Tensor:
+    y = default_scale(m, x)
+    return y + OUTSIDE if m.training else y
+
+
 def from_outside(m: Any, x: Tensor) -> Tensor:
     return default_scale(m, x) + OUTSIDE
 
@@ -367,7 +372,7 @@ def under_checkpoint(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "why"),
     {
-        trains_otherwise: "runs other code in training",
+        trains_with_what_is_outside: "uses a tensor from outside",
         from_outside: "uses a tensor from outside",
         remembers: "sets its attribute seen",
         under_autocast: "uses autocast",
@@ -381,6 +386,15 @@ def test_what_cannot_be_rewritten_is_locked(run: Callable[..., Tensor], why: str
     reasons = [g.frozen or "" for g in network.groups if g.unit == "head_dim"]
     assert any(f"the code of inside {why}" in reason for reason in reasons)
     oracles.check(model, (X,), 1e-9, share=0.5)
+
+
+def test_what_runs_other_code_in_training_is_rewritten_for_both() -> None:
+    small, edit = oracles.check(build(Attention(trains_otherwise)), (X,), 1e-9, share=0.5)
+    assert list(edit.replaced) == ["inside"]
+    usual = small.inside(X.new_ones(1, 5, small.first.out_features))
+    small.inside.rate = 0.0
+    trained = small.inside.train()(X.new_ones(1, 5, small.first.out_features))
+    torch.testing.assert_close(trained, usual + 1)
 
 
 def test_code_that_is_given_objects_is_locked() -> None:
