@@ -77,6 +77,7 @@ def check_builds(
     capability: int, dtype: torch.dtype, norm: int, power: float, outer: float, indexed: bool, only: bool | None = None
 ) -> None:
     """Both kernels build, with every kind of tile (or only those along rows, or columns), and are what they should."""
+
     def packed(writes: bool) -> tuple[int, ...]:
         return tuple(kind.packed for kind in kinds(writes) if kind.by_rows != only)
 
