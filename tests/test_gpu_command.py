@@ -19,6 +19,8 @@ import gpu
 import netsurgery
 from netsurgery.passes import HGSR
 
+# What torch.compile imports says so on Python 3.13.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 ROOT = Path(__file__).resolve().parent.parent
 ANYWHERE = [check for check in gpu.CHECKS if not check.cuda]
 
