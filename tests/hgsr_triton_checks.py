@@ -1,7 +1,7 @@
 """What the Triton kernels must satisfy, on the GPU, or, with TRITON_INTERPRET=1, in the interpreter on the CPU.
 
 Not collected by itself, since Triton interprets either everything or nothing in a process; ``test_hgsr_triton.py``
-runs it.
+runs it in the interpreter, and ``gpu.py`` on a GPU.
 """
 
 from __future__ import annotations

@@ -19,11 +19,18 @@ import gpu
 import netsurgery
 from netsurgery.passes import HGSR
 
+# What torch.compile imports says so on Python 3.13.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 ROOT = Path(__file__).resolve().parent.parent
 ANYWHERE = [check for check in gpu.CHECKS if not check.cuda]
 
 
-@pytest.mark.parametrize("check", ANYWHERE, ids=lambda check: check.name)
+def chosen(check: gpu.Check) -> Any:
+    """From an empty cache a compilation takes up to a minute."""
+    return pytest.param(check, id=check.name, marks=[pytest.mark.slow] * ("torch.compile" in check.name))
+
+
+@pytest.mark.parametrize("check", [chosen(check) for check in ANYWHERE])
 def test_on_the_cpu(check: gpu.Check, capsys: pytest.CaptureFixture[str]) -> None:
     if "torch.compile" in check.name and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no compiler of C++ for torch.compile")
@@ -105,10 +112,10 @@ def test_what_fails_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_kernels_are_dealt_over_processes(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
-    parts = [gpu.Slice.begin(number, 1000, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") for number in (150, 999)]
+    parts = [gpu.Slice.begin(number, 1000, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") for number in (139, 999)]
     assert [part.end() for part in parts] == [True, False]  # the last has nothing to do, which is no success
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("ok     kernels, part 151 of 1000 ") and " 1 passed" in lines[0]
+    assert lines[0].startswith("ok     kernels, part 140 of 1000 ") and " 1 passed" in lines[0]
     assert lines[1].startswith("FAILED kernels, part 1000 of 1000 ") and "deselected" in lines[1]
 
 
