@@ -27,7 +27,6 @@ from netsurgery.costs import Sizes
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
-from netsurgery.pipeline import trace_untried
 from netsurgery.rules import Op
 from netsurgery.tracing import (
     TRANSPARENT,
@@ -47,6 +46,7 @@ from netsurgery.tracing import (
     trains_otherwise,
     without_fast_path,
 )
+from netsurgery.untried import trace_untried
 from netsurgery.values import Values, answer, draw, flat, is_number, laid_out, select, told
 
 __all__ = [
