@@ -216,11 +216,12 @@ def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node) -> Any:
     """An expression that has the right value: the old one with other constants, or a constant."""
     sizes = values.sizes
     changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}
-    if isinstance(value, fx.Node):
-        with node.graph.inserting_before(node):
-            other = _with_constants(value, changed)
-        if values(other) == sizes(axis):
-            return other
+    if not isinstance(value, fx.Node):  # written in the code, as were the sizes of space that are part of it
+        return sizes(axis)
+    with node.graph.inserting_before(node):
+        other = _with_constants(value, changed)
+    if values(other) == sizes(axis):
+        return other
     if values.free(axis):
         raise Deaf(f"computes {value} in a way that cannot be followed")
     return sizes(axis)

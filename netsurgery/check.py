@@ -99,6 +99,7 @@ class _Attempt:
         self.kinds = {path: type(module) for path, module in named_modules(model).items()}
         self.adaptation = Adaptation(model=weakref.ref(model))
         self.tried: set[str] = set()
+        self.more: set[str] = set()  # paths where the code does more with sizes than to write them down
 
     def failures(self) -> dict[str, tuple[dict[str, str], bool]]:
         """The modules whose code does not follow, by path: groups and why, and whether these are only suspects."""
@@ -113,6 +114,7 @@ class _Attempt:
             checker = _Checker(program, self.network, self.kinds, self.sizes, self.changed, known)
             checker.begin(names, inputs, bare)
             checker.finish(run_guarded(bare, checker, inputs, home(self.model)))
+            self.more |= checker.more
             for path, why in checker.blamed.items():
                 found.setdefault(path, (why, path in checker.vague))
         return found
@@ -130,14 +132,14 @@ class _Attempt:
                     self.adaptation.attributes[path], enough = found[0]
                     if enough:
                         return True
-            if not path:  # the user's own class stays
+            if not path and path in self.more:  # only sizes written in it are reason to touch the user's own class
                 self.adaptation.attributes.pop(path, None)
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
             codes = {rebuild(run.whole, module, self.sizes, attributes, self.network.by_channel) for run in runs}
         except Deaf as reason:
             for name in why:
-                why[name] += f" (the code of {path} {reason})"
+                why[name] += f" (the code of {path or 'the model'} {reason})"
             return False
         if len(codes) > 1:
             return False
@@ -194,6 +196,7 @@ class _Checker(Alongside):
         self.sizes, self.changed = sizes, changed
         self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
         self.vague: set[str] = set()  # paths where these groups are only suspects
+        self.more: set[str] = set()  # paths where the code does more with sizes than to write them down
 
     def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index, self.calls = self.calls, self.calls + 1
@@ -208,7 +211,8 @@ class _Checker(Alongside):
             if path not in self.blamed:  # what follows from a size already found wrong says nothing new
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
                 does = "does other things at" if isinstance(error, LeftPath) else "refuses"
-                self.blame_module(f"the code {does} other sizes ({first})", path)
+                shapes = type(error) is RuntimeError  # as torch raises for shapes that do not fit
+                self.blame_module(f"the code {does} other sizes ({first})", path, more=not shapes)
             with _disable_current_modes():
                 out = self.predicted(call.out)
             self.position, self.calls = call.end, call.next
@@ -244,12 +248,17 @@ class _Checker(Alongside):
         else:
             self.blame_module(reason, path)
 
-    def blame_module(self, reason: str, path: str) -> None:
+    def blame_module(self, reason: str, path: str, more: bool = True) -> None:
         """Blame the groups of the innermost module around that holds a changed one, and of all that run the same code.
+
+        Args:
+            more: the code does more with sizes than to write them down.
 
         Raises:
             RewriteError: no module does.
         """
+        if more:
+            self.more.add(path)
         groups = [group for group in self.network.groups if group.channel in self.changed]
         parts = path.split(".") if path else []
         for around in [".".join(parts[:n]) for n in range(len(parts), -1, -1)]:
@@ -370,6 +379,7 @@ class _Checker(Alongside):
             if differs:
                 touched = _touched(node, *node.all_input_nodes)
                 self.blame(touched, node, "a tensor that the code makes may follow a size")
+                self.more.add(self.modules[-1] if self.modules else "")
                 return True
         return False
 
@@ -390,6 +400,7 @@ class _Checker(Alongside):
                     return True
             elif name not in sized and now != then and _is_number(now):
                 self.blame(_touched(*node.all_input_nodes), node, f"the code computes {name}={then} from a size")
+                self.more.add(self.modules[-1] if self.modules else "")
                 return True
         return False
 
