@@ -52,6 +52,30 @@ _VARY = [
 ]  # fmt: skip
 
 
+class Tile(NamedTuple):
+    """A kind of tile, ``(slow, fast, depth)`` elements; all sizes are powers of 2.
+
+    Attributes:
+        by_rows: whether rows are the fast axis, else columns.
+        unit: whether neighbours along the fast axis are neighbours in memory, and aligned.
+        slow: elements along the other axis.
+        fast: elements along the fast axis.
+        depth: elements of a window.
+    """
+
+    by_rows: bool
+    unit: bool
+    slow: int
+    fast: int
+    depth: int
+
+    @property
+    def packed(self) -> int:
+        """One integer, since not every Triton passes tuples of constants on; ``_visit`` and ``_write`` unpack it."""
+        sizes = (size.bit_length() - 1 << 2 + 5 * i for i, size in enumerate((self.slow, self.fast, self.depth)))
+        return int(self.by_rows) | int(self.unit) << 1 | sum(sizes)
+
+
 class Sizes(NamedTuple):
     """Tile sizes, in elements; small ones make small tests walk many tiles.
 
@@ -100,19 +124,18 @@ def _sign(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def _place(entry, program, SHAPE: tl.constexpr):
+def _place(entry, program, BY_ROWS: tl.constexpr, UNIT: tl.constexpr, COUNT: tl.constexpr):
     """Of a program: its tile and chunk, the columns of its tile, their mask, its rows' begin and end."""
     local = (program - tl.load(entry + PROGRAM)).to(tl.int32)
     chunks = tl.load(entry + CHUNKS).to(tl.int32)
     tile, chunk = local // chunks, local % chunks
-    count: tl.constexpr = SHAPE[2] if SHAPE[0] else SHAPE[3]
-    columns = tile * count + tl.arange(0, count)
+    columns = tile * COUNT + tl.arange(0, COUNT)
     length = tl.load(entry + COLUMNS).to(tl.int32)
-    if SHAPE[1] and not SHAPE[0]:
+    if UNIT and not BY_ROWS:
         length = tl.multiple_of(length, VECTOR)
     step = tl.load(entry + CHUNK).to(tl.int32)
     down = tl.load(entry + ROWS).to(tl.int32)
-    if SHAPE[1] and SHAPE[0]:
+    if UNIT and BY_ROWS:
         step, down = tl.multiple_of(step, VECTOR), tl.multiple_of(down, VECTOR)
     begin = chunk * step
     end = tl.minimum(begin + step, down)
@@ -142,22 +165,22 @@ def _axis(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _columns(entry, columns, STRIDES: tl.constexpr, SHAPE: tl.constexpr):
+def _columns(entry, columns, STRIDES: tl.constexpr, BY_ROWS: tl.constexpr, UNIT: tl.constexpr):
     """Where columns begin, in elements, as an axis of the tile."""
-    if SHAPE[1] and not SHAPE[0]:
+    if UNIT and not BY_ROWS:
         offsets = columns.to(tl.int64)
     else:
         block = tl.load(entry + BLOCK).to(tl.int32)
-        offsets = (columns // block) * _stride(entry, STRIDES, SHAPE[1])
-        offsets += (columns % block) * _stride(entry, STRIDES + 2, SHAPE[1])
-    return _axis(offsets, not SHAPE[0])
+        offsets = (columns // block) * _stride(entry, STRIDES, UNIT)
+        offsets += (columns % block) * _stride(entry, STRIDES + 2, UNIT)
+    return _axis(offsets, not BY_ROWS)
 
 
 @triton.jit
-def _rows(entry, rows, STRIDES: tl.constexpr, SHAPE: tl.constexpr):
+def _rows(entry, rows, STRIDES: tl.constexpr, BY_ROWS: tl.constexpr, UNIT: tl.constexpr):
     """Where rows begin, in elements, as an axis of the tile."""
-    offsets = rows.to(tl.int64) if SHAPE[1] and SHAPE[0] else rows * _stride(entry, STRIDES + 1, SHAPE[1])
-    return _axis(offsets, SHAPE[0])
+    offsets = rows.to(tl.int64) if UNIT and BY_ROWS else rows * _stride(entry, STRIDES + 1, UNIT)
+    return _axis(offsets, BY_ROWS)
 
 
 @triton.jit
@@ -189,22 +212,27 @@ def _term(q, window, NORM: tl.constexpr, POWER: tl.constexpr):
 def _visit(
     table, pointers, partials, counters, ends, out, number, program, tiles,
     DTYPE: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr, OUTER: tl.constexpr,
-    INDEXED: tl.constexpr, SHAPE: tl.constexpr,
+    INDEXED: tl.constexpr, TILE_KIND: tl.constexpr,
 ):  # fmt: skip
     """A program's sums; the tile's, where it is the last there; returns whether it is the last of all."""
+    by_rows: tl.constexpr = TILE_KIND & 1
+    unit: tl.constexpr = TILE_KIND >> 1 & 1
+    slow: tl.constexpr = 1 << (TILE_KIND >> 2 & 31)
+    fast: tl.constexpr = 1 << (TILE_KIND >> 7 & 31)
+    count: tl.constexpr = slow if by_rows else fast
+    step: tl.constexpr = fast if by_rows else slow
     entry = table + number * WIDTH
-    tile, chunk, columns, known, begin, end = _place(entry, program, SHAPE)
+    tile, chunk, columns, known, begin, end = _place(entry, program, by_rows, unit, count)
     window = tl.load(entry + WINDOW).to(tl.int32)
-    weight = _pointer(pointers, number, 0, DTYPE, SHAPE[1]) + _columns(entry, columns, READ, SHAPE)
-    stride = _stride(entry, READ + 3, SHAPE[1])
-    step: tl.constexpr = SHAPE[3] if SHAPE[0] else SHAPE[2]
-    total = tl.zeros([SHAPE[2], SHAPE[3]], ACC)
-    absolute = tl.zeros([SHAPE[2], SHAPE[3]], ACC)
+    weight = _pointer(pointers, number, 0, DTYPE, unit) + _columns(entry, columns, READ, by_rows, unit)
+    stride = _stride(entry, READ + 3, unit)
+    total = tl.zeros([slow, fast], ACC)
+    absolute = tl.zeros([slow, fast], ACC)
     for row in range(begin, end, step):
         rows = row + tl.arange(0, step)
-        here = weight + _rows(entry, rows, READ, SHAPE)
-        inside = _axis(known, not SHAPE[0]) & _axis(rows < end, SHAPE[0])
-        q = tl.zeros([SHAPE[2], SHAPE[3]], ACC)
+        here = weight + _rows(entry, rows, READ, by_rows, unit)
+        inside = _axis(known, not by_rows) & _axis(rows < end, by_rows)
+        q = tl.zeros([slow, fast], ACC)
         for k in range(window):
             w = tl.load(here + k * stride, mask=inside, other=0.0).to(ACC)
             q += _raised(w, window, NORM, POWER)
@@ -213,11 +241,10 @@ def _visit(
         if NORM == 1:
             absolute += q
         total += _term(q, window, NORM, POWER)[0]
-    sums = tl.sum(total, 1 if SHAPE[0] else 0)
+    sums = tl.sum(total, 1 if by_rows else 0)
     l1 = tl.sum(tl.sum(absolute, 1), 0) * tl.load(entry + COUNTED).to(ACC)
 
     # The chunks of a tile: all add up in the same order, the last one's own not excepted.
-    count: tl.constexpr = SHAPE[2] if SHAPE[0] else SHAPE[3]
     chunks = tl.load(entry + CHUNKS).to(tl.int32)
     place = tl.load(entry + TILE) + tile
     last = chunks == 1
@@ -258,18 +285,18 @@ def _visit(
 def _value_kernel(
     table, owners, pointers, partials, counters, ends, columns, order, starts, out, values, tiles, groups,
     DTYPE: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr, OUTER: tl.constexpr,
-    INDEXED: tl.constexpr, SHAPES: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr,
+    INDEXED: tl.constexpr, KINDS: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     number = tl.load(owners + program)
     kind = tl.load(table + number * WIDTH + KIND)
     final = program < 0
     column_out = columns if INDEXED else out
-    for i in tl.static_range(len(SHAPES)):
+    for i in tl.static_range(len(KINDS)):
         if kind == i:
             final = _visit(
                 table, pointers, partials, counters, ends, column_out, number, program, tiles,
-                DTYPE, ACC, NORM, POWER, OUTER, INDEXED, SHAPES[i],
+                DTYPE, ACC, NORM, POWER, OUTER, INDEXED, KINDS[i],
             )  # fmt: skip
     if final:
         tl.store(counters, 0)
@@ -297,12 +324,13 @@ def _group_sums(
         group = first + tl.arange(0, lanes)
         begin = tl.load(starts + group, mask=group < groups, other=0)
         length = (tl.load(starts + group + 1, mask=group < groups, other=0) - begin).to(tl.int32)
-        sums = tl.zeros([lanes], ACC)
+        parts = tl.zeros([lanes, MEMBERS], ACC)  # summed once, after the loop: within it Triton 3.6 cannot compile it
         for m in range(0, tl.max(length, 0), MEMBERS):
             member = (m + tl.arange(0, MEMBERS))[None, :]
             inside = member < length[:, None]
             column = tl.load(order + begin[:, None] + member, mask=inside, other=0)
-            sums += tl.sum(tl.load(columns + column, mask=inside, other=0.0, cache_modifier=".cg"), 1)
+            parts += tl.load(columns + column, mask=inside, other=0.0, cache_modifier=".cg")
+        sums = tl.sum(parts, 1)
         if OUTER == 0:
             tl.store(out + group, sums, mask=group < groups)
         else:
@@ -316,9 +344,15 @@ def _group_sums(
 def _write(
     entry, pointers, slopes, index, scale, number, program,
     DTYPE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
-    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, SHAPE: tl.constexpr,
+    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, TILE_KIND: tl.constexpr,
 ):  # fmt: skip
-    _, _, columns, known, begin, end = _place(entry, program, SHAPE)
+    by_rows: tl.constexpr = TILE_KIND & 1
+    unit: tl.constexpr = TILE_KIND >> 1 & 1
+    slow: tl.constexpr = 1 << (TILE_KIND >> 2 & 31)
+    fast: tl.constexpr = 1 << (TILE_KIND >> 7 & 31)
+    deep: tl.constexpr = 1 << (TILE_KIND >> 12 & 31)
+    step: tl.constexpr = fast if by_rows else slow
+    _, _, columns, known, begin, end = _place(entry, program, by_rows, unit, slow if by_rows else fast)
     window = tl.load(entry + WINDOW).to(tl.int32)
     group = tl.load(entry + FIRST) + columns
     grouped = known
@@ -327,27 +361,26 @@ def _write(
         grouped = known & (group >= 0)
     slope = tl.load(slopes + group, mask=grouped, other=0.0).to(ACC) * tl.load(scale).to(ACC)
     level = tl.load(scale + 1).to(ACC) * tl.load(entry + COUNTED).to(ACC)
-    source = _pointer(pointers, number, 0, DTYPE, SHAPE[1]) + _columns(entry, columns, READ, SHAPE)
-    target = _pointer(pointers, number, 1, TARGET, SHAPE[1]) + _columns(entry, columns, WRITE, SHAPE)
-    inward, outward = _stride(entry, READ + 3, SHAPE[1]), _stride(entry, WRITE + 3, SHAPE[1])
-    step: tl.constexpr = SHAPE[3] if SHAPE[0] else SHAPE[2]
-    depth = tl.arange(0, SHAPE[4])[None, None, :]
+    source = _pointer(pointers, number, 0, DTYPE, unit) + _columns(entry, columns, READ, by_rows, unit)
+    target = _pointer(pointers, number, 1, TARGET, unit) + _columns(entry, columns, WRITE, by_rows, unit)
+    inward, outward = _stride(entry, READ + 3, unit), _stride(entry, WRITE + 3, unit)
+    depth = tl.arange(0, deep)[None, None, :]
     for row in range(begin, end, step):
         rows = row + tl.arange(0, step)
-        inside = _axis(known, not SHAPE[0]) & _axis(rows < end, SHAPE[0])
-        part = inside & (depth < window) if SHAPE[4] > 1 else inside
-        read = source + _rows(entry, rows, READ, SHAPE) + depth * inward
-        write = target + _rows(entry, rows, WRITE, SHAPE) + depth * outward
+        inside = _axis(known, not by_rows) & _axis(rows < end, by_rows)
+        part = inside & (depth < window) if deep > 1 else inside
+        read = source + _rows(entry, rows, READ, by_rows, unit) + depth * inward
+        write = target + _rows(entry, rows, WRITE, by_rows, unit) + depth * outward
         # What was read stays in registers, so that only a window deeper than the tile is read again, from the cache.
         w = tl.load(read, mask=part, other=0.0).to(ACC)
         q = _raised(w, window, NORM, POWER)
-        if SHAPE[4] == 1:
+        if deep == 1:
             for k in range(1, window):
                 more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
                 q += _raised(more, window, NORM, POWER)
-        factor = tl.expand_dims(_term(q, window, NORM, POWER)[1], 2) * _axis(slope, not SHAPE[0])
+        factor = tl.expand_dims(_term(q, window, NORM, POWER)[1], 2) * _axis(slope, not by_rows)
         _add(write, w, factor, level, part, window, ACC, NORM, POWER, ACCUMULATE)
-        if SHAPE[4] == 1:
+        if deep == 1:
             for k in range(1, window):
                 more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
                 _add(write + k * outward, more, factor, level, inside, window, ACC, NORM, POWER, ACCUMULATE)
@@ -375,17 +408,17 @@ def _add(
 def _gradient_kernel(
     table, owners, pointers, slopes, index, scale,
     DTYPE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
-    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, SHAPES: tl.constexpr,
+    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     number = tl.load(owners + program)
     entry = table + number * WIDTH
     kind = tl.load(entry + KIND)
-    for i in tl.static_range(len(SHAPES)):
+    for i in tl.static_range(len(KINDS)):
         if kind == i:
             _write(
                 entry, pointers, slopes, index, scale, number, program,
-                DTYPE, TARGET, ACC, NORM, POWER, INDEXED, ACCUMULATE, SHAPES[i],
+                DTYPE, TARGET, ACC, NORM, POWER, INDEXED, ACCUMULATE, KINDS[i],
             )  # fmt: skip
 
 
@@ -395,7 +428,7 @@ class _Plan(NamedTuple):
     Attributes:
         members: positions in the list, in the order of the table; spans: their columns.
         copied: those read through a copy, since their strides allow no canonical view; buffered: written so.
-        shapes: the kinds of tiles, (rows are fast, unit, slow, fast, depth).
+        kinds: of tiles.
         partials: elements of scratch memory for sums of chunks.
         counters: zero between launches, of those that have arrived: at the end, at each tile.
     """
@@ -404,7 +437,7 @@ class _Plan(NamedTuple):
     spans: tuple[slice, ...]
     copied: frozenset[int]
     buffered: frozenset[int]
-    shapes: tuple[tuple[bool, bool, int, int, int], ...]
+    kinds: tuple[Tile, ...]
     table: Tensor
     owners: Tensor
     tiles: int
@@ -460,10 +493,8 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
-def _shape(
-    sizes: Sequence[int], strides: Sequence[Sequence[int]], aligned: bool, writes: bool, tile: Sizes
-) -> tuple[bool, bool, int, int, int]:
-    """The kind of tile for a weight: (rows are fast, unit, slow, fast, depth)."""
+def _tile(sizes: Sequence[int], strides: Sequence[Sequence[int]], aligned: bool, writes: bool, tile: Sizes) -> Tile:
+    """The kind of tile for a weight."""
     blocks, rows, columns, window = sizes
     across, along = strides[0][1], strides[0][2] if columns > 1 else strides[0][0]
     shorter = rows if across < along else blocks * columns
@@ -474,11 +505,11 @@ def _shape(
     multiples = [length] + [each[axis] for each in strides for axis in others]
     unit = aligned and (by_rows or blocks == 1) and all(each[fast] == 1 for each in strides)
     if unit and all(number % VECTOR.value == 0 for number in multiples):
-        return (by_rows, True, *tile.unit, 1)
+        return Tile(by_rows, True, *tile.unit, 1)
     depth = triton.next_power_of_2(window)
     if writes and 1 < depth <= tile.window // 8 and strides[0][3] < strides[0][fast]:
-        return (by_rows, False, 2, tile.window // (2 * depth), depth)
-    return (by_rows, False, *tile.strided, 1)
+        return Tile(by_rows, False, 2, tile.window // (2 * depth), depth)
+    return Tile(by_rows, False, *tile.strided, 1)
 
 
 def _plan(
@@ -487,7 +518,7 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     """The launch over some weights. Where they lie is no part of it, only their shapes and strides."""
     rows: list[list[int]] = []
-    shapes: list[tuple[bool, bool, int, int, int]] = []
+    kinds: list[Tile] = []
     copied, buffered = set(), set()
     programs, tiles, partials, owned = 0, 0, 0, []
     for i in members:
@@ -500,11 +531,11 @@ def _plan(
             strides.append(_strides(target))
             aligned = aligned and (i in buffered or out.data_ptr() % 16 == 0)
         blocks, down, columns, window = view.shape
-        shape = _shape(view.shape, strides, aligned, outs is not None, sizes)
-        count, step = (shape[2], shape[3]) if shape[0] else (shape[3], shape[2])
+        kind = _tile(view.shape, strides, aligned, outs is not None, sizes)
+        count, step = (kind.slow, kind.fast) if kind.by_rows else (kind.fast, kind.slow)
         chunk = step * max(1, sizes.chunk // (step * count * max(1, window)))
         chunks, across = max(1, triton.cdiv(down, chunk)), triton.cdiv(blocks * columns, count)
-        shapes.append(shape)
+        kinds.append(kind)
         rows.append([
             0, columns, blocks * columns, down, window, chunk, chunks,
             int(counted[i]), firsts[i], programs, tiles, partials, *strides[0], *strides[-1],
@@ -512,14 +543,14 @@ def _plan(
         owned.append(chunks * across)
         programs, tiles = programs + chunks * across, tiles + across
         partials += across * chunks * (count + 1) if chunks > 1 else 0
-    kinds = tuple(sorted(set(shapes)))  # the kernel is compiled for them, in this order
-    for row, shape in zip(rows, shapes, strict=True):
-        row[KIND.value] = kinds.index(shape)
+    distinct = tuple(sorted(set(kinds)))  # the kernel is compiled for them, in this order
+    for row, kind in zip(rows, kinds, strict=True):
+        row[KIND.value] = distinct.index(kind)
     device = weights[members[0]].device
     spans = tuple(slice(firsts[i], firsts[i] + column_count(weights[i].shape, readings[i])) for i in members)
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
     return _Plan(
-        tuple(members), spans, frozenset(copied), frozenset(buffered), kinds,
+        tuple(members), spans, frozenset(copied), frozenset(buffered), distinct,
         _upload(torch.tensor(rows), device), _upload(owners, device), tiles, partials,
         torch.zeros(tiles + 1, dtype=torch.int32, device=device),
     )  # fmt: skip
@@ -622,7 +653,7 @@ def _reduce(
                 plan.table, plan.owners, _pointers(plan, read, read), partials, _counters(plan), ends, sums,
                 order, starts, result[0 if index is None else number], values[number], plan.tiles, groups,
                 DTYPE=_DTYPES[dtype], ACC=_DTYPES[narrow], NORM=rule.norm, POWER=rule.inner / rule.norm, OUTER=outer,
-                INDEXED=index is not None, SHAPES=plan.shapes, WIDE=SIZES.wide,
+                INDEXED=index is not None, KINDS=tuple(kind.packed for kind in plan.kinds), WIDE=SIZES.wide,
                 MEMBERS=min(SIZES.wide, triton.next_power_of_2(max(1, columns // max(1, groups)))),
                 enable_fp_fusion=True,
             )  # fmt: skip
@@ -685,7 +716,7 @@ def gradient(
                 slopes if index is None else index, scale,
                 DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target], ACC=_DTYPES[accumulator(read[0])],
                 NORM=rule.norm, POWER=rule.inner / rule.norm, INDEXED=index is not None, ACCUMULATE=accumulate,
-                SHAPES=plan.shapes, enable_fp_fusion=True,
+                KINDS=tuple(kind.packed for kind in plan.kinds), enable_fp_fusion=True,
             )  # fmt: skip
         for (out, how, copy), buffer in zip(wanted, written, strict=True):
             if copy:

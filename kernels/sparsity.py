@@ -243,7 +243,7 @@ def backend(weights: Sequence[Tensor]) -> Any:
 
 
 # Their tables on the device outlive a call: a pool of torch.compile's CUDA graphs is no place for them.
-@torch.library.custom_op("netsurgery::hgsr", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("netsurgery::hgsr", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _values(
     weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
@@ -254,7 +254,7 @@ def _values(
     return found
 
 
-@torch.library.custom_op("netsurgery::hgsr_gradient", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("netsurgery::hgsr_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _gradient(
     weights: Sequence[Tensor],
     index: Tensor | None,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import linecache
 import operator
 import weakref
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, nan, sqrt
 from typing import Any
@@ -22,9 +23,10 @@ from torch import fx, nn
 
 from netsurgery.axes import Axis, leaves
 from netsurgery.costs import Sizes
+from netsurgery.expecting import EXPECTATIONS
 from netsurgery.listening import Deaf, Worth
 
-__all__ = ["Adaptation", "Rewritten", "rebuild", "solve"]
+__all__ = ["Adaptation", "Rewritten", "by_mode", "joined", "kinds", "merge", "rebuild", "solve"]
 
 Attributes = Mapping[str, Any]
 
@@ -43,6 +45,10 @@ class Adaptation:
     code: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     model: weakref.ref[nn.Module] | None = None  # the one whose code it is about
+
+    def __repr__(self) -> str:
+        count = sum(map(len, self.attributes.values()))
+        return f"Adaptation({count} attributes, {len(self.code)} rewritten forwards)"
 
     def carry_out(self, model: nn.Module) -> None:
         """Change the attributes and the classes of the modules of a model."""
@@ -130,6 +136,18 @@ def solve(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, A
     return attributes, len(agreed) == len(found) and not _used_otherwise(graph, agreed)
 
 
+def merge(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dict[str, Any], bool]:
+    """What several runs of a module want its attributes to be, none if they disagree; and whether that is all."""
+    wanted: dict[str, Any] = {}
+    enough = True
+    for attributes, alone in found:
+        if any(wanted.get(name, value) != value for name, value in attributes.items()):
+            return {}, False
+        wanted.update(attributes)
+        enough = enough and alone
+    return wanted, enough
+
+
 def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]) -> bool:
     """Whether one of these attributes is also used for something that is not the size of a dimension."""
     places = {(node, place) for node, place, _, _ in _wants(graph)}
@@ -176,10 +194,20 @@ def _placed(place: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...
         yield place, value
 
 
-def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attributes, units: Container[Axis]) -> str:
+def rebuild(
+    graph: fx.Graph,
+    module: nn.Module,
+    sizes: Sizes,
+    attributes: Attributes,
+    units: Container[Axis],
+    written_only: bool = False,
+) -> str:
     """The source of a ``forward`` that does what a graph does, at other sizes and with these attributes of the module.
 
     Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
+
+    Args:
+        written_only: only numbers written in the code may have to change, and no answer to a question about sizes.
 
     Raises:
         Deaf: a size cannot be worked out.
@@ -195,7 +223,11 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     _settle_other_uses(new_graph, attributes)
     for node, place, value, axis in _wants(new_graph):
         if values(value) != sizes(axis):
-            node.args = _put(node.args, place, _mended(value, axis, values, node))
+            node.args = _put(node.args, place, _mended(value, axis, values, node, written_only))
+    for node in [node for node in new_graph.nodes if "parts" in node.meta and not written_only]:
+        _settle_parts(node, values)
+    if written_only and not all(values(node.args[0]) for node in new_graph.nodes if node.meta.get("guard")):
+        raise Deaf("asks for a size that changes")
     for node in list(new_graph.nodes):
         axis = node.meta.get("scale")
         if axis is not None and sizes(axis) != axis.size:
@@ -203,7 +235,8 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
         if node.meta.get("guard") and not (values(node.args[0]) and values.depends(node.args[0])):
             new_graph.erase_node(node)
     for node in reversed(list(new_graph.nodes)):
-        bare = "value" in node.meta or node.op == "get_attr" or node.target in (operator.getitem, getattr)
+        picks = node.target in (operator.getitem, getattr) and "sizes" not in node.meta  # no operation on a tensor
+        bare = "value" in node.meta or node.op == "get_attr" or picks
         if bare and not node.users and node.op != "placeholder":
             new_graph.erase_node(node)
     code = new_graph.python_code("self")
@@ -212,7 +245,82 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     return "\n".join([*lines, code.src])
 
 
-def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node) -> Any:
+def kinds(graph: fx.Graph) -> tuple[str, ...]:
+    """What a graph makes sure of about the inputs of its module."""
+    return tuple(
+        f"{node.target.__name__}{[value for value in node.args if not isinstance(value, fx.Node)]}"
+        for node in graph.nodes
+        if node.target in EXPECTATIONS
+    )
+
+
+def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
+    """One ``forward`` of those of several runs, each with the kinds of inputs that it is for.
+
+    Raises:
+        Deaf: they differ for inputs of one kind.
+    """
+    by_kind: dict[tuple[str, ...], str] = {}
+    for kind, code in ways:
+        if by_kind.setdefault(kind, code) != code:
+            raise Deaf("takes several ways for inputs of one kind")
+    codes = [by_kind[kind] for kind in sorted(by_kind, key=len, reverse=True)]  # what is made sure of more comes first
+    if len(set(codes)) == 1:
+        return codes[0]
+    names = [f"netsurgery_way_{i}" for i in range(len(codes))]
+    ways_in = [_renamed(code, "way", name) for name, code in zip(names, codes, strict=True)]
+    head, passed = _head(codes[0])
+    last = f"{head}\n    return first_that_fits(({', '.join(names)}), {passed})\n"
+    return "\n".join(["from netsurgery.expecting import first_that_fits", *ways_in, last])
+
+
+def by_mode(usual: str, trained: str) -> str:
+    """One ``forward`` of those outside of training and in training."""
+    head, passed = _head(usual)
+    last = f"{head}\n    return (netsurgery_trained if self.training else netsurgery_usual)({passed})\n"
+    return "\n".join(
+        [_renamed(usual, "usual", "netsurgery_usual"), _renamed(trained, "trained", "netsurgery_trained"), last]
+    )
+
+
+def _renamed(code: str, prefix: str, name: str) -> str:
+    """A ``forward`` under another name; ways that are in it have a prefix then."""
+    return code.replace("netsurgery_way_", f"netsurgery_{prefix}_way_").replace("def forward(", f"def {name}(")
+
+
+def _head(code: str) -> tuple[str, str]:
+    """The first line of a ``forward``, and its arguments as they are passed on."""
+    head = next(line for line in code.splitlines() if line.startswith("def forward("))
+    given = inspect.signature(_compiled(f"{head} ...")["forward"]).parameters.values()
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return head, ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in given)
+
+
+def _compiled(code: str) -> dict[str, Any]:
+    scope = dict(_SCOPE)
+    exec(code, scope)
+    return scope
+
+
+def _settle_parts(node: fx.Node, values: Worth) -> None:
+    """Parts that are not all of one size any more are split by their sizes."""
+    parts = node.meta["parts"]
+    wanted = [values.sizes(part) for part in parts]
+    if wanted == _chunks(sum(wanted), len(wanted)) or wanted == [part.size for part in parts]:
+        return
+    if any(map(values.free, parts)):
+        raise Deaf("takes parts of a dimension that inputs and units share")
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    node.op, node.target, node.args, node.kwargs = "call_method", "split", (node.args[0], wanted, dim), {}
+
+
+def _chunks(size: int, count: int) -> list[int]:
+    """The sizes of the parts that ``chunk`` makes."""
+    whole = -(-size // count)
+    return [min(whole, size - start) for start in range(0, size, whole)]
+
+
+def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node, written_only: bool) -> Any:
     """An expression that has the right value: the old one with other constants, or a constant."""
     sizes = values.sizes
     changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}
@@ -222,7 +330,7 @@ def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node) -> Any:
         other = _with_constants(value, changed)
     if values(other) == sizes(axis):
         return other
-    if values.free(axis):
+    if values.free(axis) or written_only:
         raise Deaf(f"computes {value} in a way that cannot be followed")
     return sizes(axis)
 

@@ -32,7 +32,7 @@ class Alongside(Watcher):
         operations = self.program.operations
         while self.position < len(operations):
             node = operations[self.position]
-            if node.target == func or {node.target, func} == VIEWS:
+            if node.target == func or {node.target, func} in _ALIKE:
                 self.position += 1
                 return node
             if func is _CLONE:
@@ -64,6 +64,8 @@ class Alongside(Watcher):
         return source
 
 
+_SPLITS = {torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default}
+_ALIKE = (VIEWS, _SPLITS)
 _CLONE = torch.ops.aten.clone.default
 
 

@@ -24,7 +24,8 @@ def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
     """Set the attributes of a model whose tensors have the new sizes; only those that held the old size change."""
     modules = named_modules(model)
     for path, attribute, old, new in _followers(network, modules, sizes):
-        if old != new and modules[path].__dict__[attribute] == old:
+        held = modules[path].__dict__[attribute]
+        if old != new and isinstance(held, int | tuple) and held == old:  # an array has no one answer
             setattr(modules[path], attribute, new)
 
 
@@ -55,6 +56,9 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
         axes = network.axes.get(f"{path}.weight" if path else "weight")
         for attribute, axis in _of_weight(module, axes) if axes else ():
             yield path, attribute, own(axis), sizes(axis)
+        for attribute, name, dim in _of_recurrence(module):
+            if (axes := network.axes.get(f"{path}.{name}" if path else name)) is not None:
+                yield path, attribute, own(axes[dim]), sizes(axes[dim])
 
 
 def _of_weight(module: nn.Module, axes: tuple[Axis, ...]) -> Iterator[tuple[str, Axis]]:
@@ -71,6 +75,18 @@ def _of_weight(module: nn.Module, axes: tuple[Axis, ...]) -> Iterator[tuple[str,
         yield "out_channels", axes[0]
         if module.groups == 1:
             yield "in_channels", axes[1]
+
+
+def _of_recurrence(module: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """Attributes of recurrent layers and cells, with the weight and the axis whose size they repeat."""
+    if isinstance(module, nn.RNNCellBase):
+        yield from (("input_size", "weight_ih", 1), ("hidden_size", "weight_hh", 1))
+    elif isinstance(module, nn.RNNBase):
+        yield "input_size", "weight_ih_l0", 1
+        if module.proj_size:
+            yield from (("proj_size", "weight_hh_l0", 1), ("hidden_size", "weight_hr_l0", 1))
+        else:
+            yield "hidden_size", "weight_hh_l0", 1
 
 
 def _first(value: Any) -> fx.Node | None:

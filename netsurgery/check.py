@@ -6,8 +6,9 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,31 +16,35 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from netsurgery.adapting import Adaptation, rebuild, solve
+from netsurgery.adapting import Adaptation, by_mode, joined, kinds, merge, rebuild, solve
 from netsurgery.alongside import Alongside, LeftPath, source_of
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
 from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
 from netsurgery.errors import InputError, RewriteError
-from netsurgery.listening import Deaf, Heard, hear
-from netsurgery.network import Network
+from netsurgery.listening import Deaf, Heard, OtherInTraining, hear
+from netsurgery.network import Group, Network
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
 from netsurgery.tracing import (
     RAISED_BY_MODELS,
+    Call,
     Inputs,
     Program,
     bare_inputs,
+    format_where,
     home,
+    is_namedtuple,
     lend_inputs,
+    raised_at,
     run_guarded,
     skeleton,
     tensors_in,
 )
 from netsurgery.values import Known, draw, is_number, select
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "channels_of", "follows"]
 
 
 def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
@@ -50,44 +55,103 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
     """
     adaptation, lost = _tried(model, network, counts)
     found: dict[str, str] = {}
-    for path, (why, vague) in lost.items():
-        found.update(_culprit(model, network, counts, path) if vague and len(why) > _MANY else why)
-    return adaptation, found
+    culprits: dict[tuple[type, type], tuple[str, list[str]]] = {}  # by class: where the code was looked into, and whose
+    kinds = {path: type(module) for path, module in named_modules(model).items()}
+    for path, (why, around) in lost.items():
+        if len(why) <= _MANY or (around is None and len(why) > _FEW):
+            found.update(why)
+            continue
+        around = path if around is None else around
+        kind = kinds[path], kinds[around]
+        if kind not in culprits:
+            culprits[kind] = around, _culprit(model, network, counts, path, around)
+        alike = _counterparts(network, culprits[kind][1], culprits[kind][0], around)
+        reason = next(iter(why.values()))
+        found.update({name: why.get(name, reason) for name in alike if name in counts})
+    return adaptation, found or {name: reason for why, _ in lost.values() for name, reason in why.items()}
+
+
+def follows(model: nn.Module, network: Network, counts: Mapping[str, int]) -> bool:
+    """Whether the modules that changed groups come near follow these numbers of units; False may be wrong."""
+    return not _tried(model, network, counts, hurry=True)[1]
 
 
 _MANY = 1  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
+_FEW = 4  # groups; when an operation is about more than these, it is about each of them
+Lost = dict[str, tuple[dict[str, str], str | None]]
 
 
 def _tried(
-    model: nn.Module, network: Network, counts: Mapping[str, int]
-) -> tuple[Adaptation, dict[str, tuple[dict[str, str], bool]]]:
-    """What the code needs; and where nothing helps the groups and why, by path, and whether they are only suspects."""
+    model: nn.Module, network: Network, counts: Mapping[str, int], hurry: bool = False
+) -> tuple[Adaptation, Lost]:
+    """What the code needs; and where nothing helps the groups and why, by path.
+
+    Where they are only suspects, the module stands there that holds them. In a hurry, modules that no changed group
+    comes near are passed over.
+    """
     changed = {network[name].channel: name for name, count in counts.items() if count != network[name].size}
     attempt = _Attempt(model, network, network.sizes(counts), changed)
+    attempt.hurry = hurry
     while changed and (failures := attempt.failures()):
         if lost := {path: found for path, found in failures.items() if not attempt.remedy(path, found[0])}:
             return attempt.adaptation, lost
     return attempt.adaptation, {}
 
 
-def _culprit(model: nn.Module, network: Network, counts: Mapping[str, int], path: str) -> dict[str, str]:
-    """Of all changed groups one that makes the code of a module fail, with those tied to it, and why."""
+def _culprit(model: nn.Module, network: Network, counts: Mapping[str, int], path: str, around: str) -> list[str]:
+    """Of all changed groups one that makes the code of a module fail, with those tied to it.
+
+    Groups of the module ``around`` are tried by themselves first.
+    """
     tied = {name: names for names in network.ties for name in names}
     together = list(dict.fromkeys(tied.get(name, (name,)) for name in counts))
+    near = [names for names in together if any(_is_in(network[name], around) for name in names)]
 
-    def failure(n: int) -> dict[str, str] | None:
-        some = {name: counts[name] for names in together[:n] for name in names}
-        return _tried(model, network, some)[1].get(path, (None, False))[0]
+    def fails(tried: list[Tied]) -> bool:
+        some = {name: counts[name] for names in tried for name in names}
+        return path in _tried(model, network, some, hurry=True)[1]
 
-    low, high, why = 0, len(together), failure(len(together))
+    return list(_last_needed(near, fails) or _last_needed(together, fails) or together[-1])
+
+
+Tied = tuple[str, ...]  # names of groups that keep equally many units
+
+
+def _last_needed(suspects: list[Tied], fails: Callable[[list[Tied]], bool]) -> Tied | None:
+    """The last of the fewest first suspects with which the code fails; None where it does not with all of them."""
+    low, high = 0, len(suspects)
     while high - low > 1:
         middle = (low + high) // 2
-        if found := failure(middle):
-            high, why = middle, found
-        else:
-            low = middle
-    reason = next(iter((why or {}).values()), "the code refuses other sizes")
-    return dict.fromkeys(together[high - 1], reason)
+        low, high = (low, middle) if fails(suspects[:middle]) else (middle, high)
+    return suspects[high - 1] if high < len(suspects) or (suspects and fails(suspects)) else None
+
+
+def _is_in(group: Group, path: str) -> bool:
+    return any(_within(member.module, path) for member in group.members)
+
+
+def _counterparts(network: Network, names: Iterable[str], path: str, other: str) -> list[str]:
+    """The groups that are in one module where those with ``names`` are in another of its class."""
+    if path == other:
+        return list(names)
+    there = {place: name for name, place in _places_in(network, other).items()}
+    here = _places_in(network, path)
+    return [
+        there[here[name]] if name in here else name for name in names if here.get(name) in there or name not in here
+    ]
+
+
+def _places_in(network: Network, path: str) -> dict[str, tuple[Any, int]]:
+    """Where the groups of a module occur in it, and the how many-th to do so in just these places, by name."""
+    seen: dict[Any, int] = {}
+    found = {}
+    for group in network.groups:
+        own = [m for m in group.members if _within(m.module, path)]
+        if own:
+            place = tuple((m.parameter.removeprefix(f"{path}."), m.axis, m.role) for m in own)
+            found[group.name] = place, seen.setdefault(place, 0)
+            seen[place] += 1
+    return found
 
 
 class _Attempt:
@@ -100,10 +164,12 @@ class _Attempt:
         self.adaptation = Adaptation(model=weakref.ref(model))
         self.tried: set[str] = set()
         self.more: set[str] = set()  # paths where the code does more with sizes than to write them down
+        self.by_size: set[str] = set()
+        self.hurry = False  # whether modules that no changed group comes near are passed over
 
-    def failures(self) -> dict[str, tuple[dict[str, str], bool]]:
-        """The modules whose code does not follow, by path: groups and why, and whether these are only suspects."""
-        found: dict[str, tuple[dict[str, str], bool]] = {}
+    def failures(self) -> Lost:
+        """The modules whose code does not follow, by path: groups and why; where these are suspects, their module."""
+        found: Lost = {}
         for program in self.network.programs:
             bare, names = skeleton(self.model, program.mode, self.shapes)
             follow(bare, self.network, self.sizes)
@@ -113,10 +179,12 @@ class _Attempt:
             known = _known(self.network, self.sizes, bare, names, inputs) if looks else None
             checker = _Checker(program, self.network, self.kinds, self.sizes, self.changed, known)
             checker.begin(names, inputs, bare)
+            if self.hurry:
+                checker.concerned = _concerned(program, self.changed)
             checker.finish(run_guarded(bare, checker, inputs, home(self.model)))
             self.more |= checker.more
             for path, why in checker.blamed.items():
-                found.setdefault(path, (why, path in checker.vague))
+                found.setdefault(path, (why, checker.vague.get(path)))
         return found
 
     def remedy(self, path: str, why: dict[str, str]) -> bool:
@@ -128,38 +196,96 @@ class _Attempt:
             if path not in self.tried:
                 self.tried.add(path)
                 found = [solve(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
-                if all(one == found[0] for one in found) and found[0][0]:
-                    self.adaptation.attributes[path], enough = found[0]
+                agreed, enough = merge(found)
+                if agreed:
+                    self.adaptation.attributes[path] = agreed
                     if enough:
+                        return True
+                    if not path and agreed:  # the next try says whether they do
                         return True
             if not path and path in self.more:  # only sizes written in it are reason to touch the user's own class
                 self.adaptation.attributes.pop(path, None)
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
-            codes = {rebuild(run.whole, module, self.sizes, attributes, self.network.by_channel) for run in runs}
+            self.adaptation.code[path] = self.written(path, module, attributes)
         except Deaf as reason:
+            if path not in self.by_size:
+                self.by_size.add(path)
+                if alike := self.adaptation.attributes.get(path) or self.of_these_sizes(path):
+                    self.adaptation.attributes[path] = alike  # the next try says whether they are what they seem
+                    return True
             for name in why:
                 why[name] += f" (the code of {path or 'the model'} {reason})"
             return False
-        if len(codes) > 1:
-            return False
-        self.adaptation.code[path], self.adaptation.reasons[path] = codes.pop(), next(iter(why.values()))
+        self.adaptation.reasons[path] = next(iter(why.values()))
         return True
 
-    def heard(self, path: str) -> list[Heard]:
-        """What the code of a module does, each time it runs."""
-        program = next(p for p in self.network.programs if any(call.path == path for call in p.calls))
+    def of_these_sizes(self, path: str) -> dict[str, int]:
+        """New values of the integers that a module's code mentions and that are the size of changed groups.
+
+        For code that cannot be heard. A size that groups have which change in different ways says nothing.
+        """
+        now: dict[int, set[int]] = {}
+        for program in self.network.programs:
+            for call in [call for call in program.calls if call.path == path]:
+                for node in program.operations[call.begin : call.end]:
+                    for channel in channels_of(node):
+                        if channel in self.network.by_channel:
+                            now.setdefault(channel.size, set()).add(self.sizes(channel))
         module = self.model.get_submodule(path)
-        if path not in program.heard or program.heard[path][0]() is not module:
+        kind: Any = type(module)
+        held = {name: n for name, n in module.__dict__.items() if type(n) is int and name in _mentioned(kind)}
+        found = {name: (n, now.get(n, {n})) for name, n in held.items()}
+        return {name: new for name, (n, sizes) in found.items() for new in sizes if len(sizes) == 1 and new != n}
+
+    def written(self, path: str, module: nn.Module, attributes: Mapping[str, Any]) -> str:
+        """The source of a module's ``forward`` at other sizes: of one that computes other things in training, both.
+
+        Raises:
+            Deaf: its code cannot be followed; the message says why.
+        """
+
+        def code(graphs: list[fx.Graph]) -> str:
+            by_channel = self.network.by_channel
+            texts = [rebuild(one, module, self.sizes, attributes, by_channel, written_only=not path) for one in graphs]
+            return joined(zip(map(kinds, graphs), texts, strict=True))
+
+        try:
+            return code([run.whole for run in self.heard(path)])
+        except OtherInTraining:
+            trained = self.heard(path, in_training=True)
+            return by_mode(code([run.alone for run in self.heard(path)]), code([run.alone for run in trained]))
+
+    def heard(self, path: str, in_training: bool = False) -> list[Heard]:
+        """What the code of a module does, each time it runs.
+
+        Raises:
+            Deaf: it cannot be heard; the message says why.
+        """
+        programs = [p for p in self.network.programs if p.mode == "train" or not in_training]
+        program = next((p for p in programs if any(call.path == path for call in p.calls)), None)
+        if program is None:
+            raise Deaf("runs other code in training, and that run is not recorded")
+        module, key = self.model.get_submodule(path), f"{path} in training" if in_training else path
+        if key not in program.heard or program.heard[key][0]() is not module:
             try:
-                runs = [hear(module, program, call, self.network) for call in program.calls if call.path == path]
-                program.heard[path] = weakref.ref(module), runs
+                calls = [call for call in program.calls if call.path == path]
+                runs = [hear(module, program, call, self.network, in_training) for call in calls]
+                program.heard[key] = weakref.ref(module), runs
             except Deaf as reason:
-                program.heard[path] = weakref.ref(module), str(reason)
-        found: list[Heard] | str = program.heard[path][1]
+                program.heard[key] = weakref.ref(module), str(reason)
+        found: list[Heard] | str = program.heard[key][1]
         if isinstance(found, str):
             raise Deaf(found)
         return found
+
+
+@functools.cache
+def _mentioned(kind: Any) -> frozenset[str]:
+    """The names that the code of a class of modules mentions, but for how it is built and shown."""
+    methods = {name: f for base in reversed(kind.__mro__) for name, f in vars(base).items() if hasattr(f, "__code__")}
+    used = [f.__code__.co_names for name, f in methods.items() if name not in ("__init__", "extra_repr", "__repr__")]
+    return frozenset(name for names in used for name in names)
 
 
 def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
@@ -175,6 +301,9 @@ def _known(network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, 
             values.lend(tensor, select(network.tensors[name].detach(), network.axes[name], _first(sizes)))
     lend_inputs(values, inputs, draw(network.inputs, values.device))
     return values
+
+
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class _Checker(Alongside):
@@ -195,8 +324,9 @@ class _Checker(Alongside):
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
         self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
-        self.vague: set[str] = set()  # paths where these groups are only suspects
         self.more: set[str] = set()  # paths where the code does more with sizes than to write them down
+        self.concerned: list[int] | None = None  # if known, how many operations before each place need to run
+        self.vague: dict[str, str] = {}  # paths where these groups are only suspects: the module that holds them
 
     def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index, self.calls = self.calls, self.calls + 1
@@ -204,18 +334,35 @@ class _Checker(Alongside):
         if call is None or call.path != path:
             raise LeftPath(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
         self.arrive(call.begin)
+        if self.concerned is not None and self.concerned[call.begin] == self.concerned[call.end]:
+            return self.passed_over(call)
         try:
             out = super().call(path, forward, args, kwargs)
             self.arrive(call.end)
         except (*RAISED_BY_MODELS, InputError) as error:
-            if path not in self.blamed:  # what follows from a size already found wrong says nothing new
-                first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if path not in self.blamed and not self.is_the_same(
+                call, args
+            ):  # what follows from a size already found wrong says nothing new
+                first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
                 does = "does other things at" if isinstance(error, LeftPath) else "refuses"
                 shapes = type(error) is RuntimeError  # as torch raises for shapes that do not fit
-                self.blame_module(f"the code {does} other sizes ({first})", path, more=not shapes)
-            with _disable_current_modes():
-                out = self.predicted(call.out)
-            self.position, self.calls = call.end, call.next
+                place = f" {format_where(raised_at(error))}".rstrip()
+                self.blame_module(f"the code {does} other sizes ({first}){place}", path, more=not shapes)
+            out = self.passed_over(call)
+        return out
+
+    def is_the_same(self, call: Call, args: tuple[Any, ...]) -> bool:
+        """Whether a linear layer reads what it should: how memory is laid out decides by which operations it works."""
+        given = call.args[0] if self.kinds[call.path] in _LINEAR and len(call.args) == 1 and not call.kwargs else None
+        if not isinstance(given, fx.Node) or self.sources.get(id(args[0])) != self.origin(given):
+            return False
+        return tuple(args[0].shape) == tuple(map(self.sizes, given.meta["dims"]))
+
+    def passed_over(self, call: Call) -> Any:
+        """What a run of a module should have returned; the code goes on after it."""
+        with _disable_current_modes():
+            out = self.predicted(call.out)
+        self.position, self.calls = call.end, call.next
         return out
 
     def arrive(self, position: int) -> None:
@@ -236,6 +383,8 @@ class _Checker(Alongside):
             return tensor
         if type(out) in (tuple, list):
             return type(out)([self.predicted(item) for item in out])
+        if is_namedtuple(out):
+            return out._make(map(self.predicted, out))
         return {key: self.predicted(item) for key, item in out.items()} if type(out) is dict else out
 
     def blame(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:
@@ -246,10 +395,10 @@ class _Checker(Alongside):
         if names:
             self.blamed.setdefault(path, {}).update(dict.fromkeys(names, reason))
         else:
-            self.blame_module(reason, path)
+            self.blame_module(reason, path, more=False)
 
     def blame_module(self, reason: str, path: str, more: bool = True) -> None:
-        """Blame the groups of the innermost module around that holds a changed one, and of all that run the same code.
+        """Blame the groups of the innermost module around that holds a changed one.
 
         Args:
             more: the code does more with sizes than to write them down.
@@ -262,16 +411,11 @@ class _Checker(Alongside):
         groups = [group for group in self.network.groups if group.channel in self.changed]
         parts = path.split(".") if path else []
         for around in [".".join(parts[:n]) for n in range(len(parts), -1, -1)]:
-            if not any(_within(member.module, around) for group in groups for member in group.members):
-                continue
-            kind = self.kinds[around]
-            same = [other for other, own in self.kinds.items() if own is kind and kind is not nn.Sequential]
-            for place in [around, *same]:
-                names = [g.name for g in groups if any(_within(member.module, place) for member in g.members)]
-                why = dict.fromkeys(names, f"{reason} in {place or 'the model'}")
+            if names := [group.name for group in groups if _is_in(group, around)]:
+                why = dict.fromkeys(names, f"{reason} in {around or 'the model'}")
                 self.blamed.setdefault(path, {}).update(why)
-            self.vague.add(path)
-            return
+                self.vague[path] = around
+                return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
     def begin(self, names: Mapping[int, str], inputs: Any, model: nn.Module) -> None:
@@ -387,7 +531,7 @@ class _Checker(Alongside):
         """Whether an argument is another than it should be at these sizes; the groups that it concerns are blamed."""
         expected: dict[str, Axis] = node.meta.get("expected", {})
         sized = SIZED.get(node.target.overloadpacket, frozenset())  # type: ignore[union-attr]
-        values = [(a.name, now, then) for a, now, then in zip(func._schema.arguments, args, node.args, strict=False)]
+        values = [*zip(_names(func), args, node.args, strict=False)]
         for name, now, then in values + [(name, now, node.kwargs.get(name)) for name, now in kwargs.items()]:
             if isinstance(now, Tensor) or now is None:
                 continue
@@ -399,8 +543,8 @@ class _Checker(Alongside):
                     self.blame([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
             elif name not in sized and now != then and _is_number(now):
-                self.blame(_touched(*node.all_input_nodes), node, f"the code computes {name}={then} from a size")
-                self.more.add(self.modules[-1] if self.modules else "")
+                reason = Op(node, None).reason(f"the code computes {name}={then} from a size")
+                self.blame_module(reason, self.modules[-1] if self.modules else "")
                 return True
         return False
 
@@ -410,6 +554,30 @@ class _Checker(Alongside):
         dtype = node.meta.get("dtype", given)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
         return out if isinstance(node.meta["shape"], list) else out[0]
+
+
+def channels_of(node: fx.Node) -> dict[Axis, None]:
+    """The channels in the dimensions of an operation's arguments and results."""
+    if "channels" not in node.meta:
+        touched = _touched(node, *node.all_input_nodes)
+        node.meta["channels"] = dict.fromkeys(leaf for axis in touched for leaf in leaves(axis))
+    return node.meta["channels"]  # type: ignore[no-any-return]
+
+
+def _concerned(program: Program, changed: Container[Axis]) -> list[int]:
+    """How many operations before each place concern a changed group, or write to a tensor."""
+    count = [0]
+    for node in program.operations:
+        schema: Any = getattr(node.target, "_schema", None)
+        matters = getattr(schema, "is_mutable", False) or any(channel in changed for channel in channels_of(node))
+        count.append(count[-1] + matters)
+    return count
+
+
+@functools.cache
+def _names(func: Any) -> tuple[str, ...]:
+    """The names of the arguments of an operation."""
+    return tuple(argument.name for argument in func._schema.arguments)
 
 
 def _tensors(value: Any) -> Iterator[Any]:

@@ -23,12 +23,15 @@ problems = Console(stderr=True)
 
 
 class ClearErrors(TyperGroup):
-    """Prints an error that netsurgery raised on purpose as one red message, without a traceback."""
+    """Prints an error that netsurgery raised on purpose, and an interruption, as one message without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; exit with code 1 where it raises a NetsurgeryError."""
+        """Run the command; exit with code 1 where it raises a NetsurgeryError, 130 where it is interrupted."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            problems.print(Text(f"interrupted: {stop}" if str(stop) else "interrupted"), soft_wrap=True)
+            raise typer.Exit(130) from stop
         except NetsurgeryError as error:
             hint = " (here: --input SHAPE)" if "pass example_inputs" in str(error) else ""
             problems.print(Text(f"error: {error}{hint}", style="red"), soft_wrap=True)
@@ -38,7 +41,17 @@ class ClearErrors(TyperGroup):
 app = typer.Typer(cls=ClearErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 Option = typer.Option
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:callable.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="torchvision:NAME, timm:NAME, either with @WEIGHTS, or package.module:callable."
+    ),
+]
+WeightsFile = Annotated[
+    Path | None,
+    Option("--weights", metavar="FILE", help="Weights to load: safetensors, or a state dict of torch.save."),
+]
+RandomWeights = Annotated[bool, Option("--random-weights", help="Prune random weights.")]
 Shape = Annotated[str | None, Option("--input", metavar="SHAPE", help="As in 1x3x224x224; inferred where possible.")]
 Seed = Annotated[int, Option(metavar="N", help="Fixes everything random.")]
 Ratio = Annotated[float | None, Option(metavar="R", help="Share of the channels that goes, in [0, 1).")]
@@ -50,15 +63,13 @@ Multiple = Annotated[int, Option(metavar="N", help="Widths that stay are multipl
 Include = Annotated[list[str] | None, Option(metavar="PATTERN", help="Modules to prune; repeatable.")]
 Exclude = Annotated[list[str] | None, Option(metavar="PATTERN", help="Modules to leave whole; repeatable.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Print the plan only.")]
-Weights = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for weights.pt and edit.json.")]
-Results = Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Folder for the table (JSON) and a plot.")]
+Small = Annotated[Path | None, Option(metavar="DIR", help="Folder for weights.pt and edit.json.")]
+Results = Annotated[Path | None, Option(metavar="DIR", help="Folder for the table (JSON) and a plot.")]
 RecipeFile = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="A .toml or .yaml file, or digits, cifar10, cifar100, stl10, tinyimagenet."),
 ]
-Out = Annotated[
-    Path | None, Option(metavar="DIR", file_okay=False, help="Folder for all results; runs/NAME by default.")
-]
+Out = Annotated[Path | None, Option(metavar="DIR", help="Folder for all results; runs/NAME by default.")]
 DataFolder = Annotated[Path | None, Option("--data", metavar="DIR", help="Where the data set is; ./data by default.")]
 Download = Annotated[bool, Option("--download", help="Fetch the data set where it is missing.")]
 Seeds = Annotated[str | None, Option(metavar="N,N", help="Seeds instead of the recipe's.")]
@@ -99,6 +110,8 @@ def inspect(model: Model, shape: Shape = None) -> None:
 @app.command()
 def prune(
     model: Model,
+    weights: WeightsFile = None,
+    random_weights: RandomWeights = False,
     ratio: Ratio = None,
     params: Params = None,
     macs: Macs = None,
@@ -110,15 +123,17 @@ def prune(
     shape: Shape = None,
     seed: Seed = 0,
     dry_run: DryRun = False,
-    out: Weights = None,
+    out: Small = None,
 ) -> None:
     """Remove channels under a ratio or a budget, and prove that nothing else changed."""
     if sum(value is not None for value in (ratio, params, macs)) != 1:
         raise InputError("say how much goes by exactly one of --ratio, --params and --macs")
     if dry_run and out:
         raise InputError("--dry-run writes nothing; leave one of --dry-run and --out out")
-    from netsurgery.names import build, example
+    from netsurgery.names import example
+    from netsurgery.outputs import check_writable, writing
     from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
+    from netsurgery.weight_sources import prepared
 
     scores = {"hgsr": HGSRScore(), "magnitude": MagnitudeScore(), "random": RandomScore(seed=seed)}
     selection = PruneChannels(
@@ -130,11 +145,16 @@ def prune(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
     )
+    if out:
+        check_writable(out, ("weights.pt", "edit.json"))
     torch.manual_seed(seed)
+    inputs = example(shape, seed) if shape else None
+    with console.status("loading"):
+        original, source = prepared(model, weights, random_weights)
     with console.status("tracing and planning"):
-        original = build(model)
-        inputs = example(shape, seed) if shape else None
         edit = netsurgery.plan(original, [scores[score], selection], inputs)
+    check_removes(edit, {"--ratio": ratio, "--params": params, "--macs": macs, "--multiple-of": multiple_of})
+    console.print(Text(f"weights: {source}"), soft_wrap=True)
     console.print(widths(edit), costs(edit))
     if dry_run:
         return
@@ -142,13 +162,15 @@ def prune(
         small = netsurgery.rewrite(original, edit)
         rough = roughened(original)
         pairs = ((original, small), (rough, netsurgery.rewrite(rough, edit)))
-        error = max(netsurgery.verify(before, after, edit, inputs) for before, after in pairs)
+        errors = [netsurgery.verify(before, after, edit, inputs) for before, after in pairs]
+    error = max(errors, key=lambda one: (one != one, one))  # what is not a number is worse than any
     if not error < TOLERANCE:
         raise NetsurgeryError(f"the pruned network differs from the silenced original by {error:.1e} (relative)")
     proof = f"verify: the pruned network differs from the silenced original by {error:.1e} at most (relative)."
     console.print(proof, soft_wrap=True)
     if out:
-        netsurgery.save(out, small, edit)
+        with writing(out, "free the space that is missing, or pass another folder by --out"):
+            netsurgery.save(out, small, edit)
         files = f"{out / 'weights.pt'} and {out / 'edit.json'}"
         console.print(f'Wrote {files}; netsurgery.load("{out}", model) reads them.', soft_wrap=True)
 
@@ -187,6 +209,19 @@ def budget(option: str, text: str | None) -> float | int | None:
         return None if text is None else float(text) if "." in text else int(text.replace("_", ""))
     except ValueError:
         raise InputError(f"{option} {text}: write a share such as 0.5 or a whole number such as 2000000") from None
+
+
+def check_removes(edit: netsurgery.Edit, options: dict[str, Any]) -> None:
+    """Raise InputError where nothing goes."""
+    if edit.keep:
+        return
+    asked = " ".join(f"{name} {value}" for name, value in options.items() if value not in (None, 1))
+    largest = max(edit.network.prunable, key=lambda group: group.size)
+    raise InputError(
+        f"{asked} removes nothing: {edit.network.model_name} has {edit.before.params:,} parameters and "
+        f"{edit.before.macs:,} MACs, its largest group that may be cut, '{largest.name}', has {largest.size:,} units: "
+        "ask for more to go, or for a smaller --multiple-of"
+    )
 
 
 def roughened(model: nn.Module) -> nn.Module:

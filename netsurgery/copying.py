@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
@@ -18,7 +19,9 @@ __all__ = ["copy_with", "like", "named_modules", "named_tensors", "on_meta"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_ATOMS = frozenset([int, float, bool, str, type(None), FunctionType, type, torch.dtype, torch.Size])
+_ATOMS = frozenset(
+    [int, float, bool, str, type(None), FunctionType, type, torch.dtype, torch.Size, torch.jit.ScriptFunction]
+)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -48,7 +51,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for key, value in store.items():
                 if isinstance(value, Tensor):
                     found = [(key, value)]
-                elif value and type(value) in _CONTAINERS and key not in _INTERNAL:
+                elif type(value) in _CONTAINERS and value and key not in _INTERNAL:
                     found = list(_contained(key, value))
                 else:
                     continue
@@ -58,6 +61,16 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield (f"{path}.{name}" if path else name), tensor
 
 
+# What copying an object may raise: locks, modules and files cannot be pickled, others say so in their own way.
+_RAISED_BY_COPIES = (
+    TypeError,
+    RuntimeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    pickle.PickleError,
+    copy.Error,
+)
 _CONTAINERS = frozenset([dict, list, tuple])
 _INTERNAL = frozenset(nn.Module().__dict__)
 
@@ -155,7 +168,7 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
                 continue
             try:
                 target[key] = duplicate(value)
-            except (TypeError, RuntimeError) as error:
+            except _RAISED_BY_COPIES as error:
                 raise TraceError(
                     f"attribute '{key}' of module '{path or type(model).__name__}' cannot be copied: {error}"
                 ) from error

@@ -32,6 +32,14 @@ class Cost:
 
         return cost_table(self)
 
+    def __repr__(self) -> str:
+        return f"Cost(params={self.params}, macs={self.macs}, of {len(self.modules)} modules)"
+
+    def _repr_html_(self) -> str:
+        from netsurgery.report import cost_html
+
+        return cost_html(self)
+
 
 class Sizes:
     """Sizes of axes when some channels have other counts than their own."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.models import DigitsResNet
+from netsurgery.outputs import check_writable, writing
 from netsurgery.passes import HGSR, HGSRScore, PruneChannels
 
 BATCH = 64  # images in a training step
 TIMED_BATCH = 256  # images in a timed forward pass
-STRENGTH = 1e-4  # of the penalty in training
+STRENGTH = 3e-5  # of the penalty in training: benchmarks/strength.py, on held-out training images
+WIDTHS = (32, 64, 128)  # channels of each stage of the network
 PASSES = (HGSRScore(grouping="coupled"), PruneChannels(params=0.5, scope="global"))
 Step = Callable[[], None]  # says that a step of the work is done
 Stage = Callable[[str, int], Step]  # announces a stage of the work and its number of steps
@@ -135,10 +138,12 @@ def plot(before: dict[str, int], after: dict[str, int], path: Path) -> None:
 
 def table(rows: list[Row]) -> Table:
     """The rows as a table for the terminal."""
-    view = Table(title="DigitsResNet on scikit-learn's handwritten digits")
-    view.add_column("network")
-    for name in ("test accuracy", "parameters", "MACs", f"ms per {TIMED_BATCH} images"):
-        view.add_column(name, justify="right")
+    view = Table(title="DigitsResNet on scikit-learn's handwritten digits", box=SIMPLE_HEAD)
+    view.collapse_padding, view.pad_edge, view.show_edge, view.padding = True, False, False, (0, 1, 0, 0)
+    view.add_column("network", overflow="fold")
+    for name in ("test\naccuracy", "parameters", "MACs"):
+        view.add_column(name, justify="right", no_wrap=True)
+    view.add_column(f"ms per {TIMED_BATCH} images", justify="right", overflow="fold")
     for r in rows:
         time_ms = f"{r.latency_ms:.2f} ({r.latency_low_ms:.2f} to {r.latency_high_ms:.2f})"
         view.add_row(r.network, f"{r.accuracy:.2f} %", f"{r.parameters:,}", f"{r.macs:,}", time_ms)
@@ -152,17 +157,28 @@ def progress_bar(console: Console) -> Progress:
 
 
 def operate(
-    data: Digits, seed: int, epochs: int, finetune_epochs: int, stage: Stage
+    data: Digits,
+    seed: int,
+    epochs: int,
+    finetune_epochs: int,
+    stage: Stage,
+    *,
+    strength: float = STRENGTH,
+    widths: tuple[int, ...] = WIDTHS,
 ) -> tuple[dict[str, nn.Module], float]:
     """Train with the penalty, score, prune, verify and fine-tune without it.
+
+    Args:
+        strength: of the penalty.
+        widths: channels of each stage of the network.
 
     Returns:
         The networks by name in the order of the table, and the proof figure of the pruned one.
     """
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
-        trained = DigitsResNet()
-    penalty = HGSR(trained, data.test[0], grouping="coupled", strength=STRENGTH)
+        trained = DigitsResNet(widths)
+    penalty = HGSR(trained, data.test[0], grouping="coupled", strength=strength)
     fit(trained, data.train, epochs, 3e-3, seed, stage("training", epochs), penalty)
     step = stage("surgery", 3)
     edit = netsurgery.plan(trained, PASSES, (data.test[0],))
@@ -216,6 +232,8 @@ def run(
     Returns:
         What `table.json` holds: seed, torch version, sizes of the data, the rows, the proof figure, widths, seconds.
     """
+    if out is not None:
+        check_writable(out, ("table.json", "widths.png"))
     start = time.perf_counter()
     data = digits(seed)
     with progress_bar(console) as progress:
@@ -242,6 +260,7 @@ def run(
     console.print(f"verify: over the test images, the pruned network differs by {proof:.1e} at most (relative)")
     console.print("from the trained one whose removed channels are silenced.")
     if out is not None:
-        write(result, out)
+        with writing(out, "the table above holds what came out"):
+            write(result, out)
         console.print(f"Wrote {out / 'table.json'} and {out / 'widths.png'}.", markup=False, soft_wrap=True)
     return result

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from netsurgery.adapting import Adaptation
+from netsurgery.computed_weights import scaled
 from netsurgery.costs import Cost
 from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
+from netsurgery.report import edit_html, edit_line, share
 
 __all__ = ["Edit"]
 
@@ -64,7 +66,7 @@ class Edit:
                 raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
             if units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
                 raise InputError(
-                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {units}"
+                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {_start(units)}"
                 )
         kept = {name: tuple(map(int, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
         object.__setattr__(self, "keep", {n: units for n, units in kept.items() if len(units) < self.network[n].size})
@@ -112,12 +114,25 @@ class Edit:
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
         lines.extend(f"{path}.forward rewritten".lstrip(".") for path in self.replaced)
-        lines.extend(f"{name} has new values" for name in self.network.tensors if name in self.values)
+        valued = {*self.values, *self._scaled}
+        lines.extend(f"{name} has new values" for name in self.network.tensors if name in valued)
         lines.extend(f"{name} not compensated: {why}" for name, why in self.uncompensated.items())
         before, after = self.before, self.after
-        lines.append(f"parameters {before.params:,} -> {after.params:,} ({_share(after.params, before.params)})")
-        lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({_share(after.macs, before.macs)})")
+        lines.append(f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)})")
+        lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Edit({edit_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return edit_html(self)
+
+    @property
+    def _scaled(self) -> list[str]:
+        """Parameters that keep the rest of a computed weight as it is: ``rewrite`` works out by how much."""
+        channels = {self.network[name].channel for name in self.keep}
+        return [node.meta["scaled_by"] for program in self.network.programs for node in scaled(program, channels)]
 
     def then(self, later: Edit) -> Edit:
         """This edit followed by one made for the network it leads to.
@@ -181,9 +196,9 @@ class Edit:
         return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
 
 
+def _start(units: list[int], most: int = 10) -> str:
+    return str(units) if len(units) <= most else f"[{', '.join(map(str, units[:most]))}, ... {len(units)} in all]"
+
+
 def _places(group: Group) -> tuple[tuple[str, int], ...]:
     return tuple((member.parameter, member.axis) for member in group.members)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "-"

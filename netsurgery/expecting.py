@@ -5,6 +5,8 @@ Its graph is one way through the original code. Another kind of argument may tak
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from netsurgery.errors import InputError
 
-__all__ = ["expect_keys", "expect_same", "expect_tensor", "expect_value"]
+__all__ = ["EXPECTATIONS", "expect_keys", "expect_same", "expect_tensor", "expect_value", "first_that_fits"]
 
 
 def _refuse(name: str, traced: str, found: str) -> None:
@@ -70,3 +72,18 @@ def expect_keys(value: Any, traced: int | list[str], name: str) -> None:
             f"{traced} items" if isinstance(traced, int) else f"{traced}",
             f"{list(value) if isinstance(value, dict) else len(value)}",
         )
+
+
+EXPECTATIONS = (expect_tensor, expect_same, expect_value, expect_keys)
+
+
+def first_that_fits(ways: Sequence[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+    """The result of the first of several ways through a module whose expectations hold; they are its first lines.
+
+    Raises:
+        InputError: none does; the message is that of the last.
+    """
+    for way in ways[:-1]:
+        with contextlib.suppress(InputError):
+            return way(*args, **kwargs)
+    return ways[-1](*args, **kwargs)

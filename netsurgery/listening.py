@@ -9,6 +9,7 @@ the node says of which (``node.meta["sizes"]``), so that it can be worked out an
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 import torch.utils._contextlib
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
@@ -40,11 +42,15 @@ from netsurgery.posing import Posing
 from netsurgery.shapes import infer
 from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
 
-__all__ = ["Deaf", "Heard", "Worth", "hear"]
+__all__ = ["Deaf", "Heard", "OtherInTraining", "Worth", "hear"]
 
 
 class Deaf(Exception):
     """The code of a module does something that a graph of torch functions cannot express."""
+
+
+class OtherInTraining(Deaf):
+    """The code of a module computes other things in training."""
 
 
 class Number(int):
@@ -273,7 +279,14 @@ class _Plain(Watcher):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = infer(func, args, kwargs)
         self.place(out, None)
+        self.hear_scripted(func, args, kwargs, out)
         return out
+
+    def hear_scripted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Scripted functions run operations without calling torch functions: the ears hear these here."""
+        if self.ears is not None and not self.ears.paused and not self.ears.busy:
+            self.ears.look_around()
+            self.ears.bind(out, self.ears.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
@@ -311,6 +324,7 @@ class _Follower(_Plain):
         out = infer(func, args, kwargs)
         self.place(out, node.meta["dims"])
         self.done.append(node)
+        self.hear_scripted(func, args, kwargs, out)
         return out
 
 
@@ -336,6 +350,16 @@ class _Ears(TorchFunctionMode):
         self.dtypes: dict[torch.dtype, fx.Node] = {}
         self.doubts: list[str] = []
         self.paused = False
+        self.busy = False  # inside of a torch function that is heard
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """What runs now is part of a torch function."""
+        before, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = before
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -480,12 +504,16 @@ class _Ears(TorchFunctionMode):
         name = func.__name__
         if func in self.answers:
             return self.answers[func]
+        if func in _LIKE:
+            with self:
+                return _LIKE[func](args[0], args[1].shape)
         if name == "__get__":
             return self.attribute_of(args[0], func.__self__.__name__)
         if func in (Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__):
             return self.size(name, args, kwargs)
         start = len(self.watcher.done)
-        out = func(*_plain(args), **_plain(kwargs))
+        with self.inside():
+            out = func(*_plain(args), **_plain(kwargs))
         self.look_around()
         if name in _OF_MEMORY or (out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args)):
             self.doubts.append(f"calls {name}")
@@ -503,7 +531,8 @@ class _Ears(TorchFunctionMode):
             frame = frame.f_back  # type: ignore[assignment]
 
     def attribute_of(self, x: Tensor, name: str) -> Any:
-        value = getattr(x, name)
+        with self.inside():
+            value = getattr(x, name)
         if name == "shape":
             return self.shape(x)
         if name == "dtype":
@@ -541,16 +570,24 @@ class _Ears(TorchFunctionMode):
         given = tuple([self.node_of(a) for a in args]), {key: self.node_of(value) for key, value in kwargs.items()}
         if name.startswith("__") and hasattr(operator, name):
             node = self.graph.call_function(getattr(operator, name), *given)
-        elif getattr(Tensor, name, None) is func or (name in ("reshape",) and isinstance(args[0], Tensor)):
+        elif getattr(Tensor, name, None) is func or (name in _AS_METHODS and isinstance(args[0], Tensor)):
             node = self.graph.call_method(name, *given)
-        elif (resolve_name(func) or "").startswith("torch."):
+        elif isinstance(func, OpOverload) or (resolve_name(func) or "").startswith("torch."):
             node = self.graph.call_function(func, *given)
         else:
             raise Deaf(f"calls {func}")
         node.meta["sizes"] = sizes
+        if name in ("chunk", "tensor_split") and isinstance(out, tuple | list):
+            node.meta["parts"] = [axes.of(part)[kwargs.get("dim", args[2] if len(args) > 2 else 0)] for part in out]
         if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             node.meta["scale"] = axes.of(args[0])[-1]
         return node
+
+
+_LIKE: dict[Any, Callable[..., Any]] = {
+    Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape, Tensor.expand_as: Tensor.expand,
+}  # fmt: skip
+_AS_METHODS = ("reshape", "view", "expand", "unflatten")
 
 
 def _illegible(tensor: Tensor) -> Tensor:
@@ -600,6 +637,27 @@ class Heard:
     again: Callable[..., _Ears]  # in training? with other dtypes? at which sizes?
     free: list[Axis]  # channels of the inputs that may be of any size
     attributes: dict[str, Any]
+    training: bool = False
+
+    @functools.cached_property
+    def alone(self) -> fx.Graph:
+        """The graph that stands for the code in the mode in which it was heard.
+
+        Raises:
+            Deaf: there is none; the message says why.
+        """
+        if self.doubts:
+            raise Deaf(self.doubts[0])
+        self.try_other_inputs()
+        graph, told = copy.deepcopy(self.usual), True
+        if any(map(_reads_dtype, graph.nodes)):
+            try:
+                told = _tell_dtypes_apart(graph, self.again(self.training, True).graph)
+            except Deaf:
+                told = False
+        if not told:
+            _keep_dtypes(graph)
+        return graph
 
     @functools.cached_property
     def whole(self) -> fx.Graph:
@@ -621,10 +679,9 @@ class Heard:
                     told &= _tell_dtypes_apart(graph, self.again(training, True).graph)
                 except Deaf:
                     told = False
-        merged = _merged(self.usual, trained.graph)
-        for node in merged.nodes if not told else ():  # other dtypes may take another way
-            if node.target is expect_tensor:
-                node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
+        merged = _merged(copy.deepcopy(self.usual), trained.graph)
+        if not told:
+            _keep_dtypes(merged)
         return merged
 
     def try_other_inputs(self) -> None:
@@ -636,7 +693,7 @@ class Heard:
         for chosen in (self.free, *([axis] for axis in self.free if len(self.free) > 1)):
             sizes = Sizes({axis: 2 * axis.size for axis in chosen})
             try:
-                other = self.again(False, False, sizes).graph
+                other = self.again(self.training, False, sizes).graph
             except Deaf:  # the code does not run so; one size at a time may do
                 continue
             worth = Worth(sizes, self.attributes, ())
@@ -647,7 +704,14 @@ class Heard:
                 return
 
 
-def hear(module: nn.Module, program: Program, call: Call, network: Network) -> Heard:
+def _keep_dtypes(graph: fx.Graph) -> None:
+    """Other dtypes may take another way: those that were traced are made sure of."""
+    for node in graph.nodes:
+        if node.target is expect_tensor:
+            node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
+
+
+def hear(module: nn.Module, program: Program, call: Call, network: Network, in_training: bool = False) -> Heard:
     """What one run of a module's own code did, as it was recorded.
 
     Raises:
@@ -660,17 +724,17 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network) -> H
 
     def listen(training: bool, other: bool, sizes: Sizes | None = None) -> _Ears:
         bare, names = _in_other_dtypes(*skeleton(module, program.mode)) if other else usual
-        watcher = _Plain() if training or other or sizes else _Follower(program, call)
+        watcher = _Plain() if training != in_training or other or sizes else _Follower(program, call)
         track(bare, watcher)
         ears = _Ears(bare, names, watcher, device)
         _run(bare, ears, call, network, training, other, sizes)
         return ears
 
-    heard = listen(training=False, other=False)
+    heard = listen(training=in_training, other=False)
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
     free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
-    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__))
+    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training)
 
 
 def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
@@ -731,11 +795,11 @@ def _run(
                     shape = tuple(map(sizes, dims))
                     given[value] = torch.empty_permuted(shape, order, dtype=value.meta["dtype"], device="meta")
             given[value] = given[value].to(_other(given[value].dtype)) if other else given[value]
-            watcher.place(given[value], None if training or other or sizes else dims)
+            watcher.place(given[value], dims if isinstance(watcher, _Follower) else None)
         return given[value]
 
-    args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     try:
+        args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
         args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
         ears.integers(module)
         ears.fractions(module)
@@ -896,7 +960,7 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
         if isinstance(x, float) and x == 0 and isinstance(y, fx.Node | float):
             with usual.inserting_after(twin[y] if isinstance(y, fx.Node) else mode):
                 return usual.call_function(operator.mul, (settled(y), mode))
-        raise Deaf("computes other things in training")
+        raise OtherInTraining("computes other things in training")
 
     if _guards(training) - _guards(usual):
         raise Deaf("asks for other sizes in training")
@@ -909,16 +973,16 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
                     twin[other] = usual.get_attr(str(other.target))
                 continue
             if other.target is not F.dropout or other.args[0] not in twin:
-                raise Deaf("runs other code in training")
+                raise OtherInTraining("runs other code in training")
             rate = settled(other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5))
             with usual.inserting_after(last):
                 last = twin[other] = usual.call_function(F.dropout, (twin[other.args[0]], rate, mode))  # type: ignore[index]
             continue
         if node.kwargs.keys() != other.kwargs.keys():
-            raise Deaf("runs other code in training")
+            raise OtherInTraining("runs other code in training")
         last = twin[other] = left.pop()
         node.args = same(node.args, other.args)
         node.kwargs = {key: same(value, other.kwargs[key]) for key, value in node.kwargs.items()}
     if left:
-        raise Deaf("runs other code in training")
+        raise OtherInTraining("runs other code in training")
     return usual

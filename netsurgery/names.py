@@ -1,4 +1,4 @@
-"""Models by name: `torchvision:resnet18`, `timm:resnet18`, `package.module:callable`."""
+"""Models by name: `torchvision:resnet18@DEFAULT`, `timm:resnet18@pretrained`, `package.module:callable`."""
 
 import importlib
 import inspect
@@ -17,26 +17,32 @@ from netsurgery.errors import InputError
 
 __all__ = ["build", "example"]
 
-Finder = Callable[[str, dict[str, Any]], nn.Module]
+Finder = Callable[[str, str, dict[str, Any]], nn.Module]
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
-    """The model of that name, with fresh weights: nothing is downloaded.
+    """The model of that name. Without `@WEIGHTS` its weights are those that its maker draws: nothing is downloaded.
 
     Args:
         name: `torchvision:NAME`, `timm:NAME`, or `package.module:callable`, which is looked up from the current
-            directory too; the callable returns the model.
+            directory too; the callable returns the model. The first two may end in the name of published weights, which
+            are fetched where they are missing: `torchvision:resnet18@DEFAULT`, `timm:resnet18@pretrained`.
         arguments: what the model is called with, such as `num_classes`.
 
     Raises:
-        InputError: no such model; near matches are named. Or it does not take these arguments.
+        InputError: no such model or weights; near matches are named. Or it does not take these arguments, or the
+            weights cannot be fetched.
     """
     source, _, rest = name.partition(":")
-    if not rest or not all(part.isidentifier() for part in source.split(".")):
-        raise InputError(f"{name!r} names no model; write torchvision:NAME, timm:NAME or package.module:callable")
+    rest, at, weights = rest.partition("@")
+    if not rest or (at and not weights) or not all(part.isidentifier() for part in source.split(".")):
+        raise InputError(
+            f"{name!r} names no model; write torchvision:NAME, timm:NAME, either with @WEIGHTS, or "
+            "package.module:callable"
+        )
     finders: dict[str, Finder] = {"torchvision": _torchvision, "timm": _timm}
     try:
-        return finders.get(source, partial(_user, source))(rest, arguments)
+        return finders.get(source, partial(_user, source))(rest, weights, arguments)
     except TypeError as error:
         if arguments and "argument" in str(error):
             raise InputError(f"{name} with the arguments {', '.join(arguments)}: {error}") from error
@@ -55,7 +61,7 @@ def example(shape: str, seed: int = 0) -> tuple[Tensor]:
     return (torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(seed)),)
 
 
-def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models():
@@ -63,22 +69,70 @@ def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
     builder = models.get_model_builder(name)
     # Detection and segmentation models download their backbone unless told otherwise.
     backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    chosen = _published(name, weights) if weights else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
-        return _module(f"torchvision:{name}", builder(weights=None, **backbone, **arguments))
+        try:
+            return _module(f"torchvision:{name}", builder(weights=chosen, **backbone, **arguments))
+        except ValueError as error:
+            if chosen is None:
+                raise
+            raise InputError(
+                f"torchvision:{name}@{weights}: {error}"
+            ) from error  # other classes than it was trained on
 
 
-def _timm(name: str, arguments: dict[str, Any]) -> nn.Module:
+def _published(name: str, weights: str) -> Any:
+    """An entry of torchvision's list of weights, whose file is there then."""
+    from torchvision import models
+
+    there = models.get_model_weights(name).__members__
+    if weights not in there:
+        raise InputError(_no_weights("torchvision", weights, name, there))
+    try:
+        there[weights].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"torchvision:{name}@{weights}: {_unfetched(error)}") from error
+    return there[weights]
+
+
+def _no_weights(source: str, weights: str, name: str, there: Iterable[str]) -> str:
+    hint = _near(weights, there) or f"; there are {', '.join(there) or 'none'}"
+    return f"{source} has no weights {weights!r} of {name}{hint}"
+
+
+def _unfetched(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"the weights cannot be fetched ({reason}): fetch them elsewhere and pass the file by --weights"
+
+
+def _timm(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         import timm
     except ModuleNotFoundError as error:
         raise InputError(f"timm:{name} needs timm, which is not installed: python -m pip install timm") from error
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}{_near(name, timm.list_models())}")
-    return _module(f"timm:{name}", timm.create_model(name, pretrained=False, **arguments))
+    if not weights:
+        return _module(f"timm:{name}", timm.create_model(name, pretrained=False, **arguments))
+    plain, _, tag = name.partition(".")
+    tag = tag if weights == "pretrained" else weights
+    there = [one.removeprefix(f"{plain}.") for one in timm.list_pretrained(f"{plain}.*")]
+    if not there or (tag and tag not in there):
+        raise InputError(_no_weights("timm", tag or weights, plain, ["pretrained", *there] if there else []))
+    try:
+        made = timm.create_model(f"{plain}.{tag}" if tag else plain, pretrained=True, **arguments)
+    except OSError as error:
+        raise InputError(f"timm:{name}@{weights}: {_unfetched(error)}") from error
+    return _module(f"timm:{name}", made)
 
 
-def _user(path: str, attribute: str, arguments: dict[str, Any]) -> nn.Module:
+def _user(path: str, attribute: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
+    if weights:
+        raise InputError(
+            f"{path}:{attribute}@{weights}: only torchvision: and timm: have weights by name; let the callable load "
+            "them, or pass the file by --weights"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script's path starts at its own folder
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, Fixed, channel, freeze, leaves, resolve, tie
+from netsurgery.computed_weights import freeze_normalised
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost, Sizes, Term, total
 from netsurgery.errors import InputError
@@ -67,6 +68,10 @@ class Group:
     frozen: str | None
     channel: Axis = field(repr=False, compare=False)
     unit: Unit = "channel"
+
+    def __repr__(self) -> str:
+        locked = "" if self.frozen is None else f", frozen={self.frozen!r}"
+        return f"Group({self.name!r}, size={self.size}, unit={self.unit!r}, {len(self.members)} members{locked})"
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,19 @@ class Network:
         """Parameters and multiply-accumulates, now or with other numbers of units; nothing is built."""
         return total(*self.terms, self.sizes(counts))
 
+    def require_weights(self, reader: object) -> None:
+        """Make sure that the model has weights, for a pass that reads them.
+
+        Raises:
+            InputError: it is on the meta device.
+        """
+        absent = next((n for n, t in self.tensors.items() if t.is_meta and isinstance(t, nn.Parameter)), None)
+        if absent is not None:
+            raise InputError(
+                f"{type(reader).__name__} reads weights, but '{absent}' has none, it is on the meta device: "
+                "pass a model with its weights loaded, or use RandomScore()"
+            )
+
     def with_scores(self, scores: Mapping[str, Tensor], comparable: bool = False) -> Network:
         """The same network with scores laid on its groups; ``comparable`` where they mean the same in every group."""
         return dataclasses.replace(self, scores=dict(scores), comparable=comparable)
@@ -169,6 +187,15 @@ class Network:
             reasons.update({name: why for name in tied if why is not None and name not in reasons})
         groups = [dataclasses.replace(g, frozen=g.frozen or reasons.get(g.name)) for g in self.groups]
         return dataclasses.replace(self, groups=tuple(groups))
+
+    def with_ties(self, ties: Iterable[tuple[str, ...]]) -> Network:
+        """The same network with more groups that must keep equally many units."""
+        graph = nx.Graph()
+        for names in (*self.ties, *ties):
+            nx.add_path(graph, names)
+        order = {group.name: index for index, group in enumerate(self.groups)}
+        joined = [tuple(sorted(names, key=order.__getitem__)) for names in nx.connected_components(graph)]
+        return dataclasses.replace(self, ties=tuple(sorted(joined, key=lambda names: order[names[0]])))
 
     def axis_expression(self, axis: Axis) -> str:
         """An axis in the words of the groups, such as ``conv1*7*7`` or ``conv1+conv2``."""
@@ -184,6 +211,16 @@ class Network:
         from netsurgery.report import network_table
 
         return network_table(self)
+
+    def __repr__(self) -> str:
+        from netsurgery.report import network_line
+
+        return f"Network({network_line(self)})"
+
+    def _repr_html_(self) -> str:
+        from netsurgery.report import network_html
+
+        return network_html(self)
 
 
 _ATTENTION = {torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}
@@ -280,6 +317,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
         for axis in analysis.axes[name]:
             freeze(axis, "not used in the recorded run")
     _freeze_what_is_cut_off(analysis, programs)
+    freeze_normalised(programs, {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)})
     sources = analysis.axes
     classes = analysis.settle_ties()
     memo = analysis.resolve()

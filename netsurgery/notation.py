@@ -300,8 +300,8 @@ def _note_roles(
     """What each name does in each parameter; a name that only one operand has is worked across."""
     uses = [{name for name, _ in origin} for origin in origins]
     fed = {name for mine, node in zip(uses, nodes, strict=True) if "params" not in node.meta for name in mine}
-    # Parameters that activations are contracted with: the node, and (source, axis, role) of its dimensions.
-    weights = op.node.meta.setdefault("weights", [])
+    # What comes from parameters: the node, and (source, axis, role) of its dimensions.
+    operands = op.node.meta.setdefault("operands", [])
     for mine, origin, node in zip(uses, origins, nodes, strict=True):
         contracts = not mine <= written
         roles = []
@@ -317,5 +317,4 @@ def _note_roles(
         if "params" in node.meta:
             for source, axis, role in roles:
                 op.analysis.note_role(node, source, axis, role)
-            if any(role == "consumes" for *_, role in roles):
-                weights.append((node, roles))
+            operands.append((node, roles))

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from netsurgery.alone import settle_alone
 from netsurgery.check import adapt
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost
@@ -26,6 +27,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, PassError, TraceError
 from netsurgery.inputs import infer_inputs
 from netsurgery.network import Network, analyse
+from netsurgery.refusals import refuse_unsupported
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import Inputs, Program, as_inputs, names_used, reads_training, record
 
@@ -86,7 +88,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     while found := adapt(model, network, halves)[1]:  # each round freezes at least one group
         network = network.with_frozen(found)
         halves = {group.name: halves[group.name] for group in network.prunable}
-    return network
+    return settle_alone(model, network)
 
 
 @_few_collections()
@@ -94,9 +96,8 @@ def trace_untried(model: nn.Module, example_inputs: Any) -> Network:
     """The network before its code was tried at other sizes."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    refuse_unsupported(model)
     parameters = {name: tensor for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters.values()):
-        raise TraceError(f"{type(model).__name__} has uninitialised (lazy) parameters: run it once before surgery")
     if example_inputs is None:
         inputs, program = infer_inputs(model)
     else:

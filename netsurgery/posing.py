@@ -1,7 +1,8 @@
 """Tensors without data that pass for tensors of the model's device.
 
 Code asks where a tensor is (``torch.zeros(n, device=x.device)``, ``if x.is_cuda``), reads it into Python, and makes
-tensors of numbers beside it. torch answers without asking a dispatch mode; so the calls are answered here.
+tensors of numbers beside it. torch answers without asking a dispatch mode; so the calls are answered here. So are those
+whose implementation reads the lengths of sequences from memory.
 """
 
 from __future__ import annotations
@@ -19,11 +20,23 @@ __all__ = ["Posing"]
 
 
 class Posing(TorchFunctionMode):
-    """Lets tensors without data pass for tensors of the model's device, whose values Python can read."""
+    """Lets tensors without data pass for tensors of the model's device, whose values Python can read.
 
-    def __init__(self, read: Callable[[Tensor], Tensor], device: torch.device):
+    Args:
+        read: the value of a tensor.
+        alias: told of ``tensor.data``, which no operation makes: the tensor, and the other that shares its memory.
+        assign: told of ``tensor.data = value`` before it happens.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Tensor], Tensor],
+        device: torch.device,
+        alias: Callable[[Tensor, Tensor], Tensor] | None = None,
+        assign: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         super().__init__()
-        self.read = read
+        self.read, self.alias, self.assign = read, alias, assign
         kind = device.type
         self.answers = {
             torch.Tensor.device.__get__: device,
@@ -43,6 +56,10 @@ class Posing(TorchFunctionMode):
             return args[0]
         if bare and func is torch.Tensor.to:
             return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
+        if bare and func == _GET_DATA and self.alias is not None:
+            return self.alias(args[0], func(*args))
+        if bare and func == _SET_DATA and self.assign is not None:
+            return func(args[0], self.assign(*args))
         if func in _READS:
             args = (self.read(args[0]), *args[1:])
             with _disable_current_modes():
@@ -53,10 +70,28 @@ class Posing(TorchFunctionMode):
         elif func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
             kwargs = {"dtype": args[0].dtype, **kwargs}
             func, args = torch.tensor, args[1:]
+        elif func in _LENGTHS:
+            return self.with_lengths(func, args, kwargs)
         if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
             args = self.legible(args)
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         return func(*args, **kwargs)
+
+    def with_lengths(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of a function that reads lengths from memory: they are given ones that have data."""
+        if func in (torch.tensor_split, torch.Tensor.tensor_split):
+            where = next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)), None)
+            read = self.legible([where])[0] if where is not None else None
+            args = tuple([read if value is where and read is not None else value for value in args])
+            return func(*args, **{key: read if value is where else value for key, value in kwargs.items()})
+        if func in _RECURRENT and not (len(args) > 3 and isinstance(args[3], list | tuple)):
+            return func(*args, **kwargs)  # no packed sequence
+        if not isinstance(args[1], Tensor):
+            return func(*args, **kwargs)
+        lengths = self.read(args[1]) if args[1].is_meta else args[1]
+        if func is _UNPACK:
+            return _padded(args[0], self.legible([lengths])[0], *args[2:], **kwargs)
+        return func(args[0], lengths, *args[2:], **kwargs)
 
     def legible(self, value: Any) -> Any:
         """Numbers in place of tensors without data."""
@@ -72,10 +107,37 @@ class Posing(TorchFunctionMode):
         return found if found.numel() else found.long()
 
 
+def _padded(
+    data: Tensor, batch_sizes: list[int], batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    """What ``_pad_packed_sequence`` returns, whose implementation writes the lengths into memory."""
+    steps, rows = max(total_length, len(batch_sizes)), batch_sizes[0]
+    places = torch.tensor([step * rows + row for step, n in enumerate(batch_sizes) for row in range(n)])
+    flat = data.new_full((steps * rows, *data.shape[1:]), padding_value).index_copy(0, places, data)
+    out = flat.view(steps, rows, *data.shape[1:])
+    lengths = torch.tensor([sum(n > row for n in batch_sizes) for row in range(rows)])
+    return (out.transpose(0, 1) if batch_first else out), lengths
+
+
+_PACK, _UNPACK = torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence
+_RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}
+_LENGTHS = {_PACK, _UNPACK, torch.tensor_split, torch.Tensor.tensor_split, *_RECURRENT}
 _INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
-_POSED = {*_READS, *_MOVES, *_INDEXES, torch.Tensor.to, torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
+_GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_POSED = {
+    _GET_DATA,
+    _SET_DATA,
+    *_READS,
+    *_MOVES,
+    *_INDEXES,
+    *_LENGTHS,
+    torch.Tensor.to,
+    torch.Tensor.new_tensor,
+    torch.tensor,
+    torch.as_tensor,
+}
 
 
 def _nowhere(value: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Readable tables of networks and costs, plain text."""
+"""Readable tables of networks, edits and costs, as plain text and for notebooks, and each in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,19 @@ from netsurgery.axes import leaves
 
 if TYPE_CHECKING:
     from netsurgery.costs import Cost
+    from netsurgery.edit import Edit
     from netsurgery.network import Group, Network
 
-__all__ = ["columns", "cost_table", "network_table", "prunable_share"]
+__all__ = [
+    *("columns", "cost_html", "cost_table", "edit_html", "edit_line", "network_html", "network_line"),
+    *("network_table", "prunable_share"),
+]
+
+Rows = Sequence[Sequence[str]]
+SHOWN = 200  # rows of a table in a notebook
 
 
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def columns(rows: Rows, right: Sequence[int] = ()) -> str:
     """Rows as lines of text, with the columns `right` aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
@@ -26,6 +34,20 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def html(caption: str, rows: Rows, right: Sequence[int] = ()) -> str:
+    """Rows as an HTML table under a caption, the first as its head; the last line says how many are not shown."""
+
+    def line(row: Sequence[str], tag: str) -> str:
+        sides = ["right" if i in right else "left" for i in range(len(row))]
+        cells = zip(row, sides, strict=True)
+        return "<tr>" + "".join(f'<{tag} style="text-align: {s}">{escape(cell)}</{tag}>' for cell, s in cells) + "</tr>"
+
+    head, body = rows[0], rows[1:]
+    more = f'<tr><td colspan="{len(head)}">and {len(body) - SHOWN} more</td></tr>' if body[SHOWN:] else ""
+    lines = [line(head, "th"), *(line(row, "td") for row in body[:SHOWN])]
+    return f"<table><caption>{escape(caption)}</caption>{''.join(lines)}{more}</table>"
 
 
 def prunable_share(network: Network) -> float:
@@ -50,9 +72,18 @@ def _together(groups: Iterable[Group]) -> list[list[Group]]:
     return list(rows.values())
 
 
-def network_table(network: Network) -> str:
+def network_line(network: Network) -> str:
+    """The network in one line."""
+    cost, scored = network.cost(), ", scored" if network.scores else ""
+    return (
+        f"{network.model_name}: {cost.params:,} parameters, {cost.macs:,} MACs, {len(network.groups)} groups, "
+        f"{len(network.groups) - len(network.prunable)} locked{scored}"
+    )
+
+
+def network_rows(network: Network) -> list[tuple[str, ...]]:
     """One row for each group: name, size, where it occurs, and why it is locked if it is."""
-    rows = [("group", "units", "produced by", "consumed by", "locked")]
+    rows: list[tuple[str, ...]] = [("group", "units", "produced by", "consumed by", "locked")]
     for groups in _together(network.groups):
         members = [member for group in groups for member in group.members]
         by_role = {role: [m.module for m in members if m.role == role] for role in ("produces", "carries", "consumes")}
@@ -61,6 +92,11 @@ def network_table(network: Network) -> str:
         locked = (reasons[0] if reasons else "") + (f" (and {len(reasons) - 1} more reasons)" if reasons[1:] else "")
         name = groups[0].name + (f" and {len(groups) - 1} more" if groups[1:] else "")
         rows.append((name, str(sum(group.size for group in groups)), made, _list(by_role["consumes"]), locked))
+    return rows
+
+
+def network_table(network: Network) -> str:
+    """What it costs and how much of it can be pruned; then a row for each group."""
     cost = network.cost()
     inputs = ", ".join(
         "x".join(map(str, node.meta["shape"])) for node in network.programs[0].graph.nodes if node.op == "placeholder"
@@ -70,7 +106,39 @@ def network_table(network: Network) -> str:
         f"{len(network.groups)} groups, {len(network.groups) - len(network.prunable)} locked, "
         f"{100 * prunable_share(network):.1f}% of the parameters prunable"
     )
-    return head + "\n" + columns(rows, right=(1,))
+    return head + "\n" + columns(network_rows(network), right=(1,))
+
+
+def network_html(network: Network) -> str:
+    """The table for a notebook."""
+    return html(network_line(network), network_rows(network), right=(1,))
+
+
+def edit_line(edit: Edit) -> str:
+    """The edit in one line."""
+    before, after, network = edit.before, edit.after, edit.network
+    if not edit.keep and not edit.values:
+        return f"{network.model_name}: nothing goes"
+    valued = f", {len(edit.values)} tensors with new values" if edit.values else ""
+    return (
+        f"{network.model_name}: {len(edit.keep)} of {len(network.groups)} groups cut{valued}, "
+        f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)}), "
+        f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})"
+    )
+
+
+def edit_html(edit: Edit) -> str:
+    """A row for each group that is cut, for a notebook."""
+    rows = [("group", "units", "stay", "kept")]
+    for name, count in edit.counts.items():
+        size = edit.network[name].size
+        rows.append((name, f"{size:,}", f"{count:,}", share(count, size)))
+    return html(edit_line(edit), rows, right=(1, 2, 3))
+
+
+def share(part: int, whole: int) -> str:
+    """A part in percent."""
+    return f"{100 * part / whole:.1f}%" if whole else "-"
 
 
 def _list(modules: Sequence[str], most: int = 3) -> str:
@@ -78,10 +146,20 @@ def _list(modules: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f", +{len(names) - most}" if len(names) > most else "")
 
 
-def cost_table(cost: Cost) -> str:
+def cost_rows(cost: Cost) -> Rows:
     """One row for each module, and the sum."""
     rows = [
         ("module", "parameters", "MACs"),
         *((p or "(top)", f"{n:,}", f"{m:,}") for p, (n, m) in cost.modules.items()),
     ]
-    return columns([*rows, ("total", f"{cost.params:,}", f"{cost.macs:,}")], right=(1, 2))
+    return [*rows, ("total", f"{cost.params:,}", f"{cost.macs:,}")]
+
+
+def cost_table(cost: Cost) -> str:
+    """What each module costs."""
+    return columns(cost_rows(cost), right=(1, 2))
+
+
+def cost_html(cost: Cost) -> str:
+    """The table for a notebook."""
+    return html(f"{cost.params:,} parameters, {cost.macs:,} MACs", cost_rows(cost), right=(1, 2))

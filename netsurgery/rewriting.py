@@ -18,6 +18,7 @@ from netsurgery.copying import copy_with, like, named_tensors
 from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
+from netsurgery.keeping import rescaled
 from netsurgery.optimizers import OptimizerStates, as_list, averaged
 
 __all__ = ["rewrite"]
@@ -53,12 +54,15 @@ def rewrite(
     Returns:
         The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
         ``in_channels`` in step. Training mode, hooks, requires_grad, dtype, device, memory format and ties stay.
+        What stays of a weight that is computed from others stays as it is: the length of a weight norm is cut to what
+        its direction loses (the norms of other computations lock what they are taken over).
         A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
         ``netsurgery`` names these, ``edit.replaced`` says why.
 
     Raises:
         RewriteError: the model's tensors are not those of the edit's network, or its code does not follow the new sizes
-            (an edit that ``plan`` made has been checked already), or an optimizer's state cannot be cut.
+            (an edit that ``plan`` made has been checked already), or an optimizer's state cannot be cut, or all that
+            would stay of a filter with a weight norm are zeros.
         InputError: an optimizer or an average that is none of this model. Whatever is raised, nothing has been changed.
 
     Example:
@@ -85,11 +89,12 @@ def rewrite(
     new: dict[int, Tensor] = {}
     result = model
     if not inplace:
-        new = {id(t): _copy(t, edit.values.get(name, t), network.axes[name], places) for name, t in tensors.items()}
+        values = _valued(tensors, edit, edit.values)
+        new = {id(t): _copy(t, values.get(name, t), network.axes[name], places) for name, t in tensors.items()}
         result = copy_with(model, new)
     cuts = [_cut_all(dict(named_tensors(one)), edit, places, _moved(one, edit)) for one in averages]
     if inplace:
-        cuts.append(_cut_all(tensors, edit, places, edit.values))
+        cuts.append(_cut_all(tensors, edit, places, _valued(tensors, edit, edit.values)))
     # Whatever can be refused has been: from here on things change.
     for cut in cuts:
         _replace(cut)
@@ -138,7 +143,7 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
 
 def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
     new = like(tensor, places.cut(value.to(tensor), axes))
-    if tensor.grad is not None:
+    if tensor.is_leaf and tensor.grad is not None:  # another, such as the last result of a weight norm, has none
         new.grad = places.cut(tensor.grad, axes)
     return new
 
@@ -152,7 +157,7 @@ def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, places: Positions, value
         (
             old,
             places.cut(values[name].to(old) if name in values else old, axes[name]),
-            None if old.grad is None else places.cut(old.grad, axes[name]),
+            places.cut(old.grad, axes[name]) if old.is_leaf and old.grad is not None else None,
         )
         for name, old in tensors.items()
         if name in axes and (name in values or places.changes(axes[name]))
@@ -162,10 +167,16 @@ def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, places: Positions, value
 def _moved(average: nn.Module, edit: Edit) -> dict[str, Tensor]:
     """New values of an average of the weights: it is moved by as much as the weights are."""
     own = dict(named_tensors(average))
-    return {
+    moved = {
         name: own[name].detach() + (v - edit.network.tensors[name].detach()).to(own[name])
         for name, v in edit.values.items()
     }
+    return _valued(own, edit, moved)
+
+
+def _valued(tensors: Mapping[str, Tensor], edit: Edit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New values, and those of the parameters that keep the rest of computed weights as it is."""
+    return {**values, **rescaled(edit.network, {**tensors, **values}, edit.keep)}
 
 
 def _replace(cut: Cut) -> None:

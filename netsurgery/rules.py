@@ -214,6 +214,7 @@ pattern(
 # Positions ---------------------------------------------------------------------------------------------------------
 
 pattern([aten.embedding], "v d, *i -> *i d", operands="weight indices", sized=("padding_idx",))
+pattern([aten.embedding_renorm_], "[v] d, *i -> v d", operands="self indices")
 pattern([aten._embedding_bag], "v d, [i], [b], i -> o d", operands="weight indices offsets per_sample_weights")
 pattern([aten.index_select], "*a [n] *b, i -> *a i *b", operands="self index", at="dim")
 pattern([aten.index_add, aten.index_copy], "*a [n] *b, [i], *a i *b -> *a n *b", operands="self index source", at="dim")
@@ -222,6 +223,7 @@ pattern([aten.tril, aten.triu], "*b [m] [n] -> *b m n", operands="self")
 pattern([aten.bucketize], "*s, [n] -> *s", operands="self boundaries")
 pattern([aten.searchsorted], "[n], *s -> *s", operands="sorted_sequence self")
 pattern([aten.multinomial], "*b [n] -> *b k", operands="self")
+pattern([aten._pack_padded_sequence], "[b] [t] *f, l -> n *f, s", operands="input lengths")
 pattern([aten.view_as_real], "*s -> *s p", operands="self")
 pattern([aten.view_as_complex], "*s [p] -> *s", operands="self")
 pattern([aten.nonzero], "[*s] -> n d", operands="self")
@@ -290,7 +292,7 @@ def aligned(op: Op, tensors: Iterable[Dims], shape: tuple[int, ...]) -> Dims:
 
 @rule(
     aten.clone, aten.detach, aten._to_copy, aten.native_dropout, aten.zero, aten.empty_like,
-    aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like,
+    aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like, aten.renorm,
 )  # fmt: skip
 def same(op: Op) -> Any:
     """the output has the dimensions of the input"""
@@ -370,7 +372,7 @@ def _without(op: Op, gone: set[int]) -> list[Dims | None]:
     return results
 
 
-@rule(aten.diagonal)
+@rule(aten.diagonal, aten.diagonal_copy)
 def diagonal(op: Op) -> Any:
     """two dimensions that are told apart by position become one at the end"""
     dims, shape = op.dims(op["self"]), op.shapes()[0] or ()
@@ -378,6 +380,26 @@ def diagonal(op: Op) -> Any:
     for at in gone:
         op.freeze(dims[at], BY_POSITION)
     return [(*(axis for i, axis in enumerate(dims) if i not in gone), op.fixed(shape[-1]))]
+
+
+@rule(aten.diag_embed)
+def diagonal_matrix(op: Op) -> Any:
+    """the last dimension becomes two that are the same; off the main diagonal it is told apart by position"""
+    dims = op.dims(op["self"])
+    shape = op.shapes()[0] or ()
+    if op["offset"]:
+        op.freeze(dims[-1], BY_POSITION)
+    own = dims[-1] if not op["offset"] else op.fixed(shape[op["dim1"]])
+    at = _positions([op["dim1"], op["dim2"]], len(shape))
+    rest = iter(dims[:-1])
+    return [tuple(own if place in at else next(rest) for place in range(len(shape)))]
+
+
+@rule(aten.block_diag)
+def block_diagonal(op: Op) -> Any:
+    """blocks one after another in both dimensions, zeros beside them"""
+    blocks = [(channel(1), channel(1), *op.dims(node))[-2:] for node in op["tensors"]]
+    return [tuple(concat(block[place] for block in blocks) for place in (0, 1))]
 
 
 # Indices -------------------------------------------------------------------------------------------------------

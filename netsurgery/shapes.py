@@ -16,12 +16,21 @@ aten = torch.ops.aten
 def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of ``func`` on meta tensors."""
     shortcut = _SHORTCUTS.get(func)
-    found = shortcut(*args) if shortcut is not None and not kwargs and isinstance(args[0], Tensor) else None
+    plain = shortcut is not None and not kwargs and isinstance(args[0], Tensor | list)
+    found = shortcut(*args) if shortcut is not None and plain else None
     return func(*args, **kwargs) if found is None else found
 
 
 def _same(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
+    """A tensor of the same sizes, and the same strides where these leave no gaps."""
+    if x.is_contiguous():
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return torch.empty_like(x)
+        expected *= size
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def _convolution(
@@ -76,6 +85,8 @@ def _pointwise(x: Tensor, *others: Any) -> Tensor | None:
             if other.dtype != x.dtype or other.dim() != x.dim():
                 return None
             largest = other if other.numel() > largest.numel() else largest
+        elif isinstance(other, complex):
+            return None
     for one in (x, *others):
         if isinstance(one, Tensor) and not all(n in (1, m) for n, m in zip(one.shape, largest.shape, strict=True)):
             return None
@@ -121,11 +132,37 @@ def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor | None:
     return _same(x) if x.dtype.is_floating_point and -x.dim() <= dim < x.dim() else None
 
 
+def _mm(a: Tensor, b: Tensor) -> Tensor | None:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
+        return None
+    return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
+
+
+def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
+    """The output of a concatenation of contiguous tensors that are plainly not in the channels-last format."""
+    first = tensors[0]
+    plain = first.dim() not in (4, 5) or 1 not in first.shape[1:]
+    if not plain or not -first.dim() <= dim < first.dim():
+        return None
+    shape = list(first.shape)
+    shape[dim] = 0
+    for one in tensors:
+        others = list(one.shape)
+        if one.dtype != first.dtype or one.dim() != first.dim() or not one.is_contiguous():
+            return None
+        shape[dim], others[dim] = shape[dim] + others[dim], shape[dim] + others[dim]
+        if others != shape:
+            return None
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
 _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
     aten.addmm.default: _addmm,
+    aten.mm.default: _mm,
+    aten.cat.default: _cat,
     aten.mean.dim: _mean,
     aten._safe_softmax.default: _softmax,
     **dict.fromkeys(
@@ -138,7 +175,9 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     ),
     **dict.fromkeys(
         [aten.relu.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default,
-         aten.hardswish.default, aten.tanh.default, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor],
+         aten.hardswish.default, aten.tanh.default, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor,
+         aten.mul.Scalar, aten.add.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.rsqrt.default,
+         aten.neg.default],
         _pointwise,
     ),
 }  # fmt: skip

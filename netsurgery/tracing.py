@@ -11,11 +11,13 @@ import contextlib
 import functools
 import operator
 import os
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -40,10 +42,12 @@ __all__ = [
     "as_inputs",
     "bare_inputs",
     "home",
+    "is_namedtuple",
     "lend",
     "lend_inputs",
     "location",
     "names_used",
+    "raised_at",
     "record",
     "run_guarded",
     "skeleton",
@@ -76,6 +80,9 @@ class Program:
     calls: list[Call] = field(default_factory=list)
     values: Literal["none", "known", "all"] = "none"
     heard: dict[str, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
+
+    def __repr__(self) -> str:
+        return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"
 
     @functools.cached_property
     def operations(self) -> list[fx.Node]:
@@ -123,13 +130,22 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def is_namedtuple(value: Any) -> bool:
+    """Whether a value is a named tuple, such as a packed sequence."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+#: Packages that stand between the user's code and torch, whose own lines say nothing of the user's.
+_BETWEEN = tuple(f"{os.sep}{name}{os.sep}" for name in ("einops", "opt_einsum", "jaxtyping", "beartype", "typeguard"))
+
+
 @functools.cache
 def _is_library(filename: str) -> bool:
-    return filename.startswith(_LIBRARY)
+    return filename.startswith(_LIBRARY) or any(name in filename for name in _BETWEEN)
 
 
 def location() -> tuple[str, int] | None:
-    """File and line of the innermost frame that is neither torch's nor ours."""
+    """File and line of the innermost frame that is neither torch's, nor of packages like it, nor ours."""
     frame = sys._getframe(1)
     while frame is not None:
         if not _is_library(frame.f_code.co_filename):
@@ -173,15 +189,19 @@ class Watcher(TorchDispatchMode):
         return torch.device("meta") if isinstance(value, torch.device) else value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_label(func):
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # scripted functions come here with Posing still around them
+            return self.dispatch(func, args, kwargs)
+
+    def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answer one operation: tensors that torch inserts are the same tensors, real ones get stand-ins."""
         kwargs = {key: self.stand_in(value) for key, value in kwargs.items()} if kwargs else {}
         args = tuple([self.stand_in(value) for value in args])
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
             kwargs["device"] = torch.device("meta")
         if func in TRANSPARENT:  # torch inserts these or not as it likes
-            other = self.same(args[0], func(*args, **kwargs))
-            if self.values is not None and (value := self.values.of.get(args[0])) is not None:
-                self.values.of[other] = value
-            return other
+            return self.alias(args[0], func(*args, **kwargs))
         out = self.see(func, args, kwargs)
         return self.legible(out) if self.reads else out
 
@@ -213,6 +233,26 @@ class Watcher(TorchDispatchMode):
         """Note that ``other`` is ``tensor`` under another name."""
         return other
 
+    def alias(self, tensor: Tensor, other: Tensor) -> Tensor:
+        """Note that ``other`` is ``tensor`` under another name, with the same value."""
+        other = self.same(tensor, other)
+        if self.values is not None and (value := self.values.of.get(tensor)) is not None:
+            self.values.of[other] = value
+        return other
+
+    def assign(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Note that ``tensor`` will stand for ``value``, as after ``tensor.data = value``.
+
+        Where it can be, it is copied too, though nothing reads the copy: what a parameter is overwritten with has the
+        dimensions of the parameter, so that both are cut alike.
+        """
+        with torch.no_grad():
+            bare: Tensor = self.stand_in(value)
+            if bare.shape == tensor.shape and bare.dtype == tensor.dtype:
+                torch.ops.aten.copy.default(tensor, bare)
+        self.alias(bare, tensor)
+        return bare
+
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one operation, its arguments without data."""
         raise NotImplementedError
@@ -236,6 +276,12 @@ def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @functools.cache
+def _is_label(func: Any) -> bool:
+    """Whether an operation only marks, for the profiler, what runs."""
+    return func._schema.name.startswith("profiler::")  # type: ignore[no-any-return]
+
+
+@functools.cache
 def _arguments(func: Any) -> frozenset[str]:
     return frozenset(argument.name for argument in func._schema.arguments)
 
@@ -251,6 +297,8 @@ class _Recorder(Watcher):
         self.nodes: TensorMap[fx.Node] = TensorMap()
         self.parts: TensorMap[tuple[fx.Node, int]] = TensorMap()  # results among several: a node once they are used
         self.count = 0  # operations so far
+        self.memory: dict[int, int] = {}  # by id of the model's tensors: the memory that they are in
+        self.need: NeedsValues | None = None
 
     def remember(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.nodes[tensor] = node
@@ -260,8 +308,13 @@ class _Recorder(Watcher):
     def read(self, bare: Tensor) -> Tensor:
         copied = None if self.values is None else super().read(bare)
         if copied is None or (copied.is_meta and self.program.values != "all"):
-            raise NeedsValues(format_where(location()))
+            raise self.needed(format_where(location()))
         return copied
+
+    def needed(self, place: str) -> NeedsValues:
+        """What to raise where the code looks at values that are not there; a scripted function makes another error."""
+        self.need = NeedsValues(place)
+        return self.need
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.remember(other, self.node_of(tensor))
@@ -283,6 +336,8 @@ class _Recorder(Watcher):
             return found if found is not None or name is None else Named(name)
         if type(value) in (tuple, list):
             return type(value)([self.known(item) for item in value])
+        if is_namedtuple(value):
+            return value._make(map(self.known, value))
         if type(value) is dict:
             return {key: self.known(item) for key, item in value.items()}
         return value
@@ -292,8 +347,16 @@ class _Recorder(Watcher):
         node.meta["where"] = location()
         return node
 
+    def assign(self, tensor: Tensor, value: Tensor) -> Tensor:
+        bare = super().assign(tensor, value)
+        self.memory[id(tensor)] = _memory(bare)
+        return bare
+
     def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
+            if self.memory.get(id(value)) not in (None, _memory(value)):  # something that nobody sees has moved it
+                del self.memory[id(value)], self.names[id(value)]
+                return self.attribute(value)
             return self.nodes.get(value) or self.part(value) or self.attribute(value)
         if isinstance(value, list | tuple):
             return [self.node_of(item) for item in value]
@@ -334,7 +397,7 @@ class _Recorder(Watcher):
         except RuntimeError as error:
             place = f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())}"
             if self.program.values != "all" and needs_values(func, error):
-                raise NeedsValues(place) from error
+                raise self.needed(place) from error
             data = "" if self.program.values == "all" else "tensors without data of "
             raise TraceError(
                 f"{place} cannot run on {data}shapes {_shapes((args, kwargs))}: {str(error).splitlines()[0]}"
@@ -354,6 +417,10 @@ class _Recorder(Watcher):
                 if isinstance(item, Tensor):
                     self.parts[item] = node, index
         return out
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def format_where(where: tuple[str, int] | None) -> str:
@@ -425,10 +492,17 @@ def skeleton(
 
 @contextlib.contextmanager
 def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers that are the same in every run; the state outside stays as it is."""
+    """Random numbers that are the same in every run, numpy's global ones too; the state outside stays as it is."""
+    python, arrays = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        yield
+        random.seed(0)
+        numpy.random.seed(0)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)  # noqa: NPY002
 
 
 def home(model: nn.Module) -> torch.device:
@@ -450,9 +524,8 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torc
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
     try:
         with torch.no_grad(), caches_kept(bare), contextlib.ExitStack() as stack:
-            if watcher.values is not None:
-                stack.enter_context(_own_random_numbers(device))
-            stack.enter_context(Posing(watcher.read, device))
+            stack.enter_context(_own_random_numbers(device))
+            stack.enter_context(Posing(watcher.read, device, watcher.alias, watcher.assign))
             stack.enter_context(watcher)
             return bare(*inputs[0], **inputs[1])
     finally:
@@ -487,6 +560,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None)
     looks: Any = "none" if values is None else "known" if isinstance(values, Known) else "all"
     program = Program(fx.Graph(), mode, values=looks)
     recorder = _Recorder(program, names, values)
+    recorder.memory = {id(tensor): _memory(tensor) for _, tensor in named_tensors(bare)}
     on_meta_inputs = bare_inputs(inputs)
     if values is not None:
         lend(values, model, bare, names)
@@ -497,7 +571,12 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None)
         layout = tensor.shape, tensor.stride()
         node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
         recorder.remember(tensor, node)
-    out = run_guarded(bare, recorder, on_meta_inputs, home(model))
+    try:
+        out = run_guarded(bare, recorder, on_meta_inputs, home(model))
+    except TraceError as error:
+        if recorder.need is not None:
+            raise recorder.need from error
+        raise
     results = [recorder.node_of(recorder.stand_in(tensor)) for tensor in tensors_in(out)]
     if not results:
         raise TraceError(
@@ -557,7 +636,7 @@ def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch
         raise TraceError(_explain(bare, error, inputs)) from error
 
 
-def _raised(error: Exception) -> tuple[str, int] | None:
+def raised_at(error: Exception) -> tuple[str, int] | None:
     """File and line of the user's code that raised an error."""
     traceback, where = error.__traceback__, None
     while traceback is not None:
@@ -568,8 +647,8 @@ def _raised(error: Exception) -> tuple[str, int] | None:
 
 
 def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
-    where = _raised(error)
-    first = str(error).splitlines()[0] if str(error) else ""
+    where = raised_at(error)
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return (
         f"{type(bare).__name__} does not run on inputs of shape {_shapes(inputs)}: "
         f"{type(error).__name__}: {first} {format_where(where)}. Pass example_inputs that fit the model"

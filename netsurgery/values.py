@@ -8,6 +8,7 @@ them: so they take the same path, and are compared by the numbers on it.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -41,6 +42,7 @@ T = TypeVar("T")
 _BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 _PICKS = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default}  # the first argument decides nothing
+_PACK = torch.ops.aten._pack_padded_sequence.default  # reads its second argument, lengths, from memory
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -70,7 +72,7 @@ class TensorMap(Generic[T]):
 def needs_values(func: Any, error: Exception) -> bool:
     """Whether an operation failed on tensors without data for want of values (or of a kernel that does without)."""
     foreign = not func._schema.name.startswith("aten::")  # torch's own say by their tags what they need
-    return foreign or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(func.tags)
+    return foreign or func is _PACK or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(func.tags)
 
 
 def draw(inputs: Any, device: torch.device) -> Any:
@@ -113,7 +115,10 @@ def flat(value: Any) -> Iterator[Any]:
     """What is in lists and tuples, however deep."""
     if isinstance(value, list | tuple):
         for item in value:
-            yield from flat(item)
+            if isinstance(item, list | tuple):
+                yield from flat(item)
+            else:
+                yield item
     else:
         yield value
 
@@ -126,6 +131,7 @@ def _parts(out: Any) -> list[Any]:
     return list(out) if isinstance(out, list | tuple) else [out]
 
 
+@functools.cache
 def _writes(func: Any) -> bool:
     return getattr(func._schema, "is_mutable", False)
 
@@ -244,6 +250,9 @@ class Values:
         for tensor in self.written(func, args, kwargs):
             self.own(tensor)
         args, kwargs = self.reals(args, kwargs)
+        if func is _PACK:
+            data, sizes = func(args[0], args[1].cpu(), *args[2:])
+            return data, sizes.to(self.device)
         return laid_out(func)(*args, **kwargs)
 
     def written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -314,8 +323,10 @@ class Known(Values):
 
     def knows(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the result of an operation follows from what is known."""
-        given = _tensors(args, list(kwargs.values()))
-        return _RANDOM not in func.tags and all(self.of.get(tensor) is not None for tensor in given)
+        known = self.of.items
+        if not all(id(leaf) in known for leaf in flat([args, *kwargs.values()]) if isinstance(leaf, Tensor)):
+            return False
+        return _RANDOM not in func.tags
 
     def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
         """The result of an operation without data; nothing is decided by what is known."""
@@ -323,6 +334,8 @@ class Known(Values):
             return self.keep(func, args, kwargs, self.run(func, args, kwargs)), None
         for value in self.written(func, args, kwargs):
             self.forget(value)
+        if func is _PACK and self.knows(func, args[1:2], {}):
+            return self.packed(args), None
         if func in _PICKS and self.knows(func, args[1:], kwargs):
             return self.like(func, args, kwargs), None
         return infer(func, args, kwargs), None
@@ -333,6 +346,8 @@ class Known(Values):
         """The same where decisions are known too: those of ``node``, with the units that ``units`` lists."""
         if self.knows(func, args, kwargs):
             return self.keep(func, args, kwargs, self.run(func, args, kwargs))
+        if func is _PACK and self.knows(func, args[1:2], {}):
+            return self.packed(args)
         written = self.written(func, args, kwargs)
         if "decided" not in node.meta:
             for value in written:
@@ -349,6 +364,13 @@ class Known(Values):
             if isinstance(value, Tensor) and value.shape == part.shape:
                 self.of[part] = value
         return out
+
+    def packed(self, args: Any) -> Any:
+        """Sequences without data, one after the other by their known lengths."""
+        data, sizes = _PACK(args[0], self.real(args[1]).cpu(), *args[2:])
+        bare = _like(sizes)
+        self.of[bare] = sizes.to(self.device)
+        return data, bare
 
     def like(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result without data of an operation on values that are not known: zeros where it needs some."""

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.alongside import Alongside, LeftPath
-from netsurgery.axes import Axis, find
+from netsurgery.axes import Axis, find, leaves
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
@@ -336,24 +336,28 @@ def silenced(
     keep: Mapping[Axis, Tensor],
     numbers: Numbers | None = None,
 ) -> list[Tensor]:
-    """Outputs of the original network with every unit not in ``keep`` contributing nothing; ``numbers`` as above."""
+    """Outputs of the original network with every unit not in ``keep`` contributing nothing; ``numbers`` as above.
+
+    What stays of a weight that is computed from others stays as it is: its computation sees all units.
+    """
 
     @functools.cache
-    def mask(axis: Axis) -> Tensor:
+    def mask(axis: Axis, whole: frozenset[Axis]) -> Tensor:
         if find(axis) is not axis:
-            return mask(find(axis))
+            return mask(find(axis), whole)
         if not axis.op:
             stays = torch.zeros(axis.size, dtype=torch.bool)
-            stays[_units(keep)(axis)] = True
+            stays[_units({} if axis in whole else keep)(axis)] = True
             return stays
-        parts = [mask(term) for term in axis.terms]
+        parts = [mask(term, whole) for term in axis.terms]
         if axis.op == "concat":
             return torch.cat(parts)
         return functools.reduce(lambda a, b: torch.kron(a.to(torch.uint8), b.to(torch.uint8)).bool(), parts)
 
-    def stays(dims: tuple[Axis, ...], device: torch.device) -> Tensor | None:
-        """Which entries of a tensor stay, or None where all do."""
-        masks = [mask(axis).to(device) for axis in dims]
+    def stays(node: Any, dims: tuple[Axis, ...], device: torch.device) -> Tensor | None:
+        """Which entries of a tensor that a node gives or takes stay, or None where all do."""
+        whole = frozenset(leaf for axis in node.meta.get("whole", ()) for leaf in leaves(axis))
+        masks = [mask(axis, whole).to(device) for axis in dims]
         if all(bool(one.all()) for one in masks):
             return None
         return entries(masks)
@@ -362,14 +366,15 @@ def silenced(
         special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:
             op = Op(node, network)
-            kept = stays(op.dims(op["self"] if "self" in op.arguments else op["input"]), _first(values, op).device)
+            dims = op.dims(op["self"] if "self" in op.arguments else op["input"])
+            kept = stays(node, dims, _first(values, op).device)
             if kept is not None:
                 out = special(
                     {k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()},
                     kept,
                 )
         if isinstance(out, Tensor) and out.dim() and out.numel():
-            kept = stays(node.meta["dims"], out.device)
+            kept = stays(node, node.meta["dims"], out.device)
             if kept is not None and not is_view(node):
                 out = out.masked_fill_(~kept, 0) if _is_inplace(node) else out.masked_fill(~kept, 0)
         return out

@@ -22,7 +22,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.notation import Op
-from netsurgery.passes.samples import Samples, draw, in_eval_mode
+from netsurgery.passes.samples import Samples, draw_inputs, in_eval_mode
 from netsurgery.passes.scores import BATCH_NORMS
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import RAISED_BY_MODELS, home
@@ -69,7 +69,8 @@ def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge:
         method: "bias" lets every output of such a layer keep its mean, by its bias or else by the running mean of the
             batch norm that follows. "least-squares" also refits its weights: W' and b' minimise the mean squared
             difference of its outputs plus ``ridge * mean(X^2) * |W' - W|^2``.
-        data: as for ``netsurgery.passes.samples.draw``; the targets are not used.
+        data: as for ``netsurgery.passes.samples.draw_inputs``: inputs, with targets or without. They are drawn as they
+            come, not class-balanced: the means are those over the data.
         samples: how many are drawn.
         ridge: positive; keeps weights that the data says nothing of as they are.
 
@@ -82,7 +83,7 @@ def compensate(edit: Edit, method: Method, data: Any, samples: int = 512, ridge:
     edit = dataclasses.replace(edit, adaptation=adaptation, values={}, uncompensated={})
     small = rewrite(network.model, edit)
     readers, left = _readers(edit, method)
-    drawn = draw(data, samples, seed)
+    drawn = draw_inputs(data, samples, seed)
     done: list[str] = []
     with in_eval_mode(network.model), in_eval_mode(small), torch.no_grad():
         for reader in readers:

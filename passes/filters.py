@@ -15,12 +15,14 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.network import Group, Network
-from netsurgery.passes.layers import Layer, layers, units_of
+from netsurgery.passes.layers import Layer, contracted, layers, units_of
 from netsurgery.verification import verify
+from netsurgery.weights import uses
 
 __all__ = [
     "Filters",
     "Place",
+    "computed_norms",
     "dead_units",
     "filters_of_group",
     "filters_of_layers",
@@ -124,7 +126,7 @@ def _own(node: fx.Node, produced: frozenset[str]) -> frozenset[str]:
     """The weights that a node contracts activations with and that make new units, as depthwise kernels do not."""
     if "params" in node.meta:
         return frozenset()
-    return produced.intersection(name for weight, _ in node.meta.get("weights", ()) for name in weight.meta["params"])
+    return produced.intersection(name for weight, _ in contracted(node) for name in weight.meta["params"])
 
 
 def _produced(network: Network) -> frozenset[str]:
@@ -165,6 +167,24 @@ def norms(filters: Filters, tensors: Mapping[str, Tensor]) -> Tensor:
         some = place.units >= 0
         squares.index_add_(0, place.units[some], found[some].square())
     return squares.sqrt()
+
+
+def computed_norms(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Likewise of the groups whose units are produced by computed weights, by these weights: by group."""
+    found: dict[str, Tensor] = {}
+    for name, used in uses(network, tensors).items():
+        made = [use for use in used if use.role == "produces"]
+        if all(use.weight.node is None for use in made):
+            continue
+        squares = torch.zeros(network[name].size, dtype=torch.float64)
+        for use in made:
+            weight = use.weight.value.detach().movedim(use.axis, 0).flatten(1)
+            norm = torch.linalg.vector_norm(weight, dim=1, dtype=accumulator(weight)).to("cpu", torch.float64)
+            for channel, units in units_of(use.weight.axes[use.axis]):
+                if channel is network[name].channel:
+                    squares.index_add_(0, units[units >= 0], norm[units >= 0].square())
+        found[name] = squares.sqrt()
+    return found
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ from torch import Tensor
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.passes.loss_increase import LossIncreaseScore
+from netsurgery.passes.losses import Loss, ignored_by
 from netsurgery.passes.samples import draw
 from netsurgery.passes.slopes import gate_slopes
-from netsurgery.passes.trials import Loss, Trials
+from netsurgery.passes.trials import Trials
 from netsurgery.pipeline import Pass
 
 __all__ = ["FisherScore", "TaylorScore"]
@@ -32,9 +33,11 @@ class _GateScore(Pass):
         """Lay the scores on the network."""
         if not network.prunable:
             return network
-        samples = draw(self.data, self.samples, self.seed)
-        settings = LossIncreaseScore(None, self.loss, rows=self.rows)
-        slopes = gate_slopes(Trials(settings, network, samples))
+        network.require_weights(self)
+        samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
+        trials = Trials(LossIncreaseScore(None, self.loss, rows=self.rows), network, samples)
+        trials.check()
+        slopes = gate_slopes(trials)
         return network.with_scores({name: self.score(slope) for name, slope in slopes.items()}, comparable=True)
 
     def score(self, slopes: Tensor) -> Tensor:
@@ -58,9 +61,12 @@ class TaylorScore(_GateScore):
         order: 1 or 2.
 
     Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", arXiv 1611.06440
-    (first order), and "Importance Estimation for Neural Network Pruning", arXiv 1906.10771 (second order). The gate on
-    coupled units at all their readers, and the Fisher information a_n² in the place of the second derivative, are our
-    choice.
+    (first order), and "Importance Estimation for Neural Network Pruning", arXiv 1906.10771 (second order). Our choice,
+    where these do otherwise: the gate on coupled units at all their readers. First order: the first paper averages
+    activation times gradient over the positions of a feature map, a gate's slope is their sum; and it divides scores
+    by the L2 norm of those of their layer, here they stay rises of the loss (``PruneChannels(normalize=...)`` divides).
+    Second order: the Fisher information a_n² stands for the second derivative, and the predicted rise keeps its sign,
+    which the second paper squares.
 
     Example:
         >>> import torch, netsurgery

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, leaves, product, resolve
+from netsurgery.computed_weights import peeled
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import CRITERIA, Reading, column_count
 from netsurgery.kernels.sparsity import Layout
 from netsurgery.network import Network
 from netsurgery.tracing import Program
+from netsurgery.weights import Weight, computed_weights, used_directly
 
 __all__ = [
-    "ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "check_choice", "layers", "outer_groups", "units_of",
+    "ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "check_choice", "contracted", "layers", "outer_groups",
+    "scored_layers", "units_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -65,10 +68,47 @@ def layers(network: Network) -> tuple[Layer, ...]:
             computed = len(weight.meta["params"]) > 1
             for name in weight.meta["params"]:
                 if name in network.tensors and network.tensors[name].dim() > 1:
-                    layer = _layer(network, node, name, dims, "computed" if computed else roles[node])
+                    layer = _layer(
+                        name, network.axes[name], _source(node, name), dims, "computed" if computed else roles[node]
+                    )
                     if layer is not None:
                         found.setdefault(name, {}).setdefault((layer.inputs, layer.outputs), layer)
     return tuple(layer for name in network.tensors for layer in found.get(name, {}).values())
+
+
+def scored_layers(network: Network, grouping: Grouping) -> tuple[list[Layer], list[Tensor]]:
+    """The layers and their weights: one that is computed from parameters in place of these.
+
+    Of a low-rank update, the matrix that has the units of the whole layer is none by itself.
+
+    Raises:
+        InputError: as for ``netsurgery.weights.uses``.
+    """
+    computed = {one.node: one for one in computed_weights(network, network.tensors)}
+    found: dict[tuple[Weight, Reading, Reading], Layer] = {}
+    for program in network.programs:
+        for _, operand, dims in _contractions(program):
+            node = peeled(operand)
+            weight = computed.get(node)
+            if weight is None:
+                continue
+            name = f"what is computed from {', '.join(weight.names)}"
+            dims_of = operand if weight.parts else node
+            layer = _layer(name, weight.axes, tuple(dims_of.meta["dims"]), dims, "computed")
+            if layer is not None:
+                found.setdefault((weight, layer.inputs, layer.outputs), layer)
+    direct = used_directly(network)
+    for weight in computed.values():
+        for node in weight.parts[grouping == "neuron" :: 2]:
+            direct -= set(node.meta["params"])
+        if weight.parts and weight.node is not None:
+            direct -= set(weight.node.meta["params"])
+    own = [layer for layer in layers(network) if layer.name in direct]
+    listed = list(found.items())
+    return (
+        [*own, *(layer for _, layer in listed)],
+        [*(network.tensors[layer.name] for layer in own), *(weight.value for (weight, _, _), _ in listed)],
+    )
 
 
 Dimensions = list[tuple[Axis, Axis, str]]  # of a weight: as it stands there, what it has become, its role
@@ -78,12 +118,23 @@ def _contractions(program: Program) -> Iterator[tuple[fx.Node, fx.Node, Dimensio
     """Nodes that contract activations with what comes from parameters alone."""
     for node in program.graph.nodes:
         if "params" not in node.meta:
-            yield from ((node, weight, dims) for weight, dims in node.meta.get("weights", ()))
+            yield from ((node, weight, dims) for weight, dims in contracted(node))
 
 
-def _layer(network: Network, node: fx.Node, name: str, dims: Dimensions, role: LayerRole) -> Layer | None:
-    """None where the weight is used in an arrangement that its own axes do not show."""
-    own = _source(node, name)
+def contracted(node: fx.Node) -> Iterator[tuple[fx.Node, Dimensions]]:
+    """What a node contracts with that comes from parameters, and its dimensions."""
+    for weight, dims in node.meta.get("operands", ()):
+        if any(role == "consumes" for _, _, role in dims):
+            yield weight, dims
+
+
+def _layer(name: str, axes: tuple[Axis, ...], own: tuple[Axis, ...], dims: Dimensions, role: LayerRole) -> Layer | None:
+    """None where the weight is used in an arrangement that its own axes do not show.
+
+    Args:
+        axes: of the weight.
+        own: these as they stand where the weight is read.
+    """
     where = _places([source for source, _, _ in dims], own)
     if where is None:
         return None
@@ -99,14 +150,14 @@ def _layer(network: Network, node: fx.Node, name: str, dims: Dimensions, role: L
     mixed = len({*consumes, *produces, *window}) < len(consumes) + len(produces) + len(window)
     if mixed or not consumes or (shared.size > 1 and by_role["carries"] != {0}):
         return None
-    axes = network.axes[name]
+    shape = torch.Size([axis.size for axis in axes])
 
     def channels(where: tuple[int, ...]) -> Axis:
         inner = [axes[axis] for axis in where if axis or shared.size == 1]
         return product([axes[0]] if 0 in where else [shared, *inner])
 
     return Layer(
-        name, network.tensors[name].shape, role, Reading(shared.size, consumes, window),
+        name, shape, role, Reading(shared.size, consumes, window),
         Reading(shared.size, produces, window), channels(consumes), channels(produces),
     )  # fmt: skip
 

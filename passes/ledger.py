@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from netsurgery.errors import InputError
+from netsurgery.outputs import check_writable
 
 __all__ = ["Ledger"]
 
@@ -48,7 +49,10 @@ class Ledger:
 
     def load(self) -> None:
         """Read the file, where there is one."""
-        if self.file is None or not self.file.exists():
+        if self.file is None:
+            return
+        check_writable(self.file.parent, (self.file.name,), "name another file")
+        if not self.file.exists():
             return
         from safetensors import SafetensorError, safe_open
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.losses import Loss, ignored_by
 from netsurgery.passes.racing import race
 from netsurgery.passes.samples import draw
 from netsurgery.passes.scores import MagnitudeScore
-from netsurgery.passes.trials import Loss, Trials
+from netsurgery.passes.trials import Trials
 from netsurgery.pipeline import Pass
 
 __all__ = ["LossIncreaseScore"]
@@ -112,8 +113,10 @@ class LossIncreaseScore(Pass):
         """Lay the scores on the network."""
         if not network.prunable:
             return network
-        samples = draw(self.data, self.samples, self.seed)
+        network.require_weights(self)
+        samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
         trials = Trials(self, network, samples)
+        trials.check()
         key = trials.fingerprint()
         ledger = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
         if ledger is None:

@@ -58,7 +58,7 @@ class _Race:
         rest = torch.ones(count, dtype=torch.bool)
         rest[top] = False
         order = torch.cat([top, rest.nonzero().flatten()])
-        trials.samples = trials.samples.ordered(order)
+        trials.reorder(order)
         ahead = {name: slope[order].T for name, slope in slopes.items()}  # (units, samples)
         self.predictions = {name: torch.stack([-a, a.square() / 2], 2) for name, a in ahead.items()}
 

@@ -53,9 +53,9 @@ class PruneChannels(Pass):
             they are (rises of the loss, Taylor, Fisher, LAMP), else "mean".
         compensate: make up for what the removal loses in the layers that read it: "bias" lets their outputs keep their
             mean over the data; "least-squares" also refits their weights so that the outputs stay as near as they can.
-        data: what this is measured on, in eval mode: a DataLoader, Dataset, or pair of tensors, as for
-            ``netsurgery.passes.samples.draw``.
-        samples: how many samples of it.
+        data: what this is measured on, in eval mode: a DataLoader, Dataset, tensor or pair of tensors, as for
+            ``netsurgery.passes.samples.draw_inputs``; it needs no labels.
+        samples: how many samples of it, drawn at random whatever their classes.
         ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
             the data says little.
 

@@ -1,4 +1,4 @@
-"""A fixed, seeded, class-balanced set of samples from whatever a user keeps data in."""
+"""A fixed, seeded set of samples from whatever a user keeps data in: class-balanced, or as the data is."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from torch.utils.data import (
 from netsurgery.errors import InputError
 from netsurgery.tracing import Inputs, as_inputs
 
-__all__ = ["Samples", "draw", "in_eval_mode"]
+__all__ = ["IGNORED", "Samples", "draw", "draw_inputs", "in_eval_mode"]
 
+IGNORED = -100  # the label that PyTorch's losses leave out (``ignore_index``)
 _LABELS = ("labels", "label", "targets", "target")
 _FORMS = "(inputs, targets), or a dictionary with 'labels'"
 
@@ -35,7 +36,7 @@ class Samples:
 
     Attributes:
         inputs: positional and keyword inputs of the model; every tensor has a row for each sample.
-        targets: what the loss takes beside the outputs, likewise.
+        targets: what the loss takes beside the outputs, likewise; None where only inputs were drawn.
         count: number of samples.
     """
 
@@ -57,18 +58,19 @@ class Samples:
             yield self.rows(slice(start, start + size), device)
 
 
-def draw(data: Any, count: int, seed: int = 0) -> Samples:
+def draw(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
     """Draw samples, equally many of each class as far as there are.
 
     Args:
         data: a pair of tensors ``(inputs, targets)`` with a row for each sample (either may be a tuple, list or
-            dictionary of tensors); a Dataset; a DataLoader, of which the dataset, the part of it that a
-            ``SubsetRandomSampler`` names, and ``collate_fn`` are used, and the order is not; or any iterable of
-            batches, of which the first are used. Items and batches are ``(inputs, targets)`` or dictionaries with an
-            entry "labels", "label", "targets" or "target". Random transforms of a dataset are applied: pass one without
-            augmentation.
+            dictionary of tensors); a dictionary of tensors with an entry "labels"; a Dataset; a DataLoader, of which
+            the dataset, the part of it that a ``SubsetRandomSampler`` names, and ``collate_fn`` are used, and the order
+            is not; or any iterable of batches, of which the first are used. Items and batches are ``(inputs, targets)``
+            or dictionaries with an entry "labels", "label", "targets" or "target". Random transforms of a dataset are
+            applied: pass one without augmentation.
         count: how many; fewer where there are not so many.
         seed: fixes the choice and the order.
+        ignored: the label that says nothing: samples that have no other are not drawn.
 
     Classes are those of a one-dimensional integer target. Where a dataset does not list its ``targets`` or ``labels``,
     twice as many items are drawn at random, and balanced.
@@ -76,63 +78,122 @@ def draw(data: Any, count: int, seed: int = 0) -> Samples:
     Raises:
         InputError: no samples, or none in one of these forms.
     """
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"samples={count!r}: the number of samples to draw must be at least 1")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # random transforms are the same each time, and leave no trace
-        torch.manual_seed(seed)
-        if isinstance(data, tuple | list) and len(data) == 2 and all(map(_tensors, data)) and not _is_batches(data):
-            inputs, targets = _chosen((as_inputs(data[0]), data[1]), count, generator)
-        else:
-            inputs, targets = _collected(data, count, generator)
-    found = _length((inputs, targets))
-    if not found:
-        raise InputError("the data holds no samples")
-    return Samples(inputs, targets, found)
+    return _Drawing(count, seed, _pair, ignored).draw(data)
 
 
-def _collected(data: Any, count: int, generator: torch.Generator) -> tuple[Inputs, Any]:
-    collate: Callable[[list[Any]], Any] = default_collate
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        data, collate = _part(data), data.collate_fn or default_collate
-    elif not isinstance(data, Dataset) or isinstance(data, IterableDataset):
-        return _chosen(_joined(data, count), count, generator)
-    source: Any = data
-    if not isinstance(data, Sized):
-        raise InputError(f"the dataset {type(data).__name__} has no length: pass one that has, or an IterableDataset")
-    labels = _listed(data)
-    picked = _balanced(labels, len(data), generator)[: count if labels is not None else 2 * count].tolist()
-    if not picked:
-        raise InputError("the data holds no samples")
-    found = _pair(collate([source[index] for index in picked]))
-    return found if labels is not None else _chosen(found, count, generator)
+def draw_inputs(data: Any, count: int, seed: int = 0) -> Samples:
+    """Draw inputs alone, as they come in the data: classes play no part.
+
+    Args:
+        data: what ``draw`` takes; or inputs without targets: a tensor with a row for each sample, a dictionary of
+            tensors, or a Dataset, DataLoader or iterable of batches whose items and batches are such. Two things in a
+            tuple or list are inputs and targets: pass two inputs as ``((one, other), None)``.
+        count: how many; fewer where there are not so many.
+        seed: fixes the choice and the order.
+
+    Raises:
+        InputError: no samples, or none in one of these forms.
+    """
+    return _Drawing(count, seed, _inputs_alone, None).draw(data)
+
+
+@dataclass
+class _Drawing:
+    """One draw of samples.
+
+    Attributes:
+        pair: makes inputs and targets of a batch.
+        ignored: the label of samples that are not drawn; None: classes play no part.
+    """
+
+    count: int
+    seed: int
+    pair: Callable[[Any], tuple[Inputs, Any]]
+    ignored: int | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or self.count < 1:
+            raise InputError(f"samples={self.count!r}: the number of samples to draw must be at least 1")
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def draw(self, data: Any) -> Samples:
+        """The samples."""
+        with torch.random.fork_rng(devices=[]):  # random transforms are the same each time, and leave no trace
+            torch.manual_seed(self.seed)
+            inputs, targets = self.chosen(self.pair(data)) if self.is_whole(data) else self.collected(data)
+        found = _length((inputs, targets))
+        if not found:
+            raise InputError("the data holds no samples")
+        return Samples(inputs, targets, found)
+
+    def is_whole(self, data: Any) -> bool:
+        """Whether the data is one batch that holds everything."""
+        if self.ignored is None and isinstance(data, Tensor):
+            return True
+        if isinstance(data, Mapping):
+            return _tensors(dict(data))
+        pair = isinstance(data, tuple | list) and len(data) == 2 and not _is_batches(data)
+        return pair and _tensors(data[0]) and (_tensors(data[1]) or (self.ignored is None and data[1] is None))
+
+    def collected(self, data: Any) -> tuple[Inputs, Any]:
+        """Samples of a data set, or of batches."""
+        collate: Callable[[list[Any]], Any] = default_collate
+        if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+            data, collate = _part(data), data.collate_fn or default_collate
+        elif not isinstance(data, Dataset) or isinstance(data, IterableDataset):
+            return self.chosen(self.joined(data))
+        source: Any = data
+        if not isinstance(data, Sized):
+            raise InputError(
+                f"the dataset {type(data).__name__} has no length: pass one that has, or an IterableDataset"
+            )
+        labels = None if self.ignored is None else _listed(data)
+        settled = labels is not None or self.ignored is None  # else more are needed to balance
+        wanted = self.count if settled else 2 * self.count
+        picked = self.order(labels, len(data))[:wanted].tolist()
+        if not picked:
+            raise InputError("the data holds no samples")
+        found = self.pair(collate([source[index] for index in picked]))
+        return found if settled else self.chosen(found)
+
+    def chosen(self, found: tuple[Inputs, Any]) -> tuple[Inputs, Any]:
+        """As many samples as asked for, of more."""
+        order = self.order(None if self.ignored is None else found[1], _length(found))[: self.count]
+        chosen: tuple[Inputs, Any] = _map(found, lambda t: t[order])
+        return chosen
+
+    def order(self, targets: Any, count: int) -> Tensor:
+        """A random order; where there are classes, the first of each, then the second of each, and so on."""
+        order = torch.randperm(count, generator=self.generator)
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or self.ignored is None or not count:
+            return order
+        said = (targets.cpu() != self.ignored).reshape(count, -1).any(1)
+        order = order[said[order]]
+        if not len(order):
+            raise InputError(f"every label of the data is {self.ignored}, which losses ignore")
+        classes = _classes(targets)
+        return order if classes is None else order[_turns(classes[order])]
+
+    def joined(self, batches: Any) -> tuple[Inputs, Any]:
+        """The first batches that hold twice as many samples as asked for."""
+        if not isinstance(batches, Iterable):
+            raise InputError(f"data is {type(batches).__name__}: pass a DataLoader, a Dataset or a pair of tensors")
+        pairs: list[tuple[Inputs, Any]] = []
+        for batch in batches:
+            pairs.append(self.pair(batch))
+            if sum(map(_length, pairs)) >= 2 * self.count:
+                break
+        if not pairs:
+            raise InputError("the data holds no samples")
+        leaves = [pytree.tree_flatten(pair) for pair in pairs]
+        columns = zip(*(values for values, _ in leaves), strict=True)
+        joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        return pytree.tree_unflatten(joined, leaves[0][1])  # type: ignore[no-any-return]
 
 
 def _part(loader: DataLoader[Any]) -> Dataset[Any]:
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     return Subset(loader.dataset, sampler.indices) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
-
-
-def _chosen(found: tuple[Inputs, Any], count: int, generator: torch.Generator) -> tuple[Inputs, Any]:
-    order = _balanced(_classes(found[1]), _length(found), generator)[:count]
-    chosen: tuple[Inputs, Any] = _map(found, lambda t: t[order])
-    return chosen
-
-
-def _joined(batches: Any, count: int) -> tuple[Inputs, Any]:
-    """The first batches that hold twice as many samples as asked for."""
-    if not isinstance(batches, Iterable):
-        raise InputError(f"data is {type(batches).__name__}: pass a DataLoader, a Dataset or a pair of tensors")
-    pairs: list[tuple[Inputs, Any]] = []
-    for batch in batches:
-        pairs.append(_pair(batch))
-        if sum(map(_length, pairs)) >= 2 * count:
-            break
-    if not pairs:
-        raise InputError("the data holds no samples")
-    leaves = [pytree.tree_flatten(pair) for pair in pairs]
-    columns = zip(*(values for values, _ in leaves), strict=True)
-    return pytree.tree_unflatten([torch.cat(column) for column in columns], leaves[0][1])  # type: ignore[no-any-return]
 
 
 def _pair(batch: Any) -> tuple[Inputs, Any]:
@@ -143,6 +204,16 @@ def _pair(batch: Any) -> tuple[Inputs, Any]:
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         return as_inputs(batch[0]), batch[1]
     raise InputError(f"a batch of the data is {type(batch).__name__}, expected {_FORMS}")
+
+
+def _inputs_alone(batch: Any) -> tuple[Inputs, Any]:
+    if isinstance(batch, Tensor):
+        return as_inputs(batch), None
+    if isinstance(batch, Mapping):
+        return ((), {key: value for key, value in batch.items() if key not in _LABELS}), None
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
+        return as_inputs(batch[0]), None
+    raise InputError(f"a batch of the data is {type(batch).__name__}, expected inputs, or {_FORMS}")
 
 
 def _listed(data: Any) -> Tensor | None:
@@ -168,17 +239,13 @@ def _classes(targets: Any) -> Tensor | None:
     return targets.cpu() if whole else None
 
 
-def _balanced(classes: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
-    """A random order; where there are classes, the first of each, then the second of each, and so on."""
-    order = torch.randperm(count, generator=generator)
-    if classes is None:
-        return order
-    mixed = classes[order]
-    by_class = mixed.argsort(stable=True)
-    sizes = torch.unique_consecutive(mixed[by_class], return_counts=True)[1]
-    turn = torch.empty_like(order)
-    turn[by_class] = torch.cat([torch.arange(int(size)) for size in sizes]) if len(sizes) else order
-    return order[turn.argsort(stable=True)]
+def _turns(classes: Tensor) -> Tensor:
+    """An order in which the first of each class come first, then the second of each, and so on."""
+    by_class = classes.argsort(stable=True)
+    sizes = torch.unique_consecutive(classes[by_class], return_counts=True)[1]
+    turn = torch.empty_like(by_class)
+    turn[by_class] = torch.cat([torch.arange(int(size)) for size in sizes])
+    return turn.argsort(stable=True)
 
 
 def _tensors(value: Any) -> bool:

@@ -1,4 +1,7 @@
-"""Importance of units by their weights: a non-negative number for each unit of each group. Lower goes first."""
+"""Importance of units by their weights: a non-negative number for each unit of each group. Lower goes first.
+
+The weights are those that layers use, masks, weight norms and low-rank updates carried out: ``netsurgery.weights``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, leaves
+from netsurgery.computed_weights import peeled
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import Name, accumulator
 from netsurgery.kernels.sparsity import outer_terms
-from netsurgery.network import Group, Member, Network
-from netsurgery.passes.layers import Grouping, check_choice, layers, outer_groups, units_of
+from netsurgery.network import Group, Network, Role
+from netsurgery.passes.layers import Grouping, check_choice, outer_groups, scored_layers, units_of
 from netsurgery.pipeline import Pass
+from netsurgery.weights import Use, computed_weights, is_computed, uses
 
 __all__ = ["BatchNormScore", "GeometricMedianScore", "HGSRScore", "MagnitudeScore", "RandomScore"]
 
@@ -39,27 +44,27 @@ def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
 
 
 def _collect(
-    network: Network, groups: Iterable[Group], order: tuple[str, ...], along: Callable[[Tensor, int], Tensor]
+    network: Network, groups: Iterable[Group], order: tuple[Role, ...], along: Callable[[Tensor, int], Tensor]
 ) -> dict[str, Tensor]:
-    """For each group the sum of ``along(weight, axis)`` over its members in a role: the first in order that it has."""
+    """For each group the sum of ``along(weight, axis)`` over its uses in a role: the first in order that it has."""
     scores: dict[str, Tensor] = {}
-    memo: dict[tuple[str, int], dict[Axis, Tensor]] = {}
+    memo: dict[tuple[int, int], dict[Axis, Tensor]] = {}
+    found = uses(network)
     for group in groups:
-        for member in _in_role(network, group, order):
-            key = member.parameter, member.axis
+        for use in _in_role(found[group.name], order):
+            key = id(use.weight.value), use.axis
             if key not in memo:
-                values = along(_accumulated(network.tensors[member.parameter]), member.axis)
-                memo[key] = per_unit(network.axes[member.parameter][member.axis], values)
+                memo[key] = per_unit(use.weight.axes[use.axis], along(_accumulated(use.weight.value), use.axis))
             term = memo[key][group.channel]
             scores[group.name] = scores[group.name] + term if group.name in scores else term
     return scores
 
 
-def _in_role(network: Network, group: Group, order: tuple[str, ...]) -> list[Member]:
-    """The members of a group in the first role in order that it has any in; else those that consume its units."""
-    members = [m for m in group.members if network.tensors[m.parameter].is_floating_point()]
-    role = next((r for r in (*order, "consumes") if any(m.role == r for m in members)), None)
-    return [m for m in members if m.role == role]
+def _in_role(found: list[Use], order: tuple[Role, ...]) -> list[Use]:
+    """The uses of a group's units in the first role in order that there is; else those that consume them."""
+    numbers = [use for use in found if use.weight.value.is_floating_point()]
+    role = next((role for role in (*order, "consumes") if any(use.role == role for use in numbers)), None)
+    return [use for use in numbers if use.role == role]
 
 
 def _outer_sums(values: Tensor, axis: int) -> Tensor:
@@ -105,8 +110,11 @@ class HGSRScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
-        found = outer_groups(network, layers(network), self.grouping)
-        weights = [network.tensors[layer.name] for layer in found.layers]
+        network.require_weights(self)
+        listed, values = scored_layers(network, self.grouping)
+        found = outer_groups(network, listed, self.grouping)
+        value = dict(zip(map(id, listed), values, strict=True))
+        weights = [value[id(layer)] for layer in found.layers]
         terms = outer_terms(weights, found.layout, self.criterion) if weights else torch.zeros(0)
         scores = {name: terms[where] for name, where in found.units.items()}
         if self.grouping != "coupled":
@@ -146,6 +154,7 @@ class MagnitudeScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
 
         def along(weight: Tensor, axis: int) -> Tensor:
             flat = weight.movedim(axis, 0).flatten(1) if weight.dim() > 1 else weight[:, None]
@@ -190,11 +199,11 @@ class BatchNormScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         sums: dict[Axis, Tensor] = {}
         passed: dict[Axis, int] = {}
-        for name in _norm_weights(network):
-            (axis,) = network.axes[name]
-            for channel, units in per_unit(axis, _accumulated(network.tensors[name]).abs()).items():
+        for axis, scale in _norm_scales(network):
+            for channel, units in per_unit(axis, _accumulated(scale).abs()).items():
                 sums[channel] = sums[channel] + units if channel in sums else units
                 passed[channel] = passed.get(channel, 0) + sum(leaf is channel for leaf in leaves(axis))
         found = {g.name: sums[g.channel] / passed[g.channel] for g in network.prunable if g.channel in sums}
@@ -202,13 +211,17 @@ class BatchNormScore(Pass):
         return network.with_scores({**rest, **found})
 
 
-def _norm_weights(network: Network) -> list[str]:
-    """The scales of batch norms, by name."""
+def _norm_scales(network: Network) -> list[tuple[Axis, Tensor]]:
+    """The scales of batch norms, each once: its dimension and its value."""
     norms = [
         n for p in network.programs for n in p.operations if getattr(n.target, "overloadpacket", None) in BATCH_NORMS
     ]
-    weights = [str(node.args[1].target) for node in norms if isinstance(node.args[1], fx.Node)]
-    return list(dict.fromkeys(name for name in weights if name in network.tensors))
+    weights = dict.fromkeys(node.args[1] for node in norms if isinstance(node.args[1], fx.Node))
+    names = dict.fromkeys(str(node.target) for node in weights if not is_computed(node))
+    plain = [(network.axes[name][0], network.tensors[name]) for name in names if name in network.tensors]
+    found = {weight.node: weight for weight in computed_weights(network, network.tensors)}
+    made = [found[node] for node in map(peeled, weights) if node in found]
+    return [*plain, *((weight.axes[0], weight.value) for weight in made)]
 
 
 @dataclass(frozen=True)
@@ -231,17 +244,27 @@ class GeometricMedianScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
+        network.require_weights(self)
         scores = {}
+        found = uses(network)
         for group in network.prunable:
             squares = torch.zeros(group.size, group.size)
-            for member in _in_role(network, group, ("produces", "carries")):
-                weight = _accumulated(network.tensors[member.parameter])
-                flat = weight.movedim(member.axis, 0).reshape(weight.shape[member.axis], -1)
-                for rows in _rows_of(network.axes[member.parameter][member.axis], group.channel):
+            for use in _in_role(found[group.name], ("produces", "carries")):
+                weight = _accumulated(use.weight.value)
+                flat = weight.movedim(use.axis, 0).reshape(weight.shape[use.axis], -1)
+                for rows in _rows_of(use.weight.axes[use.axis], group.channel):
                     vectors = flat[rows.to(flat.device)].flatten(1)
-                    squares = squares.to(vectors) + torch.cdist(vectors, vectors).square()
+                    squares = squares.to(vectors) + _distances(vectors).square()
             scores[group.name] = squares.sqrt().sum(1)
         return network.with_scores(scores)
+
+
+def _distances(vectors: Tensor) -> Tensor:
+    """Between all rows, ``(n, d)`` to ``(n, n)``. By matrix products, near rows would cancel to nothing."""
+    pairs = torch.triu_indices(len(vectors), len(vectors), 1, device=vectors.device)
+    found = vectors.new_zeros(len(vectors), len(vectors))
+    found[pairs[0], pairs[1]] = torch.pdist(vectors)
+    return found + found.T
 
 
 def _rows_of(axis: Axis, channel: Axis) -> list[Tensor]:

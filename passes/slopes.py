@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,26 +14,44 @@ from netsurgery.errors import InputError
 from netsurgery.passes.layers import units_of
 from netsurgery.passes.suffixes import Step, Suffixes
 from netsurgery.passes.trials import Trials
-from netsurgery.tracing import tensors_in
+from netsurgery.tracing import format_where, tensors_in
 
 __all__ = ["gate_slopes"]
+
+_log = logging.getLogger("netsurgery")
 
 
 def gate_slopes(trials: Trials) -> dict[str, Tensor]:
     """For each group the derivative of each sample's loss by a gate on each unit: ``(samples, units)`` float64.
 
+    What the code decides by values is held as it is for each batch. Where samples cannot be told apart in what it
+    computes, as with tokens that go to experts, each goes through alone.
+
     Raises:
-        InputError: the network cannot be run in parts: its code decides by values.
+        InputError: the network cannot be run in parts: its code writes into views.
     """
+    trials.decisions = True
+    try:
+        return _in_batches(trials, trials.chunk())
+    except _Mingled as place:
+        _log.info("each sample goes through alone, which is slow: rows of the batch are mingled %s", place)
+        return _in_batches(trials, 1)
+
+
+class _Mingled(Exception):
+    """Which samples the rows of a result belong to is not known."""
+
+
+def _in_batches(trials: Trials, step: int) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {group.name: [] for group in trials.network.prunable}
-    count, step = trials.samples.count, trials.chunk()
+    count = trials.samples.count
     for start in range(0, count, step):
         rows = min(step, count - start)
-        engine = trials.engine(rows, 1)
+        engine = trials.engine(rows, 1, start)
         if engine is None:
             raise InputError(
-                f"{trials.network.model_name} cannot be run with gates, as its code decides by values or writes into "
-                "views: use LossIncreaseScore, which can cut each unit out"
+                f"{trials.network.model_name} cannot be run with gates, as {trials.unsuited}: use LossIncreaseScore, "
+                "which can cut each unit out"
             )
         for name, slopes in _slopes(trials, engine, start, start + rows).items():
             found[name].append(slopes.double().cpu())
@@ -77,8 +96,12 @@ def _readers(engine: Suffixes, step: Step, channels: Iterable[Axis]) -> Iterator
 def _spread(engine: Suffixes, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
     """A gate ``(rows, units)`` laid out as the result of a node; one where there are other units."""
     dims = engine.dims[node]
-    row, rows = next((dim, rows) for dim, axis in enumerate(dims) if (rows := _within(axis, engine.rows)) is not None)
     padded = torch.cat([gate, gate.new_ones(len(gate), 1)], 1)  # the last column is for other units
+    found = ((dim, rows) for dim, axis in enumerate(dims) if (rows := _within(axis, engine.rows)) is not None)
+    alone = -1, torch.zeros(1, dtype=torch.int64)
+    row, rows = alone if len(gate) == 1 else next(found, alone)
+    if len(gate) > 1 and row < 0:
+        raise _Mingled(format_where(node.meta["where"]))
     whole = gate.new_ones(())
     for at, axis in enumerate(dims):
         for leaf, units in units_of(resolve(axis, {})):

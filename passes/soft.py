@@ -21,6 +21,7 @@ from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
 from netsurgery.passes.filters import (
     Filters,
+    computed_norms,
     dead_units,
     filters_of_group,
     filters_of_layers,
@@ -141,6 +142,8 @@ class SoftPruning:
         settle: a share of the epochs, at the end, in which the whole ratio is pruned, and for good, so that the
             network gets used to it. 0 is the source, where the last step alone takes away what came back: on the digits
             (15 epochs, half of the filters) that costs up to 6 points of accuracy, and with 0.2 nothing.
+        before_training: ``step(-1)`` prunes before the first epoch, as the authors of SFP do; "sfp" and "hfp" only, as
+            the others prune nothing then.
         roles: "layer" only: which layers take part: "convolution", "linear", "shortcut".
         include: name patterns of modules (``layer3.*``); only what these produce is pruned.
         exclude: likewise; what these produce is not.
@@ -184,6 +187,7 @@ class SoftPruning:
         optimizer: Optimizer | Sequence[Optimizer] = (),
         asymptotic: bool | None = None,
         settle: float = 0.0,
+        before_training: bool = False,
         roles: Sequence[LayerRole] = ("convolution",),
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
@@ -191,7 +195,14 @@ class SoftPruning:
         _check(method, ratio, epochs, grouping, asymptotic, settle, roles)
         self.method, self.ratio, self.epochs, self.grouping, self.settle = method, ratio, int(epochs), grouping, settle
         self.asymptotic = method in _ASYMPTOTIC if asymptotic is None else asymptotic
-        self.epoch = -1  # the last that is done
+        self.before_training = before_training
+        if before_training and (self.asymptotic or method not in ("sfp", "hfp")):
+            growing = " with asymptotic=True" if asymptotic else ""
+            raise InputError(
+                f"SoftPruning(before_training=True): for 'sfp' and 'hfp'; '{method}'{growing} prunes nothing before "
+                "the first epoch"
+            )
+        self.epoch = self._first - 1  # the last that is done
         self._model = _unwrapped(model)
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         with torch.inference_mode(False):
@@ -212,13 +223,19 @@ class SoftPruning:
     @property
     def schedule(self) -> tuple[float, float, float]:
         """After the last epoch done: the pruned share, the factor of soft filters, the share pruned for good."""
-        return self._schedule(self.epoch) if self.epoch >= 0 else (0.0, 1.0, 0.0)
+        return self._schedule(self.epoch) if self.epoch >= self._first else (0.0, 1.0, 0.0)
+
+    @property
+    def _first(self) -> int:
+        """The first epoch of ``step``: -1 is before training."""
+        return -1 if self.before_training else 0
 
     def step(self, epoch: int) -> None:
         """Prune after an epoch of training.
 
         Args:
-            epoch: from 0 to epochs - 1, ascending; some may be left out, such as all but the last to end early.
+            epoch: from 0 to epochs - 1, ascending; some may be left out, such as all but the last to end early. With
+                ``before_training`` from -1, which comes before the first.
 
         Raises:
             InputError: an epoch that was done or that there is not, or weights that are not finite or of other shapes.
@@ -229,7 +246,11 @@ class SoftPruning:
             )
         tensors = self._tensors()
         share, factor, hard = self._schedule(int(epoch))
-        masks = {name: self._ranked(filters, tensors, share, hard) for name, filters in self._filters.items()}
+        computed = computed_norms(self._network, tensors) if self.grouping == "coupled" else {}
+        masks = {
+            name: self._ranked(filters, computed[name] if name in computed else norms(filters, tensors), share, hard)
+            for name, filters in self._filters.items()
+        }
         self.pruned = {name: pruned for name, (pruned, _) in masks.items()}
         self.hard = {name: gone for name, (_, gone) in masks.items()}
         for name, filters in self._filters.items():
@@ -293,7 +314,7 @@ class SoftPruning:
         """
         if self.epoch != self.epochs - 1:
             raise InputError(
-                f"SoftPruning.finish: step({self.epochs - 1}) is still to come, the last was {self.epoch}: "
+                f"SoftPruning.finish: step({self.epochs - 1}) is still to come, the last was {max(self.epoch, -1)}: "
                 "call it to end here"
             )
         self._hold()
@@ -318,7 +339,7 @@ class SoftPruning:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        names = ("method", "ratio", "epochs", "grouping", "asymptotic", "settle")
+        names = ("method", "ratio", "epochs", "grouping", "asymptotic", "settle", "before_training")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,12 +350,10 @@ class SoftPruning:
         """
         if missing := [name for name in ("settings", "epoch", "pruned", "hard") if name not in state]:
             raise InputError(f"SoftPruning.load_state_dict: the state has no '{missing[0]}': pass one of state_dict()")
+        settings = {"before_training": False, **state["settings"]}  # states of before know nothing of it
         for name, own in self._settings.items():
-            if state["settings"].get(name) != own:
-                raise InputError(
-                    f"SoftPruning.load_state_dict: the state is of {name}={state['settings'].get(name)!r}, "
-                    f"here it is {own!r}"
-                )
+            if (there := settings.get(name)) != own:
+                raise InputError(f"SoftPruning.load_state_dict: the state is of {name}={there!r}, here it is {own!r}")
         for name in ("pruned", "hard"):
             found = {key: len(mask) for key, mask in state[name].items()}
             wanted = {key: filters.size for key, filters in self._filters.items()}
@@ -344,7 +363,7 @@ class SoftPruning:
                     f"SoftPruning.load_state_dict: the state is of other filters: {other} has "
                     f"{found.get(other, 'none')} there, {wanted.get(other, 'none')} here"
                 )
-        if not -1 <= state["epoch"] < self.epochs:
+        if not self._first - 1 <= state["epoch"] < self.epochs:
             raise InputError(f"SoftPruning.load_state_dict: epoch {state['epoch']} is not one of {self.epochs}")
         self.epoch = int(state["epoch"])
         self.pruned, self.hard = ({k: m.to("cpu", torch.bool) for k, m in state[n].items()} for n in ("pruned", "hard"))
@@ -357,8 +376,8 @@ class SoftPruning:
         ]
         what = "weight" if self.grouping == "layer" else "group"
         return (
-            f"{self.method}, {self.grouping}, ratio {self.ratio:g}, {self.epoch + 1} of {self.epochs} epochs done. "
-            f"{self._locked()}\n{columns([(what, 'filters', 'pruned', 'for good'), *rows], right=(1, 2, 3))}"
+            f"{self.method}, {self.grouping}, ratio {self.ratio:g}, {max(self.epoch + 1, 0)} of {self.epochs} epochs "
+            f"done. {self._locked()}\n{columns([(what, 'filters', 'pruned', 'for good'), *rows], right=(1, 2, 3))}"
         )
 
     def _schedule(self, epoch: int) -> tuple[float, float, float]:
@@ -368,9 +387,12 @@ class SoftPruning:
         hard = hard_share(epoch, self.epochs) if self.method in _GRADUAL else float(self.method == "hfp")
         return share, factor, 1.0 if _is_last(epoch, self.epochs, self.settle) else hard
 
-    def _ranked(self, filters: Filters, tensors: Masks, share: float, hard: float) -> tuple[Tensor, Tensor]:
-        """The filters that are pruned, and those of them that are pruned for good: bool, (filters,)."""
-        sizes = norms(filters, tensors)
+    def _ranked(self, filters: Filters, sizes: Tensor, share: float, hard: float) -> tuple[Tensor, Tensor]:
+        """The filters that are pruned, and those of them that are pruned for good: bool, (filters,).
+
+        Args:
+            sizes: the norms of their weights; written to.
+        """
         if not bool(sizes.isfinite().all()):
             raise InputError(f"SoftPruning.step: weights of {filters.name} are NaN or infinite: training went astray")
         sizes[self.hard[filters.name]] = -1  # those come first, also among others that are zero

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis, find, leaves
+from netsurgery.computed_weights import ancestors, worked_across, writers
 from netsurgery.network import Network
+from netsurgery.passes.randomness import is_random, torch_seeded
 from netsurgery.tracing import Inputs, home, tensors_in
-from netsurgery.values import laid_out, spread
+from netsurgery.values import answer, laid_out, spread
 from netsurgery.verification import STATISTICS, entries, is_view
 
 __all__ = ["Removal", "Suffixes", "Unsuited"]
@@ -93,21 +95,26 @@ class Suffixes:
         network: traced on as many rows as are to go through at once.
         tensors: the tensors of the model, by name.
         autocast: the type in which convolutions and matrix products are computed.
+        decisions: whether what the code decided by values in the recorded run may be taken as it was; else a network
+            whose code looks at numbers that depend on its weights is unsuited.
+        seed: of random numbers: an operation draws the same in every run.
 
     Raises:
-        Unsuited: the graph decides by values, draws random numbers, or writes into what is read elsewhere.
+        Unsuited: the graph decides by values, or writes into what is read elsewhere.
     """
 
     network: Network
     tensors: Mapping[str, Tensor]
     autocast: torch.dtype | None = None
+    decisions: bool = False
+    seed: int = 0
     steps: list[Step] = field(init=False)
     constants: dict[fx.Node, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.program = self.network.programs[0]
-        if self.program.values != "none":
-            raise Unsuited("its code looks at values")
+        if self.program.values == "all" and not self.decisions:
+            raise Unsuited("its code decides by values")
         self.dims: dict[fx.Node, Dims] = {n: n.meta.get("dims") for n in self.program.graph.nodes}
         self.inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
         *_, output = self.program.graph.nodes
@@ -134,7 +141,7 @@ class Suffixes:
 
     def mixes(self, step: Step, channel: Axis) -> bool:
         """Whether a result of an operation at one unit depends on its arguments at others."""
-        if step.packet is operator.getitem:
+        if step.packet is operator.getitem or self.is_whole(step.node, channel):
             return False
         if (along := self.normalised(step)) is not None:
             return bool(self.carries(along, channel))
@@ -145,6 +152,10 @@ class Suffixes:
             return False
         most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
         return most > self.carries(step.dims, channel)
+
+    def is_whole(self, node: fx.Node, channel: Axis) -> bool:
+        """Whether a node is a part of the computation of a weight that sees all units of a channel."""
+        return any(self.carries(axis, channel) for axis in node.meta.get("whole", ()))
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
         """The dimensions over which statistics are taken that every entry of the result depends on."""
@@ -424,6 +435,7 @@ class _Builder:
     def __init__(self, suffixes: Suffixes, device: torch.device):
         self.of, self.device = suffixes, device
         self.order = {node: index for index, node in enumerate(suffixes.program.graph.nodes)}
+        self.several: dict[fx.Node, Sequence[Tensor]] = {}  # results of operations on constants that return several
 
     def build(self) -> None:
         """Fill in the steps and constants."""
@@ -434,13 +446,17 @@ class _Builder:
                 source = of.tensors[node.target] if node.target in of.tensors else of.program.constants[node.target]
                 if source.is_meta:
                     raise Unsuited(f"the values of '{node.target}' are not known")
-                of.constants[node] = source.detach().to(self.device)
+                value = source.detach().to(self.device)
+                of.constants[node] = value.clone() if writers(node) else value
             elif node.op == "call_function":
                 self.add(node)
         self.prune()
 
     def add(self, node: fx.Node) -> None:
         of = self.of
+        if self.writes_constants(node):
+            of.constants[node] = node.target(*of.arguments(node.args), **of.arguments(node.kwargs))  # type: ignore[operator]
+            return
         if node.target is operator.getitem:
             step = Step(node, operator.getitem, operator.getitem, node.args, {}, node.meta["dims"])
         else:
@@ -449,30 +465,59 @@ class _Builder:
             made = step.call(*of.arguments(step.args), **of.arguments(step.kwargs))
             if isinstance(made, Tensor):
                 of.constants[node] = made  # and a step, for where it lacks units
+            else:
+                self.several[node] = made
+        if step.packet is operator.getitem and step.args[0] in self.several:
+            of.constants[node] = self.several[step.args[0]][step.args[1]]
         if not (step.packet is operator.getitem and self.fold(step)):
             of.steps.append(step)
 
     def operation(self, node: fx.Node) -> Step:
         target: Any = node.target
-        if "decided" in node.meta or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            raise Unsuited(f"{target} decides by values or draws random numbers")
+        call, packet = laid_out(target), target.overloadpacket
         if any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
-            target = self.functional(node)
+            call, packet = self.functional(node)
+        if packet in _CONTRACTED:
+            call = self.of.product(target)
         kwargs = {k: self.device if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
-        packet = target.overloadpacket
-        call = self.of.product(target) if packet in _CONTRACTED else laid_out(target)
+        if is_random(node):
+            kwargs.pop("generator", None)
+            call = functools.partial(self.drawn, call, self.order[node])
+        if "decided" in node.meta:
+            call = functools.partial(_decided, target, node.meta["decided"])
         return Step(node, call, packet, node.args, kwargs, node.meta["dims"])
 
-    def functional(self, node: fx.Node) -> Any:
-        """The operation that returns what one in place writes, where nothing else shows what was written."""
+    def writes_constants(self, node: fx.Node) -> bool:
+        """Whether an operation overwrites a constant with others, unit by unit: so it is done, once."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not all(n in self.of.constants for n in node.all_input_nodes):
+            return False
+        if "decided" in node.meta or is_random(node):
+            return False
+        return all(
+            leaf in one.meta.get("whole", ())
+            for one in ancestors(node)
+            if one.op == "call_function"
+            for leaf in worked_across(one)
+        )
+
+    def drawn(self, call: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
+        """The result of an operation that draws random numbers: those of its place and the seed."""
+        with torch_seeded(self.of.seed + 7919 * place, self.device):
+            return call(*args, **kwargs)
+
+    def functional(self, node: fx.Node) -> tuple[Callable[..., Any], Any]:
+        """What returns what an operation in place writes, where nothing else shows what was written; and its packet."""
         target: Any = node.target
         written: Any = node.args[0]
         packet = getattr(aten, target.overloadpacket.__name__.removesuffix("_"), None)
-        overload = getattr(packet, target._overloadname, None)
         own = isinstance(written, fx.Node) and written.op == "call_function" and not is_view(written)
-        if overload is None or not own or any(is_view(n) or self.order[n] > self.order[node] for n in written.users):
+        if not own or any(is_view(n) or self.order[n] > self.order[node] for n in written.users):
             raise Unsuited(f"{target} writes into what is read elsewhere")
-        return overload
+        overload = getattr(packet, target._overloadname, None)
+        if overload is None:
+            return functools.partial(_on_a_copy, target), target.overloadpacket
+        return overload, packet
 
     def fold(self, step: Step) -> bool:
         """Make a convolution and the batch norm in eval mode that alone reads it one convolution."""
@@ -513,6 +558,17 @@ class _Builder:
                 kept.append(step)
         of.steps = kept[::-1]
         of.constants = {node: value for node, value in of.constants.items() if node in needed}
+
+
+def _on_a_copy(target: Callable[..., Any], written: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return target(written.clone(), *args, **kwargs)
+
+
+def _decided(target: Any, decided: Any, *args: Any, **kwargs: Any) -> Any:
+    """The result of an operation as the recorded run decided it."""
+    if target._schema.is_mutable:
+        args = (args[0].clone(), *args[1:])
+    return answer(target, args, kwargs, decided)
 
 
 def _lowered(target: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:

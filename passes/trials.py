@@ -13,32 +13,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
-from netsurgery.errors import InputError
+from netsurgery.errors import InputError, RewriteError
 from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
+from netsurgery.passes.randomness import draws_at, seeded
 from netsurgery.passes.samples import Samples, in_eval_mode
 from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
 from netsurgery.pipeline import trace_untried
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import Inputs, home, tensors_in
-from netsurgery.verification import look_up_constants
+from netsurgery.verification import look_up_constants, silenced
 
 if TYPE_CHECKING:
     from netsurgery.passes.loss_increase import LossIncreaseScore
 
 __all__ = ["Loss", "Trials"]
 
-Loss = Callable[[Any, Any], Tensor]
 _log = logging.getLogger("netsurgery")
 
 
+Key = tuple[int, int, int]  # rows, copies of these, and the first sample
 Active = Mapping[str, list[int]]  # groups, and the removals of each that are to be tried
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
 
@@ -55,8 +56,13 @@ class Trials:
         self.model = network.model
         self.device = home(self.model)
         self.order: dict[str, list[int]] = {}  # in mode "cumulative"
-        self.engines: dict[tuple[int, int], Suffixes | None] = {}
-        self.steady: dict[tuple[int, int], bool] = {}
+        self.decisions = False  # whether what the code decides by values may be held as it is for each batch
+        self.by_batch = False  # whether the way the code takes may be another for each batch
+        self.random = self.random_loss = False  # whether the model draws random numbers, and whether its loss does
+        self.engines: dict[Key, Suffixes | None] = {}
+        self.traced: dict[Key, Network] = {}
+        self.steady: dict[Key, bool] = {}
+        self.unsuited = ""  # why the network cannot be run in parts
         self.advance: Callable[[int], None] = lambda n: None
         self.begin: Callable[[int | None], None] = lambda n: None
 
@@ -92,9 +98,9 @@ class Trials:
         outputs = self.outputs(self.model, inputs)
         found = []
         for factor in (1.0, 0.5):
-            tensors = [t * factor if t.is_floating_point() else t for t in tensors_in(outputs)]
             with torch.no_grad():
-                found.append(f"{float(self.loss(_filled(outputs, tensors), targets).mean()):.4g}")
+                filled = _filled(outputs, _scaled(tensors_in(outputs), factor))
+                found.append(f"{float(self.loss(filled, targets).mean()):.4g}")
         return found
 
     @contextlib.contextmanager
@@ -141,46 +147,80 @@ class Trials:
         """The rise of the loss ``(removals, rows)`` for some removals of a group at a time."""
         rows = stop - start
         copies = max(1, self.chunk() // rows)
-        engine = self.engine(rows, copies)
+        engine = self.engine(rows, copies, start)
         if engine is None:
-            yield from self.by_surgery(due, start, stop)
+            yield from (self.by_silencing if self.random else self.by_surgery)(due, start, stop)
             return
-        apart = copies > 1 and not self.alike(engine, rows, copies)
+        apart = copies > 1 and not self.alike(engine, rows, copies, start)
         alone = {n: units for n, units in due.items() if copies > 1 and (apart or not engine.suffix(n).blocks)}
         together = {n: units for n, units in due.items() if n not in alone}
         for times, some in ((copies, together), (1, alone)):
-            if some and (runner := self.engine(rows, times)) is not None:
+            if some and (runner := self.engine(rows, times, start)) is not None:
                 yield from self.in_parts(runner, times, some, start, stop)
 
-    def engine(self, rows: int, copies: int) -> Suffixes | None:
-        """The network traced on ``copies`` times ``rows`` rows, or None where it cannot be run in parts."""
-        key = rows, copies
-        if key not in self.engines:
-            inputs, _ = self.batch(0, rows, copies)
-            network = trace_untried(self.model, inputs[0] or inputs[1])
-            try:
-                for group in self.network.prunable:
-                    other = network.by_name.get(group.name)
-                    if other is None or (other.size, other.members) != (group.size, group.members):
-                        raise Unsuited(f"group '{group.name}' is another on {rows * copies} rows")
-                look_up_constants(self.model, network, inputs)
-                self.engines[key] = Suffixes(network, dict(named_tensors(self.model)), self.settings.autocast)
-            except Unsuited as reason:
-                _log.info("each unit is cut out in turn, which is slow: %s", reason)
-                self.engines[key] = None
-        return self.engines[key]
+    def key(self, rows: int, copies: int, start: int) -> Key:
+        """What a trace is for: so many rows, and these very samples where the code looks at their values."""
+        if self.by_batch:
+            for known in (self.engines, self.traced, self.steady):
+                for other in [other for other in known if other[2] != start]:
+                    del known[other]
+        return rows, copies, start if self.by_batch else 0
 
-    def alike(self, engine: Suffixes, rows: int, copies: int) -> bool:
+    def reorder(self, order: Tensor) -> None:
+        """Put the samples into another order."""
+        self.samples = self.samples.ordered(order)
+        for known in (self.engines, self.traced, self.steady):
+            known.clear()
+
+    def trace(self, rows: int, copies: int, start: int) -> Network:
+        """The network as it runs on some samples.
+
+        Raises:
+            Unsuited: it is another than the one that was traced.
+        """
+        found = self.traced.get(self.key(rows, copies, start))
+        if found is None:
+            inputs, _ = self.batch(start, start + rows, copies)
+            with seeded(0, self.device):
+                found = trace_untried(self.model, inputs[0] or inputs[1])
+            self.by_batch = self.by_batch or found.programs[0].values != "none"
+            for group in self.network.prunable:
+                other = found.by_name.get(group.name)
+                if other is None or (other.size, other.members) != (group.size, group.members):
+                    raise Unsuited(f"group '{group.name}' is another on these samples, {rows * copies} at once")
+            look_up_constants(self.model, found, inputs)
+            self.traced[self.key(rows, copies, start)] = found
+        return found
+
+    def engine(self, rows: int, copies: int, start: int = 0) -> Suffixes | None:
+        """The network traced on ``copies`` times ``rows`` rows, or None where it cannot be run in parts."""
+        key = self.key(rows, copies, start)
+        if key not in self.engines:
+            tensors = dict(named_tensors(self.model))
+            try:
+                made = Suffixes(self.trace(rows, copies, start), tensors, self.settings.autocast, self.decisions)
+            except Unsuited as reason:
+                self.unsuited, made = str(reason), None
+                _log.info("each unit is cut out in turn, which is slow: %s", reason)
+            key = self.key(rows, copies, start)
+            self.engines[key] = made
+        engine = self.engines[key]
+        if engine is not None:
+            engine.seed = start
+        return engine
+
+    def alike(self, engine: Suffixes, rows: int, copies: int, start: int) -> bool:
         """Whether samples that go through several times give the same each time, wherever they stand in the batch."""
-        if (rows, copies) not in self.steady:
-            whole = engine.whole(self.batch(0, rows, copies)[0], [])
+        key = self.key(rows, copies, start)
+        if key not in self.steady:
+            whole = engine.whole(self.batch(start, start + rows, copies)[0], [])
             parts = [
                 whole[node].unflatten(row, (copies, -1)).movedim(row, 0)
                 for node in engine.outputs
                 if (row := engine.row(engine.dims[node])) is not None and whole[node].is_floating_point()
             ]
-            self.steady[rows, copies] = all(_alike(part) for part in parts)
-        return self.steady[rows, copies]
+            self.steady[key] = all(_alike(part) for part in parts)
+        return self.steady[key]
 
     def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, Any]:
         """Some samples, several times over; the targets once."""
@@ -231,9 +271,9 @@ class Trials:
         """What the model returns, with other tensors in it."""
         return _filled(self.template, outputs)
 
-    def outputs(self, model: nn.Module, inputs: Inputs) -> Any:
+    def outputs(self, model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
         """What a model returns in eval mode."""
-        with in_eval_mode(model), torch.no_grad():
+        with in_eval_mode(model), torch.no_grad(), seeded(seed, self.device):
             return model(*inputs[0], **inputs[1])
 
     def losses(self, outputs: list[Tensor], targets: Any, engine: Suffixes, used: int, copies: int) -> Tensor:
@@ -254,7 +294,8 @@ class Trials:
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
         rows, own = len(pytree.tree_leaves(targets)[0]), self.settings.loss
-        found = _cross_entropy(outputs, targets).reshape(rows, -1).mean(1) if own is None else own(outputs, targets)
+        with seeded(0, self.device) if self.random_loss else contextlib.nullcontext():
+            found = cross_entropy(outputs, targets) if own is None else own(outputs, targets)
         if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
@@ -266,32 +307,88 @@ class Trials:
         """Cut the units out and run what is left; with tied groups, as many of these."""
         inputs, targets = self.batch(start, stop, 1)
         base = _finite(self.loss(self.outputs(self.model, inputs), targets))
-        tied = {name: names for names in self.network.ties for name in names}
         for name, indices in due.items():
             for index in indices:
-                units = self.removal(name, index)[1]
-                stay = tuple(u for u in range(self.network[name].size) if u not in units)
-                edit = Edit(self.network, dict.fromkeys(tied.get(name, (name,)), stay))
-                with _quiet():
-                    small = rewrite(self.model, edit)
+                try:
+                    with _quiet():
+                        small = rewrite(self.model, self.edit(name, index))
+                except RewriteError as reason:  # so many may not be cut out, which says nothing of other numbers
+                    _log.info("units of '%s' are silenced instead: %s", name, reason)
+                    yield from self.by_silencing({name: indices}, start, stop)
+                    break
                 found = self.loss(self.outputs(small, inputs), targets)
                 yield name, [index], (found - base)[None].cpu()
 
+    def edit(self, name: str, index: int) -> Edit:
+        """A removal as an edit of the network."""
+        units = self.removal(name, index)[1]
+        tied = {name: names for names in self.network.ties for name in names}
+        stay = tuple(u for u in range(self.network[name].size) if u not in units)
+        return Edit(self.network, dict.fromkeys(tied.get(name, (name,)), stay))
 
-def _cross_entropy(logits: Any, targets: Any) -> Tensor:
-    """The cross-entropy of logits ``(n, classes, ...)``, not averaged."""
-    if not isinstance(logits, Tensor):
-        raise InputError(f"the model returns {type(logits).__name__}, not logits: pass loss=f(outputs, targets)")
-    whole = isinstance(targets, Tensor) and not targets.is_floating_point()
-    wanted = (logits.shape[0], *logits.shape[2:]) if whole else logits.shape
-    if not isinstance(targets, Tensor) or logits.dim() < 2 or targets.shape != wanted:
-        found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise InputError(
-            f"the model returns {tuple(logits.shape)} and targets are {found}, neither classes nor their shares: "
-            "pass loss=f(outputs, targets)"
-        )
-    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
-    return F.cross_entropy(logits, targets.long() if whole else targets.to(logits.dtype), reduction="none")
+    def by_silencing(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
+        """Let the units contribute nothing, where the code decides and draws what it did with them."""
+        inputs, targets = self.batch(start, stop, 1)
+        try:
+            network = self.trace(stop - start, 1, start)
+        except Unsuited as reason:
+            raise InputError(f"{self.network.model_name} cannot lose single units: {reason}") from reason
+        tensors = dict(named_tensors(self.model))
+
+        def loss(keep: Mapping[str, tuple[int, ...]]) -> Tensor:
+            channels = {network[name].channel: torch.tensor(stay) for name, stay in keep.items()}
+            with seeded(start, self.device):
+                outputs = silenced(network, network.programs[0], tensors, inputs, channels)
+            return self.loss(self.filled(outputs), targets)
+
+        base = _finite(loss({}))
+        for name, indices in due.items():
+            for index in indices:
+                yield name, [index], (loss(self.edit(name, index).keep) - base)[None].cpu()
+
+    def check(self) -> None:
+        """Make sure, before anything is tried, that targets and loss can be used, and look for random numbers.
+
+        Raises:
+            InputError: see ``netsurgery.passes.losses``.
+        """
+        count = min(16, self.samples.count)
+        (inputs, targets), own = self.batch(0, count, 1), self.settings.loss
+        once = self.outputs(self.model, inputs)
+        if not _same(once, self.outputs(self.model, inputs, seed=1)):
+            self.random = True
+            self.warn(self.network.model_name, draws_at(self.network) or ["outside of torch's operations"])
+        if own is None:
+            check_targets(once, targets, self.samples.targets)
+            return
+        losses = []
+        for seed in (0, 1):
+            with seeded(seed, self.device):
+                losses.append(self.loss(once, targets))
+        if not _same(*losses):
+            self.random_loss = True
+            self.warn("the loss", [])
+        self.check_loss(own, once, targets)
+
+    def warn(self, who: str, places: list[str]) -> None:
+        """Say that something draws random numbers."""
+        _log.warning(
+            "%s draws random numbers in eval mode too%s: scores are those of one draw, the same with and without "
+            "each unit", who, "".join(f", {place}" for place in places),
+        )  # fmt: skip
+
+    def check_loss(self, own: Loss, once: Any, targets: Any) -> None:
+        """Make sure that a loss of the user's is a mean over samples, or one number for each."""
+        count = min(16, self.samples.count)
+        which = torch.arange(count).repeat(2)
+        inputs, more = self.samples.rows(which, self.device)
+        doubled = twice_over(tensors_in(once), tensors_in(self.outputs(self.model, inputs)))
+        for factor in (1.0, 0.5) if doubled is not None else ():
+            pairs = (tensors_in(once), targets), (doubled or [], more)
+            with seeded(0, self.device):
+                one, two = (float(own(_filled(once, _scaled(t, factor)), y).double().mean()) for t, y in pairs)
+            if not self.random_loss:
+                check_mean(one, two, several=self.samples.count > self.chunk())
 
 
 def _finite(losses: Tensor) -> Tensor:
@@ -302,8 +399,20 @@ def _finite(losses: Tensor) -> Tensor:
     return losses
 
 
+def _scaled(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
+    return [tensor * factor if tensor.is_floating_point() else tensor for tensor in tensors]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two results of a model are the same but for rounding."""
+    pairs = [*zip(tensors_in(one), tensors_in(other), strict=True)]
+    return all(a.shape == b.shape and _alike(torch.stack([a, b])) for a, b in pairs)
+
+
 def _alike(parts: Tensor) -> bool:
     """Whether parts ``(parts, ...)`` are the same but for rounding."""
+    if not parts.is_floating_point():
+        return torch.equal(parts, parts[:1].expand_as(parts))
     eps = torch.finfo(parts.dtype).eps
     largest = float(parts[0].nan_to_num(0, 0, 0).abs().amax()) if parts.numel() else 0.0
     return torch.allclose(parts, parts[:1], min(1e3 * eps, 0.05), 1e2 * eps * largest, equal_nan=True)

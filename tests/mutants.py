@@ -33,7 +33,17 @@ TESTS = (
 
 #: Of the files that these alone look at.
 TESTS_OF = {
+    "netsurgery/cli.py": ("test_cli.py",),
     "netsurgery/optimizers.py": ("test_optimizers.py",),
+    "netsurgery/outputs.py": ("test_cli.py",),
+    "netsurgery/training/data.py": ("test_training_data.py",),
+    "netsurgery/training/engine.py": ("test_training.py",),
+    "netsurgery/training/schedules.py": ("test_training_recipe.py",),
+    "netsurgery/weight_sources.py": ("test_weight_sources.py",),
+    "netsurgery/adapters.py": ("test_computed_weights.py",),
+    "netsurgery/computed_weights.py": ("test_computed_weights.py",),
+    "netsurgery/keeping.py": ("test_computed_weights.py",),
+    "netsurgery/weights.py": ("test_computed_weights.py",),
     "passes/compensation.py": ("test_compensation.py",),
     "passes/gates.py": ("test_gates.py",),
     "passes/ledger.py": ("test_loss_increase.py",),
@@ -84,7 +94,7 @@ MUTANTS = (
     Mutant(
         "running_var cut out of running_mean",
         "netsurgery/rewriting.py",
-        "_copy(t, edit.values.get(name, t), network.axes[name], places)",
+        "_copy(t, values.get(name, t), network.axes[name], places)",
         "_copy(t, tensors[name.replace('running_var', 'running_mean')], network.axes[name], places)",
     ),
     Mutant(
@@ -164,7 +174,7 @@ MUTANTS = (
     Mutant(
         "new values lost where the model itself is changed",
         "netsurgery/rewriting.py",
-        "cuts.append(_cut_all(tensors, edit, places, edit.values))",
+        "cuts.append(_cut_all(tensors, edit, places, _valued(tensors, edit, edit.values)))",
         "cuts.append(_cut_all(tensors, edit, places, {}))",
         ("test_compensation.py",),
     ),
@@ -489,7 +499,7 @@ MUTANTS = (
     Mutant(
         "nothing is silenced",
         "netsurgery/verification.py",
-        "            stays[_units(keep)(axis)] = True\n",
+        "            stays[_units({} if axis in whole else keep)(axis)] = True\n",
         "            stays[:] = True\n",
     ),
     # the penalty: which kernels, which groups, which factors
@@ -643,6 +653,131 @@ MUTANTS = (
         "passes/scores.py",
         "above = ordered.flip(0).cumsum(0).flip(0)",
         "above = ordered.cumsum(0)",
+    ),
+    # training
+    Mutant(
+        "the strength's schedule begins again when the model moves",
+        "passes/penalty.py",
+        "self._factors = torch.zeros(2, dtype=dtype, device=device)\n            self._set(self._strength, self.steps)",
+        "self._factors = torch.zeros(2, dtype=dtype, device=device)\n            self._set(self._strength, 0)",
+    ),
+    Mutant(
+        "scores on augmented images",
+        "netsurgery/training/data.py",
+        "Subset(images.plain, spread)",
+        "Subset(images.train, spread)",
+    ),
+    Mutant(
+        "one order of the images for every seed",
+        "netsurgery/training/engine.py",
+        'data_seed=derived(self.of.seed, "order")',
+        'data_seed=derived("order")',
+    ),
+    Mutant(
+        "too few steps where gradients are accumulated",
+        "netsurgery/training/engine.py",
+        "-(-batches // self.accelerator.gradient_accumulation_steps)",
+        "max(1, batches // self.accelerator.gradient_accumulation_steps)",
+    ),
+    Mutant(
+        "recipes do not prune before training",
+        "netsurgery/training/engine.py",
+        "        elif run.soft is not None and run.soft.before_training:",
+        "        elif run.soft is None:",
+    ),
+    Mutant(
+        "the rate falls after a third of the epochs",
+        "netsurgery/training/schedules.py",
+        "at: Sequence[float] = (0.33, 0.66, 0.99)",
+        "at: Sequence[float] = (1 / 3, 2 / 3, 0.99)",
+    ),
+    # the command line
+    Mutant(
+        "what is not a number passes for a proof",
+        "netsurgery/cli.py",
+        "    error = max(errors, key=lambda one: (one != one, one))",
+        "    error = max(errors)",
+    ),
+    Mutant(
+        "slices that are loaded count as the whole",
+        "netsurgery/weight_sources.py",
+        "elif overwrites and self._holds(one) and _is_whole(one):",
+        "elif overwrites and self._holds(one):",
+    ),
+    Mutant(
+        "a folder that was tried stays",
+        "netsurgery/outputs.py",
+        "                one.rmdir()",
+        "                one.exists()",
+    ),
+    # computed weights: what stays, and what is scored
+    Mutant(
+        "the length of a weight norm stays",
+        "netsurgery/keeping.py",
+        "ratio = torch.where(squares > 0, dots / squares, 1.0)",
+        "ratio = torch.ones_like(squares)",
+    ),
+    Mutant(
+        "a weight that is normalised loses units",
+        "netsurgery/computed_weights.py",
+        "        if leaf not in kept:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "a length that other weights share is scaled",
+        "netsurgery/computed_weights.py",
+        "all(self.what(peeled(one)) == what for one in mine)",
+        "True",
+    ),
+    Mutant(
+        "parameters are scored beside what is computed from them",
+        "netsurgery/weights.py",
+        "gone = merged | (replaced - direct)",
+        "gone = merged",
+    ),
+    Mutant(
+        "random numbers are drawn for a score",
+        "netsurgery/weights.py",
+        "        if torch.Tag.nondeterministic_seeded in getattr(one.target",
+        "        if False and torch.Tag.nondeterministic_seeded in getattr(one.target",
+    ),
+    Mutant(
+        "the scale of a low-rank update is forgotten",
+        "netsurgery/adapters.py",
+        "whole = whole + update.scale * product",
+        "whole = whole + product",
+    ),
+    Mutant(
+        "what is assigned to .data is not followed",
+        "netsurgery/tracing.py",
+        "        self.alias(bare, tensor)\n",
+        "",
+        ("test_computed_weights.py",),
+    ),
+    Mutant(
+        "near filters are the same filter",
+        "passes/scores.py",
+        "found[pairs[0], pairs[1]] = torch.pdist(vectors)",
+        "found = torch.cdist(vectors, vectors, compute_mode='use_mm_for_euclid_dist') / 2",
+    ),
+    Mutant(
+        "what is scattered is of nobody's units",
+        "netsurgery/rules.py",
+        '        _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())\n',
+        "        pass\n",
+    ),
+    Mutant(
+        "blocks of several layers have inner units of their own",
+        "netsurgery/axes.py",
+        "            unify(whole[0][1], last)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "a number that was none of the sizes follows one",
+        "netsurgery/attributes.py",
+        "if old != new and modules[path].__dict__[attribute] == old:",
+        "if old != new:",
+        ("test_hard_coded.py",),
     ),
 )
 

@@ -1,6 +1,8 @@
 """The command line: what each command prints and writes, and the text of each error."""
 
+import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import netsurgery
 from netsurgery.cli import app
+from netsurgery.outputs import check_writable
 from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
 
 TINY = """
@@ -150,7 +153,9 @@ def test_inspect_infers_the_input() -> None:
 
 
 def test_prune_prints_the_plan_and_the_proof_and_saves_what_load_reads(tmp_path: Path) -> None:
-    output = passed("prune", "tiny_models:Net", "--ratio", "0.5", "--input", "2x3x8x8", "--out", "small")
+    output = passed(
+        "prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5", "--input", "2x3x8x8", "--out", "small"
+    )
     assert row(output, "parameters")[1:] == ["1,485", "457", "30.8%"]
     proof = re.search(r"differs from the silenced original by (\S+) at most", output)
     assert proof
@@ -162,8 +167,8 @@ def test_prune_prints_the_plan_and_the_proof_and_saves_what_load_reads(tmp_path:
 
 
 def test_a_dry_run_prints_the_plan_only() -> None:
-    whole = passed("prune", "tiny_models:Net", "--ratio", "0.5", "--input", "2x3x8x8")
-    plan = passed("prune", "tiny_models:Net", "--ratio", "0.5", "--input", "2x3x8x8", "--dry-run")
+    whole = passed("prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5", "--input", "2x3x8x8")
+    plan = passed("prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5", "--input", "2x3x8x8", "--dry-run")
     assert whole.startswith(plan)
     assert "verify" not in plan
 
@@ -173,7 +178,7 @@ def test_a_dry_run_prints_the_plan_only() -> None:
 )
 def test_the_edit_is_the_one_that_plan_makes(score: str, scorer: netsurgery.Pass) -> None:
     arguments = ("--ratio", "0.5", "--score", score, "--scope", "global", "--seed", "7", "--out", "small")
-    passed("prune", "tiny_models:ready", *arguments)
+    passed("prune", "tiny_models:ready", "--random-weights", *arguments)
     edit = netsurgery.plan(sys.modules["tiny_models"].ready, [scorer, PruneChannels(0.5, scope="global")])
     assert Path("small/edit.json").read_text() == edit.to_json()
 
@@ -181,7 +186,19 @@ def test_the_edit_is_the_one_that_plan_makes(score: str, scorer: netsurgery.Pass
 def test_the_same_seed_gives_the_same_weights_and_plan() -> None:
     passed("inspect", "tiny_models:Net")  # importing the module draws random numbers too
     for out, seed in (("a", "7"), ("b", "7"), ("c", "8")):
-        passed("prune", "tiny_models:Net", "--ratio", "0.5", "--score", "random", "--seed", seed, "--out", out)
+        passed(
+            "prune",
+            "tiny_models:Net",
+            "--random-weights",
+            "--ratio",
+            "0.5",
+            "--score",
+            "random",
+            "--seed",
+            seed,
+            "--out",
+            out,
+        )
     a, b, c = (torch.load(f"{out}/weights.pt")["head.bias"] for out in "abc")
     assert a.equal(b)
     assert not a.equal(c)
@@ -191,7 +208,7 @@ def test_the_same_seed_gives_the_same_weights_and_plan() -> None:
 @pytest.mark.parametrize("option", ["--params", "--macs"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_budgets(option: str, scope: str) -> None:
-    arguments = ("prune", "tiny_models:Net", "--scope", scope, "--input", "1x3x8x8")
+    arguments = ("prune", "tiny_models:Net", "--random-weights", "--scope", scope, "--input", "1x3x8x8")
     label = {"--params": "parameters", "--macs": "MACs"}[option]
     share = row(passed(*arguments, option, "0.5"), label)
     before, after = (int(cell.replace(",", "")) for cell in share[1:3])
@@ -200,7 +217,7 @@ def test_budgets(option: str, scope: str) -> None:
 
 
 def test_include_exclude_and_multiple_of() -> None:
-    arguments = ("prune", "tiny_models:Net", "--ratio", "0.7", "--input", "1x3x8x8", "--dry-run")
+    arguments = ("prune", "tiny_models:Net", "--random-weights", "--ratio", "0.7", "--input", "1x3x8x8", "--dry-run")
     assert stays(passed(*arguments)) == {"conv1": 3, "conv2": 5}
     assert stays(passed(*arguments, "--include", "conv1")) == {"conv1": 3}
     assert stays(passed(*arguments, "--exclude", "conv1")) == {"conv2": 5}
@@ -209,7 +226,7 @@ def test_include_exclude_and_multiple_of() -> None:
 
 
 def test_torchvision() -> None:
-    output = passed("prune", "torchvision:resnet18", "--ratio", "0.5", "--input", "1x3x64x64")
+    output = passed("prune", "torchvision:resnet18", "--random-weights", "--ratio", "0.5", "--input", "1x3x64x64")
     assert row(output, "parameters")[1] == "11,689,512"
     assert "at most (relative)" in output
 
@@ -218,7 +235,7 @@ def test_the_proof_is_not_empty_where_the_head_starts_at_zero(monkeypatch: pytes
     """The outputs of such a network are all zero, before and after: equal whatever was cut."""
     (Path("zeroed_models.py")).write_text(TINY + "nn.init.zeros_(ready.head.weight), nn.init.zeros_(ready.head.bias)\n")
     monkeypatch.delitem(sys.modules, "zeroed_models", raising=False)
-    command = ("prune", "zeroed_models:ready", "--ratio", "0.5", "--input", "1x3x8x8")
+    command = ("prune", "zeroed_models:ready", "--random-weights", "--ratio", "0.5", "--input", "1x3x8x8")
     assert passed(*command)
 
     def wrong(model: nn.Module, edit: netsurgery.Edit) -> nn.Module:
@@ -235,7 +252,7 @@ def test_timm() -> None:
     assert "12 groups" in passed("inspect", "timm:resnet10t", "--input", "1x3x64x64")
 
 
-FORMS = "write torchvision:NAME, timm:NAME or package.module:callable"
+FORMS = "write torchvision:NAME, timm:NAME, either with @WEIGHTS, or package.module:callable"
 SHAPES = "write positive sizes joined by x, such as 1x3x224x224"
 EPOCH = "digits.toml, [train]: no key 'epoch' (did you mean 'epochs'?); there are: epochs, optimizer, schedule"
 AMOUNT = "say how much goes by exactly one of --ratio, --params and --macs"
@@ -295,9 +312,9 @@ def test_messages(line: str, message: str) -> None:
     "arguments",
     [
         ["inspect", "tiny_models:Net", "--input", "1x4x8x8"],  # four channels into a convolution that takes three
-        ["prune", "tiny_models:Net", "--ratio", "1.5"],
-        ["prune", "tiny_models:Net", "--ratio", "0.5", "--include", "stem"],
-        ["prune", "tiny_models:nothing_to_prune", "--ratio", "0.5"],
+        ["prune", "tiny_models:Net", "--random-weights", "--ratio", "1.5"],
+        ["prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5", "--include", "stem"],
+        ["prune", "tiny_models:nothing_to_prune", "--random-weights", "--ratio", "0.5"],
     ],
 )
 def test_errors_of_the_core_are_shown_without_a_traceback(arguments: list[str], tmp_path: Path) -> None:
@@ -321,7 +338,124 @@ def test_unknown_timm_names_propose_near_ones() -> None:
 
 def test_a_result_that_is_not_exact_is_refused_and_not_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("netsurgery.verify", lambda *_: 0.25)
-    result = invoke("prune", "tiny_models:Net", "--ratio", "0.5", "--input", "1x3x8x8", "--out", "small")
+    result = invoke(
+        "prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5", "--input", "1x3x8x8", "--out", "small"
+    )
     assert result.exit_code == 1
     assert result.stderr == "error: the pruned network differs from the silenced original by 2.5e-01 (relative)\n"
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("found", [[0.0, math.nan], [math.nan, 0.0], [0.0, 0.25], [math.inf, 0.0], [1e-3, 0.0]])
+def test_either_proof_is_enough_to_refuse(found: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network as it is, and a copy without constants, are compared; what is not a number is no proof."""
+    errors = iter(found)
+    monkeypatch.setattr("netsurgery.verify", lambda *_: next(errors))
+    result = invoke("prune", "tiny_models:ready", "--random-weights", "--ratio", "0.5", "--out", "small")
+    assert (result.exit_code, Path("small").exists()) == (1, False)
+    worst = next((one for one in found if one != one), max(found))
+    assert f"differs from the silenced original by {worst:.1e} (relative)" in result.stderr
+
+
+# Folders that cannot be written, interruptions, requests that remove nothing -----------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "full" / "weights.pt").mkdir(parents=True)
+    monkeypatch.setattr("netsurgery.weight_sources.prepared", None)  # calling it would fail
+    for out, reason in {
+        "file": "File exists",
+        "file/inside": "Not a directory",
+        "/proc/nowhere/small": "No such file or directory",
+        "full": "Is a directory",
+        "x" * 300: "File name too long",
+    }.items():
+        message = failed("prune", "tiny_models:Net", "--ratio", "0.5", "--out", out)
+        assert message == f"{out} cannot be written to ({reason}): pass another folder by --out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "needy_models.py", "tiny_models.py"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["demo", "train digits"])
+def test_so_it_is_in_other_commands(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setattr("netsurgery.demo.digits", None)  # calling it would fail
+    message = failed(*command.split(), "--out", "file/inside")
+    assert message == "file/inside cannot be written to (Not a directory): pass another folder by --out"
+
+
+def test_folders_that_were_tried_are_left_as_they_were(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b" / "c", ("table.json",))
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "table.json").write_text("{}")
+    check_writable(tmp_path / "d", ("table.json", "other.json"))
+    assert [(path.name, path.read_text()) for path in (tmp_path / "d").iterdir()] == [("table.json", "{}")]
+
+
+LIMITED = """
+import resource, sys
+from netsurgery.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # as a full disk, and quicker
+sys.argv = ["netsurgery", *sys.argv[2:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "start", "end"),
+    [
+        (
+            "4000 prune tiny_models:Net --random-weights --ratio 0.2 --input 1x3x8x8 --out small",
+            "error: small cannot be written to (the disk is full, or failed): ",
+            "free the space that is missing, or pass another folder by --out\n",
+        ),
+        (
+            "60000 train digits --seeds 0 --set train.epochs=1 --set finetune.epochs=0 --out small",
+            "error: small/unpruned/seed-0/train.safetensors cannot be written to (I/O error: File too large ",
+            "what was written before is kept; put that right, and the same command goes on\n",
+        ),
+    ],
+)
+def test_a_disk_that_is_full(command: str, start: str, end: str) -> None:
+    (Path("limited.py")).write_text(LIMITED)
+    done = subprocess.run([sys.executable, "limited.py", *command.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith(start) and done.stderr.endswith(end) and done.stderr.count("\n") == 1
+
+
+def test_an_interruption_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("netsurgery.plan", stop)
+    monkeypatch.setattr("netsurgery.demo.fit", stop)
+    for command in (["prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5", "--out", "small"], ["demo"]):
+        result = invoke(*command)
+        assert (result.exit_code, result.stdout.strip(), result.stderr) == (130, "", "interrupted\n")
+    assert not Path("small").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--ratio 0.5 --multiple-of 7000",
+        "--params 999999999999",
+        "--macs 1.0",
+        "--ratio 0.0",
+        "--ratio 0.01",
+        "--params 1485 --scope global",
+        "--ratio 0.2 --multiple-of 16 --scope global",
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_request_that_removes_nothing_is_no_success(options: str, dry: tuple[str, ...]) -> None:
+    asked = options.removesuffix(" --scope global")
+    message = failed("prune", "tiny_models:Net", "--random-weights", *options.split(), *dry, "--input", "1x3x8x8")
+    assert message == (
+        f"{asked} removes nothing: Net has 1,485 parameters and 87,632 MACs, its largest group that may be cut, "
+        "'conv2', has 16 units: ask for more to go, or for a smaller --multiple-of"
+    )

@@ -378,6 +378,40 @@ def test_the_diff_says_what_has_new_values() -> None:
     ]
 
 
+def rare_class(count: int) -> tuple[Tensor, Tensor]:
+    """One sample in a hundred is of a class that looks otherwise."""
+    y = (torch.arange(count) % 100 == 0).long()
+    x = torch.randn(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    return x + 6 * y[:, None], y
+
+
+@pytest.mark.parametrize("method", ["bias", "least-squares"])
+@pytest.mark.parametrize("form", [lambda x, y: (x, y), TensorDataset, lambda x, y: DataLoader(TensorDataset(x, y), 50)])
+def test_means_are_those_over_the_data_and_not_over_classes(form: Any, method: str) -> None:
+    x, y = rare_class(4000)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+        mean = model(x).mean(0)
+        off = {}
+        for how in (None, method):
+            removal = PruneChannels(0.5, compensate=how, data=form(x, y) if how else None, samples=200)
+            small = netsurgery.apply(model, [MagnitudeScore(), removal], (x[:2],))
+            off[how] = (small(x).mean(0) - mean).norm().item()
+        assert off[method] < 0.2 * off[None]
+
+
+def test_images_alone_are_enough() -> None:
+    model, x, (_, y) = digits_net()
+    wanted = None
+    batches = DataLoader(TensorDataset(x), batch_size=7)
+    for data in ((x, y), x, (x, None), TensorDataset(x), batches, {"x": x}, [image[None] for image in x]):
+        passes = [MagnitudeScore(), PruneChannels(0.4, compensate="bias", data=data, samples=1000)]
+        outputs = netsurgery.apply(model, passes, (x[:2],))(x)
+        wanted = outputs if wanted is None else wanted
+        torch.testing.assert_close(outputs, wanted)
+
+
 def test_data_of_every_sort_and_few_samples() -> None:
     model, x, data = digits_net()
     passes = [MagnitudeScore(), PruneChannels(0.4, compensate="bias", data=data, samples=40)]

@@ -338,6 +338,11 @@ def trains_otherwise(m: Any, x: Tensor) -> Tensor:
     return y + 1 if m.training else y
 
 
+def trains_with_what_is_outside(m: Any, x: Tensor) -> Tensor:
+    y = default_scale(m, x)
+    return y + OUTSIDE if m.training else y
+
+
 def from_outside(m: Any, x: Tensor) -> Tensor:
     return default_scale(m, x) + OUTSIDE
 
@@ -367,7 +372,7 @@ def under_checkpoint(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "why"),
     {
-        trains_otherwise: "runs other code in training",
+        trains_with_what_is_outside: "uses a tensor from outside",
         from_outside: "uses a tensor from outside",
         remembers: "sets its attribute seen",
         under_autocast: "uses autocast",
@@ -381,6 +386,15 @@ def test_what_cannot_be_rewritten_is_locked(run: Callable[..., Tensor], why: str
     reasons = [g.frozen or "" for g in network.groups if g.unit == "head_dim"]
     assert any(f"the code of inside {why}" in reason for reason in reasons)
     oracles.check(model, (X,), 1e-9, share=0.5)
+
+
+def test_what_runs_other_code_in_training_is_rewritten_for_both() -> None:
+    small, edit = oracles.check(build(Attention(trains_otherwise)), (X,), 1e-9, share=0.5)
+    assert list(edit.replaced) == ["inside"]
+    usual = small.inside(X.new_ones(1, 5, small.first.out_features))
+    small.inside.rate = 0.0
+    trained = small.inside.train()(X.new_ones(1, 5, small.first.out_features))
+    torch.testing.assert_close(trained, usual + 1)
 
 
 def test_code_that_is_given_objects_is_locked() -> None:
@@ -490,3 +504,41 @@ def test_caches_of_the_users_code_stay_clean() -> None:
     model = Cached().double()
     netsurgery.trace(model, X)
     assert model(X).shape == (2, 5, 2)
+
+
+class Otherwise(nn.Module):
+    """Its ``num_features`` is no size of a dimension, whatever it is."""
+
+    def __init__(self, number: int, use: Callable[[Any, Tensor], Tensor]):
+        super().__init__()
+        self.num_features, self.use, self.layer = number, use, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, self.layer(x))
+
+
+def repeated(m: Any, x: Tensor) -> Tensor:
+    for _ in range(m.num_features):
+        x = x + 1
+    return x
+
+
+@pytest.mark.parametrize("number", [3, 4, 8])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: x * m.num_features,
+        lambda m, x: x + torch.arange(m.num_features).sum(),
+        lambda m, x: x / m.num_features**0.5,
+        repeated,
+    ],
+)
+def test_a_number_with_another_meaning_under_a_known_name(number: int, use: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), Otherwise(number, use), nn.Linear(8, 2)).double().eval()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for seed in range(3):
+        small, edit = oracles.check(model, (x,), 1e-10, seed, 0.5)
+        if number != 8:  # there it is the width of the layer, by chance, and may keep it from changing
+            assert {"0", "1.layer"} == {*edit.keep}
+            assert small[1].num_features == number  # type: ignore[index, union-attr]

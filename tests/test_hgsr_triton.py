@@ -43,7 +43,7 @@ def test_on_the_gpu() -> None:
     run_checks()
 
 
-def kinds(writes: bool) -> list[tuple[bool, bool, int, int, int]]:
+def kinds(writes: bool) -> list[hgsr_triton.Tile]:
     """Every kind of tile that the launcher can choose, for a value or a gradient."""
     found = {}
     for window, by_rows, near in product((1, 2, 3, 9, 27, 49, 128, 200), (False, True), (False, True)):
@@ -52,7 +52,7 @@ def kinds(writes: bool) -> list[tuple[bool, bool, int, int, int]]:
         strides = [0, other, one, 1 if near else 64] if by_rows else [0, one, other, 1 if near else 64]
         for aligned in (False, True):
             sizes, each = (1, 64, 64, window), [strides] * (1 + writes)
-            found[hgsr_triton._shape(sizes, each, aligned, writes, hgsr_triton.SIZES)] = None
+            found[hgsr_triton._tile(sizes, each, aligned, writes, hgsr_triton.SIZES)] = None
     return list(found)
 
 
@@ -77,19 +77,23 @@ def check_builds(
     capability: int, dtype: torch.dtype, norm: int, power: float, outer: float, indexed: bool, only: bool | None = None
 ) -> None:
     """Both kernels build, with every kind of tile (or only those along rows, or columns), and are what they should."""
-    shapes = tuple(shape for shape in kinds(writes=False) if shape[0] != only)
+
+    def packed(writes: bool) -> tuple[int, ...]:
+        return tuple(kind.packed for kind in kinds(writes) if kind.by_rows != only)
+
+    read = packed(writes=False)
     common = {"NORM": norm, "POWER": power, "INDEXED": indexed}
     value = compiled(
-        hgsr_triton._value_kernel, capability, dtype, **common, OUTER=outer, SHAPES=shapes,
+        hgsr_triton._value_kernel, capability, dtype, **common, OUTER=outer, KINDS=read,
         WIDE=hgsr_triton.SIZES.wide, MEMBERS=4,
     ).asm["ptx"]  # fmt: skip
     assert re.search(rf"\.target sm_{capability}a?\b", value)
     # Per kind of tile, one arrival at the tile's end and one at that of all; partial sums come from the second cache.
-    assert len(re.findall(r"atom\S*\.acq_rel\S*\.add", value)) == len(re.findall(r"\batom\.", value)) == 2 * len(shapes)
+    assert len(re.findall(r"atom\S*\.acq_rel\S*\.add", value)) == len(re.findall(r"\batom\.", value)) == 2 * len(read)
     assert "ld.global.cg" in value and ".local" not in value
     gradient = compiled(
         hgsr_triton._gradient_kernel, capability, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True,
-        SHAPES=tuple(shape for shape in kinds(writes=True) if shape[0] != only),
+        KINDS=packed(writes=True),
     ).asm["ptx"]  # fmt: skip
     assert not re.search(r"\b(atom|red)\.", gradient) and ".local" not in gradient
     words = r"\.v2\.b64" if dtype == torch.float64 else r"\.v4\.b32"

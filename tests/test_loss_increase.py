@@ -534,6 +534,21 @@ def test_what_is_interrupted_goes_on_from_its_file(tmp_path: Path) -> None:
     assert json.dumps(sorted(p.name for p in file.parent.iterdir())) == '["scores.safetensors"]'
 
 
+@pytest.mark.parametrize("place", ["file/scores", "folder", "/proc/nowhere/scores"])
+def test_a_file_that_cannot_be_written_is_known_before_the_work(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LossIncreaseScore, "_exact", None)  # calling it would fail
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    model, data = small_regression()
+
+    score = LossIncreaseScore(data, nn.MSELoss(), file=tmp_path / place)
+    with pytest.raises(InputError, match=r"cannot be written to \(.*\): name another file$"):
+        score.run(netsurgery.trace(model, data[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def small_regression() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), (torch.randn(20, 4), torch.randn(20, 3))

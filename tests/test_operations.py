@@ -95,6 +95,19 @@ CASES: dict[str, Case] = {
     "tril of features": rows(lambda m, h: h.mT @ h @ torch.ones(8, 8).double().tril(), "", APART),
     "diagonal": rows(lambda m, h: h + (h @ h.mT).diagonal(0, 1, 2)[..., None], "a"),
     "diagonal of features": rows(lambda m, h: (h.mT @ h).diagonal(0, 1, 2), "", APART),
+    "a diagonal of a parameter": rows(lambda m, h: h @ torch.diag(m.b.weight[0]), "a", b=lin(8, 1)),
+    "a diagonal of activations": rows(lambda m, h: (h[..., None, :] @ torch.diag_embed(h))[..., 0, :], "a"),
+    "a diagonal before others": rows(lambda m, h: torch.diag_embed(h, dim1=0, dim2=2).diagonal(0, 0, 2) * h, "", APART),
+    "off the diagonal": rows(lambda m, h: torch.diag(m.b.weight[0, 1:], 1) + h[:, :1], "", APART, b=lin(8, 1)),
+    "a diagonal that is read": rows(lambda m, h: h * torch.diag(m.b.weight), "", APART, b=lin(8, 8)),
+    "blocks on a diagonal": rows(
+        lambda m, h: h @ torch.block_diag(m.b.weight, m.c.weight, m.b.bias[:1, None]),
+        "a a:2 b c", b=lin(3, 4), c=lin(2, 3), z=lin(6, 3),
+    ),
+    "blocks of one row": rows(
+        lambda m, h: m.b(h) @ torch.block_diag(m.c.bias, m.d.bias), "a c", b=lin(8, 2), c=lin(2, 5), d=lin(2, 1),
+        z=lin(6, 3),
+    ),
     "counting": rows(
         lambda m, h: h + torch.arange(5)[:, None] + torch.linspace(0, 1, 5)[:, None] + torch.eye(5)[:, :1]
         + torch.logspace(0, 1, 5)[:, None]
@@ -184,7 +197,7 @@ CASES: dict[str, Case] = {
         lambda m, x: m.z(torch.einsum("bhnm,bmhd->bnhd", torch.einsum(
             "bnhd,bmhd->bhnm", m.a(x).unflatten(-1, (-1, 4)), m.b(x).unflatten(-1, (-1, 4))).softmax(-1),
             m.c(x).unflatten(-1, (-1, 2))).flatten(2)),
-        {"a": lin(4, 12), "b": lin(4, 12), "c": lin(4, 6), "z": lin(6, 3)}, "a a:2", ROWS,
+        {"a": lin(4, 12), "b": lin(4, 12), "c": lin(4, 6), "z": lin(6, 3)}, "a a:2 c", ROWS,
     ),
     "einsum of relative positions": Case(
         lambda m, x: m.z(torch.einsum("bhwc,hkc->bhwk", m.a(x)[:, :, None], m.t.weight.view(5, 7, -1)).flatten(1)),
@@ -277,6 +290,45 @@ CASES: dict[str, Case] = {
     "channel shuffle": image(lambda m, h: F.channel_shuffle(h, 2) + torch.native_channel_shuffle(h, 2), "a:2"),
     "power pooling": image(lambda m, h: F.lp_pool2d(h, 2, 2), "a"),
     "local response norm": image(lambda m, h: F.local_response_norm(h, 3), "", "aten.avg_pool3d"),
+    "scatter of another layer's units": rows(
+        lambda m, h: h.scatter(1, POSITIONS[..., None].expand(-1, -1, h.shape[-1]), m.b(h)), "a", b=lin(8, 8)
+    ),
+    "scatter of a part of a source": rows(
+        lambda m, h: h.scatter_add(1, POSITIONS[:, :2, None].expand(-1, -1, h.shape[-1]), m.b(h)), "a", b=lin(8, 8)
+    ),
+    "scatter of the first of several layers' units": rows(
+        lambda m, h: h.scatter_reduce(
+            1, torch.ones(2, 3, m.b.weight.shape[0]).long(), torch.cat([m.b(h), m.c(h)], -1), "amax"
+        ), "a a:2 c", b=lin(8, 5), c=lin(8, 4),
+    ),
+    "scatter into zeros": rows(
+        lambda m, h: torch.zeros(2, 7, m.b.weight.shape[0]).double().scatter(
+            1, POSITIONS[..., None].expand(-1, -1, m.b.weight.shape[0]), m.b(h)), "a b", b=lin(8, 6), z=lin(6, 3),
+    ),
+    "scatter along features": rows(
+        lambda m, h: h.scatter(2, POSITIONS[:, None].expand(-1, 5, -1), m.b(h)), "b:2", APART, b=lin(8, 8)
+    ),
+    # blocks of several layers in one dimension
+    "blocks of two layers": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).unflatten(-1, (-1, m.z.in_features)).square().sum(-2),
+        "a a:2 b", b=lin(8, 12), z=lin(4, 3),
+    ),
+    "blocks of two layers, in turn": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).unflatten(-1, (-1, m.z.in_features)).mT.flatten(-2)
+        .unflatten(-1, (m.z.in_features, -1)).square().sum(-1), "a a:2 b", b=lin(8, 12), z=lin(4, 3),
+    ),
+    "blocks as rows": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).reshape(-1, m.z.in_features), "a:2", "network output", b=lin(8, 12),
+        z=lin(4, 3),
+    ),
+    "blocks of each row": rows(
+        lambda m, h: torch.cat([h, m.b(h)], -1).reshape(2, -1, m.z.in_features).square().sum(1), "a a:2 b",
+        b=lin(8, 12), z=lin(4, 3),
+    ),
+    "blocks of three layers, one of them twice": rows(
+        lambda m, h: torch.cat([h, m.b(h), m.c(h), h], -1).unflatten(-1, (-1, m.z.in_features)).prod(-2),
+        "a a:2 c", b=lin(8, 4), c=lin(8, 16), z=lin(4, 3),
+    ),
     # convolutions
     "grouped transposed convolution": image(
         lambda m, h: m.b(h), "a a:2 b", b=nn.ConvTranspose2d(8, 12, 3, 2, groups=4), z=conv(12, 2, 1)
@@ -319,7 +371,7 @@ CASES: dict[str, Case] = {
         b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6), dim=1),
     ),
     "spectral norm": rows(
-        lambda m, h: m.b(h), "a b.parametrizations.weight", z=lin(6, 3),
+        lambda m, h: m.b(h), "", "computed across its units would change: aten.mv", z=lin(6, 3),
         b=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)),
     ),
     # in place, and pointwise

@@ -21,6 +21,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import netsurgery
+from netsurgery.cutting import Positions
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import MagnitudeScore, PruneChannels
 from oracles import RandomKeep
@@ -91,7 +92,8 @@ class Masked:
         with torch.no_grad():
             for tensor in marked.parameters():
                 tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
-        places = {name: tensor.long() for name, tensor in netsurgery.rewrite(marked, edit).named_parameters()}
+        cut, axes = Positions(edit).cut, edit.network.axes
+        places = {name: cut(tensor, axes[name]).long() for name, tensor in marked.named_parameters()}
         self.kept = places
         self.masks = {}
         for name, tensor in model.named_parameters():
@@ -239,7 +241,10 @@ def test_the_twin_differs_without_the_state() -> None:
 
 
 def test_parametrised_weights_go_on() -> None:
-    """Of a weight norm the direction of what goes must not be zero, so the twin's is held by its length alone."""
+    """Of a weight norm the direction of what goes must not be zero, so the twin's is held by its length alone.
+
+    Where inputs go, the twin's length is cut to that of what stays, once: what stays of the weight stays as it is.
+    """
     model = built()
     weight_norm(model.one)
 
@@ -257,7 +262,12 @@ def test_parametrised_weights_go_on() -> None:
     edit = netsurgery.Edit(network, {g.name: tuple(range(0, g.size, 2)) for g in network.prunable})
     assert any(member.parameter.startswith("one.") for name in edit.keep for member in network[name].members)
     twin, other, _ = copied(model, optimizer)
+    whole = twin.one.parametrizations.weight.original1.detach().clone()
     masked = Held(twin, edit)
+    with torch.no_grad():
+        left, shape = twin.one.parametrizations.weight.original1, (-1, 1, 1, 1)
+        shorter = torch.where(left.flatten(1).any(1), left.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1), 1.0)
+        twin.one.parametrizations.weight.original0.mul_(shorter.view(shape))
     small = netsurgery.rewrite(model, edit, optimizer=optimizer)
     for _ in range(3):
         found, wanted = train(small, optimizer, X, 1), train(twin, other, X, 1, None, masked)

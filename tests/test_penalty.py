@@ -411,3 +411,43 @@ def test_each_part_of_a_concatenation_has_its_own_units() -> None:
     torch.testing.assert_close(scores["b"], weight[:, 3:8].norm(dim=0))
     by_layer = HGSRScore("group_lasso").run(netsurgery.trace(net, x)).scores
     torch.testing.assert_close(by_layer["a"], weight[:, :3].norm(dim=0) + weight[:, 8:].norm(dim=0))
+
+
+def counted(kind: str) -> tuple[nn.Module, HGSR]:
+    """A model, and a penalty whose strength is 10 to the number of steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return model, HGSR(model, grouping=kind, strength=lambda step: 10.0**step)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["feature", "coupled"])
+@pytest.mark.parametrize("when", ["before the first call", "between calls", "twice", "back again"])
+def test_steps_go_on_after_the_model_has_moved(kind: str, when: str) -> None:
+    """What is kept beside the weights is made anew for another device or type; the count of the steps is not."""
+    model, penalty = counted(kind)
+    twin, reference = counted(kind)
+    one = reference().item()
+    if when == "before the first call":
+        model.double()
+    else:
+        assert penalty().item() == one
+    for _ in range(3):
+        penalty.step()
+    model.double()
+    if when == "twice":
+        penalty(), model.float()
+        penalty(), model.double()
+    elif when == "back again":
+        penalty(), model.float()
+    assert penalty().item() == pytest.approx(1000 * one, rel=1e-5)
+    assert (penalty.steps, penalty.now, penalty.state_dict()) == (3, 1000.0, {"steps": 3})
+    penalty.step()
+    assert penalty.add_gradient().item() == pytest.approx(10_000 * one, rel=1e-5)
+    penalty.load_state_dict({"steps": 1})
+    assert penalty().item() == pytest.approx(10 * one, rel=1e-5)
+    twin.double()
+    reference.load_state_dict({"steps": 4})  # loaded before it has moved
+    reference.step()
+    assert reference().item() == pytest.approx(100_000 * one, rel=1e-5)
+    reference.strength = lambda step: 2.0 * step
+    assert reference().item() == pytest.approx(10 * one, rel=1e-5)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from netsurgery.errors import InputError
-from netsurgery.passes.samples import draw
+from netsurgery.passes.samples import draw, draw_inputs
 
 X = torch.arange(300.0)[:, None]
 Y = torch.cat([torch.zeros(200), torch.ones(70), torch.full((30,), 2)]).long()  # classes of very different sizes
@@ -94,6 +94,61 @@ def test_dictionaries_and_collate_functions() -> None:
 
     halved = DataLoader(Listed(), 4, collate_fn=halves)
     assert torch.equal(draw(halved, 9).inputs[0][0] * 2, draw(Listed(), 9).inputs[0][0])
+
+
+class Bare(Dataset[Tensor]):
+    """Images without labels."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return X[index]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        X, (X, Y), (X, None), {"x": X}, {"x": X, "labels": Y}, TensorDataset(X), TensorDataset(X, Y), Bare(), Listed(),
+        DataLoader(Bare(), 7), DataLoader(TensorDataset(X), 9, shuffle=True), DataLoader(Listed(), 7),
+        DataLoader([{"x": x} for x in X]),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_inputs_alone_come_as_they_are_in_the_data(data: Any) -> None:
+    found = draw_inputs(data, 60)
+    (x,) = (*found.inputs[0], *found.inputs[1].values())
+    assert found.targets is None and found.count == 60
+    assert torch.equal(x, draw_inputs(X, 60).inputs[0][0])
+    shares = Y[x[:, 0].long()].bincount(minlength=3) / 60
+    assert float((shares - Y.bincount() / 300).abs().max()) < 0.1  # classes as frequent as in the data
+    assert draw_inputs(data, 1000).count == 300
+
+
+def test_inputs_alone_of_batches() -> None:
+    batches = [X[:90], X[90:]], iter([(X[:90],), (X[90:],)]), iter([{"x": X[:90]}, {"x": X[90:]}])
+    for data in batches[1:]:
+        assert draw_inputs(data, 300).count == 300
+    both = draw_inputs(((X, 2 * X), None), 7).inputs[0]
+    assert torch.equal(2 * both[0], both[1])
+    with pytest.raises(InputError, match=r"a batch of the data is tuple, expected inputs, or \(inputs, targets\)"):
+        draw_inputs(iter([(X, X, X)]), 7)
+    with pytest.raises(InputError, match="a batch of the data is Tensor, expected"):
+        draw(X, 7)
+
+
+@pytest.mark.parametrize("form", [lambda x, y: (x, y), TensorDataset, lambda x, y: DataLoader(TensorDataset(x, y), 7)])
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_labels_that_losses_ignore_are_no_class(form: Any, ignored: int) -> None:
+    y = Y.clone()
+    y[::2] = ignored
+    found = draw(form(X, y), 60, ignored=ignored).targets
+    assert found.bincount().tolist() == [23, 22, 15]
+    assert len(draw(form(X, y), 1000, ignored=ignored).targets) == 150
+    places = torch.full((300, 4), ignored)
+    places[:40, 1] = 3
+    assert draw(form(X, places), 300, ignored=ignored).count == 40
+    with pytest.raises(InputError, match=f"every label of the data is {ignored}, which losses ignore"):
+        draw(form(X, torch.full((300,), ignored)), 9, ignored=ignored)
 
 
 def test_targets_that_are_no_classes() -> None:

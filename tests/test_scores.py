@@ -203,3 +203,24 @@ def test_distances_of_coupled_units_are_over_all_that_produces_them() -> None:
     found = GeometricMedianScore().run(netsurgery.trace(grouped, torch.zeros(1, 1, 4, 4))).scores["1"]
     units = grouped[1].weight.detach().view(2, 3, -1).movedim(0, 1).flatten(1)  # unit i is filters i and 3 + i
     assert torch.allclose(found, torch.cdist(units, units).sum(1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("units", [8, 26, 64])
+@pytest.mark.parametrize("offset", [1.0, 100.0])
+def test_distances_of_filters_near_one_another(units: int, offset: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(16, units, 3), nn.Conv2d(units, 2, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(offset + 1e-3 * torch.randn(units, 16, 3, 3))
+    found = GeometricMedianScore().run(netsurgery.trace(net, torch.zeros(1, 16, 4, 4))).scores["0"]
+    weight = net[0].weight.detach().double().flatten(1)
+    wanted = (weight[:, None] - weight).square().sum(2).sqrt().sum(1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+    assert found.argsort()[: units // 2].sort().values.tolist() == wanted.argsort()[: units // 2].sort().values.tolist()
+
+
+def test_a_filter_is_no_distance_from_its_copy() -> None:
+    net = nn.Sequential(nn.Linear(300, 40, bias=False), nn.Linear(40, 2)).half()
+    with torch.no_grad():
+        net[0].weight.copy_(net[0].weight[:1].expand(40, 300))
+    assert GeometricMedianScore().run(netsurgery.trace(net)).scores["0"].tolist() == [0.0] * 40

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -192,3 +194,27 @@ def test_inference_of_inputs_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     netsurgery.trace(model)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Drawn(nn.Module):
+    """Its code draws numbers with numpy and Python, in training too; one of them decides which way it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.noise = nn.Linear(4, 8), nn.Linear(8, 3), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = np.random.rand(*x.shape[:-1]) < 0.5  # noqa: NPY002
+        if self.training:
+            x = torch.where(torch.tensor(chosen)[..., None], x, self.noise)
+        y = self.a(x) * torch.tensor(random.random(), dtype=x.dtype)
+        return self.b(y.relu() if np.random.uniform() < 0.5 else y.tanh())  # noqa: NPY002
+
+
+def test_numbers_that_code_draws_are_the_same_in_every_run() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = netsurgery.trace(Drawn().double(), (torch.randn(5, 4, dtype=torch.float64),))
+        assert network["a"].frozen is None
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002

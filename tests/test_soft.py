@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 
 import netsurgery
 from netsurgery.errors import InputError
@@ -133,6 +134,76 @@ def test_the_update(method: str) -> None:
         found = [set(pruning.hard[n].nonzero().flatten().tolist()) for n in ("0.weight", "3.weight")]
         assert found == hard
     assert [len(one) for one in hard] == [3, 2]
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_pruning_before_training(grouping: str) -> None:
+    """As SFP's authors do: the initial weights are pruned once, all may come back in the first epoch."""
+    model = small_net()
+    pruning = SoftPruning(
+        model, images(), method="sfp", ratio=0.3, epochs=2, grouping=grouping, before_training=True  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (pruning.epoch, pruning.schedule) == (-2, (0.0, 1.0, 0.0))
+    assert "0 of 2 epochs done" in str(pruning)
+    before = model[0].weight.detach().clone()
+    pruning.step(-1)
+    assert (pruning.epoch, pruning.schedule) == (-1, (0.3, 0.0, 0.0))
+    assert "0 of 2 epochs done" in str(pruning)
+    weakest = before.flatten(1).norm(dim=1).argsort()[:3]
+    expected = before.clone()
+    expected[weakest] = 0
+    assert model[0].weight.equal(expected)
+    assert int((model[3].weight.flatten(1).norm(dim=1) == 0).sum()) == 2
+    train(model, torch.optim.SGD(model.parameters(), 0.05), images())
+    assert bool(model[0].weight[weakest].any())  # they come back
+    pruning.step(0)
+    pruning.step(1)
+    assert pruning.finish()[0].out_channels == 7
+
+
+def test_pruning_before_training_for_good() -> None:
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    pruning = SoftPruning(model, images(), method="hfp", ratio=0.3, epochs=2, optimizer=optimizer, before_training=True)
+    pruning.step(-1)
+    gone = model[0].weight.flatten(1).norm(dim=1) == 0
+    assert int(gone.sum()) == 3 and pruning.schedule == (0.3, 0.0, 1.0)
+    train(model, optimizer, images())
+    assert not model[0].weight[gone].any() and not model[1].bias[gone].any()
+
+
+@pytest.mark.parametrize("settle", [0.0, 1.0])
+def test_pruning_before_training_may_be_left_out_and_goes_on(settle: float) -> None:
+    def build(before_training: bool) -> SoftPruning:
+        model = small_net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return SoftPruning(
+            model, images(), method="sfp", ratio=0.3, epochs=2, settle=settle, optimizer=optimizer,
+            before_training=before_training,
+        )  # fmt: skip
+
+    one, other, without = build(True), build(True), build(False)
+    one.step(0)
+    without.step(0)
+    assert all(one.pruned[name].equal(without.pruned[name]) for name in one.pruned)
+    fresh = build(True)
+    fresh.step(-1)
+    other.load_state_dict(fresh.state_dict())
+    assert other.epoch == -1 and all(other.pruned[name].equal(fresh.pruned[name]) for name in fresh.pruned)
+    with pytest.raises(InputError, match=r"step\(-1\): expected an epoch from 0 to 1"):
+        other.step(-1)
+    with pytest.raises(InputError, match=r"the state is of before_training=True, here it is False"):
+        without.load_state_dict(fresh.state_dict())
+
+
+def test_states_of_before_know_nothing_of_pruning_before_training() -> None:
+    pruning = SoftPruning(small_net(), images(), method="sfp", ratio=0.3, epochs=2)
+    pruning.step(0)
+    state = pruning.state_dict()
+    del state["settings"]["before_training"]
+    other = SoftPruning(small_net(), images(), method="sfp", ratio=0.3, epochs=2)
+    other.load_state_dict(state)
+    assert other.epoch == 0
 
 
 def test_soft_filters_keep_their_norm_and_hard_ones_do_not() -> None:
@@ -700,6 +771,15 @@ def test_the_table() -> None:
         ({"ratio": "half"}, r"ratio='half'\): the share of filters"),
         ({"epochs": 0}, r"epochs=0\): expected a whole number of at least 1"),
         ({"epochs": 2.5}, r"epochs=2.5\): expected a whole number"),
+        (
+            {"method": "asfp", "before_training": True},
+            r"before_training=True\): for 'sfp' and 'hfp'; 'asfp' prunes noth",
+        ),
+        ({"method": "ghfp", "before_training": True}, r"'ghfp' prunes nothing before the first epoch"),
+        (
+            {"method": "hfp", "asymptotic": True, "before_training": True},
+            r"'hfp' with asymptotic=True prunes nothing bef",
+        ),
         ({"settle": 2}, r"settle=2\): the share of epochs must be a number in \[0, 1\]"),
         ({"method": "sfp", "asymptotic": True}, r"for 'hfp' and 'ghfp'; 'sfp' says it by its name"),
         ({"roles": "linear"}, r"roles='linear'\): expected a list of 'convolution', 'linear', 'shortcut'"),
@@ -777,3 +857,17 @@ def test_what_is_pruned_but_cannot_go_is_said(caplog: pytest.LogCaptureFixture) 
         pruning.step(0)
         assert torch.allclose(pruning.finish()(x), model(x), atol=1e-6)
         assert (said in caplog.text) if said else not caplog.text
+
+
+def test_coupled_filters_are_ranked_by_the_weight_that_a_layer_uses() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    mask = torch.ones(8, 3, 3, 3)
+    mask[[1, 4, 6]] = 0
+    prune.custom_from_mask(model[0], "weight", mask)
+    with torch.no_grad():
+        model[0].weight_orig[[1, 4, 6]] = 9.0  # large, but for nothing
+    pruning = SoftPruning(model, torch.zeros(1, 3, 8, 8), method="sfp", ratio=0.375, epochs=1, grouping="coupled")
+    pruning.step(0)
+    (pruned,) = pruning.pruned.values()
+    assert pruned.nonzero().flatten().tolist() == [1, 4, 6]

@@ -1,13 +1,16 @@
 """Recipes carried out: what is written, that a run which was stopped goes on as if it had not been, what is refused."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,15 +24,17 @@ from safetensors import safe_open
 from torch import nn
 
 import netsurgery
+from netsurgery import demo
 from netsurgery.errors import InputError, NetsurgeryError
-from netsurgery.passes import HGSR
+from netsurgery.models import DigitsResNet
+from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints, read, run
-from netsurgery.training.data import load
-from netsurgery.training.engine import Run, Worker
-from netsurgery.training.recipe import Engine
+from netsurgery.training.data import Images, load
+from netsurgery.training.engine import Fit, Run, Worker, derived
+from netsurgery.training.recipe import Data, Engine, Stage
 from netsurgery.training.stages import fresh, smaller
 from netsurgery.training.study import Study, fetch
-from netsurgery.training.summary import lines, markdown, spread
+from netsurgery.training.summary import lines, markdown, spread, table
 from test_training_data import WRITERS, write_cifar10
 
 RECIPE = """
@@ -301,6 +306,18 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
             "finetune.schedule={name='onecycle', rise=1.0}",
             "variant 'penalised': rise = 1.0: a share of ",
         ),
+        (
+            "variants.norm.removal.multiple_of=7000",
+            "variant 'norm': PruneChannels(params=0.5): DigitsResNet keeps at least ",
+        ),
+        (
+            "variants.norm.removal.params=1.0",
+            "variant 'norm': [removal] with params = 1.0, scope = 'global' takes nothing away",
+        ),
+        (
+            "removal.params=99999",
+            "variant 'penalised': [removal] with params = 99999, scope = 'global' takes nothing away ",
+        ),
         ("variants.norm.removal.samples=0", "variant 'norm': PruneChannels(samples=0): at least 1"),
         (
             "data.batch=401",
@@ -316,6 +333,20 @@ def test_what_cannot_be_made_is_known_before_anything_runs(change: str, text: st
         run(recipe(tmp_path, change), tmp_path / "out", silent())
     assert str(caught.value).startswith(text)
     assert not (tmp_path / "out").exists()  # put right, it may go there
+
+
+@pytest.mark.parametrize(("removal", "fails"), [
+    ("ratio = 0.5, multiple_of = 7000", True), ("ratio = 0.0", True), ("macs = 10_000_000_000", True),
+    ("threshold = -1.0", False), ("ratio = 0.5, compensate = 'bias'", False),
+])  # fmt: skip
+def test_a_removal_that_takes_nothing_is_known_before_anything_runs(removal: str, fails: bool, tmp_path: Path) -> None:
+    """What a threshold takes depends on the scores."""
+    text = "\n[variants.".join(RECIPE.split("\n[variants.")[:2])
+    (tmp_path / "mini.toml").write_text(text.replace("params = 0.5", removal))
+    study = Study(read(str(tmp_path / "mini.toml")), tmp_path / "out", False)
+    message = r"^variant 'penalised': \[removal\] with .* takes nothing away from 1,382 parameters$"
+    with pytest.raises(InputError, match=message) if fails else contextlib.nullcontext():
+        fetch(study, Worker(Engine()))
 
 
 def test_a_cut_that_is_not_exact_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,3 +466,257 @@ def test_two_processes_choose_and_hold_the_same(tmp_path: Path) -> None:
     assert found[0]["seen"] != found[1]["seen"]  # other images
     for (one,) in found[0]["results"].values():  # of 450 images, each counted once
         assert one["removed"] * 4.5 == pytest.approx(round(one["removed"] * 4.5))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_soft_pruning_before_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, calls = SoftPruning.step, []
+    monkeypatch.setattr(SoftPruning, "step", lambda self, epoch: (calls.append(epoch), inner(self, epoch))[1])
+    (tmp_path / "mini.toml").write_text(RECIPE.split("[variants.")[0].replace("removal =", "# removal ="))
+    given = ["soft={method='sfp', ratio=0.3, grouping='coupled', before_training=true}"]
+    found = read(str(tmp_path / "mini.toml"), given)
+    whole = run(found, tmp_path / "whole", silent())
+    assert calls == [-1, 0, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(patch, "epoch", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(found, tmp_path / "out", silent())
+    assert run(found, tmp_path / "out", silent()) == whole
+    assert calls == [-1, 0, 1, -1, 0, 1]  # what goes on does not begin again
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    without = run(read(str(tmp_path / "mini.toml"), [given[0].replace("true", "false")]), tmp_path / "no", silent())
+    assert without["mini"][0]["training"] != whole["mini"][0]["training"]
+
+
+def order_of(seed: int, epoch: int = 0, stage: str = "train", count: int = 40, batch: int = 8) -> list[int]:
+    """The images, by number, in the order in which a run of a seed learns from them."""
+    pairs = torch.utils.data.TensorDataset(torch.arange(count).float()[:, None], torch.zeros(count).long())
+    images = Images(pairs, pairs, pairs, 1)  # type: ignore[arg-type]
+    fit = Fit(Stage(2, {"name": "SGD", "lr": 0.0}, {"name": "constant"}), images, Data("digits", batch),
+              derived(seed, stage), Path("none"))  # fmt: skip
+    started = Run(Worker(Engine()), nn.Linear(1, 1), fit)
+    started.loader.set_epoch(epoch)
+    return [int(one) for x, _ in started.loader for one in x[:, 0]]
+
+
+def test_the_order_of_the_images_differs_by_seed_stage_and_epoch() -> None:
+    """A seed that changed the weights alone would make the spread over seeds too small."""
+    orders = {
+        "first": order_of(0),
+        "seeds": order_of(1),
+        "stages": order_of(0, stage="finetune"),
+        "epochs": order_of(0, epoch=1),
+        "other": order_of(2),
+    }
+    assert all(sorted(order) == list(range(40)) for order in orders.values())
+    assert len(set(map(tuple, orders.values()))) == len(orders)
+    assert orders["first"] != sorted(orders["first"])
+    assert order_of(0) == orders["first"]
+    torch.manual_seed(5)  # what the program drew before makes no difference
+    torch.rand(3)
+    assert order_of(0) == orders["first"]
+
+
+def test_what_is_drawn_in_an_epoch_differs_by_seed_and_epoch() -> None:
+    """Dropout and augmentation follow the seed too."""
+
+    class Noted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.drawn = nn.Parameter(torch.zeros(1, 1)), []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.drawn.append(float(torch.rand(())))
+            return x @ self.weight
+
+    pairs = torch.utils.data.TensorDataset(torch.zeros(4, 1), torch.zeros(4).long())
+    seen = []
+    for seed in (0, 1):
+        images, model = Images(pairs, pairs, pairs, 1), Noted()  # type: ignore[arg-type]
+        stage = Stage(1, {"name": "SGD", "lr": 0.0}, {"name": "constant"})
+        started = Run(Worker(Engine()), model, Fit(stage, images, Data("digits", 4), seed, Path("none")))
+        for epoch in (0, 1):
+            model.drawn.clear()
+            started.epoch(epoch)
+            seen.append(model.drawn[0])
+    assert len(set(seen)) == 4
+
+
+def test_the_demo_learns_in_the_order_of_its_seed() -> None:
+    """From the same weights and the same images."""
+    x, y = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 10
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(3)
+        model = DigitsResNet((2, 2))
+        demo.fit(model, (x, y), 1, 1e-3, seed, lambda: None)
+        found.append(model.head.weight.detach().clone())
+    assert found[0].equal(found[2]) and not found[0].equal(found[1])
+
+
+@pytest.mark.parametrize(("count", "accumulate", "steps"), [(48, 2, 2), (64, 3, 2), (80, 2, 3), (80, 4, 2), (48, 1, 3)])
+def test_the_rate_in_the_middle_of_a_stage_with_accumulation(count: int, accumulate: int, steps: int) -> None:
+    """Batches of 16: what is left at the end of an epoch makes a step of its own, so numbers are rounded up."""
+    pairs = torch.utils.data.TensorDataset(torch.zeros(count, 1), torch.zeros(count).long())
+    images = Images(pairs, pairs, pairs, 1)  # type: ignore[arg-type]
+    stage = Stage(4, {"name": "SGD", "lr": 1.0}, {"name": "cosine"})
+    started = Run(
+        Worker(Engine(accumulate=accumulate)), nn.Linear(1, 1), Fit(stage, images, Data("digits", 16), 0, Path())
+    )
+    for epoch in range(4):
+        figures = started.epoch(epoch)
+        assert figures["lr"] == pytest.approx((1 + math.cos(math.pi * epoch / 4)) / 2)
+        assert started.scheduler.last_epoch == steps * (epoch + 1)
+    assert started.scheduler.get_last_lr() == [pytest.approx(0.0, abs=1e-12)]
+
+
+# First contact -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["penalised", "norm", "soft", "whole"])
+def test_load_reads_what_a_run_leaves(name: str, ran: tuple[dict[str, Any], Path, str]) -> None:
+    variant, out, (one,) = recipe(ran[1].parent).variants[name], ran[1] / name / "seed-0", ran[0][name]
+    whole = fresh(variant.model, 7)
+    before = {key: value.clone() for key, value in whole.state_dict().items()}
+    small = netsurgery.load(out, whole)
+    assert type(small) is type(whole)
+    assert sum(p.numel() for p in small.parameters()) == one["parameters"][1]
+    assert Worker(Engine()).accuracy(small, load(variant.data, 0).test) == one["finetuned"]
+    assert all(value.equal(before[key]) for key, value in whole.state_dict().items())
+    expected = checkpoints.read(out / "finetune.safetensors")["model"]
+    assert all(value.equal(expected[key]) for key, value in small.cpu().state_dict().items())
+
+
+def test_load_reads_what_was_not_fine_tuned(ran: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    shutil.copy(ran[1] / "norm" / "seed-0" / "small.safetensors", tmp_path)
+    small = netsurgery.load(tmp_path, fresh(recipe(ran[1].parent).variants["norm"].model, 7))
+    assert small.head.weight.equal(checkpoints.read(tmp_path / "small.safetensors")["model"]["head.weight"])
+
+
+def test_load_says_where_runs_are(ran: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    out, whole = ran[1], fresh(recipe(ran[1].parent).variants["norm"].model, 0)
+    (tmp_path / "begun" / "norm" / "seed-0").mkdir(parents=True)
+    shutil.copy(out / "recipe.json", tmp_path / "begun")
+    shutil.copy(out / "penalised" / "seed-0" / "train.safetensors", tmp_path / "begun" / "norm" / "seed-0")
+    for folder, advice in {
+        out: f"pass the folder of one of its runs, such as {out}/norm/seed-0",
+        tmp_path / "begun": "no run has come to its removal yet",
+        tmp_path
+        / "begun"
+        / "norm"
+        / "seed-0": "its run has not come to the removal yet; netsurgery train goes on with it",
+        tmp_path: "pass a folder that netsurgery.save, netsurgery prune --out or a run of netsurgery train wrote",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            netsurgery.load(folder, whole)
+        assert str(caught.value) == f"{folder} holds no edit.json: {advice}"
+
+
+def test_load_refuses_a_model_of_other_sizes(ran: tuple[dict[str, Any], Path, str]) -> None:
+    with pytest.raises(InputError, match=r"^the edit is for another model: group 'stem.0' has 4 units there, 6 here$"):
+        netsurgery.load(ran[1] / "norm" / "seed-0", DigitsResNet((6, 8)))
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [("step", "keeps all runs and epochs that were finished; the same command goes on from there"), ("claim", "")],
+)
+def test_an_interruption_says_what_is_kept(where: str, text: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "step":
+            stopped(patch, "step", 37)
+        else:
+            patch.setattr(Study, "claim", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run(recipe(tmp_path), tmp_path / "out", silent())
+    assert str(caught.value) == (f"{tmp_path / 'out'} {text}" if text else "nothing had been done yet")
+    assert (tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors").exists() == (where == "step")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("times", "steps"), [(1, 30), (2, 29)])
+def test_control_c_is_not_lost_in_training(
+    times: int, steps: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops exceptions in the ``__del__`` of iterators; pressed twice, it takes effect at once."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # where the signal is dealt with
+
+    inner, calls = Run.step, []
+
+    def step(self: Run, *batch: torch.Tensor) -> Any:
+        if len(calls) == 29:
+            Dropped()
+            if times == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        calls.append(len(calls))
+        return inner(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "step", step)
+        with pytest.raises(KeyboardInterrupt, match="keeps all runs and epochs that were finished"):
+            run(recipe(tmp_path), tmp_path / "out", silent())
+    assert len(calls) == steps and capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_handlers_of_others_are_left_alone(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = threading.Thread(target=lambda: run(recipe(tmp_path, first=1), tmp_path / "a", silent()))
+        found.start(), found.join()
+        run(recipe(tmp_path, first=1), tmp_path / "b", silent())
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_control_c_prints_one_line(workers: int, tmp_path: Path) -> None:
+    text = RECIPE.replace("epochs = 2", "epochs = 2000").replace("batch = 16", f"batch = 16, workers = {workers}")
+    (tmp_path / "mini.toml").write_text(text)
+    log = tmp_path / "out" / "log.jsonl"
+    command = [*COMMAND, "mini.toml", "--out", "out"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and not (log.exists() and '"epoch": 1' in log.read_text()):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output.strip()) == (130, "")
+    assert errors == (
+        "interrupted: out keeps all runs and epochs that were finished; the same command goes on from there\n"
+    )
+    assert checkpoints.read(tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors")["history"]
+
+
+@pytest.mark.parametrize("width", [40, 49, 60, 79, 100, 200])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_table_is_whole_in_any_terminal(width: int, seeds: int) -> None:
+    names = ["hgsr + loss-increase", "one-shot", "a_name_of_a_single_word_that_is_long"]
+    one = {"trained": 98.96, "removed": 24.31, "finetuned": None, "parameters": [200, 200], "macs": [900, 613]}
+    runs = [{**one, "removed": one["removed"] + 33 * index} for index in range(seeds)]
+    found = lines(dict.fromkeys(names, runs))
+    text = io.StringIO()
+    Console(file=text, width=width).print(table("digits", found, width), crop=False)
+    rows = text.getvalue().splitlines()
+    assert "…" not in text.getvalue()
+    assert width < 49 or max(map(len, rows)) <= width
+    start = min(row.find("trained") for row in rows if "trained" in row and "accuracy" not in row)
+    first = "".join(row[:start].strip() for row in rows[1:])
+    assert all(name.replace(" ", "") in first.replace(" ", "") for name in names)  # broken over lines, but whole
+    for figure in (
+        "98.96",
+        f"{24.31 + 33 * (seeds - 1) / 2:.2f}",
+        "100.00",
+        "68.11",
+        *(["±33.00"] if seeds > 1 else []),
+    ):
+        assert text.getvalue().count(figure) == len(names), figure

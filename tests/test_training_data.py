@@ -149,6 +149,10 @@ def test_a_limit_takes_images_from_everywhere(tmp_path: Path, monkeypatch: pytes
     found = opened(tmp_path, monkeypatch, "cifar10", limit=7)
     assert (len(found.train), len(found.plain), len(found.test)) == (7, 7, 4)
     assert found.plain.indices == [0, 2, 5, 8, 11, 14, 17]
+    whole = opened(tmp_path, monkeypatch, "cifar10")
+    for at, index in enumerate(found.plain.indices):  # as they are, though those to learn from are augmented
+        assert all(found.plain[at][0].equal(whole.plain[index][0]) for _ in range(5))
+    assert any(not found.train[at][0].equal(found.plain[at][0]) for at in range(7) for _ in range(5))
     with pytest.raises(InputError, match=r"^data\.limit = 99: cifar10 has 20 images$"):
         load(Data("cifar10", folder=str(tmp_path), limit=99), 0)
 
@@ -201,3 +205,25 @@ def test_digits_are_split_by_the_seed() -> None:
     first, second = load(Data("digits"), 0), load(Data("digits"), 1)
     assert (len(first.train), len(first.test), first.example.shape) == (1347, 450, (1, 1, 8, 8))
     assert not torch.equal(first.test[0][0], second.test[0][0])
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "digits"])
+def test_the_plain_images_of_a_limited_set_are_plain(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are measured on them: the same as those that are learnt from, in the same order, but not augmented."""
+    if name != "digits":
+        WRITERS[name][0](tmp_path, monkeypatch)
+    whole = load(Data(name, folder=str(tmp_path)), 0)
+    count = len(whole.plain)
+    limited = load(Data(name, folder=str(tmp_path), limit=3), 0)
+    for index, at in enumerate((0, count // 3, 2 * count // 3)):
+        for _ in range(8):
+            (x, y), (wanted, label) = limited.plain[index], whole.plain[at]
+            assert x.equal(wanted) and y == label == limited.train[index][1]
+    if name != "digits":  # which are not augmented
+        seen = [limited.train[1][0] for _ in range(20)]
+        assert any(not one.equal(seen[0]) for one in seen)
+    unlimited = load(Data(name, folder=str(tmp_path), limit=count), 0)
+    assert all(unlimited.plain[at][0].equal(whole.plain[at][0]) for at in range(min(count, 20)))
+    assert len(limited.test) == len(whole.test)

@@ -269,15 +269,40 @@ def test_arguments_that_come_from_elsewhere_may_not_be_set() -> None:
 def test_schedules() -> None:
     assert [Constant()(t) for t in (0, 0.5, 1)] == [1, 1, 1]
     assert [Cosine(0.5)(t) for t in (0, 0.5, 1)] == [1, 0.75, 0.5]
-    assert [round(Steps()(t / 100), 3) for t in (0, 33, 34, 66, 67, 99)] == [1, 1, 0.2, 0.2, 0.04, 0.04]
+    found = [round(Steps()(t / 100), 4) for t in (0, 32, 33, 65, 66, 98, 99)]  # the first epoch is 0
+    assert found == [1, 1, 0.2, 0.2, 0.04, 0.04, 0.008]
     cycle = OneCycle()
     assert [cycle(t) for t in (0, 0.15, 0.3, 1)] == pytest.approx([0.04, 0.52, 1, 4e-6])
     assert all(cycle(t / 100) < cycle((t + 1) / 100) for t in range(30))
     assert all(cycle(t / 100) > cycle((t + 1) / 100) for t in range(30, 100))
 
 
-def test_the_steps_fall_where_a_third_of_the_epochs_ends() -> None:
-    """100 epochs of 391 steps: the rate falls at the first step after a third of all of them."""
-    steps = 100 * 391
-    assert Steps()(13033 / steps) == 1
-    assert Steps()(13034 / steps) == 0.2
+@pytest.mark.parametrize("batches", [1, 3, 7, 391, 1563])
+def test_the_steps_fall_where_the_epochs_begin(batches: int) -> None:
+    """As torch's own schedule by epochs has it, at the first batch of epochs 33, 66 and 99 of 100."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [33, 66, 99], 0.2)
+    for epoch in range(100):
+        rates = [Steps()(step / (100 * batches)) for step in (epoch * batches, (epoch + 1) * batches - 1)]
+        assert rates == pytest.approx(scheduler.get_last_lr() * 2)
+        optimizer.step(), scheduler.step()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "tinyimagenet"])
+def test_what_is_shipped_steps_as_the_source_does(name: str) -> None:
+    for variant in read(name).variants.values():
+        schedule = Steps(**{key: value for key, value in variant.train.schedule.items() if key != "name"})
+        assert (schedule.factor, list(schedule.at)) == (0.2, [0.33, 0.66, 0.99])
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
+def test_what_is_shipped_prunes_before_training_as_the_authors_of_sfp_do(name: str) -> None:
+    variants = read(name).variants
+    assert {key: one.soft.get("before_training", False) for key, one in variants.items() if one.soft} == {
+        key: key == "sfp" for key in ("sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp")
+    }
+
+
+def test_pruning_before_training_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"before_training = 1: expected true or false$"):
+        read("digits", ["variants.sfp.soft.before_training=1"])

@@ -13,8 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from netsurgery.errors import InputError
+from netsurgery.outputs import writing
 
 __all__ = ["read", "replace", "write"]
+
+ADVICE = "what was written before is kept; put that right, and the same command goes on"
 
 
 def write(path: Path, state: Any) -> None:
@@ -22,21 +25,24 @@ def write(path: Path, state: Any) -> None:
 
     Raises:
         InputError: the state holds something else.
+        NetsurgeryError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(encode(state, "", tensors))
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    save_file(tensors, new, metadata={"state": text})
-    settle(new, path)
+    with writing(path, ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, new, metadata={"state": text})
+        settle(new, path)
 
 
 def replace(path: Path, text: str) -> None:
     """Write a text file likewise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    settle(new, path)
+    with writing(path, ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text, encoding="utf-8")
+        settle(new, path)
 
 
 def settle(new: Path, path: Path) -> None:

@@ -7,10 +7,14 @@ so a checkpoint needs no state of random generators, and what follows it is what
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -109,7 +113,35 @@ class Worker:
             raise InputError(f"accelerate is set to {kind.value}: surgery needs whole parameters in every process")
         scaler = self.accelerator.scaler
         self.unscaled = scaler.state_dict() if scaler is not None else {}
+        self.interrupted = self.in_training = False
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """In training Ctrl-C takes effect at the next batch, where it cannot get lost; pressed again, at once.
+
+        Python drops what is raised while it starts processes or deletes objects, as data loaders do all the time.
+        """
+
+        def note(number: int, frame: FrameType | None) -> None:
+            again, self.interrupted = self.interrupted, True
+            if again or not self.in_training:
+                raise KeyboardInterrupt
+
+        ours = threading.current_thread() is threading.main_thread()
+        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield  # somebody else decides what it does
+            return
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def go_on(self) -> None:
+        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     @property
     def leads(self) -> bool:
@@ -133,6 +165,7 @@ class Worker:
         model.to(self.device).eval()
         with torch.no_grad(), self.accelerator.autocast():
             for x, y in self.accelerator.prepare_data_loader(loader):
+                self.go_on()
                 hits = self.accelerator.gather_for_metrics(model(x).argmax(1) == y)
                 right, total = right + int(hits.sum()), total + len(hits)
         return 100 * right / total
@@ -160,14 +193,26 @@ class Worker:
         history: list[Figures] = []
         if fit.checkpoint.exists():
             history = run.restore(checkpoints.read(fit.checkpoint))
-        for epoch in range(len(history), fit.stage.epochs):
-            history.append(run.epoch(epoch))
-            tell(history[-1])
-            if self.leads:
-                checkpoints.write(fit.checkpoint, run.state(history))
-            self.wait()
+        elif run.soft is not None and run.soft.before_training:
+            run.soft.step(-1)
+        self.in_training = True
+        try:
+            for epoch in range(len(history), fit.stage.epochs):
+                history.append(run.epoch(epoch))
+                tell(history[-1])
+                if self.leads:
+                    checkpoints.write(fit.checkpoint, run.state(history))
+                self.wait()
+        finally:
+            self.in_training = False
+        self.go_on()
         self.accelerator.free_memory()
         return history
+
+
+def not_interrupted(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the one that ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Run:
@@ -197,7 +242,9 @@ class Run:
 
         data, images = self.of.data, self.of.images.train
         order = SeedableRandomSampler(images, data_seed=derived(self.of.seed, "order"), generator=torch.Generator())
-        return DataLoader(images, data.batch, sampler=order, num_workers=data.workers, drop_last=True)
+        return DataLoader(
+            images, data.batch, sampler=order, num_workers=data.workers, drop_last=True, worker_init_fn=not_interrupted
+        )
 
     def rate(self) -> Callable[[int], float]:
         """The factor of the learning rate at each step of the optimizer."""
@@ -214,6 +261,7 @@ class Run:
         self.prepared.train()
         losses, penalties = [], []
         for x, y in self.loader:
+            self.worker.go_on()
             with self.accelerator.accumulate(self.prepared):
                 loss, penalty = self.step(x, y)
             losses.append(loss)

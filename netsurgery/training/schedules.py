@@ -34,11 +34,11 @@ class Cosine:
 class Steps:
     """Multiplied by `factor` when each of the shares `at` of the stage is done.
 
-    The default is that of Mitsuno, Miyao, Kurita, arXiv 2004.04394: x0.2 after each third.
+    The default is that of Mitsuno, Miyao, Kurita, arXiv 2004.04394: x0.2 at epochs 33, 66 and 99 of 100.
     """
 
     factor: float = 0.2
-    at: Sequence[float] = (1 / 3, 2 / 3)
+    at: Sequence[float] = (0.33, 0.66, 0.99)
 
     def __call__(self, done: float) -> float:
         return self.factor ** bisect_right(sorted(self.at), done + 1e-9)

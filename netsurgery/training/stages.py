@@ -15,7 +15,7 @@ from netsurgery.demo import widths
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.names import build
-from netsurgery.passes import HGSR, SoftPruning
+from netsurgery.passes import HGSR, MagnitudeScore, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images
 from netsurgery.training.engine import Figures, Fit, Worker, derived, optimizer_for, schedule_of
@@ -108,6 +108,18 @@ class Job:
         if self.variant.soft:
             self.soft(model, torch.optim.SGD(model.parameters()))
         self.passes()
+        self.check_removal(model)
+
+    def check_removal(self, model: nn.Module) -> None:
+        """Raise InputError where the removal cannot be made, or takes nothing, whatever the scores will be."""
+        table = self.variant.removal
+        if not table or "threshold" in table:
+            return
+        removal = PASSES[table["name"]](**{key: value for key, value in options(table).items() if key != "compensate"})
+        edit = netsurgery.plan(model, [MagnitudeScore(), removal], self.images.example)
+        if not edit.keep:
+            given = ", ".join(f"{key} = {value!r}" for key, value in table.items() if key != "name")
+            raise InputError(f"[removal] with {given} takes nothing away from {edit.before.params:,} parameters")
 
     def check_outputs(self, model: nn.Module) -> None:
         """Raise a NetsurgeryError unless the model runs on an image and has an output for every class."""

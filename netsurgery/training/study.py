@@ -18,6 +18,7 @@ from rich.progress import Progress
 import netsurgery
 from netsurgery.demo import progress_bar
 from netsurgery.errors import InputError, NetsurgeryError
+from netsurgery.outputs import check_writable, writing
 from netsurgery.training import checkpoints, summary
 from netsurgery.training.data import Images, load
 from netsurgery.training.engine import Figures, Worker
@@ -74,6 +75,7 @@ class Study:
         Raises:
             InputError: it holds the results of another recipe, or other things.
         """
+        check_writable(self.out)
         if not self.kept.exists():
             if self.out.is_dir() and any(path.suffix != ".new" for path in self.out.iterdir()):
                 raise InputError(f"{self.out} holds other files: pass another folder by --out")
@@ -82,6 +84,13 @@ class Study:
                 f"{self.out} holds the results of another recipe, which differs in {', '.join(changed[:5])}: "
                 "go on with that one, or pass another folder by --out"
             )
+
+    @property
+    def left(self) -> str:
+        """What an interruption leaves, in words."""
+        if not self.kept.exists():
+            return "nothing had been done yet"
+        return f"{self.out} keeps all runs and epochs that were finished; the same command goes on from there"
 
 
 def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> Results:
@@ -98,8 +107,19 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
 
     Raises:
         InputError: the folder holds the results of another recipe, or a variant cannot be carried out.
+        KeyboardInterrupt: as it was interrupted; the text says what is kept.
     """
     study, worker = Study(recipe, out, download), Worker(recipe.engine)
+    try:
+        with worker.interruptible():
+            return carry_out(study, worker, console)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*[study.left] * worker.leads) from stop
+
+
+def carry_out(study: Study, worker: Worker, console: Console) -> Results:
+    """Carry out what is not done yet."""
+    recipe = study.recipe
     if worker.leads:
         study.claim()
         fetch(study, worker)
@@ -111,7 +131,7 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
             results[name].append(job.run(worker))
             advance()
     if worker.leads:
-        write(recipe, results, out, console)
+        write(recipe, results, study.out, console)
     worker.wait()
     return results
 
@@ -186,9 +206,14 @@ def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None
     found = {"torch": torch.__version__, "recipe": recipe.fixed, "summary": lines, "runs": results}
     checkpoints.replace(out / "results.json", json.dumps(found, indent=1) + "\n")
     checkpoints.replace(out / "table.md", summary.markdown(lines))
-    draw(results, out)
-    console.print(summary.table(recipe.name, lines))
-    console.print(f"Wrote results.json, table.md, log.jsonl and pictures to {out}.", markup=False, soft_wrap=True)
+    with writing(out, checkpoints.ADVICE):
+        draw(results, out)
+    console.print(summary.table(recipe.name, lines, console.width), crop=False)
+    one = out / next(iter(results)) / f"seed-{recipe.seeds[0]}"
+    wrote = f"Wrote results.json, table.md, log.jsonl and pictures to {out}"
+    console.print(
+        f'{wrote}; netsurgery.load("{one}", model) reads a network.', markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:

@@ -53,16 +53,29 @@ def cells(line: Line) -> list[str]:
     ]
 
 
-def table(name: str, found: list[Line]) -> Table:
-    """For the terminal."""
-    view = Table(title=f"{name}, {found[0]['seeds']} seed(s)", box=SIMPLE_HEAD, pad_edge=False, caption=CAPTION)
-    view.collapse_padding = True
-    view.add_column("variant", overflow="fold")
+def table(name: str, found: list[Line], width: int) -> Table:
+    """For a terminal of so many columns. Where that is narrow spreads stand below their means, and names are broken."""
+    view = Table(title=f"{name}, {found[0]['seeds']} seed(s)", box=SIMPLE_HEAD, caption=CAPTION)
+    view.collapse_padding, view.pad_edge, view.show_edge, view.padding = True, False, False, (0, 1, 0, 0)
+    longest = max(len(line["variant"]) for line in found)
+    rows, taken = numbers(found, " ±")
+    if longest + taken > width:
+        rows, taken = numbers(found, "\n±")
+    if width < taken + len("variant"):
+        view.width = taken + len("variant")  # the terminal wraps the lines; nothing is cut off
+    view.add_column("variant", overflow="fold", width=min(longest, max(width - taken, len("variant"))))
     for key in COLUMNS:
-        view.add_column(key, justify="right", no_wrap=True)
-    for line in found:
-        view.add_row(*(cell.replace(" ", "") if at else cell for at, cell in enumerate(cells(line))))
+        view.add_column(key.replace("-", "-\n"), justify="right", no_wrap=True)
+    for line, row in zip(found, rows, strict=True):
+        view.add_row(line["variant"], *row)
     return view
+
+
+def numbers(found: list[Line], before_spread: str) -> tuple[list[list[str]], int]:
+    """The cells of all columns but the first, and the width that these take with the space before each."""
+    rows = [[cell.replace(" ± ", before_spread) for cell in cells(line)[1:]] for line in found]
+    columns = zip((key.replace("-", "-\n") for key in COLUMNS), *rows, strict=True)
+    return rows, sum(2 + max(len(part) for cell in column for part in cell.split("\n")) for column in columns)
 
 
 def markdown(found: list[Line]) -> str:

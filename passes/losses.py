@@ -1,0 +1,126 @@
+"""The loss of each sample, and what must hold of targets and losses so that its rise means something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from netsurgery.errors import InputError
+from netsurgery.passes.samples import IGNORED
+
+__all__ = ["Loss", "check_mean", "check_targets", "cross_entropy", "ignored_by", "twice_over"]
+
+Loss = Callable[[Any, Any], Tensor]
+_OWN = "pass loss=f(outputs, targets)"
+
+
+def ignored_by(loss: Loss | None) -> int:
+    """The label that a loss leaves out."""
+    return int(getattr(loss, "ignore_index", IGNORED))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of logits ``(n, classes, ...)``, ``(n,)``: the mean over the positions that have a label."""
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    if targets.is_floating_point():
+        return F.cross_entropy(logits, targets.to(logits.dtype), reduction="none").reshape(len(logits), -1).mean(1)
+    labels = targets.long()
+    found = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED).reshape(len(logits), -1)
+    return found.sum(1) / (labels != IGNORED).reshape(len(logits), -1).sum(1).clamp_min(1)
+
+
+def check_targets(logits: Any, targets: Any, everything: Any) -> None:
+    """Make sure that targets are classes, or shares of them, for logits ``(n, classes, ...)``.
+
+    Args:
+        targets: of the samples that the logits are of.
+        everything: the targets of all samples.
+
+    Raises:
+        InputError: they are neither; there are fewer than two classes; labels are out of range; or the dimension that
+            holds the classes cannot be told.
+    """
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the model returns {type(logits).__name__}, not logits: {_OWN}")
+    found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+    both = f"the model returns {tuple(logits.shape)} and targets are {found}"
+    whole = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
+    wanted = (logits.shape[0], *logits.shape[2:]) if whole else logits.shape
+    if not isinstance(targets, Tensor) or targets.is_complex() or logits.dim() < 2 or targets.shape != wanted:
+        raise InputError(f"{both}, neither classes nor their shares: {_OWN}")
+    if logits.shape[1] < 2:
+        raise InputError(f"{both}: that is one class, of which the cross-entropy is always zero: {_OWN}")
+    clash = _clash_of_labels if whole else _clash_of_shares
+    if why := clash(logits, everything):
+        raise InputError(f"{both}, {why}: {_OWN}")
+
+
+def _clash_of_labels(logits: Tensor, targets: Tensor) -> str:
+    """Why integers are no labels of the classes of logits, or nothing."""
+    if logits.dim() > 2 and logits.shape[:-1] == (logits.shape[0], *logits.shape[2:]):
+        return "which fit classes in dimension 1 and classes in the last"
+    labels = targets[targets != IGNORED].long()
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        return (
+            f"but labels go from {int(labels.min())} to {int(labels.max())} where there are {logits.shape[1]} classes"
+        )
+    return ""
+
+
+def _clash_of_shares(logits: Tensor, targets: Tensor) -> str:
+    """Why numbers are no shares of the classes of logits, or nothing."""
+    sums, least = targets.double().sum(1), float(targets.min())
+    if least < 0 or not _ones(sums):
+        return (
+            f"no shares of classes: the least is {least:.3g}, and their sums over dimension 1 go from "
+            f"{float(sums.min()):.3g} to {float(sums.max()):.3g}"
+        )
+    if logits.dim() > 2 and _ones(targets.double().sum(-1)):
+        return "which fit classes in dimension 1 and classes in the last"
+    return ""
+
+
+def _ones(sums: Tensor) -> bool:
+    return bool(((sums - 1).abs() < 1e-2).all())
+
+
+def twice_over(once: Sequence[Tensor], twice: Sequence[Tensor]) -> list[Tensor] | None:
+    """The outputs of samples put beside themselves, told from those of a run on twice as many rows.
+
+    None where a run on twice as many does not differ by rows alone.
+    """
+    doubled = []
+    for one, two in zip(once, twice, strict=True):
+        dims = [dim for dim, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
+        if len(dims) > 1 or any(two.shape[dim] != 2 * one.shape[dim] for dim in dims):
+            return None
+        doubled.append(torch.cat([one, one], dims[0]) if dims else one)
+    return doubled
+
+
+def check_mean(once: float, twice: float, several: bool) -> None:
+    """Make sure that a loss is a mean over the samples.
+
+    Args:
+        once: the loss of some samples.
+        twice: of the same samples beside themselves.
+        several: whether the samples go through in several batches.
+
+    Raises:
+        InputError: it is a sum, or depends on how many samples there are.
+    """
+    if math.isclose(twice, once, rel_tol=1e-3) or not (math.isfinite(once) and math.isfinite(twice)):
+        return
+    means = "return the mean, or one number for each sample, (n,), as reduction='none' does"
+    if math.isclose(twice, 2 * once, rel_tol=1e-3):
+        raise InputError(f"the loss of the same samples twice over is twice as high, {twice:.4g}: it is a sum; {means}")
+    if several or math.isclose(once, 2 * twice, rel_tol=1e-3):
+        raise InputError(
+            f"the loss of the same samples twice over is {twice:.4g} instead of {once:.4g}, so it depends on how many "
+            f"go through at once: {means}"
+        )
