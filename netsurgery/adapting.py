@@ -201,10 +201,20 @@ def _placed(place: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...
         yield place, value
 
 
-def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attributes, units: Container[Axis]) -> str:
+def rebuild(
+    graph: fx.Graph,
+    module: nn.Module,
+    sizes: Sizes,
+    attributes: Attributes,
+    units: Container[Axis],
+    written_only: bool = False,
+) -> str:
     """The source of a ``forward`` that does what a graph does, at other sizes and with these attributes of the module.
 
     Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
+
+    Args:
+        written_only: only numbers written in the code may have to change, and no answer to a question about sizes.
 
     Raises:
         Deaf: a size cannot be worked out.
@@ -220,9 +230,11 @@ def rebuild(graph: fx.Graph, module: nn.Module, sizes: Sizes, attributes: Attrib
     _settle_other_uses(new_graph, attributes)
     for node, place, value, axis in _wants(new_graph):
         if values(value) != sizes(axis):
-            node.args = _put(node.args, place, _mended(value, axis, values, node))
-    for node in [node for node in new_graph.nodes if "parts" in node.meta]:
+            node.args = _put(node.args, place, _mended(value, axis, values, node, written_only))
+    for node in [node for node in new_graph.nodes if "parts" in node.meta and not written_only]:
         _settle_parts(node, values)
+    if written_only and not all(values(node.args[0]) for node in new_graph.nodes if node.meta.get("guard")):
+        raise Deaf("asks for a size that changes")
     for node in list(new_graph.nodes):
         axis = node.meta.get("scale")
         if axis is not None and sizes(axis) != axis.size:
@@ -315,16 +327,17 @@ def _chunks(size: int, count: int) -> list[int]:
     return [min(whole, size - start) for start in range(0, size, whole)]
 
 
-def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node) -> Any:
+def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node, written_only: bool) -> Any:
     """An expression that has the right value: the old one with other constants, or a constant."""
     sizes = values.sizes
     changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}
-    if isinstance(value, fx.Node):
-        with node.graph.inserting_before(node):
-            other = _with_constants(value, changed)
-        if values(other) == sizes(axis):
-            return other
-    if values.free(axis):
+    if not isinstance(value, fx.Node):  # written in the code, as were the sizes of space that are part of it
+        return sizes(axis)
+    with node.graph.inserting_before(node):
+        other = _with_constants(value, changed)
+    if values(other) == sizes(axis):
+        return other
+    if values.free(axis) or written_only:
         raise Deaf(f"computes {value} in a way that cannot be followed")
     return sizes(axis)
 

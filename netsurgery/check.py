@@ -163,6 +163,7 @@ class _Attempt:
         self.kinds = {path: type(module) for path, module in named_modules(model).items()}
         self.adaptation = Adaptation(model=weakref.ref(model))
         self.tried: set[str] = set()
+        self.more: set[str] = set()  # paths where the code does more with sizes than to write them down
         self.by_size: set[str] = set()
         self.hurry = False  # whether modules that no changed group comes near are passed over
 
@@ -181,6 +182,7 @@ class _Attempt:
             if self.hurry:
                 checker.concerned = _concerned(program, self.changed)
             checker.finish(run_guarded(bare, checker, inputs, home(self.model)))
+            self.more |= checker.more
             for path, why in checker.blamed.items():
                 found.setdefault(path, (why, checker.vague.get(path)))
         return found
@@ -201,7 +203,7 @@ class _Attempt:
                         return True
                     if not path and agreed:  # the next try says whether they do
                         return True
-            if not path:  # the user's own class stays
+            if not path and path in self.more:  # only sizes written in it are reason to touch the user's own class
                 self.adaptation.attributes.pop(path, None)
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
@@ -245,7 +247,8 @@ class _Attempt:
 
         def code(graphs: list[fx.Graph]) -> str:
             by_channel = self.network.by_channel
-            return joined((kinds(one), rebuild(one, module, self.sizes, attributes, by_channel)) for one in graphs)
+            texts = [rebuild(one, module, self.sizes, attributes, by_channel, written_only=not path) for one in graphs]
+            return joined(zip(map(kinds, graphs), texts, strict=True))
 
         try:
             return code([run.whole for run in self.heard(path)])
@@ -321,6 +324,7 @@ class _Checker(Alongside):
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
         self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
+        self.more: set[str] = set()  # paths where the code does more with sizes than to write them down
         self.concerned: list[int] | None = None  # if known, how many operations before each place need to run
         self.vague: dict[str, str] = {}  # paths where these groups are only suspects: the module that holds them
 
@@ -341,8 +345,9 @@ class _Checker(Alongside):
             ):  # what follows from a size already found wrong says nothing new
                 first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
                 does = "does other things at" if isinstance(error, LeftPath) else "refuses"
+                shapes = type(error) is RuntimeError  # as torch raises for shapes that do not fit
                 place = f" {format_where(raised_at(error))}".rstrip()
-                self.blame_module(f"the code {does} other sizes ({first}){place}", path)
+                self.blame_module(f"the code {does} other sizes ({first}){place}", path, more=not shapes)
             out = self.passed_over(call)
         return out
 
@@ -390,14 +395,19 @@ class _Checker(Alongside):
         if names:
             self.blamed.setdefault(path, {}).update(dict.fromkeys(names, reason))
         else:
-            self.blame_module(reason, path)
+            self.blame_module(reason, path, more=False)
 
-    def blame_module(self, reason: str, path: str) -> None:
+    def blame_module(self, reason: str, path: str, more: bool = True) -> None:
         """Blame the groups of the innermost module around that holds a changed one.
+
+        Args:
+            more: the code does more with sizes than to write them down.
 
         Raises:
             RewriteError: no module does.
         """
+        if more:
+            self.more.add(path)
         groups = [group for group in self.network.groups if group.channel in self.changed]
         parts = path.split(".") if path else []
         for around in [".".join(parts[:n]) for n in range(len(parts), -1, -1)]:
@@ -513,6 +523,7 @@ class _Checker(Alongside):
             if differs:
                 touched = _touched(node, *node.all_input_nodes)
                 self.blame(touched, node, "a tensor that the code makes may follow a size")
+                self.more.add(self.modules[-1] if self.modules else "")
                 return True
         return False
 

@@ -113,7 +113,7 @@ class Edit:
             old, new = tuple(axis.size for axis in axes), tuple(map(sizes, axes))
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
-        lines.extend(f"{path}.forward rewritten" for path in self.replaced)
+        lines.extend(f"{path}.forward rewritten".lstrip(".") for path in self.replaced)
         valued = {*self.values, *self._scaled}
         lines.extend(f"{name} has new values" for name in self.network.tensors if name in valued)
         lines.extend(f"{name} not compensated: {why}" for name, why in self.uncompensated.items())

@@ -104,7 +104,7 @@ def rewrite(
         follow(one, network, network.sizes(edit.counts))
         adaptation.carry_out(one)
     if reasons := adaptations[0].reasons:
-        first, more = list(reasons)[:3], len(reasons) - 3
+        first, more = [path or "the model" for path in reasons][:3], len(reasons) - 3
         listed = ", ".join(first) + (f" and {more} more" if more > 0 else "")
         _log.warning("rewrote the forward of %d modules whose code hard-codes a size: %s", len(reasons), listed)
     return result

@@ -429,7 +429,8 @@ def test_code_that_hard_codes_a_size_is_found_first() -> None:
             self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.c(torch.relu(self.b(torch.relu(self.a(x)).view(-1, 8))))
+            with torch.enable_grad():  # so that it is not rewritten
+                return self.c(torch.relu(self.b(torch.relu(self.a(x)).view(-1, 8))))
 
     model = Fixed().double()
     x = ROWS[:, 0]

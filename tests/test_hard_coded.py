@@ -424,11 +424,12 @@ def test_what_a_module_keeps_in_containers_is_cut_too() -> None:
     assert free(edit.network, "head")
 
 
-def test_the_whole_model_keeps_its_class() -> None:
+def test_the_whole_model_is_rewritten_as_its_parts_are() -> None:
     model = Attention(constants).double().eval()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    network = netsurgery.trace(model, x)
-    assert all(g.frozen for g in network.groups if g.unit != "channel")
+    small, edit = oracles.check(model, (x,), 1e-9, share=0.5)
+    assert isinstance(small, Attention) and list(edit.replaced) == [""]
+    assert all(g.frozen is None for g in edit.network.groups if g.unit != "channel")
 
 
 def by_position(m: Any, x: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ CASES: dict[str, Case] = {
     ),
     "index_add to features": rows(lambda m, h: h.index_add(2, I3, h[..., :3]), "", APART),
     "gather": rows(lambda m, h: h.gather(1, POSITIONS[..., None].expand(-1, -1, h.shape[-1])), "a"),
-    "gather a part": rows(lambda m, h: h.gather(1, torch.zeros(1, 3, 5, dtype=torch.int64)), "a:2", z=lin(5, 3)),
+    "gather a part": rows(lambda m, h: h.gather(1, torch.zeros(1, 3, 5, dtype=torch.int64)), "a a:2", z=lin(5, 3)),
     "gather features": rows(lambda m, h: h.gather(2, POSITIONS[:, None].expand(-1, 5, -1)), "", APART, z=lin(3, 3)),
     "take_along_dim": rows(lambda m, h: torch.take_along_dim(h, POSITIONS[..., None], 1), "a"),
     "scatter": rows(
@@ -197,11 +197,11 @@ CASES: dict[str, Case] = {
         lambda m, x: m.z(torch.einsum("bhnm,bmhd->bnhd", torch.einsum(
             "bnhd,bmhd->bhnm", m.a(x).unflatten(-1, (-1, 4)), m.b(x).unflatten(-1, (-1, 4))).softmax(-1),
             m.c(x).unflatten(-1, (-1, 2))).flatten(2)),
-        {"a": lin(4, 12), "b": lin(4, 12), "c": lin(4, 6), "z": lin(6, 3)}, "a", ROWS,
+        {"a": lin(4, 12), "b": lin(4, 12), "c": lin(4, 6), "z": lin(6, 3)}, "a a:2 c", ROWS,
     ),
     "einsum of relative positions": Case(
         lambda m, x: m.z(torch.einsum("bhwc,hkc->bhwk", m.a(x)[:, :, None], m.t.weight.view(5, 7, -1)).flatten(1)),
-        {"a": lin(4, 8), "t": nn.Linear(8, 35), "z": lin(35, 3)}, "a",
+        {"a": lin(4, 8), "t": nn.Linear(8, 35), "z": lin(35, 3)}, "a t:2",
     ),
     "added products": Case(
         lambda m, x: m.z(sum(f(y, h := m.a(x), h.mT @ m.b(x)) for f, y in (
