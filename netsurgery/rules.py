@@ -706,8 +706,10 @@ def glu(op: Op) -> Any:
     aten.new_full, aten.new_empty, aten.scalar_tensor, sized=("size",),
 )  # fmt: skip
 def filled(op: Op) -> Any:
-    """every position is alike, so any may be removed"""
-    return [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
+    """every position is alike, so any may be removed, unless nothing but this constant makes the units"""
+    dims = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
+    op.analysis.note_constant([axis for one in dims for axis in one], op.reason("what a constant feeds is an input"))
+    return dims
 
 
 @rule(
