@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
+from netsurgery.kernels.criteria import Criterion, Placed, Reading, accumulator, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_reference import finished
 
 __all__ = ["gradient", "sums", "value"]
@@ -428,7 +428,7 @@ class _Plan(NamedTuple):
     Attributes:
         members: positions in the list, in the order of the table; spans: their columns.
         copied: those read through a copy, since their strides allow no canonical view; buffered: written so.
-        kinds: of tiles.
+        kinds: of tiles, packed.
         partials: elements of scratch memory for sums of chunks.
         counters: zero between launches, of those that have arrived: at the end, at each tile.
     """
@@ -437,7 +437,7 @@ class _Plan(NamedTuple):
     spans: tuple[slice, ...]
     copied: frozenset[int]
     buffered: frozenset[int]
-    kinds: tuple[Tile, ...]
+    kinds: tuple[int, ...]
     table: Tensor
     owners: Tensor
     tiles: int
@@ -458,6 +458,10 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
     """What was made for this key on this stream. A graph may use what was made before; what it makes, it keeps."""
     made = _CACHE.get(key, {})  # the one hash of a long key
@@ -465,7 +469,7 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
         captured: _T = next(iter(made.values())) if made else make()
         _CAPTURED.append(captured)
         return captured
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = _stream(device)
     if stream not in made:
         made = made | {stream: make()}
         _CACHE[key] = made
@@ -550,7 +554,7 @@ def _plan(
     spans = tuple(slice(firsts[i], firsts[i] + column_count(weights[i].shape, readings[i])) for i in members)
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
     return _Plan(
-        tuple(members), spans, frozenset(copied), frozenset(buffered), distinct,
+        tuple(members), spans, frozenset(copied), frozenset(buffered), tuple(kind.packed for kind in distinct),
         _upload(torch.tensor(rows), device), _upload(owners, device), tiles, partials,
         torch.zeros(tiles + 1, dtype=torch.int32, device=device),
     )  # fmt: skip
@@ -591,6 +595,53 @@ def _plans(
         ]
 
     return _cached((device, SIZES, tuple(rounds), *layout), device, make)
+
+
+class _Steady(NamedTuple):
+    """Launches of the tensors that were seen last, each with the table of where these lie.
+
+    Attributes:
+        marks: of the tensors.
+        launches: a plan, and its table.
+        named: the objects whose ids are the key, so that nothing else takes these.
+    """
+
+    marks: tuple[Any, ...]
+    launches: list[tuple[_Plan, Tensor | None]]
+    named: tuple[Any, ...]
+
+
+_STEADY: dict[Hashable, _Steady] = {}
+
+
+def _launches(
+    weights: Sequence[Tensor],
+    readings: Sequence[Reading],
+    counted: Sequence[bool],
+    outs: Sequence[Tensor | None] | None,
+) -> list[tuple[_Plan, Tensor | None]]:
+    """Plans, and tables of where their tensors lie, or None where copies are read or written: these move each time."""
+    device = weights[0].device
+    if _capturing(device) or not (isinstance(readings, tuple) and isinstance(counted, tuple)):
+        # A graph keeps what it uses; lists may change.
+        return [(plan, None) for plan in _plans(weights, readings, counted, outs)]
+    marks = (Placed.of(weights).marks, None if outs is None else Placed.of(outs).marks)
+    key = (id(readings), id(counted), outs is None, SIZES, device, _stream(device))
+    held = _STEADY.get(key)
+    if held is None or held.marks != marks:
+        launches: list[tuple[_Plan, Tensor | None]] = []
+        for plan in _plans(weights, readings, counted, outs):
+            if plan.copied or plan.buffered:
+                launches.append((plan, None))
+                continue
+            read = [weights[i] for i in plan.members]
+            written = read if outs is None else [out for i in plan.members if (out := outs[i]) is not None]
+            launches.append((plan, _pointers(plan, read, written)))
+        _STEADY.pop(key, None)
+        _STEADY[key] = held = _Steady(marks, launches, (readings, counted))
+        for oldest in list(_STEADY)[:-_LIMIT]:
+            _STEADY.pop(oldest, None)
+    return held.launches
 
 
 def _pointers(plan: _Plan, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
@@ -635,25 +686,27 @@ def _reduce(
     """Values (2,), and slopes (groups,), or sums where outer is 0."""
     wide = accumulator(*weights)
     device = weights[0].device if weights else torch.device("cpu") if index is None else index.device
-    plans = _plans(weights, readings, counted, None) if weights else []
+    plans = _launches(weights, readings, counted, None) if weights else []
     if not plans:
         return torch.zeros(2, dtype=wide, device=device), torch.zeros(groups, dtype=wide, device=device)
     values = torch.empty(len(plans), 2, dtype=wide, device=device)
     result = torch.empty(1 if index is None else len(plans), groups, dtype=wide, device=device)
-    for number, plan in enumerate(plans):
+    for number, (plan, pointers) in enumerate(plans):
         first = weights[plan.members[0]]  # of a launch all are of its type
         dtype, narrow = first.dtype, accumulator(first)
         columns = 0 if index is None else len(index)
         scratch = torch.empty(plan.partials + 2 * plan.tiles + columns, dtype=narrow, device=device)
-        partials, ends, sums = scratch.split([plan.partials, 2 * plan.tiles, columns])
+        partials, ends, sums = torch.split_with_sizes(scratch, [plan.partials, 2 * plan.tiles, columns])
         order, starts = (plan.owners, plan.owners) if index is None else _members(index, groups, plan)
-        read = _read(plan, weights, readings)
+        if pointers is None:
+            read = _read(plan, weights, readings)
+            pointers = _pointers(plan, read, read)
         with _on(device):
             _value_kernel[(len(plan.owners),)](
-                plan.table, plan.owners, _pointers(plan, read, read), partials, _counters(plan), ends, sums,
+                plan.table, plan.owners, pointers, partials, _counters(plan), ends, sums,
                 order, starts, result[0 if index is None else number], values[number], plan.tiles, groups,
                 DTYPE=_DTYPES[dtype], ACC=_DTYPES[narrow], NORM=rule.norm, POWER=rule.inner / rule.norm, OUTER=outer,
-                INDEXED=index is not None, KINDS=tuple(kind.packed for kind in plan.kinds), WIDE=SIZES.wide,
+                INDEXED=index is not None, KINDS=plan.kinds, WIDE=SIZES.wide,
                 MEMBERS=min(SIZES.wide, triton.next_power_of_2(max(1, columns // max(1, groups)))),
                 enable_fp_fusion=True,
             )  # fmt: skip
@@ -705,20 +758,25 @@ def gradient(
     """
     slopes, scale = slopes.contiguous(), scale.contiguous()  # the kernel knows no strides of these
     index = None if index is None else index.contiguous()
-    for plan in _plans(weights, readings, counted, outs) if weights else []:
-        read = _read(plan, weights, readings)
-        wanted = [(out, readings[i], i in plan.buffered) for i in plan.members if (out := outs[i]) is not None]
-        written = [canonical(out, how).contiguous() if copy else out for out, how, copy in wanted]
-        dtype, target = read[0].dtype, written[0].dtype
+    for plan, pointers in _launches(weights, readings, counted, outs) if weights else []:
+        copies: list[tuple[Tensor, Reading, Tensor]] = []
+        if pointers is None:
+            read, written = _read(plan, weights, readings), []
+            for i, out in ((i, out) for i in plan.members if (out := outs[i]) is not None):
+                written.append(canonical(out, readings[i]).contiguous() if i in plan.buffered else out)
+                copies += [(out, readings[i], written[-1])] if i in plan.buffered else []
+            pointers = _pointers(plan, read, written)
+        first, target = weights[plan.members[0]], outs[plan.members[0]]  # of a launch all are of its types
+        dtype, narrow = first.dtype, accumulator(first)
+        assert target is not None  # a plan has no members whose gradient is not wanted
         with _on(scale.device):
             _gradient_kernel[(len(plan.owners),)](
-                plan.table, plan.owners, _pointers(plan, read, written), slopes,
+                plan.table, plan.owners, pointers, slopes,
                 slopes if index is None else index, scale,
-                DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target], ACC=_DTYPES[accumulator(read[0])],
+                DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target.dtype], ACC=_DTYPES[narrow],
                 NORM=rule.norm, POWER=rule.inner / rule.norm, INDEXED=index is not None, ACCUMULATE=accumulate,
-                KINDS=tuple(kind.packed for kind in plan.kinds), enable_fp_fusion=True,
+                KINDS=plan.kinds, enable_fp_fusion=True,
             )  # fmt: skip
-        for (out, how, copy), buffer in zip(wanted, written, strict=True):
-            if copy:
-                view, _ = arranged(out, how)
-                view.copy_(buffer.view(view.shape))
+        for out, how, buffer in copies:
+            view, _ = arranged(out, how)
+            view.copy_(buffer.view(view.shape))

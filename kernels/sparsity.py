@@ -26,6 +26,7 @@ from netsurgery.kernels.hgsr_reference import power
 
 __all__ = ["Layout", "add_gradient", "backend", "hgsr", "outer_terms", "values"]
 
+PLAIN = {Tensor, torch.nn.Parameter}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,7 +38,7 @@ class Layout:
         readings: how each weight is read. A weight may be listed twice, read in two ways.
         counted: whether each is counted in the sum of absolute values.
         index: int64, shape (columns of all weights,): each column's outer group, -1 for none; None: each its own.
-        groups: the number of outer groups, where there is an index.
+        groups: the number of outer groups; where there is no index, 0 says as many as there are columns.
     """
 
     readings: tuple[Reading, ...]
@@ -156,8 +157,52 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
         on_all_ranks: Tensor = sharded.values(weights, layout, criterion)
         return on_all_ranks
     layout = layout.to(weights[0].device)
-    found: Tensor = _values(list(weights), layout.index, _groups(weights, layout), layout.key, criterion)[0]
+    found: Tensor
+    if _is_eager(weights):
+        found = _Values.apply(layout, criterion, *weights)
+    else:
+        found = _values(list(weights), layout.index, _groups(weights, layout), layout.key, criterion)[0]
     return found
+
+
+def _is_eager(weights: Sequence[Tensor]) -> bool:
+    """Whether these are tensors with memory, and nobody records or transforms what is done: the short way will do."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not weights[0].is_meta
+        and all(type(weight) in PLAIN for weight in weights)
+    )
+
+
+class _Values(torch.autograd.Function):
+    """What the operators below do, with less around it."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: Layout, criterion: Name, *weights: Tensor) -> Tensor:
+        groups, rule = _groups(weights, layout), CRITERIA[criterion]
+        found, slopes = backend(weights).value(weights, layout.readings, layout.index, groups, rule, layout.counted)
+        ctx.layout, ctx.criterion = layout, criterion
+        ctx.save_for_backward(slopes, *weights)
+        ctx.set_materialize_grads(False)
+        return found  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+        slopes, *weights = ctx.saved_tensors
+        if scale is None:
+            return None, None, *(None for _ in weights)
+        layout, wanted = ctx.layout, list(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled():  # through the operator, which has no derivative: a second one is an error, not zero
+            grads = _gradient(weights, layout.index, slopes, scale, layout.key, ctx.criterion, wanted)
+            return None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
+        rule = CRITERIA[ctx.criterion]
+        backend(weights).gradient(
+            weights, layout.readings, layout.index, slopes, rule, layout.counted, scale, outs, False
+        )
+        return None, None, *outs
 
 
 def outer_terms(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
@@ -190,12 +235,12 @@ def add_gradient(
 
         return sharded.add_gradient(weights, layout, criterion, scale, outs)
     for i, out in enumerate(outs):
-        if out is not None and (out.layout != torch.strided or _overlaps(out)):
+        if out is not None and (out.layout != torch.strided or (0 in out.stride() and _overlaps(out))):
             raise ValueError(
                 f"hgsr: gradient {i} is sparse, or expanded: make it dense with p.grad = p.grad.to_dense()"
             )
     layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
-    weights, work = [weight.detach() for weight in weights], backend(weights)
+    work = backend(weights)
     found: tuple[Tensor, Tensor] = work.value(weights, layout.readings, layout.index, groups, rule, layout.counted)
     work.gradient(weights, layout.readings, layout.index, found[1], rule, layout.counted, scale, outs, True)
     return found[0]
@@ -208,7 +253,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 def _groups(weights: Sequence[Tensor], layout: Layout) -> int:
     """The number of outer groups."""
-    if layout.index is not None:
+    if layout.index is not None or layout.groups:
         return layout.groups
     return sum(column_count(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True))
 
@@ -222,14 +267,15 @@ def _checked(weights: Sequence[Tensor], criterion: str) -> None:
                 f"hgsr: weight {i} is of {weight.dtype}, {weight.layout}: expected a dense tensor of "
                 "float16, bfloat16, float32 or float64"
             )
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(w).tangent is not None for w in weights):
+    forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if forward and any(forward_ad.unpack_dual(w).tangent is not None for w in weights):
         raise ValueError("hgsr: it has no forward-mode derivative: use backward")
     if len(devices := {weight.device for weight in weights}) > 1:
         raise ValueError(f"hgsr: weights on several devices ({', '.join(sorted(map(str, devices)))}): call it for each")
 
 
 def _sharded(weights: Sequence[Tensor]) -> bool:
-    return any(getattr(weight, "placements", None) is not None for weight in weights)
+    return any(type(one) not in PLAIN and getattr(one, "placements", None) is not None for one in weights)
 
 
 def backend(weights: Sequence[Tensor]) -> Any:

@@ -59,6 +59,9 @@ class Adaptation:
             module.__class__ = _class(_own_class(type(module)), code)
             if isinstance(module, nn.MultiheadAttention):
                 module._qkv_same_embed_dim = False  # keeps torch's fused encoder, which wants square weights, away
+        for encoder in model.modules() if self.code else ():
+            if isinstance(encoder, nn.TransformerEncoder) and _is_rewritten(encoder):
+                encoder.use_nested_tensor = False  # only the fused encoder can read a nested tensor
 
 
 # A rewritten forward -------------------------------------------------------------------------------------------
@@ -77,6 +80,10 @@ class Rewritten:
 
     def __reduce__(self) -> Any:
         return _blank, (_own_class(type(self)), self.netsurgery_code), self.__getstate__()
+
+
+def _is_rewritten(model: nn.Module) -> bool:
+    return any(isinstance(part, Rewritten) for part in model.modules())
 
 
 def _own_class(kind: type) -> Any:

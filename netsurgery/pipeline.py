@@ -22,17 +22,14 @@ from torch.optim import Optimizer
 
 from netsurgery.alone import settle_alone
 from netsurgery.check import adapt
-from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost
 from netsurgery.edit import Edit
-from netsurgery.errors import InputError, PassError, TraceError
-from netsurgery.inputs import infer_inputs
-from netsurgery.network import Network, analyse
-from netsurgery.refusals import refuse_unsupported
+from netsurgery.errors import PassError
+from netsurgery.network import Network
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import Inputs, Program, as_inputs, names_used, reads_training, record
+from netsurgery.untried import trace_untried
 
-__all__ = ["Pass", "apply", "cost", "plan", "trace", "trace_untried"]
+__all__ = ["Pass", "apply", "cost", "plan", "trace"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("netsurgery")
@@ -95,44 +92,6 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
 
 
 @_few_collections()
-def trace_untried(model: nn.Module, example_inputs: Any) -> Network:
-    """The network before its code was tried at other sizes."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    refuse_unsupported(model)
-    parameters = {name: tensor for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
-    if example_inputs is None:
-        inputs, program = infer_inputs(model)
-    else:
-        inputs = as_inputs(example_inputs)
-        program = record(model, inputs)
-    programs = [program]
-    used = names_used(programs)
-    if any(name not in used for name in parameters):
-        programs.append(_record_training(model, inputs))
-    elif any(map(reads_training, model.modules())):
-        programs.extend(_other_training(model, inputs, program))
-    return analyse(model, tuple(programs), inputs)
-
-
-def _record_training(model: nn.Module, inputs: Inputs) -> Program:
-    """The run in training mode, for what only runs there, such as auxiliary heads."""
-    try:
-        return record(model, inputs, "train")
-    except TraceError as error:
-        raise TraceError(f"some parameters are not used in eval mode, and in training mode {error}") from error
-
-
-def _other_training(model: nn.Module, inputs: Inputs, program: Program) -> list[Program]:
-    """The run in training mode, where it can be recorded on the same inputs and is another than in eval mode."""
-    try:
-        training = record(model, inputs, "train")
-    except TraceError:  # it needs targets, say; nothing that eval mode uses depends on it
-        return []
-    lines = [[node.format_node() for node in one.graph.nodes] for one in (training, program)]
-    return [] if lines[0] == lines[1] else [training]
-
-
 @_few_collections()
 def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
     """Decide what to remove, and carry nothing out.

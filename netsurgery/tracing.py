@@ -47,12 +47,14 @@ __all__ = [
     "lend_inputs",
     "location",
     "names_used",
+    "own_random_numbers",
     "raised_at",
     "record",
     "run_guarded",
     "skeleton",
     "tensors_in",
     "track",
+    "without_fast_path",
 ]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword inputs of a model
@@ -491,7 +493,7 @@ def skeleton(
 
 
 @contextlib.contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
+def own_random_numbers(device: torch.device) -> Iterator[None]:
     """Random numbers that are the same in every run, numpy's global ones too; the state outside stays as it is."""
     python, arrays = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -520,16 +522,22 @@ def track(bare: nn.Module, watcher: Watcher) -> None:
 def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
     """Run a skeleton under a watcher, with tensors without data that say they are on ``device``."""
     track(bare, watcher)
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation hides the network inside it
+    with torch.no_grad(), caches_kept(bare), without_fast_path(), contextlib.ExitStack() as stack:
+        stack.enter_context(own_random_numbers(device))
+        stack.enter_context(Posing(watcher.read, device, watcher.alias, watcher.assign))
+        stack.enter_context(watcher)
+        return bare(*inputs[0], **inputs[1])
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Attention by its own operations: torch's fused encoder hides the network, and zeroes what a mask pads."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), caches_kept(bare), contextlib.ExitStack() as stack:
-            stack.enter_context(_own_random_numbers(device))
-            stack.enter_context(Posing(watcher.read, device, watcher.alias, watcher.assign))
-            stack.enter_context(watcher)
-            return bare(*inputs[0], **inputs[1])
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:

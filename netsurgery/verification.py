@@ -5,7 +5,7 @@ result of every operation, and takes statistics (means, norms, softmax) over wha
 units of every group in every parameter that carries it; the output must not change.
 
 Where a network decides by values (see ``values.py``), all runs are answered with the decisions of the recorded one, and
-the numbers that decisions are taken from are compared like outputs.
+where it draws random numbers, with those of the original; the numbers that these rest on are compared like outputs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from netsurgery.alongside import Alongside, LeftPath
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.copying import named_tensors
+from netsurgery.costs import Sizes
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.network import Network
+from netsurgery.network import Group, Network
 from netsurgery.rules import Op
 from netsurgery.tracing import (
     TRANSPARENT,
@@ -38,11 +39,14 @@ from netsurgery.tracing import (
     lend,
     lend_inputs,
     location,
+    own_random_numbers,
     run_skeleton,
     skeleton,
     tensors_in,
     trains_otherwise,
+    without_fast_path,
 )
+from netsurgery.untried import trace_untried
 from netsurgery.values import Values, answer, draw, flat, is_number, laid_out, select, told
 
 __all__ = [
@@ -58,6 +62,7 @@ __all__ = [
 
 aten = torch.ops.aten
 Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
+Drawn = dict[torch.fx.Node, Any]  # by operation: the random numbers that it drew
 Numbers = list[tuple[torch.fx.Node, Tensor]]  # results that decisions are taken from
 
 
@@ -68,18 +73,22 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         model: the original, unchanged.
         small: what ``rewrite`` made of it.
         edit: the edit that was carried out.
-        example_inputs: inputs of the traced shapes; by default those of the trace, filled with random numbers.
+        example_inputs: inputs of the traced shapes; by default those of the trace, filled with random numbers. Where
+            they take another way through the code than those of the trace (another mask, say), the original is recorded
+            anew with them.
 
     Returns:
         The largest absolute difference between the outputs over the largest absolute output of the silenced
         original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
-        Where an output is zero everywhere, as with a head that starts at zero, or empty, it proves nothing. Where the
-        code decides by values, both networks take the decisions of the recorded run, whatever the inputs, and the
-        numbers these are taken from count as outputs.
+        Infinite where either has a number that is none (NaN), and where the shapes differ. Where an output is zero
+        everywhere, as with a head that starts at zero, or empty, it proves nothing. Where the code decides by values of
+        activations, both networks take the decisions of the recorded run, whatever these inputs would decide, and the
+        numbers these are taken from count as outputs; what the code draws at random is the same in both.
 
     Raises:
-        InputError: inputs of other shapes than those of the trace, or a small model that runs other operations where
-            the code looks at values.
+        InputError: the arguments in another order; a first model that is not the original; inputs of other shapes than
+            those of the trace, or that take a way through the code on which the edit cannot be; or a small model that
+            runs other operations where the code looks at values or draws random numbers.
 
     Example:
         >>> import torch, netsurgery
@@ -89,22 +98,114 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         >>> netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (x,)) < 1e-6
         True
     """
-    inputs = _random_like(edit.network, model) if example_inputs is None else as_inputs(example_inputs)
-    _check_shapes(edit.network, inputs)
+    _check_arguments(model, small, edit)
+    inputs = _given(example_inputs, model, edit.network)
+    edit = edit if _alike(edit.network, inputs) else _on_the_way_of(inputs, model, edit)
     keep = {edit.network[name].channel: torch.tensor(units) for name, units in edit.keep.items()}
+    units = _units({} if _fits(small, edit.network, Sizes({})) else keep)
     look_up_constants(model, edit.network, inputs)
     tensors = {**dict(named_tensors(model)), **edit.values}
     worst = 0.0
     for program in _repeatable(edit.network):
         numbers: Numbers = []
-        want = silenced(edit.network, program, tensors, inputs, keep, numbers)
-        if program.values == "all":
-            found, read = follow(small, program, inputs, _units(keep))
-            worst = max(worst, _difference(read, _chosen(numbers, _units(keep))))
+        drawn: Drawn = {}
+        with own_random_numbers(home(model)):
+            want = silenced(edit.network, program, tensors, inputs, keep, numbers, drawn)
+        if program.values == "all" or drawn:
+            found, read = follow(small, program, inputs, units, drawn)
+            worst = max(worst, _difference(read, _chosen(numbers, units)))
         else:
             found = run(small, program, inputs)
         worst = max(worst, _difference(found, want))
     return worst
+
+
+def _check_arguments(model: Any, small: Any, edit: Any) -> None:
+    """Make sure of three arguments in their order, as far as they can be told apart."""
+    if not (isinstance(model, nn.Module) and isinstance(small, nn.Module) and isinstance(edit, Edit)):
+        kinds = ", ".join(type(value).__name__ for value in (model, small, edit))
+        raise InputError(f"verify(model, small, edit) takes the original, the small model and the edit, got {kinds}")
+    if not _fits(model, edit.network, Sizes({})):
+        swapped = _fits(small, edit.network, Sizes({})) and _fits(model, edit.network, edit.network.sizes(edit.counts))
+        raise InputError(
+            "the original comes first: verify(model, small, edit)"
+            if swapped
+            else f"the first model is not the {edit.network.model_name} that the edit is for (its tensors have other "
+            "shapes): pass the original; if it was cut in place, a copy made before"
+        )
+
+
+def _fits(model: nn.Module, network: Network, sizes: Sizes) -> bool:
+    """Whether a model's tensors have the shapes that they have in a network at some sizes."""
+    found = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+    return all(found.get(name) == tuple(map(sizes, axes)) for name, axes in network.axes.items())
+
+
+def _given(example_inputs: Any, model: nn.Module, network: Network) -> Inputs:
+    """The inputs to compare on: those that are given, of the shapes of the trace, or some drawn at random."""
+    if example_inputs is None:
+        return _random_like(network, model)
+    inputs = _in_order(as_inputs(example_inputs), network)
+    _check_shapes(network, inputs)
+    return inputs
+
+
+def _in_order(inputs: Inputs, network: Network) -> Inputs:
+    """The same inputs, keywords in the order of the trace."""
+    positional, keyword = inputs
+    if keyword.keys() == network.inputs[1].keys():
+        return positional, {key: keyword[key] for key in network.inputs[1]}
+    return inputs
+
+
+def _alike(network: Network, inputs: Inputs) -> bool:
+    """Whether inputs surely take the way through the code that was recorded."""
+    (given, form), (traced, form_traced) = pytree.tree_flatten(inputs), pytree.tree_flatten(network.inputs)
+    looks = any(program.values != "none" for program in network.programs)
+    return (
+        form == form_traced
+        and _first_places(given) == _first_places(traced)
+        and all(_stands_for(a, b, looks) for a, b in zip(given, traced, strict=True))
+    )
+
+
+def _first_places(values: list[Any]) -> list[int]:
+    """For each tensor where it is given first: one that is given twice was recorded as one."""
+    tensors = [id(value) for value in values if isinstance(value, Tensor)]
+    return [tensors.index(one) for one in tensors]
+
+
+def _stands_for(given: Any, traced: Any, looks: bool) -> bool:
+    """Whether one input decides what another does, when the code looks at values or not; numbers decide nothing."""
+    if not isinstance(given, Tensor) or not isinstance(traced, Tensor):
+        plain = type(given) is type(traced) and isinstance(given, int | float | str)
+        return given is traced or (plain and given == traced)
+    if given.dtype != traced.dtype and not (is_number(given) and is_number(traced)):
+        return False
+    if not looks or is_number(traced):
+        return True
+    return not traced.is_meta and torch.equal(given.cpu(), traced.cpu())
+
+
+def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
+    """The same edit, of the network that is recorded with these inputs.
+
+    Raises:
+        InputError: a group is another there, or frozen.
+    """
+    network = trace_untried(model, inputs[0] or inputs[1])
+    for name in edit.keep:
+        group = network.by_name.get(name)
+        if group is None or group.size != edit.network[name].size or _places(group) != _places(edit.network[name]):
+            raise InputError(
+                f"these inputs take another way through the code of {network.model_name} than those of the trace, and "
+                f"the units of '{name}' are others there: plan the edit with such inputs"
+            )
+    return Edit(network, edit.keep, values=edit.values)
+
+
+def _places(group: Group) -> set[tuple[str, int]]:
+    return {(member.parameter, member.axis) for member in group.members}
 
 
 def _random_like(network: Network, model: nn.Module) -> Inputs:
@@ -145,8 +246,7 @@ def _check_shapes(network: Network, inputs: Inputs) -> None:
 
 def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
     """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
-    inputs = _random_like(network, model) if example_inputs is None else as_inputs(example_inputs)
-    _check_shapes(network, inputs)
+    inputs = _given(example_inputs, model, network)
     look_up_constants(model, network, inputs)
     generator = torch.Generator().manual_seed(seed)
     units = _units({g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable})
@@ -169,19 +269,23 @@ def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
     try:
         for module in modes:
             module.training = program.mode == "train" and trains_otherwise(module)
-        with torch.no_grad():
-            return tensors_in(model(*inputs[0], **inputs[1]))
+        positional, keyword = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # code may write to them
+        with torch.no_grad(), without_fast_path():
+            return tensors_in(model(*positional, **keyword))
     finally:
         for module, training in modes.items():
             module.training = training
 
 
 class _Follower(Alongside):
-    """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from."""
+    """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from.
 
-    def __init__(self, program: Program, values: Values, units: Units):
+    Random numbers are those that were ``drawn`` in another run, by the operation that drew them.
+    """
+
+    def __init__(self, program: Program, values: Values, units: Units, drawn: Drawn):
         super().__init__(program, values)
-        self.own, self.units = values, units
+        self.own, self.units, self.drawn = values, units, drawn
         self.numbers: list[Tensor] = []
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,26 +295,68 @@ class _Follower(Alongside):
             raise InputError(
                 f"the small model does not do what the original did {format_where(location())}: {error}"
             ) from error
-        if node is None or "decided" not in node.meta:
+        if node is None or not ("decided" in node.meta or node in self.drawn):
             return self.own.keep(func, args, kwargs, self.own.run(func, args, kwargs))
-        reals = self.own.reals(args, kwargs)
-        self.numbers.extend(t.clone() for t in flat([*reals[0], *reals[1].values()]) if is_number(t))
-        return self.own.keep(func, args, kwargs, answer(func, *reals, told(node, self.units)))
+        positional, keyword = self.own.reals(args, kwargs)
+        self.numbers.extend(t.clone() for t in flat(_read(func, positional, keyword)) if is_number(t))
+        if node in self.drawn:
+            found = _drawn_again(func, positional, _selected(self.drawn[node], node.meta["dims"], self.units))
+        else:
+            found = answer(func, positional, keyword, told(node, self.units))
+        return self.own.keep(func, args, kwargs, found)
 
 
-def follow(model: nn.Module, program: Program, inputs: Inputs, units: Units) -> tuple[list[Tensor], list[Tensor]]:
+def follow(
+    model: nn.Module, program: Program, inputs: Inputs, units: Units, drawn: Drawn
+) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of a model whose code is run with the decisions of a recorded run, and the numbers these rest on."""
     device = home(model)
     bare, names = skeleton(model, program.mode)
     values, given = Values(device), bare_inputs(inputs)
     lend(values, model, bare, names)
     lend_inputs(values, given, inputs)
-    follower = _Follower(program, values, units)
+    follower = _Follower(program, values, units, drawn)
     outputs = run_skeleton(bare, follower, given, device)
     return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
 
 
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operation draws random numbers, as it was called; dropout without a rate does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = Op(node, None).arguments
+    rate, trains = given.get("dropout_p", given.get("p")), given.get("train", given.get("training"))
+    return not (isinstance(rate, int | float) and rate == 0) and trains is not False
+
+
+def _read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an operation that it does not only write to."""
+    named = [*zip((a.name for a in func._schema.arguments), args, strict=False), *kwargs.items()]
+    filled = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    return [value for name, value in named if name not in filled or torch.Tag.nondeterministic_seeded not in func.tags]
+
+
+def _drawn_again(func: Any, args: Any, drawn: Any) -> Any:
+    """The result of an operation that draws random numbers, when it draws these."""
+    (first, *_) = func._schema.returns
+    return args[0].copy_(drawn) if first.alias_info is not None else drawn
+
+
+def _selected(value: Any, dims: Any, units: Units) -> Any:
+    """The units that stay of one result, or of each of several."""
+    if isinstance(value, list):
+        return [_selected(part, axes, units) for part, axes in zip(value, dims, strict=True)]
+    return select(value, dims, units) if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    parts = [part.clone() if isinstance(part, Tensor) else part for part in flat(value)]
+    return parts if isinstance(value, list | tuple) else parts[0]
+
+
 def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    if len(found) != len(wanted):
+        return float("inf")
     return max((_relative(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
 
 
@@ -304,10 +450,12 @@ def replay(
                 args, kwargs = torch.fx.node.map_aggregate(
                     (node.args, node.kwargs), functools.partial(_value, values, device)
                 )
+                if numbers is not None and ("decided" in node.meta or _draws(node)):
+                    read = flat(_read(node.target, node.args, node.kwargs))
+                    numbers.extend(
+                        (s, values[s].clone()) for s in read if isinstance(s, torch.fx.Node) and is_number(values[s])
+                    )
                 if "decided" in node.meta:
-                    if numbers is not None:
-                        sources = [s for s in flat([*node.args, *node.kwargs.values()]) if isinstance(s, torch.fx.Node)]
-                        numbers.extend((s, values[s].clone()) for s in sources if is_number(values[s]))
                     values[node] = answer(node.target, args, kwargs, told(node, units or _units({})))
                 else:
                     values[node] = laid_out(node.target)(*args, **kwargs)
@@ -335,10 +483,12 @@ def silenced(
     inputs: Inputs,
     keep: Mapping[Axis, Tensor],
     numbers: Numbers | None = None,
+    drawn: Drawn | None = None,
 ) -> list[Tensor]:
     """Outputs of the original network with every unit not in ``keep`` contributing nothing; ``numbers`` as above.
 
     What stays of a weight that is computed from others stays as it is: its computation sees all units.
+    ``drawn`` gets what each operation draws at random.
     """
 
     @functools.cache
@@ -363,6 +513,8 @@ def silenced(
         return entries(masks)
 
     def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
+        if drawn is not None and node.op == "call_function" and _draws(node):
+            drawn[node] = _copied(out)
         special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:
             op = Op(node, network)

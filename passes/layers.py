@@ -309,7 +309,7 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
         readings = tuple(layer.inputs if grouping == "feature" else layer.outputs for layer in chosen)
         counted = _first_of([layer.name for layer in chosen])
         counts = tuple(column_count(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
-        return OuterGroups(tuple(chosen), Layout(readings, counted), counts, sum(counts), {})
+        return OuterGroups(tuple(chosen), Layout(readings, counted, groups=sum(counts)), counts, sum(counts), {})
     read = {channel for layer in chosen for channel in leaves(layer.input_axis)}
     units: dict[str, slice] = {}
     start = 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
-from itertools import accumulate
 from numbers import Real
 from typing import Any
 
@@ -12,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from netsurgery.errors import InputError
-from netsurgery.kernels.criteria import Name, accumulator
-from netsurgery.kernels.sparsity import add_gradient, values
-from netsurgery.passes.layers import ROLES, Grouping, Layer, LayerRole, check_choice, layers, outer_groups
+from netsurgery.kernels.criteria import Name, Placed, accumulator
+from netsurgery.kernels.sparsity import PLAIN, add_gradient, values
+from netsurgery.passes.layers import ROLES, Grouping, LayerRole, check_choice, layers, outer_groups
+from netsurgery.passes.parameters import Parameters
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
 from netsurgery.pipeline import trace
 from netsurgery.report import columns
@@ -111,7 +110,8 @@ class HGSR:
                 f"Its groups:\n{network}"
             )
         self._layout = self._groups.layout
-        self._model: Any = model  # what stands at a path in it is looked up as it is needed
+        self._parameters = Parameters(model, [layer.name for layer in self._groups.layers])
+        self._marks: Any = None  # of the weights that were looked at last
         self._factors = torch.zeros(2, dtype=torch.float64)
         self._set(strength, 0)
         self._weights()
@@ -138,7 +138,9 @@ class HGSR:
     def __call__(self) -> Tensor:
         """The penalty: a scalar of float32 (float64 if a weight is), differentiable once."""
         weights = self._weights()
-        factors = self._factors.clone()  # a step of the schedule may come before backward
+        # A copy, since a step of the schedule may come before backward. Where it is compiled nothing is kept: the
+        # memory of a CUDA graph is overwritten by the next run.
+        factors = self._factors.to(weights[0].device, accumulator(*weights), copy=True)
         return (values(weights, self._layout, self.criterion) * factors).sum()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -200,15 +202,26 @@ class HGSR:
 
     def _weights(self) -> list[Tensor]:
         """The parameters as they are now; what is kept beside them goes to their device and type."""
-        weights: list[Tensor] = [reduce(getattr, layer.name.split("."), self._model) for layer in self._groups.layers]
+        weights = self._parameters()
+        if torch.compiler.is_compiling() or not all(type(one) in PLAIN for one in weights):
+            self._check_shapes(weights)
+            if not torch.compiler.is_compiling():
+                self._move(weights[0].device, accumulator(*weights))
+            return weights
+        placed = Placed(weights)
+        if placed.marks != self._marks or placed[0].device != self._factors.device:
+            self._check_shapes(placed)
+            self._move(placed[0].device, accumulator(*placed))
+            self._marks = placed.marks
+        return placed
+
+    def _check_shapes(self, weights: Sequence[Tensor]) -> None:
         for layer, weight in zip(self._groups.layers, weights, strict=True):
             if weight.shape != layer.shape:
                 raise InputError(
                     f"HGSR: {layer.name} had shape {tuple(layer.shape)} and has {tuple(weight.shape)} now: build the "
                     "penalty again after pruning; to shard the parameters, use fully_shard"
                 )
-        self._move(weights[0].device, accumulator(*weights))
-        return weights
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         if device.type == "meta" or (self._factors.device == device and self._factors.dtype == dtype):
@@ -227,16 +240,12 @@ class HGSR:
                 raise InputError(
                     f"HGSR.add_gradient: {layer.name} is computed from other parameters: add the penalty to the loss"
                 )
-            if getattr(weight, "placements", None) is None and self._is_sharded(layer):
+        for layer, weight, sharded in zip(self._groups.layers, weights, self._parameters.sharded(), strict=True):
+            if sharded and getattr(weight, "placements", None) is None:
                 raise InputError(
                     f"HGSR.add_gradient: {layer.name} is not sharded now, but its module is: call it after backward, "
                     "when fully_shard has sharded the parameters again, or add the penalty to the loss"
                 )
-
-    def _is_sharded(self, layer: Layer) -> bool:
-        """Whether ``fully_shard`` was called on a module around a layer."""
-        around = accumulate(layer.name.split("."), getattr, initial=self._model)  # from the model to the weight
-        return any(hasattr(type(one), "set_reshard_after_backward") for one in around)
 
 
 def _is_number(value: object) -> bool:

@@ -26,9 +26,9 @@ from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entr
 from netsurgery.passes.randomness import draws_at, seeded
 from netsurgery.passes.samples import Samples, in_eval_mode
 from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
-from netsurgery.pipeline import trace_untried
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import Inputs, home, tensors_in
+from netsurgery.untried import trace_untried
 from netsurgery.verification import look_up_constants, silenced
 
 if TYPE_CHECKING:

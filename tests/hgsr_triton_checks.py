@@ -1,7 +1,7 @@
 """What the Triton kernels must satisfy, on the GPU, or, with TRITON_INTERPRET=1, in the interpreter on the CPU.
 
 Not collected by itself, since Triton interprets either everything or nothing in a process; ``test_hgsr_triton.py``
-runs it.
+runs it in the interpreter, and ``gpu.py`` on a GPU.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def check(
     l1 = torch.stack([w.detach().abs().sum() * once for w, once in zip(precise, counted, strict=True)]).sum()
     wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
 
+    readings, counted = tuple(readings), tuple(counted)
     arguments = (weights, readings, index, groups, rule, counted)
     values, slopes = hgsr_triton.value(*arguments)
     assert values.dtype == slopes.dtype == wide and values.shape == (2,) and slopes.shape == (groups,)
@@ -213,7 +214,9 @@ def test_many_tiles_and_chunks(grouping: str, monkeypatch: pytest.MonkeyPatch) -
     chunks = table[:, hgsr_triton.FIELDS.index("CHUNKS")]
     assert chunks.max() > hgsr_triton.FOLD.value and chunks.min() == 1
     assert plan.tiles > SMALL.wide
-    assert {(grouping == "neuron", unit) for unit in (False, True)} <= {kind[:2] for kind in plan.kinds}
+    assert {(grouping == "neuron", unit) for unit in (False, True)} <= {
+        (bool(kind & 1), bool(kind >> 1 & 1)) for kind in plan.kinds
+    }
     index, groups = None, 0
     if grouping == "index":
         groups = 20
@@ -304,6 +307,29 @@ def test_what_moved_is_found() -> None:
     check(moved, readings, "group_l12", index=index, groups=2, thorough=False)
     index[::2] = 1
     check(moved, readings, "group_l12", index=index, groups=2, thorough=False)
+
+
+def test_tensors_that_moved_are_found_in_a_steady_loop() -> None:
+    """The same lists of readings, call after call, while weights and gradients are replaced, one by one."""
+    weights, found, given = weights_and_readings(torch.float32, "feature")
+    readings, counted = tuple(found), tuple(given)
+    rule, groups = CRITERIA["hierarchical_sq_group_l12"], columns(weights, found)
+    scale = torch.tensor([1.0, 0.5], device=DEVICE)
+    outs = [torch.zeros_like(w) for w in weights]
+    for i in (None, 0, 1, 2, 0):
+        if i is not None:
+            weights[i] = weights[i] * 3
+            outs[i] = torch.zeros_like(weights[i])
+        for repeated in range(2):
+            before = [out.clone() for out in outs]
+            values, slopes = hgsr_triton.value(weights, readings, None, groups, rule, counted)
+            hgsr_triton.gradient(weights, readings, None, slopes, rule, counted, scale, outs, accumulate=True)
+            expected, exact = hgsr_triton.value([w.clone() for w in weights], found, None, groups, rule, given)
+            assert torch.equal(values, expected) and torch.equal(slopes, exact), (i, repeated)
+            fresh = [torch.zeros_like(w) for w in weights]
+            hgsr_triton.gradient(weights, found, None, exact, rule, given, scale, fresh, accumulate=False)
+            for out, old, each in zip(outs, before, fresh, strict=True):
+                torch.testing.assert_close(out, old + each, rtol=1e-6, atol=1e-6)
 
 
 def test_a_single_element_is_not_squared() -> None:

@@ -38,11 +38,6 @@ def test_in_the_interpreter() -> None:
     run_checks(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
-@pytest.mark.gpu
-def test_on_the_gpu() -> None:
-    run_checks()
-
-
 def kinds(writes: bool) -> list[hgsr_triton.Tile]:
     """Every kind of tile that the launcher can choose, for a value or a gradient."""
     found = {}

@@ -67,11 +67,37 @@ def test_the_symlinks_are_relative(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["passes", "kernels"])
-def test_importing_under_the_wrong_name_is_refused(name: str) -> None:
-    ran = run(f"import {name}")
-    assert ran.returncode != 0
-    assert ran.stderr.splitlines()[-1].startswith("ImportError:")
-    assert f"netsurgery.{name}" in ran.stderr.splitlines()[-1]
+def test_nothing_is_found_under_the_wrong_name(name: str) -> None:
+    """As in a folder that is no package: those who look for another package of this name take it for missing."""
+    ran = run(f"import {name}; print(getattr({name}, '__file__', None), getattr({name}, '__version__', None))")
+    assert (ran.stdout, ran.stderr) == ("None None\n", "")
+    for code, error in [
+        (f"import {name}.nothing", f"ModuleNotFoundError: No module named '{name}.nothing'"),
+        ("import kernels.criteria", "ModuleNotFoundError: No module named 'kernels.criteria'"),
+        ("from passes.scores import HGSRScore", "ModuleNotFoundError: No module named 'passes.scores'"),
+        (f"import {name}; {name}.CRITERIA", f"AttributeError: no package '{name}' is installed; netsurgery's is"),
+        (f"from {name} import CRITERIA", f"ImportError: cannot import name 'CRITERIA' from '{name}'"),
+    ]:
+        ran = run(code)
+        assert ran.returncode != 0 and ran.stderr.splitlines()[-1].startswith(error), ran.stderr
+
+
+@pytest.mark.parametrize("name", ["passes", "kernels"])
+def test_another_package_of_the_same_name_is_the_one_that_is_imported(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("from . import inner\n__version__ = '9'\n")
+    (tmp_path / name / "inner.py").write_text("here = __name__\n")
+    ran = run(
+        f"import sys; sys.path.append({str(tmp_path)!r})\n"
+        f"import {name}, {name}.inner, netsurgery.{name}\n"
+        f"print({name}.__version__, {name}.inner.here, netsurgery.{name}.__name__)"
+    )
+    assert (ran.stdout, ran.stderr) == (f"9 {name}.inner netsurgery.{name}\n", "")
+
+
+def test_transformers_can_be_imported_from_the_root() -> None:
+    ran = run("from transformers import AutoModel, GPT2Model; import netsurgery.kernels; print(GPT2Model.__name__)")
+    assert (ran.returncode, ran.stdout) == (0, "GPT2Model\n"), ran.stderr
 
 
 def test_kernels_import_nothing_of_the_core() -> None:

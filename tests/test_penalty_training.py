@@ -506,6 +506,39 @@ def test_on_several_ranks(size: int) -> None:
     assert all(f"passed {check}\n" in output for check in THOROUGH), output[-4000:]
 
 
+def test_what_is_compiled_keeps_nothing() -> None:
+    """The memory of a compiled run may be overwritten by the next, as CUDA graphs do: none of it may be held."""
+    model = net(torch.float32)
+    penalty = penalty_of(model)
+    model.double()  # so that the factors have to be of another type
+    held, layout = penalty._factors, penalty._layout
+    compiled = torch.compile(penalty.__call__, backend="aot_eager", fullgraph=True)
+    value, _ = expected_gradients(penalty, model)
+    for _ in range(2):
+        assert compiled().item() == pytest.approx(value, rel=1e-6)  # the strength was rounded for float32
+        assert penalty._factors is held and penalty._layout is layout
+    assert penalty().item() == pytest.approx(value, rel=1e-12)
+    assert penalty._factors.dtype == torch.float64
+
+
+def test_a_layer_that_is_replaced_is_found() -> None:
+    """The way to a parameter is walked anew: another module, another parameter, a weight that is computed."""
+    model = net()
+    penalty = penalty_of(model, "feature")
+    before = penalty().item()
+    model.hidden = nn.Linear(6 * 16, 10).double()
+    changed = penalty().item()
+    assert changed == pytest.approx(by_reference(penalty, model).item(), rel=1e-12) != before
+    model.first.weight = nn.Parameter(model.first.weight.detach() * 2)
+    assert penalty().item() == pytest.approx(by_reference(penalty, model).item(), rel=1e-12) != changed
+    parametrizations.weight_norm(model.hidden)
+    with pytest.raises(InputError, match=r"hidden\.weight is computed from other parameters"):
+        penalty.add_gradient()
+    model.hidden = nn.Linear(5, 10).double()
+    with pytest.raises(InputError, match=r"hidden\.weight had shape \(10, 96\) and has \(10, 5\) now"):
+        penalty()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
 def test_on_the_gpu(mode: str | None) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -617,6 +617,15 @@ def test_load_refuses_a_model_of_other_sizes(ran: tuple[dict[str, Any], Path, st
         netsurgery.load(ran[1] / "norm" / "seed-0", DigitsResNet((6, 8)))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in the foreground: processes in the background ignore it, and so do those that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("where", "text"),
     [("step", "keeps all runs and epochs that were finished; the same command goes on from there"), ("claim", "")],
@@ -633,6 +642,7 @@ def test_an_interruption_says_what_is_kept(where: str, text: str, tmp_path: Path
     assert (tmp_path / "out" / "penalised" / "seed-0" / "train.safetensors").exists() == (where == "step")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("times", "steps"), [(1, 30), (2, 29)])
 def test_control_c_is_not_lost_in_training(
@@ -677,6 +687,7 @@ def test_handlers_of_others_are_left_alone(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_control_c_prints_one_line(workers: int, tmp_path: Path) -> None:
     text = RECIPE.replace("epochs = 2", "epochs = 2000").replace("batch = 16", f"batch = 16, workers = {workers}")

@@ -1,0 +1,71 @@
+"""Parameters of a model, looked up by name at every step of a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Parameters"]
+
+
+class Parameters:
+    """What stands under names in a model, now; the way there is walked anew only where a module on it was replaced.
+
+    Args:
+        model: any module.
+        names: of parameters, or of tensors that are computed where they are asked for.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.model, self.names = model, tuple(names)
+        self._ways: list[tuple[nn.Module, str, nn.Module]] = []  # a module, and under which name it holds another
+        self._owners: list[tuple[nn.Module, str]] = []  # of each parameter its module, and its name there
+
+    def __call__(self) -> list[Tensor]:
+        """The tensors, in the order of the names."""
+        if torch.compiler.is_compiling():
+            return [self._found(name) for name in self.names]
+        if not self._owners or any(one._modules.get(name) is not inner for one, name, inner in self._ways):
+            self._walk()
+        held = [module._parameters.get(name) for module, name in self._owners]
+        if all(one is not None for one in held):
+            return held  # type: ignore[return-value]
+        return [self._found(name) if one is None else one for one, name in zip(held, self.names, strict=True)]
+
+    def sharded(self) -> list[bool]:
+        """Of each that was looked up last, whether ``fully_shard`` was called on a module around it."""
+        if not any(_is_sharded(one) for one in (self.model, *(inner for _, _, inner in self._ways))):
+            return [False] * len(self.names)
+        return [any(map(_is_sharded, chain)) for chain in self.around()]
+
+    def around(self) -> list[list[nn.Module]]:
+        """For each parameter the modules from the model to its own."""
+        found = []
+        for name in self.names:
+            *path, _ = name.split(".")
+            chain = [self.model]
+            for part in path:
+                chain.append(getattr(chain[-1], part))
+            found.append(chain)
+        return found
+
+    def _walk(self) -> None:
+        ways: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+        owners = []
+        for whole, chain in zip(self.names, self.around(), strict=True):
+            *path, name = whole.split(".")
+            for one, part, inner in zip(chain, path, chain[1:], strict=False):
+                ways[id(one), part] = (one, part, inner)
+            owners.append((chain[-1], name))
+        self._ways, self._owners = list(ways.values()), owners
+
+    def _found(self, name: str) -> Tensor:
+        tensor: Tensor = reduce(getattr, name.split("."), self.model)  # type: ignore[assignment]
+        return tensor
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return hasattr(type(module), "set_reshard_after_backward")
