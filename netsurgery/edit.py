@@ -38,7 +38,7 @@ class Outcome:
         line = f"asked to remove {self.asked}, removed {self.got}"
         if not self.short:
             return line
-        first = [f"{name} {why}" for name, why in list(self.short.items())[:_LISTED]]
+        first = [f"{name}: {why}" for name, why in list(self.short.items())[:_LISTED]]
         more = len(self.short) - len(first)
         return f"{line}; short: {'; '.join(first)}" + (f"; and {more} more groups" if more else "")
 

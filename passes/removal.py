@@ -255,6 +255,7 @@ class _Choice:
         self.names = None if settings.of is None else counterparts(self.original, network)
         self.ratios = self._ratios()
         self.short: dict[str, str] = {}
+        self.missing = False  # whether fewer units go than are asked of all together
         self.groups = self._groups()
         self.bundles = self._bundles()
 
@@ -284,7 +285,9 @@ class _Choice:
                 asked.append(group)
             elif group.frozen is None and (near := [chosen for _, chosen in held if is_touched(group, chosen)]):
                 others = others_made_by(group, near[0]) or "others"
-                self.short[group.name] = f"0 of {group.size} ({others} make these units too: name the group to cut it)"
+                self.short[group.name] = (
+                    f"0 of {group.size} (also produced by {others}: include '{group.name}' to cut it)"
+                )
         if isinstance(settings.ratio, Mapping):
             asked = [group for group in asked if self.ratio(group) is not None]
         units = (settings.unit,) if isinstance(settings.unit, str) else tuple(settings.unit)
@@ -373,6 +376,9 @@ class _Choice:
 
     def _outcome(self, edit: Edit, removed: list[int]) -> Outcome:
         settings = self.settings
+        if settings.scope == "global" and isinstance(settings.ratio, Real):
+            got = sum(k * len(bundle.groups) for bundle, k in zip(self.bundles, removed, strict=True))
+            self.missing = got < self.wanted(float(settings.ratio))
         for bundle, k in zip(self.bundles, removed, strict=True):
             if why := self._shortfall(bundle, k):
                 self.short.update((group.name, why) for group in bundle.groups)
@@ -393,8 +399,8 @@ class _Choice:
         if settings.threshold is not None:
             return f"the units with scores of at most {settings.threshold:g}"
         if isinstance(settings.ratio, Mapping):
-            shares = ", ".join(f"{100 * share:.1f}% in {_brief(one)}" for one, share in settings.ratio.items())
-            return f"of {of} {shares}"
+            first, *others = [(f"{100 * share:.1f}%", _brief(one)) for one, share in settings.ratio.items()]
+            return f"{first[0]} of {of} in {first[1]}" + "".join(f", {share} in {one}" for share, one in others)
         return f"{100 * float(settings.ratio or 0):.1f}% of {of}" + (
             " of each layer" if settings.scope == "layer" else ""
         )
@@ -413,16 +419,16 @@ class _Choice:
     def _shortfall(self, bundle: _Bundle, removed: int) -> str | None:
         """Why a group loses fewer units than asked, if it does."""
         settings = self.settings
-        if settings.threshold is not None:
-            due, asked = int((bundle.scores <= settings.threshold).sum()), ""
-        elif bundle.ratio is not None and settings.scope == "layer":
-            due, asked = bundle.due(bundle.ratio), f"{100 * bundle.ratio:g}% of {bundle.whole} is less than one"
-        else:
-            return None
         gone = bundle.whole - bundle.size + removed
-        if removed < due:
-            return f"{gone} of {bundle.whole} ({self._limit(bundle, due)})"
-        return f"0 of {bundle.whole} ({asked})" if not gone and asked and bundle.ratio else None
+        if settings.threshold is not None:
+            due = int((bundle.scores <= settings.threshold).sum())
+        elif settings.scope == "layer" and bundle.ratio is not None:
+            due = bundle.due(bundle.ratio)
+            if bundle.ratio and not gone and not due:
+                return f"0 of {bundle.whole} ({100 * bundle.ratio:g}% of these is less than one)"
+        else:  # of all together
+            due = bundle.size if self.missing else 0
+        return f"{gone} of {bundle.whole} ({self._limit(bundle, due)})" if removed < due else None
 
     def _limit(self, bundle: _Bundle, due: int) -> str:
         """The setting that keeps units which were due."""
