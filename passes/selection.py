@@ -40,12 +40,16 @@ def is_touched(group: Group, modules: Chosen) -> bool:
 
 
 def belongs(group: Group, modules: Chosen, patterns: Sequence[Pattern]) -> bool:
-    """Whether only some modules produce a group's units, or only they carry them; or the group is asked for by name."""
+    """Whether only some modules produce a group's units, or these are but all that carries them, as norms do.
+
+    Or the group is asked for by name.
+    """
     made = [member for member in group.members if member.role == "produces"]
     owners = {member.module for member in made}
     carried = [m for m in group.members if m.role == "carries" and m.module not in owners]
-    alone = [all(modules.holds(m.parameter) for m in members) for members in (made, carried) if members]
-    return any(alone) or group.name in [pattern for pattern in patterns if isinstance(pattern, str)]
+    held = [modules.holds(member.parameter) for member in made]
+    alone = all(held) if any(held) else bool(carried) and all(modules.holds(m.parameter) for m in carried)
+    return alone or group.name in [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
 def others_made_by(group: Group, modules: Chosen) -> str:

@@ -215,7 +215,7 @@ def test_widths_that_are_no_multiple(width: int, step: int, ratio: float, left: 
     assert cut(model, ROWS, PruneChannels(ratio, multiple_of=step))[0].out_features == left
     edit = netsurgery.plan(model, [RandomScore(), PruneChannels(ratio, multiple_of=step)], ROWS)
     if left > width - int(width * ratio):
-        assert f"0 {width - left} of {width} (multiple_of={step})" in edit.summary()
+        assert f"0: {width - left} of {width} (multiple_of={step})" in edit.summary()
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
