@@ -311,7 +311,8 @@ CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "an embedding of a buffer": lambda m, x: m.read(F.embedding(torch.tensor([3, 1, 0, 2, 4]), m.table)),
     "a tensor that is an attribute": lambda m, x: m.read(m.plain * 2),
     "ones": lambda m, x: m.read(torch.ones(5, 8)),
-    "noise": lambda m, x: m.read(x.new_zeros(5, 8).normal_()) * 0,
+    "noise": lambda m, x: m.read(torch.randn(5, 8)) * 0,
+    "filled": lambda m, x: m.read(x.new_full((5, 8), 0.3)),
     "a part": lambda m, x: m.read(torch.cat([x[0, :, :3], x.new_ones(5, 5)], 1)),
 }
 
@@ -326,6 +327,19 @@ def test_what_a_constant_feeds_is_an_input(run: str) -> None:
     assert reads and all(group.frozen for group in reads)
     assert any("what a constant feeds is an input" in (group.frozen or "") for group in reads)
     assert cut(model, ROWS, PruneChannels(0.5)).read.weight.shape == (16, 8)
+
+
+def test_a_state_that_begins_with_zeros_is_no_input() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out = nn.RNNCell(12, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.cell(x[:, 0]))
+
+    network = netsurgery.trace(nn.Sequential(Step()), ROWS)
+    assert [group.name for group in network.groups if group.frozen is None] == ["0.cell", "0.cell:in:2"]
 
 
 def test_what_a_constant_is_added_to_is_none() -> None:
