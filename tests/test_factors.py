@@ -245,6 +245,7 @@ class LoRA(nn.Module):
         self.w, self.out = nn.Linear(12, 32), nn.Linear(32, 3)
         self.a, self.b = nn.Linear(12, rank, bias=False), nn.Linear(rank, 32, bias=False)
         self.drop = nn.Dropout(0.1)
+        self.gain, self.gate = nn.Parameter(torch.rand(rank)), nn.Parameter(torch.rand(()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.run(self, x).relu())
@@ -253,6 +254,8 @@ class LoRA(nn.Module):
 BESIDE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "beside": lambda m, x: m.w(x) + m.b(m.a(m.drop(x))) * 2,
     "scaled first": lambda m, x: m.b(m.a(x) * 0.5) + m.w(x),
+    "with learned factors": lambda m, x: m.w(x) + m.b(m.a(x) * m.gain) * m.gate,
+    "several": lambda m, x: (m.w(x) + m.b(m.a(x)) * 0.5) + m.b(m.a(m.drop(x))),
     "of the weight": lambda m, x: F.linear(x, m.w.weight + 2 * m.b.weight @ m.a.weight, m.w.bias),
     "turned": lambda m, x: x @ (m.w.weight.T + m.a.weight.T @ m.b.weight.T) + m.w.bias,
 }
@@ -278,6 +281,20 @@ def test_convolutions_of_low_rank() -> None:
 
     x = torch.randn(1, 12, 6, 6)
     assert cut(Beside(), x, PruneChannels(0.5)).a.out_channels == 4
+
+
+def test_an_embedding_of_low_rank() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.a, self.b = nn.Embedding(20, 16), nn.Embedding(20, 4), nn.Linear(4, 16, bias=False)
+            self.out = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.w(x) + self.b(self.a(x)))
+
+    small = cut(Beside(), torch.tensor([[1, 2, 3]]), PruneChannels(0.5))
+    assert (small.w.embedding_dim, small.a.embedding_dim) == (8, 4)
 
 
 def test_a_hidden_layer_beside_another_is_made_of_channels() -> None:
