@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,16 +235,25 @@ def counterparts(original: Network, later: Network, among: Iterable[str] | None 
     Args:
         among: names of the original's groups that may be meant; by default of all.
     """
-    mine: dict[Any, list[str]] = {}
-    for name in original.by_name if among is None else among:
-        if original[name].size > 1:
-            mine.setdefault(_places(original[name]), []).append(name)
-    theirs: dict[Any, list[str]] = {}
-    for group in later.groups:
-        if group.size > 1:
-            theirs.setdefault(_places(group), []).append(group.name)
-    pairs = [(names, mine[places]) for places, names in theirs.items() if len(names) == len(mine.get(places, ()))]
-    return {new: old for names, olds in pairs for new, old in zip(names, olds, strict=True)}
+    there = [original[name] for name in (original.by_name if among is None else among)]
+    mine, theirs = ([g for g in groups if g.unit in ("head", "head_dim")] for groups in (there, later.groups))
+    apart = _same(
+        mine, theirs, lambda group: (_places(group), group.unit)
+    )  # of one head that is left there is no group
+    return {**apart, **_same(there, later.groups, _places)}
+
+
+def _same(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:
+    """Groups here and there that have the same key, by name, where there are equally many of these; in order."""
+    found: list[dict[Any, list[str]]] = []
+    for groups in (there, here):
+        names: dict[Any, list[str]] = {}
+        for group in groups:
+            if group.size > 1:
+                names.setdefault(key(group), []).append(group.name)
+        found.append(names)
+    pairs = [(names, found[0].get(key, [])) for key, names in found[1].items()]
+    return {new: old for one, other in pairs if len(one) == len(other) for new, old in zip(one, other, strict=True)}
 
 
 def _places(group: Group) -> tuple[tuple[str, int], ...]:

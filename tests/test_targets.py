@@ -106,6 +106,16 @@ def test_attention_in_rounds() -> None:
     assert (attention.in_proj_weight.shape, model[0].out_features) == ((36, 12), 12)
 
 
+def test_where_one_head_is_left() -> None:
+    layer = nn.TransformerEncoderLayer(24, 4, 32, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(24, 3))
+    x = torch.zeros(2, 5, 24)
+    first = netsurgery.plan(model, [RandomScore(), PruneChannels(0.75, unit="head")], x)
+    small = netsurgery.rewrite(model, first)
+    second = netsurgery.plan(small, [RandomScore(), PruneChannels(0.5, unit="head_dim", of=first)], x)
+    assert netsurgery.rewrite(small, second)[0].layers[0].self_attn.in_proj_weight.shape == (9, 24)
+
+
 def test_another_original_is_refused() -> None:
     other = netsurgery.trace(net(8, 16, 32), IMAGE)
     with pytest.raises(
