@@ -132,8 +132,8 @@ class SoftPruning:
         model: any module, also in DistributedDataParallel or torch.compile; it is traced once.
         example_inputs: as for ``netsurgery.trace``.
         method: see above.
-        ratio: the share of the filters of each layer or group that goes, in [0, 1): ``floor(filters * ratio)``. Of groups
-            that are factors of one dimension, one is cut, as by ``PruneChannels``.
+        ratio: the share of the filters of each layer or group that goes, in [0, 1): ``floor(filters * ratio)``.
+            Of groups that are factors of one dimension, one is cut, as by ``PruneChannels``.
         epochs: the length of the schedule, in calls of ``step``.
         grouping: "layer", the filters of each layer are ranked by themselves; in a residual stream those that not
             all layers have pruned stay, as zeros. "coupled", a filter is a unit of the dependency graph with all
