@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,33 @@ from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
 from netsurgery.report import edit_html, edit_line, share
 
-__all__ = ["Edit"]
+__all__ = ["Edit", "Outcome", "counterparts"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass was asked to remove and what it has removed.
+
+    Attributes:
+        asked: such as ``50.0% of the channels of each layer``.
+        got: likewise.
+        short: groups that lose less than asked, or nothing because they are locked, and why.
+    """
+
+    asked: str
+    got: str
+    short: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        line = f"asked to remove {self.asked}, removed {self.got}"
+        if not self.short:
+            return line
+        first = [f"{name}: {why}" for name, why in list(self.short.items())[:_LISTED]]
+        more = len(self.short) - len(first)
+        return f"{line}; short: {'; '.join(first)}" + (f"; and {more} more groups" if more else "")
+
+
+_LISTED = 3  # groups in one line
 
 
 @dataclass(frozen=True)
@@ -29,6 +56,7 @@ class Edit:
         values: new values of tensors of the model by name, at full size, that what stays is cut from: what a removal
             loses may be made up for by them. They are for this network's model, and no part of the JSON.
         uncompensated: weights (or groups) whose loss was to be made up for and is not, and why.
+        outcomes: of each pass that led here, what it was asked for and what came of it.
 
     Raises:
         InputError: a name that is no group, a frozen group, indices out of range, repeated or out of order, a
@@ -48,6 +76,7 @@ class Edit:
 
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     uncompensated: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    outcomes: tuple[Outcome, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in self.values.items():
@@ -134,6 +163,16 @@ class Edit:
         channels = {self.network[name].channel for name in self.keep}
         return [node.meta["scaled_by"] for program in self.network.programs for node in scaled(program, channels)]
 
+    def summary(self) -> str:
+        """What was asked, what was removed, and which groups fell short and why: a line, then one for each of these."""
+        lines = ["; ".join(map(str, self.outcomes)) or f"removed {self._removed()}"]
+        lines.extend(f"  {name}: {why}" for outcome in self.outcomes for name, why in outcome.short.items())
+        return "\n".join(lines)
+
+    def _removed(self) -> str:
+        gone = {name: self.network[name].size - count for name, count in self.counts.items()}
+        return f"{sum(gone.values())} units of {len(gone)} groups" if gone else "nothing"
+
     def then(self, later: Edit) -> Edit:
         """This edit followed by one made for the network it leads to.
 
@@ -141,7 +180,7 @@ class Edit:
             InputError: the later edit names a group or units that this edit does not leave.
         """
         keep = dict(self.keep)
-        names = self._names_in(later.network)
+        names = self.names_in(later.network)
         for name, units in later.keep.items():
             if name not in names:
                 raise InputError(f"group '{name}' of the later edit is none that this edit leaves")
@@ -151,25 +190,15 @@ class Edit:
         for name, value in later.values.items():
             full = values.get(name, self.network.tensors[name])
             values[name] = places.put(full, self.network.axes[name], value)
-        return Edit(self.network, keep, values=values, uncompensated={**self.uncompensated, **later.uncompensated})
+        uncompensated = {**self.uncompensated, **later.uncompensated}
+        outcomes = (*self.outcomes, *later.outcomes)
+        return Edit(self.network, keep, values=values, uncompensated=uncompensated, outcomes=outcomes)
 
-    def _names_in(self, later: Network) -> dict[str, str]:
+    def names_in(self, later: Network) -> dict[str, str]:
         """For each group of the network that this edit leads to, its name here: they occur in the same places."""
-        mine: dict[tuple[tuple[str, int], ...], list[str]] = {}
-        for group in self.network.groups:
-            if self.counts.get(group.name, group.size) > 1:
-                mine.setdefault(_places(group), []).append(group.name)
-        theirs: dict[tuple[tuple[str, int], ...], list[str]] = {}
-        for group in later.groups:
-            if group.size > 1:
-                theirs.setdefault(_places(group), []).append(group.name)
-        return {
-            new: old
-            for places, names in theirs.items()
-            if len(names) == len(mine.get(places, ()))
-            for new, old in zip(names, mine[places], strict=True)
-            if later[new].size == self.counts.get(old, self.network[old].size)
-        }
+        left = {group.name: self.counts.get(group.name, group.size) for group in self.network.groups}
+        found = counterparts(self.network, later, [name for name, count in left.items() if count > 1])
+        return {new: old for new, old in found.items() if later[new].size == left[old]}
 
     def to_json(self) -> str:
         """The edit as JSON: group sizes and the units that stay, and the inputs the network was traced with."""
@@ -198,6 +227,33 @@ class Edit:
 
 def _start(units: list[int], most: int = 10) -> str:
     return str(units) if len(units) <= most else f"[{', '.join(map(str, units[:most]))}, ... {len(units)} in all]"
+
+
+def counterparts(original: Network, later: Network, among: Iterable[str] | None = None) -> dict[str, str]:
+    """For groups of a network that was made of another, their names in that one: they occur in the same places.
+
+    Args:
+        among: names of the original's groups that may be meant; by default of all.
+    """
+    there = [original[name] for name in (original.by_name if among is None else among)]
+    mine, theirs = ([g for g in groups if g.unit in ("head", "head_dim")] for groups in (there, later.groups))
+    apart = _same(
+        mine, theirs, lambda group: (_places(group), group.unit)
+    )  # of one head that is left there is no group
+    return {**apart, **_same(there, later.groups, _places)}
+
+
+def _same(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:
+    """Groups here and there that have the same key, by name, where there are equally many of these; in order."""
+    found: list[dict[Any, list[str]]] = []
+    for groups in (there, here):
+        names: dict[Any, list[str]] = {}
+        for group in groups:
+            if group.size > 1:
+                names.setdefault(key(group), []).append(group.name)
+        found.append(names)
+    pairs = [(names, found[0].get(key, [])) for key, names in found[1].items()]
+    return {new: old for one, other in pairs if len(one) == len(other) for new, old in zip(one, other, strict=True)}
 
 
 def _places(group: Group) -> tuple[tuple[str, int], ...]:

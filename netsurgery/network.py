@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -28,11 +28,11 @@ from netsurgery.costs import Cost, Sizes, Term, total
 from netsurgery.errors import InputError
 from netsurgery.rules import apply_rule
 from netsurgery.tracing import Inputs, Program, format_where
+from netsurgery.units import Unit, units_of, units_of_products
 
 __all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse"]
 
 Role = Literal["produces", "consumes", "carries"]
-Unit = Literal["channel", "head", "head_dim"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Group:
         members: where they occur, in the order of the state dict.
         frozen: why none may be removed, or None.
         channel: the group's place in the expressions of dimensions.
-        unit: what its units are: attention heads, dimensions within heads, or channels of any other sort.
+        unit: what its units are: attention heads, dimensions within heads, groups of a convolution or normalisation,
+            ranks of a low-rank product, or channels of any other sort.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Network:
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
         comparable: whether scores mean the same in every group, as rises of the loss do.
+        original: the model that modules are named by, where passes before have led from it to this one.
     """
 
     model_name: str
@@ -100,6 +102,7 @@ class Network:
     model: nn.Module = field(repr=False, compare=False)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     comparable: bool = False
+    original: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Group:
         if name not in self.by_name:
@@ -223,18 +226,17 @@ class Network:
         return network_html(self)
 
 
-_ATTENTION = {torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}
-
-
 class Analysis:
     """Interprets recorded programs over the dimensions of a model's tensors."""
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+    def __init__(self, shapes: Mapping[str, Sequence[int]], parameters: Container[str]):
         self.axes = {name: tuple(channel(n) for n in shape) for name, shape in shapes.items()}
+        self.parameters = parameters  # names of those that are learned
         self.roles: list[tuple[str, Axis, Axis, str]] = []
         self.ties: list[tuple[list[Axis], str]] = []
         self.used: set[str] = set()
         self.units: list[tuple[Axis, Unit]] = []
+        self.constants: list[tuple[Axis, str]] = []  # dimensions of tensors that nobody has learned, and why
 
     def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
         """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
@@ -255,6 +257,8 @@ class Analysis:
                 node.meta["params"] = (node.target,)
                 own = tuple(channel(n, f"constant made by the code {format_where(node.meta['where'])}") for n in shape)
                 node.meta["dims"] = self.axes.get(node.target, own)
+                if node.target not in self.parameters:
+                    self.note_constant(node.meta["dims"], f"what a constant feeds is an input: {node.target}")
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     for axis in result.meta["dims"]:
@@ -267,14 +271,11 @@ class Analysis:
                     node.meta["dims"] = node.args[0].meta["dims"][node.args[1]]
                 else:
                     apply_rule(node, self)
-                    self.note_attention(node)
+                    self.units.extend(units_of(node))
 
-    def note_attention(self, node: fx.Node) -> None:
-        """A product of activations, one for each of a batch: what the batch holds of units are heads."""
-        if node.target in _ATTENTION and not any("params" in source.meta for source in node.all_input_nodes):
-            names = node.meta["names"]
-            self.units.append((names["b"], "head"))
-            self.units.extend((names[name], "head_dim") for name in "mkn")
+    def note_constant(self, dims: Iterable[Axis], reason: str) -> None:
+        """A tensor that nobody has learned has these dimensions."""
+        self.constants.extend((axis, reason) for axis in dims)
 
     def settle_ties(self) -> list[list[Axis]]:
         """Classes of channels that must keep equal counts."""
@@ -310,20 +311,24 @@ def _merge(classes: dict[Axis, list[Axis]], a: Axis, b: Axis) -> None:
 def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> Network:
     """Find the groups of a model from its recorded programs."""
     tensors = dict(named_tensors(model))
-    analysis = Analysis({name: tensor.shape for name, tensor in tensors.items()})
+    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    analysis = Analysis({name: tensor.shape for name, tensor in tensors.items()}, parameters)
     for program in programs:
         analysis.interpret(program)
+        analysis.units.extend(units_of_products(program))
     for name in [name for name in tensors if name not in analysis.used]:
         for axis in analysis.axes[name]:
             freeze(axis, "not used in the recorded run")
     _freeze_what_is_cut_off(analysis, programs)
-    freeze_normalised(programs, {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)})
+    freeze_normalised(programs, parameters)
     sources = analysis.axes
     classes = analysis.settle_ties()
     memo = analysis.resolve()
-    groups = _groups(analysis, sources, memo)
+    roles = _roles(analysis, sources, memo)
+    _freeze_what_constants_feed(analysis, roles, classes)
+    groups = _groups(analysis, roles, memo)
     names = {group.channel: group.name for group in groups}
-    ties = [tuple(names[leaf] for leaf in members if leaf in names) for members in classes]
+    ties = [tuple(names[leaf] for leaf in members if leaf in names and not leaf.frozen) for members in classes]
     return Network(
         type(model).__name__,
         programs,
@@ -374,8 +379,11 @@ def _leaves_of(node: fx.Node) -> list[Axis]:
     return [leaf for axis in pytree.tree_leaves(node.meta["dims"]) if axis is not None for leaf in leaves(axis)]
 
 
-def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: dict[Axis, Axis]) -> tuple[Group, ...]:
-    roles: dict[tuple[str, int, Axis], str] = {}
+Roles = dict[tuple[str, int, Axis], str]  # by tensor, axis and channel, where an operation has said
+
+
+def _roles(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: dict[Axis, Axis]) -> Roles:
+    roles: Roles = {}
     strength = {"window": 0, "carries": 1, "consumes": 2, "produces": 3}
     for name, source, axis, role in analysis.roles:
         places = [i for i, own in enumerate(sources.get(name, ())) if own is source] or range(
@@ -386,6 +394,31 @@ def _groups(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: d
                 key = (name, place, leaf)
                 if strength[role] > strength.get(roles.get(key, ""), -1):
                     roles[key] = role
+    return roles
+
+
+def _freeze_what_constants_feed(analysis: Analysis, roles: Roles, classes: Sequence[Sequence[Axis]]) -> None:
+    """The columns of a table of coordinates, say, are inputs, unless something that is learned makes them too."""
+    made: set[Axis] = set()
+    weights = {name for (name, _, _), role in roles.items() if role == "consumes"}
+    for name, dims in analysis.axes.items():
+        learned, contracted = name in analysis.parameters, name in weights
+        for place, axis in enumerate(dims):
+            for leaf in leaves(axis):
+                role = roles.get((name, place, leaf))  # None: added, say, and not only multiplied as by a norm
+                if (role == "produces" and (learned or contracted)) or (role is None and learned):
+                    made.add(leaf)
+    for axis, reason in analysis.constants:
+        for leaf in leaves(axis):
+            if leaf not in made and leaf.size > 1:
+                freeze(leaf, reason)
+    for together in classes:
+        for reason in [leaf.frozen for leaf in together if leaf.frozen]:
+            for leaf in together:
+                freeze(leaf, reason)
+
+
+def _groups(analysis: Analysis, roles: Roles, memo: dict[Axis, Axis]) -> tuple[Group, ...]:
     members: dict[Axis, list[tuple[str, int, str]]] = {}
     for name, dims in analysis.axes.items():
         for place, axis in enumerate(dims):

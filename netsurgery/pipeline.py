@@ -12,11 +12,12 @@ import abc
 import contextlib
 import dataclasses
 import gc
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.alone import settle_alone
@@ -31,6 +32,7 @@ from netsurgery.untried import trace_untried
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
 
 Model = TypeVar("Model", bound=nn.Module)
+_log = logging.getLogger("netsurgery")
 
 
 class Pass(abc.ABC):
@@ -38,7 +40,8 @@ class Pass(abc.ABC):
 
     Attributes:
         needs: what earlier passes must have given, such as ``{"scores"}``.
-        gives: what this pass gives: ``{"scores"}`` or ``{"edit"}``.
+        gives: what this pass gives: ``{"scores"}`` or ``{"edit"}``; nothing where it only locks groups
+            (``network.with_frozen``). Scores and locks hold for all passes that follow.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -46,7 +49,7 @@ class Pass(abc.ABC):
 
     @abc.abstractmethod
     def run(self, network: Network) -> Network | Edit:
-        """Return the network with scores laid on it, or an Edit of it. Must be pure."""
+        """Return the network with scores or locks laid on it, or an Edit of it. Must be pure."""
 
 
 @contextlib.contextmanager
@@ -131,7 +134,7 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
     edit: Edit | None = None
     for index, one in enumerate(passes):
         result = one.run(network)
-        if isinstance(result, Network) and "scores" in one.gives:
+        if isinstance(result, Network) and "edit" not in one.gives:
             network = result
         elif isinstance(result, Edit) and "edit" in one.gives:
             edit = result if edit is None else edit.then(result)
@@ -140,13 +143,26 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
             if found:
                 return edit, found
             if index + 1 < len(passes):  # later passes look at what this edit leaves
-                small = rewrite(model, edit)
-                network = trace_untried(small, network.inputs[0] or network.inputs[1])
+                network = _left(model, result, edit)
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
     if edit is None:
         raise PassError("no pass returned an Edit: add a removal such as PruneChannels(0.5)")
     return edit, {}
+
+
+def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
+    """The network that an edit leaves, with the scores and locks that passes have laid on the one before."""
+    inputs = last.network.inputs
+    network = trace_untried(rewrite(model, edit), inputs[0] or inputs[1])
+    names, before = last.names_in(network), last.network
+    locks = {new: reason for new, old in names.items() if (reason := before[old].frozen) is not None}
+    scores = {
+        new: before.scores[old][list(last.keep.get(old, range(before[old].size)))]
+        for new, old in names.items()
+        if isinstance(before.scores.get(old), Tensor) and len(before.scores[old]) == before[old].size
+    }
+    return dataclasses.replace(network.with_frozen(locks).with_scores(scores, before.comparable), original=model)
 
 
 def check_order(passes: Sequence[Pass]) -> None:
@@ -166,7 +182,6 @@ def check_order(passes: Sequence[Pass]) -> None:
                 f"pass {position}, {one!r}, needs {', '.join(missing)}, which no pass before it gives: "
                 "put a score such as HGSRScore() or MagnitudeScore() before it"
             )
-        given = given - {"scores"} if "edit" in one.gives else given  # scores of units that are gone mean nothing
         given |= one.gives
     if "edit" not in given:
         raise PassError("no pass gives an edit: add a removal such as PruneChannels(0.5)")
@@ -182,6 +197,9 @@ def apply(
     ema: nn.Module | Sequence[nn.Module] | None = None,
 ) -> Model:
     """Run passes on a model and return it smaller: the user's own class, module names and state_dict keys.
+
+    One line of the logger ``netsurgery`` says what was asked for and what was removed, as ``edit.summary()`` does: a
+    warning where groups fell short.
 
     Args:
         model: any module.
@@ -205,7 +223,10 @@ def apply(
           (2): Linear(in_features=4, out_features=2, bias=True)
         )
     """
-    return rewrite(model, plan(model, passes, example_inputs), inplace=inplace, optimizer=optimizer, ema=ema)
+    edit = plan(model, passes, example_inputs)
+    short = any(outcome.short for outcome in edit.outcomes)
+    _log.log(logging.WARNING if short else logging.INFO, "%s", edit.summary().partition("\n")[0])
+    return rewrite(model, edit, inplace=inplace, optimizer=optimizer, ema=ema)
 
 
 def cost(model: nn.Module, example_inputs: Any = None) -> Cost:

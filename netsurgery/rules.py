@@ -706,8 +706,13 @@ def glu(op: Op) -> Any:
     aten.new_full, aten.new_empty, aten.scalar_tensor, sized=("size",),
 )  # fmt: skip
 def filled(op: Op) -> Any:
-    """every position is alike, so any may be removed"""
-    return [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
+    """every position is alike, so any may be removed, unless this constant, if not 0, is all that makes the units"""
+    dims = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
+    if "zeros" not in op.name and op.arguments.get("fill_value") != 0:  # as states are in the beginning
+        op.analysis.note_constant(
+            [axis for one in dims for axis in one], op.reason("what a constant feeds is an input")
+        )
+    return dims
 
 
 @rule(

@@ -1,38 +1,81 @@
-"""Name patterns that say which modules are meant."""
+"""Which modules are meant: by name patterns, by classes, or as the modules themselves."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from torch import nn
+
+from netsurgery.copying import named_modules, named_tensors
 from netsurgery.errors import InputError
 from netsurgery.network import Network
 
-__all__ = ["as_patterns", "check_patterns", "matches"]
+__all__ = ["Chosen", "Modules", "Pattern", "as_patterns"]
+
+Pattern = str | type[nn.Module] | nn.Module
+Modules = Pattern | Sequence[Pattern]
 
 
-def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """One pattern or several, as a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def matches(patterns: Iterable[str], module: str) -> bool:
-    """Whether a pattern (``layer3.*``) matches a module's path, or the path of a module that it is inside of."""
-    return any(fnmatch.fnmatchcase(prefix, pattern) for pattern in patterns for prefix in _prefixes(module))
-
-
-def check_patterns(network: Network, patterns: Iterable[str]) -> None:
-    """Make sure that every pattern matches something.
+def as_patterns(given: Modules) -> tuple[Pattern, ...]:
+    """One pattern or several, as a tuple.
 
     Raises:
-        InputError: one matches no module with parameters.
+        InputError: one is neither a name pattern, nor a class of modules, nor a module.
     """
-    modules = {module for name in network.tensors for module in _prefixes(name.rpartition(".")[0])}
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(module, pattern) for module in modules):
-            raise InputError(f"pattern '{pattern}' matches no module with parameters in {network.model_name}")
+    several = isinstance(given, Iterable) and not isinstance(given, str | type | nn.Module)
+    patterns: tuple[Any, ...] = tuple(given) if several else (given,)  # type: ignore[arg-type]
+    for one in patterns:
+        if not (isinstance(one, str | nn.Module) or (isinstance(one, type) and issubclass(one, nn.Module))):
+            raise InputError(
+                f"{one!r} says no modules: pass name patterns ('layer3.*'), classes (nn.Conv2d), or modules (model.fc)"
+            )
+    return patterns
 
 
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+class Chosen:
+    """The modules of a network that patterns match, all that is inside of these, and what they share with others.
+
+    Args:
+        network: the network whose modules are meant.
+        patterns: as ``as_patterns`` gives them.
+        empty: whether a name may be one of modules without parameters.
+
+    Raises:
+        InputError: a pattern matches nothing.
+    """
+
+    def __init__(self, network: Network, patterns: Iterable[Pattern], empty: bool = False):
+        model = network.model if network.original is None else network.original
+        self.first = {id(module): path for path, module in named_modules(model).items()}
+        self.places = list(model.named_modules(remove_duplicate=False))
+        found = [module for one in patterns for module in self.matched(network.model_name, one, empty)]
+        self.paths = {self.first[id(module)] for module in found}
+        names = {id(tensor): name for name, tensor in named_tensors(model)}
+        held = [t for module in found for t in (*module.parameters(), *module.buffers())]
+        self.tensors = {names[id(tensor)] for tensor in held if id(tensor) in names}
+
+    def matched(self, model_name: str, pattern: Pattern, empty: bool) -> list[nn.Module]:
+        """The modules that one pattern matches, whatever name it has for them."""
+        if isinstance(pattern, str):
+            named = [module for path, module in self.places if path and fnmatch.fnmatchcase(path, pattern)]
+            if found := [module for module in named if empty or any(True for _ in module.parameters())]:
+                return found
+            raise InputError(
+                f"pattern '{pattern}' matches no module{'' if empty else ' with parameters'} in {model_name}"
+            )
+        kind = pattern if isinstance(pattern, type) else None
+        fits = [m for _, m in self.places if (m is pattern if kind is None else isinstance(m, kind))]
+        if not fits:
+            what = f"the {type(pattern).__name__} that is given is" if kind is None else f"{kind.__name__} matches"
+            raise InputError(f"{what} no module in {model_name}")
+        return fits
+
+    def __contains__(self, module: str) -> bool:
+        parts = module.split(".") if module else []
+        return any(".".join(parts[:i]) in self.paths for i in range(len(parts) + 1))
+
+    def holds(self, parameter: str) -> bool:
+        """Whether a tensor of the model, by its name, is in one of these modules."""
+        return parameter in self.tensors or parameter.rpartition(".")[0] in self

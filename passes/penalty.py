@@ -14,7 +14,7 @@ from netsurgery.kernels.criteria import Name, Placed, accumulator
 from netsurgery.kernels.sparsity import PLAIN, add_gradient, values
 from netsurgery.passes.layers import ROLES, Grouping, LayerRole, check_choice, layers, outer_groups
 from netsurgery.passes.parameters import Parameters
-from netsurgery.passes.patterns import as_patterns, check_patterns, matches
+from netsurgery.passes.patterns import Chosen, Modules, as_patterns
 from netsurgery.pipeline import trace
 from netsurgery.report import columns
 
@@ -39,7 +39,7 @@ class HGSR:
         l1_ratio: the share of plain L1, in [0, 1].
         roles: which layers take part: "convolution", "linear", "shortcut" (a convolution beside a residual branch) and
             "classifier" (a layer that no other follows). None: all if grouping is "coupled", else the first two.
-        include: name patterns of modules (``layer3.*``); only layers in these take part.
+        include: modules, by name patterns (``layer3.*``), classes or themselves; only layers in these take part.
         exclude: likewise; layers in these do not.
 
     Raises:
@@ -73,8 +73,8 @@ class HGSR:
         strength: float | Callable[[int], float] = 1e-3,
         l1_ratio: float = 0.5,
         roles: Sequence[LayerRole] | None = None,
-        include: str | Sequence[str] = (),
-        exclude: str | Sequence[str] = (),
+        include: Modules = (),
+        exclude: Modules = (),
     ):
         check_choice("HGSR", criterion, grouping)
         if not (_is_number(l1_ratio) and 0 <= l1_ratio <= 1):
@@ -86,8 +86,7 @@ class HGSR:
         model = _unwrapped(model)
         with torch.inference_mode(False):
             network = trace(model, example_inputs)
-        include, exclude = as_patterns(include), as_patterns(exclude)
-        check_patterns(network, (*include, *exclude))
+        included, excluded = (Chosen(network, as_patterns(given)) for given in (include, exclude))
         self.criterion, self.grouping, self._l1_ratio = criterion, grouping, l1_ratio
         found = layers(network)
         self._rows: dict[str, tuple[str, str, str]] = {
@@ -100,9 +99,7 @@ class HGSR:
         chosen = [
             layer
             for layer in found
-            if layer.role in roles
-            and (not include or matches(include, layer.module))
-            and not matches(exclude, layer.module)
+            if layer.role in roles and (not included.paths or layer.module in included) and layer.module not in excluded
         ]
         if not chosen:
             raise InputError(f"HGSR: no layer of {network.model_name} takes part. Its layers:\n{self._table({})}")

@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, ClassVar, Literal, get_args
 
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.network import Group, Network
+from netsurgery.network import Network, Unit
+from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
 from netsurgery.passes.compensation import Method, compensate
-from netsurgery.passes.patterns import as_patterns, check_patterns, matches
+from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.pipeline import Pass
 
 __all__ = ["PruneChannels"]
 
-
-@dataclass(frozen=True)
-class _Bundle:
-    """Groups that lose equally many units at once: usually one, several where the code splits into equal parts."""
-
-    groups: tuple[Group, ...]
-    order: tuple[list[int], ...]  # of each group, its units from the least important to the most
-    scores: Tensor  # of the k-th removal, ascending: normalised, averaged over the groups (threshold: the highest)
-    most: int  # units that may be removed
-    step: int  # removed counts leave a multiple of this
+Event = tuple[float, int, int]  # score of the unit, its bundle, and how many of the bundle are then gone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneChannels(Pass):
     """Remove the units with the lowest scores.
 
     Args:
         ratio: share of the units to remove, in [0, 1): of every group (scope "layer") or of all together ("global").
+            Or shares by modules, as for ``include``: ``{"layer3.*": 0.7, "layer4.*": 0.3}``; the first that a group
+            belongs to holds, other groups stay whole.
         params: instead of a ratio, the parameters to keep: a float is a share, an int a number.
         macs: instead of a ratio, the multiply-accumulates to keep: likewise.
         threshold: instead of a ratio, remove the units with scores, as they are, of at most this.
         scope: "layer" removes the same share from each group; "global" ranks all units together.
-        multiple_of: the number of units that stay in a group is a multiple of this, or the group stays whole.
-        min_channels: at least so many units stay in each group.
-        max_ratio: at most this share of each group is removed.
-        unit: which sort of units may go: "head" (whole attention heads), "head_dim" (dimensions within heads),
-            "channel" (all others), or "any".
-        include: name patterns of modules (``layer3.*``); only units that a matching module produces or carries go.
-        exclude: likewise; no unit goes that a matching module produces or carries. Patterns match what is inside too.
+        of: the original that ratio, budget and limits are shares of, where this is one of several rounds: the Edit that
+            began with it (``first``, or ``first.then(second)``), or its Network. What rounding leaves in one round, the
+            next removes. By default the network as it is.
+        multiple_of: the number of channels that stay in a layer is a multiple of this, or the group stays whole.
+        min_channels: at least so many channels stay in each layer.
+        max_ratio: at most this share of each group is removed. By default 0.9, so that no layer is emptied because its
+            scores are lower than others' (a tenth stays), or the ratio if that is higher and of each layer.
+        unit: which sort of units may go, one or several: "channel", "head" (whole attention heads), "head_dim"
+            (dimensions within heads), "group" (groups of a convolution or a group norm), "rank" (of a low-rank product
+            such as LoRA's). "any" is the first three. A ratio is a share of a layer's channels, so where these are a
+            product, "any" cuts one factor: dimensions within heads rather than heads.
+        include: modules, by name patterns (``layer3.*``), classes or themselves. Only units go that matching modules
+            alone produce, or whose group is named: a residual stream that others write to stays.
+        exclude: likewise; no unit goes that a matching module produces or carries. What is inside of a module that
+            matches, matches too.
+        protect: likewise; nor does a unit that a matching module consumes or is given.
         normalize: how scores of different groups are made comparable when the scope is global: divided by the "mean",
             "max" or "sum" of their sizes in the group, or "none"; "auto" is "none" for scores that are comparable as
             they are (rises of the loss, Taylor, Fisher, LAMP), else "mean".
@@ -60,10 +60,11 @@ class PruneChannels(Pass):
             the data says little.
 
     Budgets are met within one unit of the last group touched (one ``multiple_of`` step), priced from the expressions.
+    ``edit.summary()`` says what was asked and what was removed, and which groups lost less or are locked, and why.
 
     Raises:
         InputError: a number out of range, both or neither of ratio and budget, a pattern that matches no module, scores
-            that are not finite, nothing that can be pruned, or a budget that cannot be met.
+            that are not finite, nothing that can be pruned, a budget that cannot be met, or another original.
 
     Example:
         >>> import torch, netsurgery
@@ -73,17 +74,19 @@ class PruneChannels(Pass):
         30
     """
 
-    ratio: float | None = None
+    ratio: float | Mapping[Any, float] | None = None
     params: float | int | None = None
     macs: float | int | None = None
     threshold: float | None = None
     scope: Literal["layer", "global"] = "layer"
+    of: Edit | Network | None = None
     multiple_of: int = 1
     min_channels: int = 1
-    max_ratio: float = 1.0
-    unit: Literal["any", "channel", "head", "head_dim"] = "any"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    max_ratio: float | None = None
+    unit: str | Sequence[str] = "any"
+    include: Modules = ()
+    exclude: Modules = ()
+    protect: Modules = ()
     normalize: Literal["auto", "mean", "max", "sum", "none"] = "auto"
     compensate: Method | None = None
     data: Any = field(default=None, repr=False, compare=False)
@@ -93,179 +96,130 @@ class PruneChannels(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
 
+    def __repr__(self) -> str:
+        given = [one for one in fields(self) if getattr(self, one.name) != one.default and one.repr]
+        return f"PruneChannels({', '.join(f'{one.name}={brief(getattr(self, one.name))}' for one in given)})"
+
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "params", "macs", "threshold") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(
                 f"PruneChannels takes one of ratio, params, macs and threshold, got {' and '.join(given) or 'none'}"
             )
-        for name in given:
-            if not isinstance(getattr(self, name), Real):
-                raise InputError(f"PruneChannels({name}={getattr(self, name)!r}): expected a number")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise InputError(f"PruneChannels(ratio={self.ratio}): the share to remove must be in [0, 1)")
+        self._check_ratio()
+        for name in ("params", "macs", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Real):
+                raise InputError(f"PruneChannels({name}={value!r}): expected a number")
         for name in ("params", "macs"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 if _is_count(value) else 0 < value <= 1):
+            if value is not None and not (value > 0 if is_count(value) else 0 < value <= 1):
                 raise InputError(
                     f"PruneChannels({name}={value}): a share to keep in (0, 1], or a positive whole number"
                 )
+        self._check_choices()
+        self._check_compensation()
+        for name in ("include", "exclude", "protect"):
+            object.__setattr__(self, name, as_patterns(getattr(self, name)))
+
+    def _check_ratio(self) -> None:
+        shares = self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]
+        for share in [share for share in shares if self.ratio is not None]:
+            if not isinstance(share, Real):
+                raise InputError(f"PruneChannels(ratio={share!r}): expected a number")
+            if not 0 <= share < 1:
+                raise InputError(f"PruneChannels(ratio={share}): the share to remove must be in [0, 1)")
+        if isinstance(self.ratio, Mapping):
+            as_patterns(tuple(self.ratio))
+            if not self.ratio or self.scope != "layer":
+                raise InputError("PruneChannels: shares by modules, one or more, are of each layer (scope='layer')")
+
+    def _check_choices(self) -> None:
         if self.scope not in ("layer", "global"):
             raise InputError(f"PruneChannels(scope='{self.scope}'): 'layer' or 'global'")
-        if self.unit not in ("any", "channel", "head", "head_dim"):
-            raise InputError(f"PruneChannels(unit='{self.unit}'): 'any', 'channel', 'head' or 'head_dim'")
+        units = (self.unit,) if isinstance(self.unit, str) else tuple(self.unit)
+        if not units or not set(units) <= {"any", *get_args(Unit)}:
+            known = ", ".join(map(repr, ("any", *get_args(Unit))))
+            raise InputError(f"PruneChannels(unit={self.unit!r}): one or several of {known}")
         if self.normalize not in ("auto", "mean", "max", "sum", "none"):
             raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'auto', 'mean', 'max', 'sum' or 'none'")
-        if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= self.max_ratio <= 1:
+        most = 0.0 if self.max_ratio is None else self.max_ratio
+        if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= most <= 1:
             raise InputError("PruneChannels: multiple_of and min_channels are at least 1, max_ratio is in [0, 1]")
-        self._check_compensation()
-        for name in ("include", "exclude"):
-            object.__setattr__(self, name, as_patterns(getattr(self, name)))
+        if not isinstance(self.of, Edit | Network | None):
+            raise InputError(
+                f"PruneChannels(of={type(self.of).__name__}): the Edit that began with the original, or its Network"
+            )
 
     def _check_compensation(self) -> None:
         if self.compensate not in (None, "bias", "least-squares"):
             raise InputError(f"PruneChannels(compensate='{self.compensate}'): 'bias', 'least-squares' or None")
         if self.compensate is not None and self.data is None:
             raise InputError(f"PruneChannels(compensate='{self.compensate}') needs data=..., which it is measured on")
-        if not _is_count(self.samples) or self.samples < 1:
+        if not is_count(self.samples) or self.samples < 1:
             raise InputError(f"PruneChannels(samples={self.samples}): at least 1")
         if not self.ridge > 0:
             raise InputError(f"PruneChannels(ridge={self.ridge}): must be positive")
 
     def run(self, network: Network) -> Edit:
         """Choose the units that stay, and make up for what goes if that is asked for."""
-        edit = self._chosen(network)
+        choice = Choice(self, network)
+        edit = choice.edit(self._removed(choice))
         if self.compensate is None:
             return edit
         return compensate(edit, self.compensate, self.data, self.samples, self.ridge)
 
-    def _chosen(self, network: Network) -> Edit:
-        bundles = self._bundles(network)
-        if self.ratio is not None and self.scope == "layer":
-            removed = [self._allowed(bundle, int(bundle.groups[0].size * self.ratio + 1e-9)) for bundle in bundles]
-            return _edit(network, bundles, removed)
+    def _removed(self, choice: Choice) -> list[int]:
+        """Units to remove from each bundle."""
+        bundles = choice.bundles
         if self.threshold is not None:
-            removed = [self._allowed(bundle, int((bundle.scores <= self.threshold).sum())) for bundle in bundles]
-            return _edit(network, bundles, removed)
-        ranked = sorted(self._events(bundles))
-        if self.ratio is not None:
-            units = sum(group.size for bundle in bundles for group in bundle.groups)
-            wanted = int(units * self.ratio + 1e-9)
-            return _edit(
-                network,
-                bundles,
-                self._after(bundles, ranked, _first(ranked, lambda n: self._units(bundles, ranked, n) >= wanted)),
-            )
-        return self._budget(network, bundles, ranked)
+            return [bundle.allowed(int((bundle.scores <= self.threshold).sum())) for bundle in bundles]
+        if self.ratio is not None and self.scope == "layer":
+            return [bundle.allowed(bundle.due(bundle.ratio or 0)) for bundle in bundles]
+        ranked = sorted(_events(bundles))
+        if isinstance(self.ratio, Real):
+            wanted = choice.wanted(float(self.ratio))
+            return _after(bundles, ranked, _first(ranked, lambda n: _units(bundles, ranked, n) >= wanted))
+        return self._within_budget(choice, ranked)
 
-    def _budget(self, network: Network, bundles: list[_Bundle], ranked: list[tuple[float, int, int]]) -> Edit:
+    def _within_budget(self, choice: Choice, ranked: list[Event]) -> list[int]:
+        bundles, network = choice.bundles, choice.network
         what = "params" if self.params is not None else "macs"
+        whole = getattr(choice.original.cost(), what)
         limit = getattr(self, what)
-        whole = getattr(network.cost(), what)
-        limit = limit if _is_count(limit) else limit * whole
+        limit = limit if is_count(limit) else limit * whole
 
         def price(n: int) -> int:
-            counts = _counts(bundles, self._after(bundles, ranked, n))
-            return int(getattr(network.cost(counts), what))
+            return int(getattr(network.cost(_counts(bundles, _after(bundles, ranked, n))), what))
 
         if price(len(ranked)) > limit:
             raise InputError(
                 f"PruneChannels({what}={getattr(self, what)}): {network.model_name} keeps at least "
                 f"{price(len(ranked)):,} of {whole:,} {what} with these settings: "
-                "raise the budget or loosen exclude, min_channels and max_ratio"
+                "raise the budget or loosen exclude, min_channels and max_ratio (by default a tenth of a layer stays)"
             )
-        return _edit(network, bundles, self._after(bundles, ranked, _first(ranked, lambda n: price(n) <= limit)))
-
-    def _bundles(self, network: Network) -> list[_Bundle]:
-        free = self._selected(network)
-        tied = {name: names for names in network.ties for name in names}
-        bundles, done = [], set[str]()
-        for name in free:
-            together = tuple(tied.get(name, (name,)))
-            if name in done or not all(other in free for other in together):
-                continue
-            done.update(together)
-            groups = tuple(network[other] for other in together)
-            scores = [self._checked(network, group) for group in groups]
-            ordered = [score.sort(stable=True) for score in scores]
-            found = torch.stack([self._normalised(sorted_, network.comparable) for sorted_, _ in ordered])
-            joint = found.mean(0) if self.threshold is None else found.amax(0)  # a threshold holds for each of them
-            most = min(groups[0].size - self.min_channels, int(groups[0].size * self.max_ratio + 1e-9))
-            order = tuple(indices.tolist() for _, indices in ordered)
-            bundles.append(_Bundle(groups, order, joint, max(0, most), self.multiple_of))
-        if not any(bundle.most for bundle in bundles):
-            locked = "; ".join(f"{g.name}: {g.frozen}" for g in network.groups if g.frozen)[:500]
-            raise InputError(f"nothing of {network.model_name} can be pruned with these settings. Locked: {locked}")
-        return bundles
-
-    def _selected(self, network: Network) -> dict[str, Group]:
-        check_patterns(network, (*self.include, *self.exclude))
-
-        def hit(group: Group, patterns: Sequence[str]) -> bool:
-            return any(matches(patterns, member.module) for member in group.members if member.role != "consumes")
-
-        return {
-            group.name: group
-            for group in network.prunable
-            if self.unit in ("any", group.unit)
-            and (not self.include or hit(group, self.include))
-            and not hit(group, self.exclude)
-        }
-
-    def _checked(self, network: Network, group: Group) -> Tensor:
-        score = network.scores.get(group.name)
-        if not isinstance(score, Tensor) or score.shape != (group.size,):
-            found = "none" if score is None else f"shape {tuple(torch.as_tensor(score).shape)}, {type(score).__name__}"
-            raise InputError(
-                f"group '{group.name}' has {group.size} units but scores of {found}: "
-                "the scoring pass must score every unit"
-            )
-        score = score.detach().to("cpu", torch.float64)
-        if not bool(torch.isfinite(score).all()):
-            where = ", ".join(f"{m.parameter}" for m in group.members[:3])
-            bad = torch.where(~torch.isfinite(score))[0][:5].tolist()
-            raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {bad}: look at {where}")
-        return score
-
-    def _normalised(self, score: Tensor, comparable: bool) -> Tensor:
-        if self.threshold is not None:
-            return score
-        if self.scope == "layer":
-            return torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
-        how = self.normalize if self.normalize != "auto" else "none" if comparable else "mean"
-        size = score.abs()
-        scale = {"mean": size.mean(), "max": size.max(), "sum": size.sum(), "none": torch.ones(())}[how]
-        return score / scale if scale > 0 else score
-
-    def _events(self, bundles: list[_Bundle]) -> list[tuple[float, int, int]]:
-        """Removals in reach: score of the unit, its bundle, and how many of the bundle are then gone."""
-        return [
-            (float(bundle.scores[k - 1]), index, k)
-            for index, bundle in enumerate(bundles)
-            for k in range(1, bundle.most + 1)
-        ]
-
-    def _after(self, bundles: list[_Bundle], ranked: list[tuple[float, int, int]], n: int) -> list[int]:
-        """Units removed from each bundle by the first ``n`` removals."""
-        removed = [0] * len(bundles)
-        for _, index, k in ranked[:n]:
-            removed[index] = k
-        return [self._allowed(bundle, k) for bundle, k in zip(bundles, removed, strict=True)]
-
-    def _allowed(self, bundle: _Bundle, removed: int) -> int:
-        """The largest number of removals up to ``removed`` that leaves an allowed number of units."""
-        size = bundle.groups[0].size
-        removed = min(removed, bundle.most)
-        while removed > 0 and (size - removed) % bundle.step:
-            removed -= 1
-        return removed
-
-    def _units(self, bundles: list[_Bundle], ranked: list[tuple[float, int, int]], n: int) -> int:
-        return sum(k * len(bundle.groups) for bundle, k in zip(bundles, self._after(bundles, ranked, n), strict=True))
+        return _after(bundles, ranked, _first(ranked, lambda n: price(n) <= limit))
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral)
+def _events(bundles: list[Bundle]) -> list[Event]:
+    """Removals in reach."""
+    return [
+        (float(bundle.scores[k - 1]), index, k)
+        for index, bundle in enumerate(bundles)
+        for k in range(1, bundle.most + 1)
+    ]
+
+
+def _after(bundles: list[Bundle], ranked: list[Event], n: int) -> list[int]:
+    """Units removed from each bundle by the first ``n`` removals."""
+    removed = [0] * len(bundles)
+    for _, index, k in ranked[:n]:
+        removed[index] = k
+    return [bundle.allowed(k) for bundle, k in zip(bundles, removed, strict=True)]
+
+
+def _units(bundles: list[Bundle], ranked: list[Event], n: int) -> int:
+    return sum(k * len(bundle.groups) for bundle, k in zip(bundles, _after(bundles, ranked, n), strict=True))
 
 
 def _first(ranked: Sequence[object], enough: Callable[[int], bool]) -> int:
@@ -277,14 +231,5 @@ def _first(ranked: Sequence[object], enough: Callable[[int], bool]) -> int:
     return low
 
 
-def _counts(bundles: list[_Bundle], removed: list[int]) -> dict[str, int]:
+def _counts(bundles: list[Bundle], removed: list[int]) -> dict[str, int]:
     return {g.name: g.size - k for bundle, k in zip(bundles, removed, strict=True) for g in bundle.groups}
-
-
-def _edit(network: Network, bundles: list[_Bundle], removed: list[int]) -> Edit:
-    keep: Mapping[str, tuple[int, ...]] = {
-        group.name: tuple(sorted(order[k:]))
-        for bundle, k in zip(bundles, removed, strict=True)
-        for group, order in zip(bundle.groups, bundle.order, strict=True)
-    }
-    return Edit(network, keep)

@@ -30,7 +30,8 @@ from netsurgery.passes.filters import (
     scale,
 )  # fmt: skip
 from netsurgery.passes.layers import LayerRole
-from netsurgery.passes.patterns import as_patterns, check_patterns, matches
+from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
+from netsurgery.passes.selection import ANY, belongs, is_touched, one_of_each_product
 from netsurgery.pipeline import Pass, plan, trace
 from netsurgery.report import columns
 from netsurgery.rewriting import rewrite
@@ -132,6 +133,7 @@ class SoftPruning:
         example_inputs: as for ``netsurgery.trace``.
         method: see above.
         ratio: the share of the filters of each layer or group that goes, in [0, 1): ``floor(filters * ratio)``.
+            Of groups that are factors of one dimension, one is cut, as by ``PruneChannels``.
         epochs: the length of the schedule, in calls of ``step``.
         grouping: "layer", the filters of each layer are ranked by themselves; in a residual stream those that not
             all layers have pruned stay, as zeros. "coupled", a filter is a unit of the dependency graph with all
@@ -145,7 +147,7 @@ class SoftPruning:
         before_training: ``step(-1)`` prunes before the first epoch, as the authors of SFP do; "sfp" and "hfp" only, as
             the others prune nothing then.
         roles: "layer" only: which layers take part: "convolution", "linear", "shortcut".
-        include: name patterns of modules (``layer3.*``); only what these produce is pruned.
+        include: modules, by name patterns (``layer3.*``), classes or themselves; what they alone produce is pruned.
         exclude: likewise; what these produce is not.
 
     Raises:
@@ -189,8 +191,8 @@ class SoftPruning:
         settle: float = 0.0,
         before_training: bool = False,
         roles: Sequence[LayerRole] = ("convolution",),
-        include: str | Sequence[str] = (),
-        exclude: str | Sequence[str] = (),
+        include: Modules = (),
+        exclude: Modules = (),
     ):
         _check(method, ratio, epochs, grouping, asymptotic, settle, roles)
         self.method, self.ratio, self.epochs, self.grouping, self.settle = method, ratio, int(epochs), grouping, settle
@@ -402,23 +404,29 @@ class SoftPruning:
         masks[1, order[: int(filters.size * share * hard + 1e-9)]] = True
         return masks[0], masks[1]
 
-    def _chosen(self, include: Sequence[str], exclude: Sequence[str], roles: Sequence[str]) -> dict[str, Filters]:
+    def _chosen(
+        self, include: tuple[Pattern, ...], exclude: tuple[Pattern, ...], roles: Sequence[str]
+    ) -> dict[str, Filters]:
         """What takes part, in the order of the state dict."""
-        check_patterns(self._network, (*include, *exclude))
-
-        def fits(modules: Sequence[str]) -> bool:
-            wanted = not include or any(matches(include, module) for module in modules)
-            return wanted and not any(matches(exclude, module) for module in modules)
-
+        included, excluded = Chosen(self._network, include), Chosen(self._network, exclude)
         if self.grouping == "layer":
             listed = filters_of_layers(self._network).values()
-            return {filters.name: filters for layer, filters in listed if layer.role in roles and fits([layer.module])}
-        found = {}
-        for group in self._removable():
-            filters = filters_of_group(self._network, group)
-            if filters.weights and fits([member.module for member in group.members if member.role != "consumes"]):
-                found[group.name] = filters
-        return found
+            return {
+                filters.name: filters
+                for layer, filters in listed
+                if layer.role in roles and (not include or layer.module in included) and layer.module not in excluded
+            }
+        groups = [
+            group
+            for group in self._removable()
+            if group.unit in ANY
+            and (not include or belongs(group, included, include))
+            and not is_touched(group, excluded)
+        ]
+        found = {
+            g.name: filters_of_group(self._network, g) for g in one_of_each_product(self._network, groups).values()
+        }
+        return {name: filters for name, filters in found.items() if filters.weights}
 
     def _removable(self) -> list[Group]:
         return [group for group in self._network.prunable if group.name not in self._leaks]

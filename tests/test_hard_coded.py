@@ -235,7 +235,8 @@ def test_surgery_twice() -> None:
     model, small, _ = small_one()
     smaller, edit = oracles.check(small, (X,), 1e-9, share=0.5)
     assert type(smaller.inside) is type(small.inside) and edit.adaptation.attributes  # it follows by attributes now
-    two = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5), RandomScore(), PruneChannels(0.5)], X)
+    every = PruneChannels(0.5, unit=("channel", "head", "head_dim"))
+    two = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5), RandomScore(), every], X)
     assert oracles.parameters(two) == edit.after.params
 
 

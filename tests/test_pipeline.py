@@ -66,20 +66,20 @@ def test_golden_diff(model: nn.Module) -> None:
     assert (
         edit.diff()
         == """\
-stem.weight 8x3x3x3 -> 2x3x3x3
-stem.bias 8 -> 2
-block.conv1.weight 8x8x3x3 -> 2x2x3x3
-block.bn1.weight 8 -> 2
-block.bn1.bias 8 -> 2
-block.bn1.running_mean 8 -> 2
-block.bn1.running_var 8 -> 2
-block.conv2.weight 8x4x3x3 -> 2x2x3x3
-block.conv2.bias 8 -> 2
-block.norm.weight 8 -> 2
-block.norm.bias 8 -> 2
-head.weight 5x128 -> 5x32
-parameters 1,773 -> 303 (17.1%)
-MACs 35,840 -> 4,352 (12.1%)"""
+stem.weight 8x3x3x3 -> 4x3x3x3
+stem.bias 8 -> 4
+block.conv1.weight 8x8x3x3 -> 4x4x3x3
+block.bn1.weight 8 -> 4
+block.bn1.bias 8 -> 4
+block.bn1.running_mean 8 -> 4
+block.bn1.running_var 8 -> 4
+block.conv2.weight 8x4x3x3 -> 4x2x3x3
+block.conv2.bias 8 -> 4
+block.norm.weight 8 -> 4
+block.norm.bias 8 -> 4
+head.weight 5x128 -> 5x64
+parameters 1,773 -> 673 (38.0%)
+MACs 35,840 -> 11,008 (30.7%)"""
     )
 
 
@@ -90,10 +90,10 @@ def test_result_is_the_users_model(model: nn.Module) -> None:
     edit = netsurgery.plan(model, HALF, (X,))
     assert netsurgery.verify(model, small, edit, (X,)) < 1e-6
     assert netsurgery.cost(small, (X,)) == edit.after
-    assert (small.stem.out_channels, small.block.conv1.in_channels, small.block.bn1.num_features) == (2, 2, 2)
+    assert (small.stem.out_channels, small.block.conv1.in_channels, small.block.bn1.num_features) == (4, 4, 4)
     conv, norm = small.block.conv2, small.block.norm
-    assert (conv.in_channels, conv.out_channels, conv.groups) == (2, 2, 1)
-    assert (norm.num_groups, norm.num_channels, small.head.in_features) == (1, 2, 32)
+    assert (conv.in_channels, conv.out_channels, conv.groups) == (4, 4, 2)
+    assert (norm.num_groups, norm.num_channels, small.head.in_features) == (2, 4, 64)
 
 
 def test_the_given_model_stays_as_it_was(model: nn.Module) -> None:
@@ -238,7 +238,7 @@ def test_inputs_that_do_not_fit(model: nn.Module) -> None:
     [
         ([], "no passes given"),
         ([PruneChannels(0.5)], r"pass 1, PruneChannels\(.*needs scores, which no pass before it gives"),
-        ([HGSRScore(), PruneChannels(0.5), PruneChannels(0.5)], r"pass 3, .*needs scores"),
+        ([PruneChannels(0.5), HGSRScore(), PruneChannels(0.5)], r"pass 1, .*needs scores"),
         ([HGSRScore()], "no pass gives an edit"),
         ([HGSRScore, PruneChannels(0.5)], "passes are instances"),
     ],

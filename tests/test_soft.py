@@ -735,7 +735,11 @@ def test_which_layers_take_part() -> None:
     assert "stages.1.0.shortcut.0.weight" in taking_part(model, x, roles=["convolution", "shortcut"])
     assert taking_part(model, x, include="stages.1") == blocks[4:8]
     assert taking_part(model, x, exclude=["stages.0", "*conv2", "stem.0"]) == blocks[4::2]
-    assert taking_part(model, x, grouping="coupled", include="stem") == ["stem.0"]
+    assert taking_part(model, x, grouping="coupled", include="stem.0") == ["stem.0"]  # a group, by its name
+    assert taking_part(model, x, grouping="coupled", include="*.conv1") == [
+        f"stages.{i}.{j}.conv1" for i in range(3) for j in range(2)
+    ]
+    assert taking_part(model, x, exclude=[model.stages[0], nn.Linear, "*conv2", "stem.0"]) == blocks[4::2]
     assert "stem.0" not in taking_part(model, x, grouping="coupled", exclude="stages.0.1")
     assert taking_part(small_net(), images(), roles=["linear", "convolution"]) == ["0.weight", "3.weight"]
 

@@ -1,0 +1,299 @@
+"""What a removal may take: groups in bundles that lose equally many units, and what is said of those that lose less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil, gcd
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from netsurgery.edit import Edit, Outcome, counterparts
+from netsurgery.errors import InputError
+from netsurgery.network import Group, Network
+from netsurgery.passes.patterns import Chosen, Pattern, as_patterns
+from netsurgery.passes.selection import (
+    ANY,
+    belongs,
+    channels_per_unit,
+    is_touched,
+    one_of_each_product,
+    others_made_by,
+    protected,
+    stands_still,
+)
+
+if TYPE_CHECKING:
+    from netsurgery.passes.removal import PruneChannels
+
+__all__ = ["Bundle", "Choice", "brief", "is_count"]
+
+_EPSILON = 1e-9  # 0.3 of 10 units are 3
+_MOST = 0.9  # share of a layer that may go
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Groups that lose equally many units at once: usually one, several where the code splits into equal parts."""
+
+    groups: tuple[Group, ...]
+    order: tuple[list[int], ...]  # of each group, its units from the least important to the most
+    scores: Tensor  # of the k-th removal, ascending: normalised, averaged over the groups (threshold: the highest)
+    whole: int  # units in the original
+    channels: int  # channels of a layer that a unit is
+    most: int  # units that may be removed
+    step: int  # removed counts leave a multiple of this
+    ratio: float | None = None  # of the units of the original, to be removed
+
+    @property
+    def size(self) -> int:
+        """Units that there are."""
+        return self.groups[0].size
+
+    def due(self, ratio: float) -> int:
+        """Units to remove now, so that a share of the original's is gone."""
+        return max(0, int(self.whole * ratio + _EPSILON) - (self.whole - self.size))
+
+    def allowed(self, removed: int) -> int:
+        """The largest number of removals up to ``removed`` that leaves an allowed number of units."""
+        removed = min(removed, self.most)
+        while removed > 0 and (self.size - removed) % self.step:
+            removed -= 1
+        return removed
+
+
+class Choice:
+    """The groups of a network that a pass may cut, in bundles, and what it says of the others."""
+
+    def __init__(self, settings: PruneChannels, network: Network):
+        self.settings, self.network = settings, network
+        self.original: Network = network
+        if settings.of is not None:
+            self.original = settings.of.network if isinstance(settings.of, Edit) else settings.of
+        self.names = None if settings.of is None else counterparts(self.original, network)
+        units = (settings.unit,) if isinstance(settings.unit, str) else tuple(settings.unit)
+        self.units: list[tuple[str, ...]] = [ANY if unit == "any" else (unit,) for unit in units]
+        self.sorts = {unit for sorts in self.units for unit in sorts}
+        self.ratios = self._ratios()
+        self.short: dict[str, str] = {}
+        self.missing = False  # whether fewer units go than are asked of all together
+        self.groups = self._groups()
+        self.bundles = self._bundles()
+
+    def _ratios(self) -> list[tuple[tuple[Pattern, ...], Chosen, float]]:
+        """Modules that shares are given for."""
+        shares = self.settings.ratio if isinstance(self.settings.ratio, Mapping) else {}
+        return [((one,), Chosen(self.network, (one,)), share) for one, share in shares.items()]
+
+    def ratio(self, group: Group) -> float | None:
+        """The share of a group that is asked for; None where none is."""
+        if isinstance(self.settings.ratio, Mapping):
+            return next((share for patterns, held, share in self.ratios if belongs(group, held, patterns)), None)
+        return None if self.settings.ratio is None else float(self.settings.ratio)
+
+    def _meant(self) -> list[Group]:
+        """The groups that are meant, locked ones too."""
+        settings, network = self.settings, self.network
+        include, exclude = as_patterns(settings.include), as_patterns(settings.exclude)
+        included, excluded = Chosen(network, include), Chosen(network, exclude)
+        kept = protected(network, Chosen(network, as_patterns(settings.protect), empty=True))
+        wanted = [(include, included)] if include else [(patterns, chosen) for patterns, chosen, _ in self.ratios]
+        asked = []
+        for group in network.groups:
+            if group.name in kept or is_touched(group, excluded) or group.unit not in self.sorts:
+                continue
+            if not wanted or any(belongs(group, chosen, patterns) for patterns, chosen in wanted):
+                asked.append(group)
+            elif group.frozen is None and (near := [chosen for _, chosen in wanted if is_touched(group, chosen)]):
+                others = others_made_by(group, near[0]) or "others"
+                self.short[group.name] = (
+                    f"0 of {group.size} (also produced by {others}: include '{group.name}' to cut it)"
+                )
+        return [group for group in asked if not self.ratios or self.ratio(group) is not None]
+
+    def _groups(self) -> dict[str, Group]:
+        """What may be cut, by name: of what was asked for, that which can be; one factor of each dimension."""
+        asked, network = self._meant(), self.network
+        open_ = [group for group in asked if group.frozen is None]
+        found: dict[str, Group] = {}
+        for sorts in self.units:
+            found.update(one_of_each_product(network, [group for group in open_ if group.unit in sorts]))
+        self.locked = stands_still(network, [group for group in asked if group.frozen is not None], found)
+        return {name: group for name, group in network.by_name.items() if name in found}
+
+    def _bundles(self) -> list[Bundle]:
+        network, free = self.network, self.groups
+        tied = {name: names for names in network.ties for name in names}
+        bundles, done = [], set[str]()
+        for name in free:
+            together = tuple(tied.get(name, (name,)))
+            if name in done:
+                continue
+            done.update(together)
+            if still := [other for other in together if other not in free]:
+                self.short[name] = f"0 of {network[name].size} (keeps as many units as '{still[0]}', which stays)"
+            else:
+                bundles.append(self._bundle(tuple(network[other] for other in together)))
+        if not bundles or (self.settings.of is None and not any(bundle.most for bundle in bundles)):
+            locked = "; ".join(f"{g.name}: {g.frozen}" for g in network.groups if g.frozen)[:500]
+            shared = "".join(f" {name}: {why}." for name, why in self.short.items())[:500]
+            raise InputError(
+                f"nothing of {network.model_name} can be pruned with these settings.{shared} Locked: {locked}"
+            )
+        return bundles
+
+    def _bundle(self, groups: tuple[Group, ...]) -> Bundle:
+        settings, size = self.settings, groups[0].size
+        whole = max(self._whole(group) for group in groups)
+        found = [_checked(self.network, group).sort(stable=True) for group in groups]
+        scores = torch.stack([self._normalised(ordered) for ordered, _ in found])
+        joint = scores.mean(0) if settings.threshold is None else scores.amax(0)  # a threshold holds for each of them
+        cut = [group.channel for group in self.groups.values()]
+        channels = min(channels_per_unit(self.network, group, cut) for group in groups)
+        ratio = self.ratio(groups[0])
+        least = max(ceil(settings.min_channels / channels), whole - int(whole * self.most(ratio) + _EPSILON))
+        step = settings.multiple_of // gcd(settings.multiple_of, channels)
+        order = tuple(indices.tolist() for _, indices in found)
+        return Bundle(groups, order, joint, whole, channels, max(0, size - max(1, least)), step, ratio)
+
+    def most(self, ratio: float | None) -> float:
+        """The largest share of a group that may be removed."""
+        if self.settings.max_ratio is not None:
+            return self.settings.max_ratio
+        return max(_MOST, ratio) if ratio is not None and self.settings.scope == "layer" else _MOST
+
+    def _whole(self, group: Group) -> int:
+        """Units of a group in the original."""
+        if self.names is None:
+            return group.size
+        if group.name not in self.names or self.original[self.names[group.name]].size < group.size:
+            raise InputError(
+                f"PruneChannels(of=...): group '{group.name}' of {self.network.model_name} is none of the original, "
+                f"{self.original.model_name}: pass the Edit that began with it"
+            )
+        return self.original[self.names[group.name]].size
+
+    def _normalised(self, score: Tensor) -> Tensor:
+        settings = self.settings
+        if settings.threshold is not None:
+            return score
+        if settings.scope == "layer":
+            return torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
+        how = settings.normalize if settings.normalize != "auto" else "none" if self.network.comparable else "mean"
+        size = score.abs()
+        scale = {"mean": size.mean(), "max": size.max(), "sum": size.sum(), "none": torch.ones(())}[how]
+        return score / scale if scale > 0 else score
+
+    def wanted(self, ratio: float) -> int:
+        """Units of all groups together to remove now."""
+        whole = sum(bundle.whole * len(bundle.groups) for bundle in self.bundles)
+        gone = sum((bundle.whole - bundle.size) * len(bundle.groups) for bundle in self.bundles)
+        return max(0, int(whole * ratio + _EPSILON) - gone)
+
+    def edit(self, removed: list[int]) -> Edit:
+        """The edit that removes so many units of each bundle, those of the lowest scores."""
+        keep: Mapping[str, tuple[int, ...]] = {
+            group.name: tuple(sorted(order[k:]))
+            for bundle, k in zip(self.bundles, removed, strict=True)
+            for group, order in zip(bundle.groups, bundle.order, strict=True)
+        }
+        edit = Edit(self.network, keep)
+        return replace(edit, outcomes=(self._outcome(edit, removed),))
+
+    def _outcome(self, edit: Edit, removed: list[int]) -> Outcome:
+        settings = self.settings
+        if settings.scope == "global" and isinstance(settings.ratio, Real):
+            got = sum(k * len(bundle.groups) for bundle, k in zip(self.bundles, removed, strict=True))
+            self.missing = got < self.wanted(float(settings.ratio))
+        for bundle, k in zip(self.bundles, removed, strict=True):
+            if why := self._shortfall(bundle, k):
+                self.short.update((group.name, why) for group in bundle.groups)
+        for group in self.locked:
+            self.short[group.name] = f"0 of {group.size} (locked: {group.frozen})"
+        budget = next((name for name in ("params", "macs") if getattr(settings, name) is not None), None)
+        if budget is None:
+            return Outcome(self._asked(), self._got(removed), self.short)
+        whole, left = (getattr(cost, budget) for cost in (self.original.cost(), edit.after))
+        limit = getattr(settings, budget)
+        asked = f"{whole - limit:,}" if is_count(limit) else f"{100 * (1 - limit):.1f}%"
+        word = {"params": "parameters", "macs": "MACs"}[budget]
+        return Outcome(f"{asked} of the {word}", f"{100 * (1 - left / whole):.1f}%", {})
+
+    def _asked(self) -> str:
+        settings = self.settings
+        of = "the original's channels" if settings.of is not None else "the channels"
+        if settings.threshold is not None:
+            return f"the units with scores of at most {settings.threshold:g}"
+        if isinstance(settings.ratio, Mapping):
+            first, *others = [(f"{100 * share:.1f}%", brief(one)) for one, share in settings.ratio.items()]
+            return f"{first[0]} of {of} in {first[1]}" + "".join(f", {share} in {one}" for share, one in others)
+        return f"{100 * float(settings.ratio or 0):.1f}% of {of}" + (
+            " of each layer" if settings.scope == "layer" else ""
+        )
+
+    def _got(self, removed: list[int]) -> str:
+        """Channels that are gone, of those of the layers that are meant."""
+        whole = sum(bundle.whole * bundle.channels * len(bundle.groups) for bundle in self.bundles)
+        left = sum(
+            (bundle.size - k) * bundle.channels * len(bundle.groups)
+            for bundle, k in zip(self.bundles, removed, strict=True)
+        )
+        whole += (locked := sum(group.size for group in self.locked))
+        gone = whole - left - locked
+        return f"{100 * gone / whole:.1f}% ({gone:,} of {whole:,})"
+
+    def _shortfall(self, bundle: Bundle, removed: int) -> str | None:
+        """Why a group loses fewer units than asked, if it does."""
+        settings = self.settings
+        gone = bundle.whole - bundle.size + removed
+        if settings.threshold is not None:
+            due = int((bundle.scores <= settings.threshold).sum())
+        elif settings.scope == "layer" and bundle.ratio is not None:
+            due = bundle.due(bundle.ratio)
+            if bundle.ratio and not gone and not due:
+                return f"0 of {bundle.whole} ({100 * bundle.ratio:g}% of these is less than one)"
+        else:  # of all together
+            due = bundle.size if self.missing else 0
+        return f"{gone} of {bundle.whole} ({self._limit(bundle, due)})" if removed < due else None
+
+    def _limit(self, bundle: Bundle, due: int) -> str:
+        """The setting that keeps units which were due."""
+        settings = self.settings
+        if bundle.most >= due:
+            return f"multiple_of={settings.multiple_of}"
+        if settings.min_channels > 1 and bundle.size - bundle.most == ceil(settings.min_channels / bundle.channels):
+            return f"min_channels={settings.min_channels}"
+        return f"max_ratio={self.most(bundle.ratio):g}"
+
+
+def _checked(network: Network, group: Group) -> Tensor:
+    score = network.scores.get(group.name)
+    if not isinstance(score, Tensor) or score.shape != (group.size,):
+        found = "none" if score is None else f"shape {tuple(torch.as_tensor(score).shape)}, {type(score).__name__}"
+        raise InputError(
+            f"group '{group.name}' has {group.size} units but scores of {found}: the scoring pass must score every unit"
+        )
+    score = score.detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(score).all()):
+        where = ", ".join(f"{m.parameter}" for m in group.members[:3])
+        bad = torch.where(~torch.isfinite(score))[0][:5].tolist()
+        raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {bad}: look at {where}")
+    return score
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
+def brief(value: Any) -> str:
+    """A setting in one line: modules and networks by their class."""
+    if isinstance(value, nn.Module | Edit | Network):
+        return type(value).__name__
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{brief(one)}: {share}" for one, share in value.items()) + "}"
+    return f"[{', '.join(map(brief, value))}]" if isinstance(value, tuple | list) else repr(value)

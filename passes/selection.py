@@ -1,0 +1,160 @@
+"""Which groups a pass works on: those of named modules, and of the factors of one dimension only one.
+
+A ratio is a share of a layer's channels. Where these are a product (heads and dimensions within heads, groups of a
+convolution and channels within them), the same share of both factors would take it twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import gcd, prod
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from netsurgery.axes import Axis, Fixed, leaves
+from netsurgery.network import Group, Network, Unit
+from netsurgery.passes.patterns import Chosen, Pattern
+
+__all__ = [
+    "ANY",
+    "belongs",
+    "channels_per_unit",
+    "is_touched",
+    "one_of_each_product",
+    "others_made_by",
+    "protected",
+    "stands_still",
+]
+
+ANY: tuple[Unit, ...] = ("channel", "head", "head_dim")
+_FIRST: dict[Unit, int] = {"head_dim": 0, "channel": 1, "head": 2, "group": 3, "rank": 4}  # finer ones meet a share
+
+
+# Modules ---------------------------------------------------------------------------------------------------------
+
+
+def is_touched(group: Group, modules: Chosen) -> bool:
+    """Whether some modules produce or carry a group's units."""
+    return any(modules.holds(member.parameter) for member in group.members if member.role != "consumes")
+
+
+def belongs(group: Group, modules: Chosen, patterns: Sequence[Pattern]) -> bool:
+    """Whether only some modules produce a group's units, or these are but all that carries them, as norms do.
+
+    Or the group is asked for by name.
+    """
+    made = [member for member in group.members if member.role == "produces"]
+    owners = {member.module for member in made}
+    carried = [m for m in group.members if m.role == "carries" and m.module not in owners]
+    held = [modules.holds(member.parameter) for member in made]
+    alone = all(held) if any(held) else bool(carried) and all(modules.holds(m.parameter) for m in carried)
+    return alone or group.name in [pattern for pattern in patterns if isinstance(pattern, str)]
+
+
+def others_made_by(group: Group, modules: Chosen) -> str:
+    """The modules that produce a group's units beside some modules."""
+    makers = dict.fromkeys(m.module for m in group.members if m.role == "produces" and not modules.holds(m.parameter))
+    listed = list(makers)
+    return ", ".join(listed[:2]) + (f" and {len(listed) - 2} more" if len(listed) > 2 else "")
+
+
+def protected(network: Network, modules: Chosen) -> set[str]:
+    """The groups whose units some modules produce, carry, consume or are given."""
+    found = {g.name for g in network.groups if any(modules.holds(member.parameter) for member in g.members)}
+    for call in [call for program in network.programs for call in program.calls if call.path in modules]:
+        given = [node for node in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(node, fx.Node)]
+        channels = {leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)}
+        found.update(group.name for group in network.groups if group.channel in channels)
+    return found
+
+
+# Factors ---------------------------------------------------------------------------------------------------------
+
+
+def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, Group]:
+    """Of groups that are factors of one dimension the first: what is in heads before these, then what most layers use.
+
+    Groups that are tied go together.
+    """
+    tied = {name: names for names in network.ties for name in names}
+    apart = _factors(network)
+    order = {group.name: index for index, group in enumerate(network.groups)}
+
+    def rank(group: Group) -> tuple[int, int, int, int]:
+        layers = len({member.module for member in group.members})
+        return _FIRST[group.unit], -layers, _outerness(network, group), order[group.name]
+
+    taken: dict[str, Group] = {}
+    for group in sorted(groups, key=rank):
+        together = [network[name] for name in tied.get(group.name, (group.name,))]
+        beside = {channel for one in together for channel in apart.get(one.channel, ())}
+        if not any(other.channel in beside for other in taken.values() if other not in together):
+            taken[group.name] = group
+    return {name: taken[name] for name in sorted(taken, key=order.__getitem__)}
+
+
+def _factors(network: Network) -> dict[Axis, set[Axis]]:
+    """For each channel those that it is multiplied with in a dimension of a parameter."""
+    found: dict[Axis, set[Axis]] = {}
+    for axis in dict.fromkeys(axis for axes in network.axes.values() for axis in axes if axis.op):
+        for leaf in dict.fromkeys(leaves(axis)):
+            beside = {other for partners in _beside(axis, leaf) for one in partners for other in leaves(one)}
+            found.setdefault(leaf, set()).update(beside)
+    return found
+
+
+def _beside(axis: Axis, leaf: Axis) -> Iterator[tuple[Axis, ...]]:
+    """The factors beside a channel, for each place where it occurs in a dimension."""
+    if axis is leaf:
+        yield ()
+    for index, term in enumerate(axis.terms):
+        for partners in _beside(term, leaf):
+            rest = (*axis.terms[:index], *axis.terms[index + 1 :]) if axis.op == "product" else ()
+            yield (*partners, *rest)
+
+
+def _outerness(network: Network, group: Group) -> int:
+    """How many factors follow a group's channel in a dimension, at most."""
+    axes = [network.axes[member.parameter][member.axis] for member in group.members]
+    after = [
+        len(axis.terms) - i
+        for axis in axes
+        for i, term in enumerate(axis.terms)
+        if axis.op == "product" and term is group.channel
+    ]
+    return max(after, default=0)
+
+
+def channels_per_unit(network: Network, group: Group, cut: Iterable[Axis] = ()) -> int:
+    """How many channels of a layer a unit is: dimensions within a head, or groups of a normalisation.
+
+    Args:
+        cut: channels that are cut too; nothing can be said of how many of them stay.
+    """
+    others = {*cut} - {group.channel}
+
+    def width(axis: Axis) -> int:
+        if axis.op:
+            return (prod if axis.op == "product" else sum)(map(width, axis.terms))
+        return 1 if isinstance(axis.frozen, Fixed) or axis in others else axis.size
+
+    made = [member for member in group.members if member.role == "produces"] or list(group.members)
+    found = [partners for m in made for partners in _beside(network.axes[m.parameter][m.axis], group.channel)]
+    for m in group.members:
+        if m.role == "consumes":
+            found += [p for p in _beside(network.axes[m.parameter][m.axis], group.channel) if p]
+    return gcd(*(prod(map(width, partners)) for partners in found))
+
+
+def stands_still(network: Network, locked: Iterable[Group], cut: Iterable[str]) -> list[Group]:
+    """The locked groups that are channels between layers: no factors of what is cut, and no mere inputs or outputs."""
+    apart = _factors(network)
+    beside = {channel for name in cut for channel in apart.get(network[name].channel, ())}
+    found = []
+    for group in locked:
+        roles = {member.role for member in group.members}
+        inner = {"produces", "consumes"} <= roles and not isinstance(group.frozen, Fixed) and group.size > 1
+        if inner and group.channel not in beside:
+            found.append(group)
+    return found
