@@ -162,9 +162,9 @@ def test_removals_compose_when_a_group_shrinks_to_one_unit(seed: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(12, 2, 1)).double()
     x = torch.randn(1, 3, 4, 4, dtype=torch.float64)
-    passes = [RandomScore(seed), PruneChannels(0.5), RandomScore(seed + 1), PruneChannels(0.4)]
+    passes = [RandomScore(seed), PruneChannels(0.5, unit="group"), RandomScore(seed + 1), PruneChannels(0.4)]
     edit = netsurgery.plan(model, passes, x)
-    assert edit.counts == {"0": 1, "0:2": 2, "1": 2}  # 2 groups, then 4 inputs and 6 outputs of each
+    assert edit.counts == {"0": 1, "0:2": 3, "1": 4}  # one of 2 groups, then of its 4 inputs and 6 outputs
     assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, x) < 1e-10
 
 
