@@ -1,6 +1,7 @@
 """How long does it take to see a large network? `python benchmarks/tracing.py [--rounds 5]`
 
-ViT-B/16 with weights, and a Llama of 1.2 billion parameters on the meta device. Peak memory is that of the process,
+ViT-B/16 with weights, a Llama of 1.2 billion parameters on the meta device, and tiny ones of several depths, in each
+layer of which code locks a group: time should grow with the depth, and no faster. Peak memory is that of the process,
 before and after: weights that were allocated would show.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import resource
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import coverage_hf
@@ -36,6 +38,16 @@ def llama() -> tuple[nn.Module, Any]:
     return model, (torch.randint(0, 1000, (1, 64)),)
 
 
+def tiny_llama(layers: int) -> tuple[nn.Module, Any]:
+    """A Llama with two queries for each key, whose code does not follow their number."""
+    hf = coverage_hf.hf
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval(), (torch.arange(8)[None],)
+
+
 def peak() -> float:
     """Peak memory of this process, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -47,7 +59,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     rows = []
-    for name, make in {"vit_b_16": vit, "llama, 1.2 billion, on meta": llama}.items():
+    made = {"vit_b_16": vit, "llama, 1.2 billion, on meta": llama}
+    made |= {f"tiny llama, {layers} layers": partial(tiny_llama, layers) for layers in (7, 14, 28)}
+    for name, make in made.items():
         model, inputs = make()
         before, taken = peak(), []
         for _ in range(rounds):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import Any
 
 import pytest
@@ -68,8 +66,6 @@ def by_turns(depth: int) -> nn.Module:
 
 
 def tiny_llama(layers: int, heads: int = 4, keys: int = 2) -> nn.Module:
-    # It looks for an optional package `kernels`; from the root of this repository it would find ours.
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -153,13 +149,5 @@ def test_reasons_of_a_tiny_llama_name_their_layers() -> None:
 
 
 @pytest.mark.slow
-def test_a_llama_of_28_layers_takes_seconds() -> None:
-    model = tiny_llama(28)
-    netsurgery.trace(tiny_llama(1), TOKENS)  # what is imported and compiled once
-    seconds = []
-    for _ in range(2):  # other work on the machine slows one of them down
-        start = time.process_time()
-        network = netsurgery.trace(model, TOKENS)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 5
-    assert len(locked_by_code(network)) == 28
+def test_a_llama_of_28_layers_has_one_lock_a_layer() -> None:
+    assert len(locked_by_code(netsurgery.trace(tiny_llama(28), TOKENS))) == 28  # its time: benchmarks/tracing.py
