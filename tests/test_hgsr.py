@@ -258,7 +258,9 @@ def test_nan_is_not_lost() -> None:
 def test_weights_that_need_no_gradient_cost_none() -> None:
     weight, frozen = torch.ones(2, 3, requires_grad=True), torch.ones(500, 500)
     value = hgsr([frozen, weight], "group_lasso")
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         value.backward()
     sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert max(sizes, default=0) < frozen.nbytes / 10
