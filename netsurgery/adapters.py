@@ -14,11 +14,12 @@ from netsurgery.computed_weights import is_moved, packet_of
 from netsurgery.notation import Op
 from netsurgery.tracing import Program
 
-__all__ = ["Adapted", "Update", "adapted_layers"]
+__all__ = ["LAYER_INPUT", "LAYER_WEIGHT", "Adapted", "Update", "adapted_layers"]
 
 aten = torch.ops.aten
-_WEIGHT = {aten.mm: "mat2", aten.addmm: "mat2", aten.convolution: "weight", aten.embedding: "weight"}
-_INPUT = {aten.mm: "self", aten.addmm: "mat1", aten.convolution: "input", aten.embedding: "indices"}
+#: By operation the arguments that are the weight of a layer, and its input.
+LAYER_WEIGHT = {aten.mm: "mat2", aten.addmm: "mat2", aten.convolution: "weight", aten.embedding: "weight"}
+LAYER_INPUT = {aten.mm: "self", aten.addmm: "mat1", aten.convolution: "input", aten.embedding: "indices"}
 _SAME = {aten.clone, aten._to_copy, aten._unsafe_view}
 
 
@@ -64,11 +65,11 @@ def adapted_layers(program: Program) -> list[Adapted]:
 def _sums(node: fx.Node) -> Iterator[Adapted]:
     terms = list(_terms(node, 1.0)) if packet_of(node) in (aten.add, aten.add_) and "params" not in node.meta else []
     for layer, factor in terms:
-        if packet_of(layer) not in _WEIGHT or factor != 1.0:
+        if packet_of(layer) not in LAYER_WEIGHT or factor != 1.0:
             continue
         updates = [_update(other, scale, layer) for other, scale in terms if other is not layer]
         if updates and all(updates):
-            weight = Op(layer, None)[_WEIGHT[packet_of(layer)]]
+            weight = Op(layer, None)[LAYER_WEIGHT[packet_of(layer)]]
             if "params" in weight.meta:
                 yield Adapted(layer, weight, tuple(update for update in updates if update is not None))
                 return
@@ -102,13 +103,13 @@ def _update(up: fx.Node, scale: float, layer: fx.Node) -> Update | None:
     kind = packet_of(layer)
     if packet_of(up) not in ((aten.convolution,) if kind is aten.convolution else (aten.mm, aten.addmm)):
         return None
-    down, scale = _bare(Op(up, None)[_INPUT[packet_of(up)]], scale)
+    down, scale = _bare(Op(up, None)[LAYER_INPUT[packet_of(up)]], scale)
     if packet_of(down) not in ((kind,) if kind in (aten.convolution, aten.embedding) else (aten.mm, aten.addmm)):
         return None
     if down is layer or not _feeds_only(down, up):
         return None
-    reads = [_bare(Op(one, None)[_INPUT[packet_of(one)]]) for one in (layer, down)]
-    operands = [Op(one, None)[_WEIGHT[packet_of(one)]] for one in (down, up)]
+    reads = [_bare(Op(one, None)[LAYER_INPUT[packet_of(one)]]) for one in (layer, down)]
+    operands = [Op(one, None)[LAYER_WEIGHT[packet_of(one)]] for one in (down, up)]
     if reads[0][0] is not reads[1][0] or reads[0][1] != 1 or not all("params" in one.meta for one in operands):
         return None
     if not (_fits_convolution(layer, down, up) if kind is aten.convolution else _fits(layer, down, up)):

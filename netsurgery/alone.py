@@ -79,8 +79,7 @@ def _unlike(size: int, shares: set[float]) -> tuple[int, float]:
 
 def _classes(network: Network, near: Any) -> list[tuple[str, ...]]:
     """The open groups, those that are tied together."""
-    tied = {name: names for names in network.ties for name in names}
-    return list(dict.fromkeys(tied.get(name, (name,)) for name in near))
+    return list(dict.fromkeys(network.tied_to(name) for name in near))
 
 
 def _apart(near: Any) -> list[list[str]]:
@@ -97,8 +96,7 @@ def _apart(near: Any) -> list[list[str]]:
 
 def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
     """About two thirds of the units of the open ones among some groups, and of those tied to them."""
-    tied = {name: names for names in network.ties for name in names}
-    every = dict.fromkeys(other for name in names for other in tied.get(name, (name,)))
+    every = dict.fromkeys(other for name in names for other in network.tied_to(name))
     return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].frozen is None}
 
 

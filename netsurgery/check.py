@@ -103,8 +103,7 @@ def _culprit(model: nn.Module, network: Network, counts: Mapping[str, int], path
 
     Groups of the module ``around`` are tried by themselves first.
     """
-    tied = {name: names for names in network.ties for name in names}
-    together = list(dict.fromkeys(tied.get(name, (name,)) for name in counts))
+    together = list(dict.fromkeys(network.tied_to(name) for name in counts))
     near = [names for names in together if any(_is_in(network[name], around) for name in names)]
 
     def fails(tried: list[Tied]) -> bool:

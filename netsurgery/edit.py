@@ -237,9 +237,8 @@ def counterparts(original: Network, later: Network, among: Iterable[str] | None 
     """
     there = [original[name] for name in (original.by_name if among is None else among)]
     mine, theirs = ([g for g in groups if g.unit in ("head", "head_dim")] for groups in (there, later.groups))
-    apart = _same(
-        mine, theirs, lambda group: (_places(group), group.unit)
-    )  # of one head that is left there is no group
+    # Of one head that is left there is no group: the dimensions within it are alone in its places.
+    apart = _same(mine, theirs, lambda group: (_places(group), group.unit))
     return {**apart, **_same(there, later.groups, _places)}
 
 

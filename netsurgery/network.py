@@ -142,6 +142,14 @@ class Network:
         """The groups that are not frozen."""
         return tuple(group for group in self.groups if group.frozen is None)
 
+    def tied_to(self, name: str) -> tuple[str, ...]:
+        """The names of the groups that must keep as many units as a group, its own among them."""
+        return self._tied.get(name, (name,))
+
+    @cached_property
+    def _tied(self) -> dict[str, tuple[str, ...]]:
+        return {name: names for names in self.ties for name in names}
+
     @cached_property
     def terms(self) -> tuple[list[Term], list[Term]]:
         """Parameters and MACs as sums of products of dimensions: ``(module, axes)`` each."""

@@ -9,11 +9,9 @@ the passes and makes sure that the model's own code follows the new sizes; ``rew
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
-import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -27,7 +25,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import PassError
 from netsurgery.network import Network
 from netsurgery.rewriting import rewrite
-from netsurgery.untried import trace_untried
+from netsurgery.untried import few_collections, trace_untried
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
 
@@ -52,19 +50,7 @@ class Pass(abc.ABC):
         """Return the network with scores or locks laid on it, or an Edit of it. Must be pure."""
 
 
-@contextlib.contextmanager
-def _few_collections() -> Iterator[None]:
-    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_few_collections()
+@few_collections()
 def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
@@ -91,8 +77,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     return settle_alone(model, network)
 
 
-@_few_collections()
-@_few_collections()
+@few_collections()
 def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
     """Decide what to remove, and carry nothing out.
 

@@ -11,13 +11,11 @@ import contextlib
 import functools
 import operator
 import os
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -28,6 +26,7 @@ from netsurgery.copying import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.errors import TraceError
 from netsurgery.leaves import LEAVES, Leaf, leaf_of
 from netsurgery.posing import Posing
+from netsurgery.randomness import seeded
 from netsurgery.shapes import infer
 from netsurgery.values import Known, TensorMap, Values, draw, needs_values
 
@@ -47,7 +46,6 @@ __all__ = [
     "lend_inputs",
     "location",
     "names_used",
-    "own_random_numbers",
     "raised_at",
     "record",
     "run_guarded",
@@ -492,21 +490,6 @@ def skeleton(
     return bare, {id(tensor): name for name, tensor in tensors.values()}
 
 
-@contextlib.contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers that are the same in every run, numpy's global ones too; the state outside stays as it is."""
-    python, arrays = random.getstate(), numpy.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        random.seed(0)
-        numpy.random.seed(0)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)  # noqa: NPY002
-
-
 def home(model: nn.Module) -> torch.device:
     """The device of a model."""
     return next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
@@ -523,7 +506,7 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torc
     """Run a skeleton under a watcher, with tensors without data that say they are on ``device``."""
     track(bare, watcher)
     with torch.no_grad(), caches_kept(bare), without_fast_path(), contextlib.ExitStack() as stack:
-        stack.enter_context(own_random_numbers(device))
+        stack.enter_context(seeded(0, device))
         stack.enter_context(Posing(watcher.read, device, watcher.alias, watcher.assign))
         stack.enter_context(watcher)
         return bare(*inputs[0], **inputs[1])

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from netsurgery.adapters import LAYER_INPUT, LAYER_WEIGHT
 from netsurgery.axes import Axis
 from netsurgery.computed_weights import ancestors, is_moved, is_stream, meetings, packet_of
 from netsurgery.notation import Op
@@ -53,8 +54,6 @@ def units_of_products(program: Program) -> Iterator[tuple[Axis, Unit]]:
 
 # Updates beside a layer: layer(x) + up(down(x)), times numbers or parameters ----------------------------------------
 
-_INPUT = {aten.mm: "self", aten.addmm: "mat1", aten.convolution: "input", aten.embedding: "indices"}
-_WEIGHT = {aten.mm: "mat2", aten.addmm: "mat2", aten.convolution: "weight", aten.embedding: "weight"}
 _NAMES = {aten.mm: ("k", "n"), aten.addmm: ("k", "n"), aten.convolution: ("i", "o"), aten.embedding: ("v", "d")}
 _SCALED = {aten.mul, aten.div, aten.neg, aten.clone, aten._to_copy, aten._unsafe_view, aten.native_dropout}
 
@@ -94,7 +93,7 @@ def _core(node: fx.Node) -> fx.Node:
 
 
 def _is_layer(node: fx.Node) -> bool:
-    weight = _WEIGHT.get(packet_of(node))
+    weight = LAYER_WEIGHT.get(packet_of(node))
     return weight is not None and "params" not in node.meta and "params" in Op(node, None)[weight].meta
 
 
@@ -103,7 +102,7 @@ def _has_bias(node: fx.Node) -> bool:
 
 
 def _source(layer: fx.Node) -> fx.Node:
-    return _core(Op(layer, None)[_INPUT[packet_of(layer)]])
+    return _core(Op(layer, None)[LAYER_INPUT[packet_of(layer)]])
 
 
 def _ends(layer: fx.Node) -> tuple[Axis, Axis]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -13,9 +16,22 @@ from netsurgery.network import Network, analyse
 from netsurgery.refusals import refuse_unsupported
 from netsurgery.tracing import Inputs, Program, as_inputs, names_used, reads_training, record
 
-__all__ = ["trace_untried"]
+__all__ = ["few_collections", "trace_untried"]
 
 
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@few_collections()
 def trace_untried(model: nn.Module, example_inputs: Any) -> Network:
     """The network before its code was tried at other sizes."""
     if not isinstance(model, nn.Module):

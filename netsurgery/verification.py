@@ -27,6 +27,7 @@ from netsurgery.costs import Sizes
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
+from netsurgery.randomness import seeded
 from netsurgery.rules import Op
 from netsurgery.tracing import (
     TRANSPARENT,
@@ -39,7 +40,6 @@ from netsurgery.tracing import (
     lend,
     lend_inputs,
     location,
-    own_random_numbers,
     run_skeleton,
     skeleton,
     tensors_in,
@@ -51,6 +51,7 @@ from netsurgery.values import Values, answer, draw, flat, is_number, laid_out, s
 
 __all__ = [
     "STATISTICS",
+    "draws",
     "entries",
     "is_view",
     "look_up_constants",
@@ -109,7 +110,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     for program in _repeatable(edit.network):
         numbers: Numbers = []
         drawn: Drawn = {}
-        with own_random_numbers(home(model)):
+        with seeded(0, home(model)):
             want = silenced(edit.network, program, tensors, inputs, keep, numbers, drawn)
         if program.values == "all" or drawn:
             found, read = follow(small, program, inputs, units, drawn)
@@ -320,7 +321,7 @@ def follow(
     return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
 
 
-def _draws(node: torch.fx.Node) -> bool:
+def draws(node: torch.fx.Node) -> bool:
     """Whether an operation draws random numbers, as it was called; dropout without a rate does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
@@ -450,7 +451,7 @@ def replay(
                 args, kwargs = torch.fx.node.map_aggregate(
                     (node.args, node.kwargs), functools.partial(_value, values, device)
                 )
-                if numbers is not None and ("decided" in node.meta or _draws(node)):
+                if numbers is not None and ("decided" in node.meta or draws(node)):
                     read = flat(_read(node.target, node.args, node.kwargs))
                     numbers.extend(
                         (s, values[s].clone()) for s in read if isinstance(s, torch.fx.Node) and is_number(values[s])
@@ -513,7 +514,7 @@ def silenced(
         return entries(masks)
 
     def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
-        if drawn is not None and node.op == "call_function" and _draws(node):
+        if drawn is not None and node.op == "call_function" and draws(node):
             drawn[node] = _copied(out)
         special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:

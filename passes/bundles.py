@@ -126,10 +126,9 @@ class Choice:
 
     def _bundles(self) -> list[Bundle]:
         network, free = self.network, self.groups
-        tied = {name: names for names in network.ties for name in names}
         bundles, done = [], set[str]()
         for name in free:
-            together = tuple(tied.get(name, (name,)))
+            together = network.tied_to(name)
             if name in done:
                 continue
             done.update(together)

@@ -266,7 +266,6 @@ def leaking_groups(model: nn.Module, network: Network) -> list[str]:
             "zeros may change in ways that its removal does not: it is not supported"
         )
     halves = {g.name: tuple(range(g.size // 2, g.size)) for g in network.prunable if g.size > 1}
-    tied = {name: names for names in network.ties for name in names}
     rough = {name: _rough(tensor) for name, tensor in named_tensors(model)}
 
     def leaking(some: Sequence[tuple[str, ...]]) -> list[str]:
@@ -277,7 +276,7 @@ def leaking_groups(model: nn.Module, network: Network) -> list[str]:
             return names
         return leaking(some[: len(some) // 2]) + leaking(some[len(some) // 2 :])
 
-    return leaking(list(dict.fromkeys(tied.get(name, (name,)) for name in halves)))
+    return leaking(list(dict.fromkeys(network.tied_to(name) for name in halves)))
 
 
 def _is_silent(

@@ -77,7 +77,6 @@ def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, 
 
     Groups that are tied go together.
     """
-    tied = {name: names for names in network.ties for name in names}
     apart = _factors(network)
     order = {group.name: index for index, group in enumerate(network.groups)}
 
@@ -87,7 +86,7 @@ def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, 
 
     taken: dict[str, Group] = {}
     for group in sorted(groups, key=rank):
-        together = [network[name] for name in tied.get(group.name, (group.name,))]
+        together = [network[name] for name in network.tied_to(group.name)]
         beside = {channel for one in together for channel in apart.get(one.channel, ())}
         if not any(other.channel in beside for other in taken.values() if other not in together):
             taken[group.name] = group

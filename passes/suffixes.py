@@ -27,10 +27,10 @@ from torch import Tensor, fx
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.computed_weights import ancestors, worked_across, writers
 from netsurgery.network import Network
-from netsurgery.passes.randomness import is_random, torch_seeded
+from netsurgery.randomness import torch_seeded
 from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.values import answer, laid_out, spread
-from netsurgery.verification import STATISTICS, entries, is_view
+from netsurgery.verification import STATISTICS, draws, entries, is_view
 
 __all__ = ["Removal", "Suffixes", "Unsuited"]
 
@@ -480,7 +480,7 @@ class _Builder:
         if packet in _CONTRACTED:
             call = self.of.product(target)
         kwargs = {k: self.device if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
-        if is_random(node):
+        if draws(node):
             kwargs.pop("generator", None)
             call = functools.partial(self.drawn, call, self.order[node])
         if "decided" in node.meta:
@@ -492,7 +492,7 @@ class _Builder:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or not all(n in self.of.constants for n in node.all_input_nodes):
             return False
-        if "decided" in node.meta or is_random(node):
+        if "decided" in node.meta or draws(node):
             return False
         return all(
             leaf in one.meta.get("whole", ())

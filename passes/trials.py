@@ -23,13 +23,13 @@ from netsurgery.errors import InputError, RewriteError
 from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
-from netsurgery.passes.randomness import draws_at, seeded
 from netsurgery.passes.samples import Samples, in_eval_mode
 from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
+from netsurgery.randomness import seeded
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import Inputs, home, tensors_in
+from netsurgery.tracing import Inputs, format_where, home, tensors_in
 from netsurgery.untried import trace_untried
-from netsurgery.verification import look_up_constants, silenced
+from netsurgery.verification import draws, look_up_constants, silenced
 
 if TYPE_CHECKING:
     from netsurgery.passes.loss_increase import LossIncreaseScore
@@ -322,9 +322,8 @@ class Trials:
     def edit(self, name: str, index: int) -> Edit:
         """A removal as an edit of the network."""
         units = self.removal(name, index)[1]
-        tied = {name: names for names in self.network.ties for name in names}
         stay = tuple(u for u in range(self.network[name].size) if u not in units)
-        return Edit(self.network, dict.fromkeys(tied.get(name, (name,)), stay))
+        return Edit(self.network, dict.fromkeys(self.network.tied_to(name), stay))
 
     def by_silencing(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
         """Let the units contribute nothing, where the code decides and draws what it did with them."""
@@ -357,7 +356,7 @@ class Trials:
         once = self.outputs(self.model, inputs)
         if not _same(once, self.outputs(self.model, inputs, seed=1)):
             self.random = True
-            self.warn(self.network.model_name, draws_at(self.network) or ["outside of torch's operations"])
+            self.warn(self.network.model_name, _draws_at(self.network) or ["outside of torch's operations"])
         if own is None:
             check_targets(once, targets, self.samples.targets)
             return
@@ -454,3 +453,9 @@ def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(new, form)
 
     return fill(template)
+
+
+def _draws_at(network: Network) -> list[str]:
+    """The lines of code at which a network in eval mode draws random numbers."""
+    nodes = [node for node in network.programs[0].operations if draws(node)]
+    return list(dict.fromkeys(format_where(node.meta["where"]) for node in nodes))
