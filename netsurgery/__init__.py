@@ -1,5 +1,7 @@
 """netsurgery: structural surgery on PyTorch networks, as compiler passes over an exact dependency graph."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from netsurgery.costs import Cost as Cost
 from netsurgery.edit import Edit as Edit
 from netsurgery.errors import NetsurgeryError as NetsurgeryError
@@ -17,4 +19,7 @@ from netsurgery.rewriting import rewrite as rewrite
 from netsurgery.teaching import rule as rule
 from netsurgery.verification import verify as verify
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("netsurgery")
+except PackageNotFoundError:  # used from a folder, not installed
+    __version__ = "unknown"

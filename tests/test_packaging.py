@@ -1,6 +1,7 @@
 """What is installed, under which names, and who may import whom."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+IGNORED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
 ON_TOP = {"__init__.py", "cli.py", "demo.py", "training"}  # the public face and what users run may use everything
 
 
@@ -58,12 +60,11 @@ def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_the_package_list_names_every_folder() -> None:
     assert sorted(SETUP["packages"]) == sorted(packages())
-    assert SETUP["package-dir"] == packages()
 
 
-@pytest.mark.parametrize("name", ["passes", "kernels"])
-def test_the_symlinks_are_relative(name: str) -> None:
-    assert (ROOT / "netsurgery" / name).readlink() == Path("..") / name
+@pytest.mark.parametrize("link", ["netsurgery/passes", "netsurgery/kernels", "src/netsurgery"])
+def test_the_symlinks_are_relative(link: str) -> None:
+    assert (ROOT / link).readlink() == Path("..") / Path(link).name
 
 
 @pytest.mark.parametrize("name", ["passes", "kernels"])
@@ -141,9 +142,19 @@ def test_importing_the_core_does_not_import_triton() -> None:
     assert run("import sys, netsurgery; print('triton' in sys.modules)").stdout == "False\n"
 
 
-def test_the_wheel_and_the_sdist_hold_each_file_once(tmp_path: Path) -> None:
-    tree, dist = tmp_path / "tree", tmp_path / "dist"
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".*", "*.egg-info", "build", "dist"))
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository, of which all is committed under a tag."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", *IGNORED))
+    who = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "All"], ["tag", "v9.8.7"]):
+        subprocess.run(["git", *command], cwd=tree, check=True)
+    return tree
+
+
+def test_the_wheel_and_the_sdist_hold_each_file_once(tree: Path, tmp_path: Path) -> None:
+    dist = tmp_path / "dist"
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, tree]
     subprocess.run(build, capture_output=True, check=True)
     expected = {
@@ -152,12 +163,29 @@ def test_the_wheel_and_the_sdist_hold_each_file_once(tmp_path: Path) -> None:
     recipes = {f"netsurgery/recipes/{p.name}" for p in (ROOT / "netsurgery" / "recipes").iterdir()}
     assert recipes
     expected |= {"netsurgery/py.typed", *recipes}
-    (wheel,) = dist.glob("*.whl")
+    wheel = dist / "netsurgery-9.8.7-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(expected)
-    (sdist,) = dist.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
+    with tarfile.open(dist / "netsurgery-9.8.7.tar.gz") as archive:
         files = [name.partition("/")[2] for name in archive.getnames()]
     assert len(files) == len(set(files))
-    assert not [name for name in files if name.startswith(("netsurgery/passes", "netsurgery/kernels"))]
+    assert not [name for name in files if name.startswith(("netsurgery/passes", "netsurgery/kernels", "src"))]
     assert {"passes/__init__.py", "kernels/__init__.py", "netsurgery/py.typed", "LICENSE", *recipes} <= set(files)
+
+
+def test_type_checkers_find_an_editable_install(tree: Path, tmp_path: Path) -> None:
+    place, code = tmp_path / "place", tmp_path / "code.py"
+    code.write_text("import netsurgery.passes, netsurgery.kernels.criteria, netsurgery.training.recipe\n")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", place]
+    subprocess.run([*install, "-e", tree], capture_output=True, check=True)
+    (path,) = place.glob("*.pth")
+    assert path.read_text().strip() == str(tree / "src")  # a path, where an import hook would be code
+
+    def mypy(where: Path) -> str:
+        options = ["--no-site-packages", "--follow-imports=skip", "--cache-dir", tmp_path / "cache"]
+        command = [sys.executable, "-m", "mypy", *options, code]
+        env = {**os.environ, "MYPYPATH": str(where)}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False).stdout
+
+    assert "Success" in mypy(tree / "src")
+    assert "Success" not in mypy(tmp_path)
