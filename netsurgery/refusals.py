@@ -39,6 +39,11 @@ def _of_module(module: nn.Module) -> str:
     kind = type(module)
     if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
         return f"is wrapped in {kind.__name__}: pass the module inside (model.module), and wrap the smaller model anew"
+    if "_orig_mod" in module._modules:
+        return (
+            "is wrapped by torch.compile: pass the module inside (model._orig_mod), and compile the smaller one; "
+            "module.compile() wraps nothing"
+        )
     if kind.__name__ == "FullyShardedDataParallel":
         return f"is sharded: pass the model as it was before {kind.__name__}, and shard the smaller one"
     if isinstance(module, torch.jit.ScriptModule):

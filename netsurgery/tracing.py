@@ -507,6 +507,8 @@ def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torc
     track(bare, watcher)
     with torch.no_grad(), caches_kept(bare), without_fast_path(), contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0, device))
+        if "torch._dynamo" in sys.modules:  # functions under @torch.compile by their own operations
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(Posing(watcher.read, device, watcher.alias, watcher.assign))
         stack.enter_context(watcher)
         return bare(*inputs[0], **inputs[1])

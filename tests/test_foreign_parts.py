@@ -301,6 +301,35 @@ def test_data_parallel_is_refused() -> None:
     refused(nn.Sequential(nn.DataParallel(Net())), "module '0' is wrapped in DataParallel: pass")
 
 
+def test_compiled_modules_are_refused_and_compiled_functions_run_by_their_own_operations() -> None:
+    refused(torch.compile(Net(), backend="eager"), r"the model is wrapped by torch.compile: pass .*model\._orig_mod")
+    refused(nn.Sequential(torch.compile(Net(), backend="eager")), r"module '0' is wrapped by torch.compile: pass")
+    compiled = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compiled.append(inputs)
+        return module.forward
+
+    @torch.compile(backend=backend)
+    def gated(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(gated(self.up(x)))
+
+    model, x = Gated().eval(), torch.randn(2, 6)
+    edit = netsurgery.plan(model, HALF, (x,))
+    small = netsurgery.rewrite(model, edit)
+    assert not compiled and small.up.out_features == 8 and netsurgery.verify(model, small, edit, (x,)) < 1e-6
+    with torch.no_grad():
+        assert torch.allclose(small(x), small.down(F.silu(small.up(x)))) and compiled
+
+
 @pytest.mark.usefixtures("one_process")
 def test_distributed_data_parallel_is_refused() -> None:
     refused(nn.parallel.DistributedDataParallel(Net()), r"wrapped in DistributedDataParallel: pass .*model\.module")
