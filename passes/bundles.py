@@ -217,7 +217,7 @@ class Choice:
             return Outcome(self._asked(), self._got(removed), self.short)
         whole, left = (getattr(cost, budget) for cost in (self.original.cost(), edit.after))
         limit = getattr(settings, budget)
-        asked = f"{whole - limit:,}" if is_count(limit) else f"{100 * (1 - limit):.1f}%"
+        asked = f"{max(0, whole - limit):,}" if is_count(limit) else f"{100 * (1 - limit):.1f}%"
         word = {"params": "parameters", "macs": "MACs"}[budget]
         return Outcome(f"{asked} of the {word}", f"{100 * (1 - left / whole):.1f}%", {})
 

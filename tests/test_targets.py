@@ -153,6 +153,7 @@ def test_what_fell_short_is_said() -> None:
     )
     assert said(net(8, 16), PruneChannels(macs=0.5)).startswith("asked to remove 50.0% of the MACs, removed 5")
     assert "asked to remove 1,020 of the parameters, removed 69.0%" in said(net(8, 16), PruneChannels(params=488))
+    assert said(net(8, 16), PruneChannels(params=10**9)) == "asked to remove 0 of the parameters, removed 0.0%"
     assert "the units with scores of at most 0.5" in said(net(8), PruneChannels(threshold=0.5))
 
 
