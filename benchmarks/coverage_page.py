@@ -13,8 +13,10 @@ INTRODUCTION = """\
 Every model here has random weights, norms and statistics. Half of every group that is not frozen is removed at random,
 and the outputs are compared, in float32, with those of the original whose removed units are silenced
 (`netsurgery.verify`); *permuted* is the second oracle: the units of all groups in another order. Both are largest
-differences relative to the largest output. Each model is measured in a process of its own. The *share* is that of the
-parameters that sit in prunable groups.
+differences relative to the largest output. Each model is measured in a process of its own. The *share* says how much
+of what a removal could take at best it can take: the entries of parameters that go when every group that is not frozen
+loses the same small share of its units, relative to those that go when every dimension does but inputs, outputs and
+positions (a matrix one axis of which is frozen counts half).
 
 - **exact**: both differences are at most 1e-4. **WRONG**: one is not. Where a network decides by comparing numbers
   (which of two boxes comes first), rounding alone can be above that; float64 then tells: *f64* marks such rows, at most
@@ -131,7 +133,7 @@ def reasons(rows: Sequence[Row]) -> str:
 
 
 def reasons_of(row: Row) -> str:
-    """What holds frozen groups of a model, but its inputs and outputs; what holds most parameters first."""
+    """What holds frozen groups of a model, but its inputs and outputs; what holds most entries first."""
     inner = [one for one in row.get("reasons", []) if not one["reason"].startswith(("network input", "network output"))]
     lines = [f"  - {groups(one['groups'])}: {one_line(one['reason'], 200)}\n" for one in inner[:MOST]]
     more = sum(one["groups"] for one in inner[MOST:])
