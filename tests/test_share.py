@@ -66,14 +66,24 @@ def test_parts_of_a_concatenation() -> None:
     assert found == pytest.approx(free / (free + locked))
 
 
-def test_factors_of_a_product() -> None:
-    """Channels and positions flattened: an axis is free where one of its factors is."""
+def test_positions_in_a_product_count_neither_way() -> None:
+    """Channels and positions flattened: the axis is free where the channels are."""
     image = torch.zeros(1, 2, 4, 4)
     found = share(
-        lambda m, x: m.b(m.a(x).flatten(1)).flip(-1) @ m.c.weight, image, a=nn.Conv2d(2, 5, 3, bias=False),
-        b=lin(5 * 4, 6), c=lin(3, 6),
+        lambda m, x: m.c(m.b(m.a(x).flatten(1)).flip(-1)), image, a=nn.Conv2d(2, 5, 3, bias=False), b=lin(20, 6),
+        c=lin(6, 3),
     )  # fmt: skip
     free, locked = 5 * 2 * 9 + 6 * 20, 6 * 20 + 6 * 3
+    assert found == pytest.approx(free / (free + locked))
+
+
+def test_one_free_factor_is_enough() -> None:
+    """Of 3 blocks of 4 the blocks are free, what is in them is locked: half of everything can still go."""
+    found = share(
+        lambda m, x: m.c(m.b(m.a(x).view(-1, 3, 4).flip(-1).flatten(1)).flip(-1)), X, a=lin(4, 12), b=lin(12, 6),
+        c=lin(6, 3),
+    )  # fmt: skip
+    free, locked = 12 * 4 + 6 * 12, 6 * 12 + 6 * 3
     assert found == pytest.approx(free / (free + locked))
 
 
