@@ -56,7 +56,7 @@ class Fixed(str):
 
 
 class Edge(str):
-    """A reason of the dimensions of a network's own inputs and outputs."""
+    """A reason of the dimensions of a network's own inputs and outputs; what constants feed is an input."""
 
 
 Meet = Callable[["Axis", "Axis"], None]  # what happens when a channel meets an axis that it should be

@@ -266,7 +266,7 @@ class Analysis:
                 own = tuple(channel(n, f"constant made by the code {format_where(node.meta['where'])}") for n in shape)
                 node.meta["dims"] = self.axes.get(node.target, own)
                 if node.target not in self.parameters:
-                    self.note_constant(node.meta["dims"], f"what a constant feeds is an input: {node.target}")
+                    self.note_constant(node.meta["dims"], Edge(f"what a constant feeds is an input: {node.target}"))
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     for axis in result.meta["dims"]:

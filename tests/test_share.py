@@ -101,6 +101,21 @@ def test_attention_of_which_nothing_moves_counts_its_streams_only() -> None:
     assert found == pytest.approx((ends + 4 * 144) / (ends + 8 * 144))
 
 
+def test_what_a_constant_feeds_is_an_input() -> None:
+    """The two coordinates of a table, as in torchvision's Swin V2, are no dimension that anyone could cut."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("coordinates", torch.randn(6, 2))
+            self.a, self.b, self.c = lin(2, 8), lin(8, 6), lin(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c((x[:, None] * self.b(self.a(self.coordinates).relu())).sum(1))
+
+    assert prunable_share(netsurgery.trace(Table(), torch.zeros(5, 6))) == 1
+
+
 def test_what_a_pass_locks_is_locked() -> None:
     model = nn.Sequential(lin(4, 8), nn.ReLU(), lin(8, 8), nn.ReLU(), lin(8, 3))
     network = netsurgery.trace(model, X)
