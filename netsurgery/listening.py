@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat, leaves
-from netsurgery.caches import caches_kept
+from netsurgery.caches import caches_kept, caches_passed_by
 from netsurgery.copying import named_modules, named_tensors, on_meta
 from netsurgery.costs import Sizes
 from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
@@ -806,7 +806,7 @@ def _run(
         module.training = training
         placed = dict(module.__dict__)
         stores = _stores(module)
-        with caches_kept(module), torch.no_grad(), watcher, ears:
+        with caches_kept(module), caches_passed_by(module, Number), torch.no_grad(), watcher, ears:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
         ears.graph.output(ears.node_of(out))
