@@ -99,8 +99,9 @@ def facts(network: Network) -> Row:
             new = {"reason": short(group.frozen), "first": group.name, "groups": 0}
             reasons.setdefault(why, new)["groups"] += 1
             held.setdefault(why, set()).update({group.channel} if inner(group.channel) else ())
-    for why, channels in held.items():
-        reasons[why]["entries"] = entries(network, channels)
+    free = {group.channel for group in network.prunable}
+    for why, channels in held.items():  # what would be open, too
+        reasons[why]["entries"] = entries(network, free | channels) - entries(network, free) if channels else 0.0
     return {
         "groups": len(network.groups),
         "locked": len(network.groups) - len(network.prunable),
@@ -111,7 +112,7 @@ def facts(network: Network) -> Row:
 
 def short(reason: str) -> str:
     """A reason without the paths of modules: one line of code often runs in many places."""
-    reason = re.sub(r"\(the code of \S+ ", "(its code ", reason)
+    reason = re.sub(r"\(the code of (?:the model|\S+) ", "(its code ", reason)
     reason = re.sub(r" in \S+(?= at \S+:\d+)", "", reason)
     return re.sub(r"(:\d+|\)) in (?:\S+|the model)(?=$| \(its code )", r"\1", reason)
 

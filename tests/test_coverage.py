@@ -22,6 +22,8 @@ import coverage_page
 import coverage_rows
 import coverage_timm
 
+import netsurgery
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -130,7 +132,29 @@ def test_reasons_are_merged():
     training = " at a.py:7{} ({} runs other code in training)"
     assert coverage_rows.short(training.format(" in a.b", "the code of a.b")) == training.format("", "its code")
     assert coverage_rows.alike(there.format(3, 1, 2)) == coverage_rows.alike(there.format(12, 3, 4))
+    assert coverage_rows.short("no (the code of the model uses no_grad)") == "no (its code uses no_grad)"
     assert coverage_rows.alike(here.format(1)).endswith(":53")  # another line is another reason
+
+
+def test_what_a_reason_holds():
+    """Of queries, keys and values the factor 3 is locked; heads and dimensions are open beside it: it holds nothing."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.qkv, self.b = nn.Linear(5, 8), nn.Linear(8, 72), nn.Linear(24, 3)
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.a(x)).view(-1, 7, 3, 4, 6).permute(2, 0, 3, 1, 4)
+            y = (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2)
+            return self.b(y.flip(-1) if self.flips else y)
+
+    model, held = Attention(), []
+    for model.flips in (False, True):
+        facts = coverage_rows.facts(netsurgery.trace(model, torch.zeros(2, 7, 5)))
+        held.append({one["reason"].partition(":")[0]: one["entries"] for one in facts["reasons"]})
+    assert held[0]["told apart by position"] == 0
+    assert held[1]["told apart by position"] > 0 == held[1]["network output"]
 
 
 def test_every_timm_module():
@@ -203,7 +227,7 @@ def test_page():
         "| two | exact | 1,234 | 7 | 2 | 50.0 % | 50.0 % | 2.0e-07 | 3.0e-07 | 0.50 | 0.25 | 1: `l.0` |",
         "| three | REFUSED |  |  |  |  |  |  |  |  |  |  |",
         "- three: REFUSED: `TraceError: no more`",
-        "Only inputs and outputs are frozen in 1 of these models.",
+        "Only inputs, outputs and positions are frozen in 1 of these models.",
         "- two:\n  - 2 groups: `no rule for this operation: aten.roll at a_b.py:53`",
     ]:
         assert f"\n{line}\n" in text
