@@ -160,6 +160,23 @@ def _mamba() -> Case:
     return hf.MambaForCausalLM(config), {"input_ids": tokens()}
 
 
+def _mamba2() -> Case:
+    config = hf.Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=48, state_size=6, num_hidden_layers=2, expand=2, conv_kernel=4, head_dim=12,
+        num_heads=8, n_groups=2, chunk_size=4, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return hf.Mamba2ForCausalLM(config), {"input_ids": tokens()}
+
+
+def _conformer() -> Case:
+    config = hf.Wav2Vec2ConformerConfig(
+        vocab_size=31, **_ENCODER, conv_dim=[20, 24], conv_stride=[5, 2], conv_kernel=[10, 3],
+        num_conv_pos_embeddings=6, num_conv_pos_embedding_groups=4, position_embeddings_type="relative",
+        conv_depthwise_kernel_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return hf.Wav2Vec2ConformerForCTC(config), {"input_values": normal(BATCH, 400)}
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "bert": _bert,
     "gpt2": _gpt2,
@@ -177,6 +194,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "detr": _detr,
     "segformer": _segformer,
     "mamba": _mamba,
+    "mamba2": _mamba2,
+    "wav2vec2-conformer": _conformer,
     "mixtral": _mixtral(),
     "mixtral (batched experts)": _mixtral("batched_mm"),
 }

@@ -10,11 +10,14 @@ STATUSES = ("exact", "WRONG", "REFUSED", "CRASH", "TIMEOUT", "PROVES NOTHING")
 INTRODUCTION = """\
 # Coverage
 
-Every model here has random weights, norms and statistics. Half of every group that is not frozen is removed at random,
-and the outputs are compared, in float32, with those of the original whose removed units are silenced
-(`netsurgery.verify`); *permuted* is the second oracle: the units of all groups in another order. Both are largest
-differences relative to the largest output. Each model is measured in a process of its own. The *share* is that of the
-parameters that sit in prunable groups.
+Every model here has random weights, norms and statistics. Half of the channels of every layer that is not frozen are
+removed at random (`PruneChannels(0.5)`), and the outputs are compared, in float32, with those of the original whose
+removed units are silenced (`netsurgery.verify`); *permuted* is the second oracle: the units of all groups in another
+order. Both are largest differences relative to the largest output. Each model is measured in a process of its own.
+
+The *share* says how much of what a removal could take at best it can take: the entries of parameters that go when every
+group that is not frozen loses the same small share of its units, relative to those that go when every dimension does
+but inputs, outputs and positions (a matrix counts half if one axis is frozen).
 
 - **exact**: both differences are at most 1e-4. **WRONG**: one is not. Where a network decides by comparing numbers
   (which of two boxes comes first), rounding alone can be above that; float64 then tells: *f64* marks such rows, at most
@@ -126,13 +129,13 @@ def reasons(rows: Sequence[Row]) -> str:
             found.setdefault(text, []).append(row["model"])
     lines = [f"- {', '.join(models)}:\n{text}" for text, models in found.items()]
     none = [row["model"] for row in rows if "reasons" in row and not reasons_of(row)]
-    head = f"Only inputs and outputs are frozen in {len(none)} of these models.\n" if none else ""
+    head = f"Only inputs, outputs and positions are frozen in {len(none)} of these models.\n" if none else ""
     return head + ("\nFrozen inside the network:\n\n" + "".join(lines) if lines else "")
 
 
 def reasons_of(row: Row) -> str:
-    """What holds frozen groups of a model, but its inputs and outputs; what holds most parameters first."""
-    inner = [one for one in row.get("reasons", []) if not one["reason"].startswith(("network input", "network output"))]
+    """What holds frozen groups of a model, but its inputs, outputs and positions; what holds most entries first."""
+    inner = [one for one in row.get("reasons", []) if one["entries"]]
     lines = [f"  - {groups(one['groups'])}: {one_line(one['reason'], 200)}\n" for one in inner[:MOST]]
     more = sum(one["groups"] for one in inner[MOST:])
     return "".join(lines) + (f"  - {groups(more)}: {len(inner) - MOST} more reasons\n" if more else "")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import netsurgery
+from netsurgery.axes import Axis, inner
 from netsurgery.network import Network
 from netsurgery.passes import PruneChannels, RandomScore
-from netsurgery.report import prunable_share
+from netsurgery.report import entries, prunable_share
 from netsurgery.tracing import format_where, tensors_in
 from netsurgery.verification import permuted_difference
 
@@ -91,39 +92,27 @@ def changed(model: nn.Module, small: nn.Module, inputs: Any) -> float:
 def facts(network: Network) -> Row:
     """What a network's groups say: how many, how much of it can be pruned, and what holds the others."""
     reasons: dict[str, Row] = {}
+    held: dict[str, set[Axis]] = {}
     for group in network.groups:
         if group.frozen is not None:
-            new = {"reason": short(group.frozen), "first": group.name, "groups": 0, "parameters": 0.0}
-            reasons.setdefault(alike(group.frozen), new)["groups"] += 1
-    for why, count in locked_parameters(network).items():
-        reasons[why]["parameters"] = count
+            why = alike(group.frozen)
+            new = {"reason": short(group.frozen), "first": group.name, "groups": 0}
+            reasons.setdefault(why, new)["groups"] += 1
+            held.setdefault(why, set()).update({group.channel} if inner(group.channel) else ())
+    free = {group.channel for group in network.prunable}
+    for why, channels in held.items():  # what would be open, too
+        reasons[why]["entries"] = entries(network, free | channels) - entries(network, free) if channels else 0.0
     return {
         "groups": len(network.groups),
         "locked": len(network.groups) - len(network.prunable),
         "share": prunable_share(network),
-        "reasons": sorted(reasons.values(), key=lambda entry: -entry["parameters"]),
+        "reasons": sorted(reasons.values(), key=lambda entry: -entry["entries"]),
     }
-
-
-def locked_parameters(network: Network) -> dict[str, float]:
-    """How many parameters each reason holds: those in no prunable group, shared between the reasons that hold them."""
-    free = {member.parameter for group in network.prunable for member in group.members}
-    holders: dict[str, set[str]] = {}
-    for group in network.groups:
-        for member in group.members:
-            if isinstance(network.tensors[member.parameter], nn.Parameter) and member.parameter not in free:
-                holders.setdefault(member.parameter, set()).add(alike(group.frozen or ""))
-    counts: dict[str, float] = {}
-    for name, reasons in holders.items():
-        inner = {why for why in reasons if not why.startswith(("network input", "network output"))} or reasons
-        for why in inner:
-            counts[why] = counts.get(why, 0.0) + network.tensors[name].numel() / len(inner)
-    return counts
 
 
 def short(reason: str) -> str:
     """A reason without the paths of modules: one line of code often runs in many places."""
-    reason = re.sub(r"\(the code of \S+ ", "(its code ", reason)
+    reason = re.sub(r"\(the code of (?:the model|\S+) ", "(its code ", reason)
     reason = re.sub(r" in \S+(?= at \S+:\d+)", "", reason)
     return re.sub(r"(:\d+|\)) in (?:\S+|the model)(?=$| \(its code )", r"\1", reason)
 

@@ -15,7 +15,7 @@ import operator
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import inf, nan, sqrt
+from math import inf, nan, prod, sqrt
 from typing import Any
 
 import torch
@@ -228,13 +228,17 @@ def rebuild(
     known = {name: attributes.get(name, value) for name, value in module.__dict__.items()}
     values = Worth(sizes, known, units)
     _settle_other_uses(new_graph, attributes)
+    written = _written(new_graph, values)
     for node, place, value, axis in _wants(new_graph):
         if values(value) != sizes(axis):
-            node.args = _put(node.args, place, _mended(value, axis, values, node, written_only))
+            node.args = _put(node.args, place, _mended(value, axis, values, node, written, written_only))
     for node in [node for node in new_graph.nodes if "parts" in node.meta and not written_only]:
         _settle_parts(node, values)
-    if written_only and not all(values(node.args[0]) for node in new_graph.nodes if node.meta.get("guard")):
-        raise Deaf("asks for a size that changes")
+    for node in [node for node in new_graph.nodes if node.meta.get("guard") and not values(node.args[0])]:
+        with new_graph.inserting_before(node):
+            node.args = (_with_constants(node.args[0], written), *node.args[1:])
+        if written_only and not values(node.args[0]):
+            raise Deaf("asks for a size that changes")
     for node in list(new_graph.nodes):
         axis = node.meta.get("scale")
         if axis is not None and sizes(axis) != axis.size:
@@ -327,16 +331,35 @@ def _chunks(size: int, count: int) -> list[int]:
     return [min(whole, size - start) for start in range(0, size, whole)]
 
 
-def _mended(value: Any, axis: Axis, values: Worth, node: fx.Node, written_only: bool) -> Any:
+def _written(graph: fx.Graph, values: Worth) -> dict[int, int]:
+    """The sizes that are written in the code and change, such as a number of heads, and what they become.
+
+    And the product of those of one call: ``view(n, 3, 4, c // 12)``.
+    """
+    by_call: dict[fx.Node, list[tuple[int, int]]] = {}
+    for node, _, value, axis in _wants(graph):
+        if type(value) is int:
+            by_call.setdefault(node, []).append((value, values.sizes(axis)))
+    found: dict[int, set[int]] = {}
+    for sizes in by_call.values():
+        for old, new in (*sizes, tuple(map(prod, zip(*sizes, strict=True)))):
+            found.setdefault(old, set()).add(new)
+    return {old: new for old, (new, *others) in found.items() if not others and new != old}
+
+
+def _mended(
+    value: Any, axis: Axis, values: Worth, node: fx.Node, written: Mapping[int, int], written_only: bool
+) -> Any:
     """An expression that has the right value: the old one with other constants, or a constant."""
     sizes = values.sizes
     changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}
     if not isinstance(value, fx.Node):  # written in the code, as were the sizes of space that are part of it
         return sizes(axis)
-    with node.graph.inserting_before(node):
-        other = _with_constants(value, changed)
-    if values(other) == sizes(axis):
-        return other
+    for constants in (changed, written):  # of two sizes one may be worked out from the other: view(n, 4, c // 4)
+        with node.graph.inserting_before(node):
+            other = _with_constants(value, constants)
+        if values(other) == sizes(axis):
+            return other
     if values.free(axis) or written_only:
         raise Deaf(f"computes {value} in a way that cannot be followed")
     return sizes(axis)

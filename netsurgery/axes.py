@@ -16,12 +16,14 @@ from math import prod
 
 __all__ = [
     "Axis",
+    "Edge",
     "Fixed",
     "channel",
     "concat",
     "cut",
     "find",
     "freeze",
+    "inner",
     "leaves",
     "product",
     "resolve",
@@ -51,6 +53,10 @@ class Axis:
 
 class Fixed(str):
     """A reason of dimensions that never held units: batch, space, time, windows."""
+
+
+class Edge(str):
+    """A reason of the dimensions of a network's own inputs and outputs; what constants feed is an input."""
 
 
 Meet = Callable[["Axis", "Axis"], None]  # what happens when a channel meets an axis that it should be
@@ -98,6 +104,11 @@ def leaves(axis: Axis) -> Iterator[Axis]:
             yield from leaves(term)
     else:
         yield axis
+
+
+def inner(leaf: Axis) -> bool:
+    """Whether a channel's units are a network's own, locked or not: no positions, inputs or outputs, nor single."""
+    return leaf.size > 1 and not isinstance(leaf.frozen, Fixed | Edge)
 
 
 def freeze(axis: Axis, reason: str) -> None:

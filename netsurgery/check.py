@@ -343,8 +343,9 @@ class _Checker(Alongside):
                 call, args
             ):  # what follows from a size already found wrong says nothing new
                 first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-                does = "does other things at" if isinstance(error, LeftPath) else "refuses"
-                shapes = type(error) is RuntimeError  # as torch raises for shapes that do not fit
+                left = isinstance(error, LeftPath)
+                does = "does other things at" if left else "refuses"
+                shapes = isinstance(error, RuntimeError) and not left  # as torch raises where shapes do not fit
                 place = f" {format_where(raised_at(error))}".rstrip()
                 self.blame_module(f"the code {does} other sizes ({first}){place}", path, more=not shapes)
             out = self.passed_over(call)

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, channel, concat, leaves
-from netsurgery.caches import caches_kept
+from netsurgery.caches import caches_kept, caches_passed_by
 from netsurgery.copying import named_modules, named_tensors, on_meta
 from netsurgery.costs import Sizes
 from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
@@ -266,6 +266,12 @@ class _Axes:
 # The ears --------------------------------------------------------------------------------------------------------
 
 
+def _reads_attribute(node: fx.Node) -> bool:
+    """Whether a number is worked out from an attribute of the module."""
+    sources = [source for source in node.all_input_nodes if "value" in source.meta]
+    return "attribute" in node.meta or any(map(_reads_attribute, sources))
+
+
 class _Plain(Watcher):
     """Answers operations, and lets the ears know which submodules run."""
 
@@ -349,6 +355,7 @@ class _Ears(TorchFunctionMode):
         self.read: dict[str, fx.Node] = {}
         self.dtypes: dict[torch.dtype, fx.Node] = {}
         self.doubts: list[str] = []
+        self.written: dict[str, Any] = {}  # attributes that keep sizes
         self.paused = False
         self.busy = False  # inside of a torch function that is heard
 
@@ -422,7 +429,9 @@ class _Ears(TorchFunctionMode):
         for name, parameter in signature.parameters.items():
             default = () if parameter.default is parameter.empty else (parameter.default,)
             if not all(isinstance(value, _SETTLED) for value in default):
-                raise Deaf(f"has an argument {name} with a default that is no plain value")
+                if name not in bound.arguments:
+                    raise Deaf(f"has an argument {name} with a default that is no plain value")
+                default = (...,)  # what was traced is refused where this is left out
             stars, absent = _STARS.get(parameter.kind, ("", parameter.default))
             nodes[name] = self.graph.placeholder(stars + name, None, *default)
             bound.arguments.setdefault(name, absent)
@@ -477,6 +486,19 @@ class _Ears(TorchFunctionMode):
     def integer(self, value: int, name: str, index: int | None, node: fx.Node) -> Number:
         node.meta["attribute"] = name, index
         return _number(value, node)
+
+    def writes_size(self, name: str, before: Any) -> bool:
+        """Write a size of the inputs that the code keeps in an attribute, unless it has looked at the one before."""
+        value = self.module.__dict__[name]
+        sizes = value if type(value) in (tuple, list) else [value]
+        earlier = before if type(before) in (tuple, list) else [] if before is None else [before]
+        if not all(isinstance(size, Number) and not _reads_attribute(size.node) for size in sizes):
+            return False
+        if not all(isinstance(size, Number) and not size.node.users for size in earlier):
+            return False
+        self.written[name] = _plain(value)
+        self.graph.call_function(operator.setitem, (self.graph.get_attr("__dict__"), name, self.node_of(value)))
+        return True
 
     def bind(self, out: Any, node: fx.Node) -> None:
         """Note that a node stands for a result."""
@@ -731,10 +753,22 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network, in_t
         return ears
 
     heard = listen(training=in_training, other=False)
+    if heard.written and not _writes_again(usual[0], heard, functools.partial(listen, in_training, False)):
+        heard.doubts.append(f"sets its attribute {next(iter(heard.written))}")
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
     free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
     return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training)
+
+
+def _writes_again(bare: nn.Module, heard: _Ears, listen: Callable[[], _Ears]) -> bool:
+    """Whether the code does the same where it finds the sizes that it has kept."""
+    before = dict(bare.__dict__)
+    bare.__dict__.update(heard.written)
+    second = listen()
+    bare.__dict__.clear()
+    bare.__dict__.update(before)
+    return second.written == heard.written and _alike(heard.graph, second.graph)
 
 
 def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
@@ -806,12 +840,13 @@ def _run(
         module.training = training
         placed = dict(module.__dict__)
         stores = _stores(module)
-        with caches_kept(module), torch.no_grad(), watcher, ears:
+        with caches_kept(module), caches_passed_by(module, Number), torch.no_grad(), watcher, ears:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
+        for name in [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
+            if not ears.writes_size(name, placed.get(name)):
+                ears.doubts.append(f"sets its attribute {name}")
         ears.graph.output(ears.node_of(out))
-        if changed := [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
-            ears.doubts.append(f"sets its attribute {changed[0]}")
         if stores != _stores(module):
             ears.doubts.append("changes what it holds")
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from netsurgery.axes import Axis, Fixed, channel, freeze, leaves, resolve, tie
+from netsurgery.axes import Axis, Edge, Fixed, channel, freeze, leaves, resolve, tie
 from netsurgery.computed_weights import freeze_normalised
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost, Sizes, Term, total
@@ -259,18 +259,18 @@ class Analysis:
         for node in program.graph.nodes:
             shape = node.meta.get("shape")
             if node.op == "placeholder":
-                node.meta["dims"] = tuple(channel(n, f"network input {node.name}") for n in shape)
+                node.meta["dims"] = tuple(channel(n, Edge(f"network input {node.name}")) for n in shape)
             elif node.op == "get_attr":
                 self.used.add(node.target)
                 node.meta["params"] = (node.target,)
                 own = tuple(channel(n, f"constant made by the code {format_where(node.meta['where'])}") for n in shape)
                 node.meta["dims"] = self.axes.get(node.target, own)
                 if node.target not in self.parameters:
-                    self.note_constant(node.meta["dims"], f"what a constant feeds is an input: {node.target}")
+                    self.note_constant(node.meta["dims"], Edge(f"what a constant feeds is an input: {node.target}"))
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     for axis in result.meta["dims"]:
-                        freeze(axis, "network output")
+                        freeze(axis, Edge("network output"))
             elif "dims" not in node.meta:
                 if all("params" in source.meta for source in node.all_input_nodes):
                     names = dict.fromkeys(name for source in node.all_input_nodes for name in source.meta["params"])

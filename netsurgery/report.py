@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from html import escape
 from math import prod
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from netsurgery.axes import leaves
+from netsurgery.axes import Axis, find, inner, leaves
 
 if TYPE_CHECKING:
     from netsurgery.costs import Cost
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from netsurgery.network import Group, Network
 
 __all__ = [
-    *("columns", "cost_html", "cost_table", "edit_html", "edit_line", "network_html", "network_line"),
+    *("columns", "cost_html", "cost_table", "edit_html", "edit_line", "entries", "network_html", "network_line"),
     *("network_table", "prunable_share"),
 ]
 
@@ -51,15 +51,41 @@ def html(caption: str, rows: Rows, right: Sequence[int] = ()) -> str:
 
 
 def prunable_share(network: Network) -> float:
-    """Share of the parameters that lose entries when units are removed from groups that are not frozen."""
-    free = {group.channel for group in network.prunable}
-    counted = [(axes, network.tensors[name]) for name, axes in network.axes.items()]
-    sizes = [
-        (prod(t.shape), any(leaf in free for axis in axes for leaf in leaves(axis)))
-        for axes, t in counted
-        if isinstance(t, nn.Parameter)
-    ]
-    return sum(n for n, is_free in sizes if is_free) / max(1, sum(n for n, _ in sizes))
+    """How much of what a removal could take at best it can take.
+
+    The entries of parameters that go when every open group loses the same small share of its units, relative to those
+    that go when every dimension does but inputs, outputs and positions. A matrix counts half if one axis is locked.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.report import prunable_share
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> prunable_share(netsurgery.trace(model, torch.zeros(1, 4)))
+        1.0
+    """
+    channels = {leaf for dims in network.axes.values() for axis in dims for leaf in leaves(axis)}
+    most = entries(network, {leaf for leaf in channels if inner(leaf)})
+    return entries(network, {group.channel for group in network.prunable}) / most if most else 0.0
+
+
+def entries(network: Network, channels: Container[Axis]) -> float:
+    """Entries of parameters at units of some channels: of each parameter once for each axis that has such units."""
+    return sum(
+        prod(axis.size for axis in dims) * sum(_part(axis, channels) for axis in dims)
+        for name, dims in network.axes.items()
+        if isinstance(network.tensors[name], nn.Parameter)
+    )
+
+
+def _part(axis: Axis, channels: Container[Axis]) -> float:
+    """The share of an axis that some channels have a part in; of factors one is enough."""
+    axis = find(axis)
+    if not axis.op:
+        return float(axis in channels)
+    parts = [_part(term, channels) for term in axis.terms]
+    if axis.op == "product":
+        return 1 - prod(1 - part for part in parts)
+    return sum(part * term.size for part, term in zip(parts, axis.terms, strict=True)) / axis.size
 
 
 def _together(groups: Iterable[Group]) -> list[list[Group]]:
@@ -96,7 +122,7 @@ def network_rows(network: Network) -> list[tuple[str, ...]]:
 
 
 def network_table(network: Network) -> str:
-    """What it costs and how much of it can be pruned; then a row for each group."""
+    """What it costs and how much of it is open to removal; then a row for each group."""
     cost = network.cost()
     inputs = ", ".join(
         "x".join(map(str, node.meta["shape"])) for node in network.programs[0].graph.nodes if node.op == "placeholder"
@@ -104,7 +130,7 @@ def network_table(network: Network) -> str:
     head = (
         f"{network.model_name} on {inputs}: {cost.params:,} parameters, {cost.macs:,} MACs, "
         f"{len(network.groups)} groups, {len(network.groups) - len(network.prunable)} locked, "
-        f"{100 * prunable_share(network):.1f}% of the parameters prunable"
+        f"{100 * prunable_share(network):.1f}% of its inner dimensions prunable"
     )
     return head + "\n" + columns(network_rows(network), right=(1,))
 

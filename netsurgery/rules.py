@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from netsurgery.axes import Axis, channel, concat, cut, find, product
+from netsurgery.axes import Axis, Edge, channel, concat, cut, find, product
 from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
 __all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table", "title"]
@@ -709,9 +709,8 @@ def filled(op: Op) -> Any:
     """every position is alike, so any may be removed, unless this constant, if not 0, is all that makes the units"""
     dims = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
     if "zeros" not in op.name and op.arguments.get("fill_value") != 0:  # as states are in the beginning
-        op.analysis.note_constant(
-            [axis for one in dims for axis in one], op.reason("what a constant feeds is an input")
-        )
+        reason = Edge(op.reason("what a constant feeds is an input"))
+        op.analysis.note_constant([axis for one in dims for axis in one], reason)
     return dims
 
 

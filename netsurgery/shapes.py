@@ -138,6 +138,15 @@ def _mm(a: Tensor, b: Tensor) -> Tensor | None:
     return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
 
 
+def _grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor | None = None, *others: Any) -> Tensor | None:
+    """The output of products of blocks of rows; without data some versions of torch take but one dtype."""
+    if rows.dim() != 2 or weights.dim() != 3 or offsets is None or any(one is not None for one in others):
+        return None
+    if rows.shape[1] != weights.shape[1] or offsets.shape != weights.shape[:1] or rows.dtype != weights.dtype:
+        return None
+    return torch.empty((rows.shape[0], weights.shape[2]), dtype=rows.dtype, device="meta")
+
+
 def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
     """The output of a concatenation of contiguous tensors that are plainly not in the channels-last format."""
     first = tensors[0]
@@ -162,6 +171,7 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.addmm.default: _addmm,
     aten.mm.default: _mm,
+    aten._grouped_mm.default: _grouped_mm,
     aten.cat.default: _cat,
     aten.mean.dim: _mean,
     aten._safe_softmax.default: _softmax,

@@ -39,6 +39,7 @@ TESTS_OF = {
     "netsurgery/training/data.py": ("test_training_data.py",),
     "netsurgery/training/engine.py": ("test_training.py",),
     "netsurgery/training/schedules.py": ("test_training_recipe.py",),
+    "netsurgery/report.py": ("test_share.py",),
     "netsurgery/weight_sources.py": ("test_weight_sources.py",),
     "netsurgery/adapters.py": ("test_computed_weights.py",),
     "netsurgery/computed_weights.py": ("test_computed_weights.py",),
@@ -363,8 +364,20 @@ MUTANTS = (
     Mutant(
         "the network's output is not frozen",
         "netsurgery/network.py",
-        'freeze(axis, "network output")',
+        'freeze(axis, Edge("network output"))',
         "pass",
+    ),
+    Mutant(
+        "a matrix counts whole where one of its axes is free",
+        "netsurgery/report.py",
+        "* sum(_part(axis, channels) for axis in dims)",
+        "* max(_part(axis, channels) for axis in dims)",
+    ),
+    Mutant(
+        "a product counts once for each of its factors",
+        "netsurgery/report.py",
+        "return 1 - prod(1 - part for part in parts)",
+        "return sum(parts)",
     ),
     Mutant(
         "ties not kept by edits",

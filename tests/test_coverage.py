@@ -22,6 +22,8 @@ import coverage_page
 import coverage_rows
 import coverage_timm
 
+import netsurgery
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -57,11 +59,11 @@ def row(monkeypatch, act=None, timeout=60.0, double=False):
 def test_exact(monkeypatch):
     found = row(monkeypatch)
     assert (found["status"], found["groups"], found["locked"]) == ("exact", 3, 2)
-    assert found["share"] == pytest.approx(1 - 3 / 91)  # all but the last bias
+    assert found["share"] == 1.0  # all but inputs and outputs
     assert found["difference"] < 1e-6 and found["permuted"] < 1e-6 and found["changed"] > 0.1
     assert [(one["reason"], one["groups"]) for one in found["reasons"]] == [
-        ("network output", 1),
         ("network input input_0", 1),
+        ("network output", 1),
     ]
 
 
@@ -130,7 +132,29 @@ def test_reasons_are_merged():
     training = " at a.py:7{} ({} runs other code in training)"
     assert coverage_rows.short(training.format(" in a.b", "the code of a.b")) == training.format("", "its code")
     assert coverage_rows.alike(there.format(3, 1, 2)) == coverage_rows.alike(there.format(12, 3, 4))
+    assert coverage_rows.short("no (the code of the model uses no_grad)") == "no (its code uses no_grad)"
     assert coverage_rows.alike(here.format(1)).endswith(":53")  # another line is another reason
+
+
+def test_what_a_reason_holds():
+    """Of queries, keys and values the factor 3 is locked; heads and dimensions are open beside it: it holds nothing."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.qkv, self.b = nn.Linear(5, 8), nn.Linear(8, 72), nn.Linear(24, 3)
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.a(x)).view(-1, 7, 3, 4, 6).permute(2, 0, 3, 1, 4)
+            y = (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2)
+            return self.b(y.flip(-1) if self.flips else y)
+
+    model, held = Attention(), []
+    for model.flips in (False, True):
+        facts = coverage_rows.facts(netsurgery.trace(model, torch.zeros(2, 7, 5)))
+        held.append({one["reason"].partition(":")[0]: one["entries"] for one in facts["reasons"]})
+    assert held[0]["told apart by position"] == 0
+    assert held[1]["told apart by position"] > 0 == held[1]["network output"]
 
 
 def test_every_timm_module():
@@ -184,8 +208,8 @@ def test_randomise_leaves_nothing_still():
 
 
 def test_page():
-    reason = {"reason": "no rule for this operation: aten.roll at a_b.py:53", "groups": 2, "parameters": 9.0}
-    edge = {"reason": "network input input_0", "groups": 1, "parameters": 0.0}
+    reason = {"reason": "no rule for this operation: aten.roll at a_b.py:53", "groups": 2, "entries": 9.0}
+    edge = {"reason": "network input input_0", "groups": 1, "entries": 0.0}
     figures = {"machine": "M", "parameters": 1234, "groups": 7, "locked": 2, "removed": 0.5, "difference": 2e-7,
                "permuted": 3e-7, "trace_s": 0.5, "rewrite_s": 0.25}  # fmt: skip
     rows = [
@@ -203,7 +227,7 @@ def test_page():
         "| two | exact | 1,234 | 7 | 2 | 50.0 % | 50.0 % | 2.0e-07 | 3.0e-07 | 0.50 | 0.25 | 1: `l.0` |",
         "| three | REFUSED |  |  |  |  |  |  |  |  |  |  |",
         "- three: REFUSED: `TraceError: no more`",
-        "Only inputs and outputs are frozen in 1 of these models.",
+        "Only inputs, outputs and positions are frozen in 1 of these models.",
         "- two:\n  - 2 groups: `no rule for this operation: aten.roll at a_b.py:53`",
     ]:
         assert f"\n{line}\n" in text

@@ -6,6 +6,8 @@ import copy
 import functools
 import logging
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -389,6 +391,98 @@ def test_what_cannot_be_rewritten_is_locked(run: Callable[..., Tensor], why: str
     oracles.check(model, (X,), 1e-9, share=0.5)
 
 
+def keeps_two(m: Any, x: Tensor) -> Tensor:
+    m.b, m.n = x.shape[:2]
+    return default_scale(m, x) * m.n
+
+
+def keeps_a_pair(m: Any, x: Tensor) -> Tensor:
+    m.kept = (x.shape[1], x.shape[-1])
+    return default_scale(m, x)
+
+
+def keeps_what_is_computed(m: Any, x: Tensor) -> Tensor:
+    m.total = x.shape[0] * x.shape[1]
+    return default_scale(m, x.view(m.total, 1, -1)).view(x.shape)
+
+
+def keeps_after_use(m: Any, x: Tensor) -> Tensor:
+    y = default_scale(m, x)
+    m.n = y.size(1)
+    return y
+
+
+KEEPS: dict[Callable[..., Tensor], dict[str, Any]] = {
+    keeps_two: {"b": 2, "n": 7},
+    keeps_a_pair: {"kept": (7, 8)},
+    keeps_what_is_computed: {"total": 14},
+    keeps_after_use: {"n": 7},
+}
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("run", KEEPS)
+def test_sizes_that_a_module_keeps_are_kept_by_the_rewritten_one(run: Callable[..., Tensor], before: bool) -> None:
+    model = build(Attention(run))
+    if before:
+        model(X)
+    small, edit = oracles.check(model, (X,), 1e-9, share=0.5)
+    assert list(edit.replaced) == ["inside"]
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    edit = netsurgery.Edit(netsurgery.trace(model, x), edit.keep)
+    assert netsurgery.verify(model, small, edit, x) < 1e-9
+    small(x)
+    assert {name: getattr(small.inside, name) for name in KEEPS[run]} == KEEPS[run]
+
+
+def counts(m: Any, x: Tensor) -> Tensor:
+    m.rounds = m.rounds + 1
+    return default_scale(m, x)
+
+
+def keeps_the_first(m: Any, x: Tensor) -> Tensor:
+    if not hasattr(m, "n"):
+        m.n = x.shape[1]
+    return default_scale(m, x) * m.n
+
+
+def keeps_until_it_changes(m: Any, x: Tensor) -> Tensor:
+    if m.length != x.shape[1]:
+        m.length = x.shape[1]
+    return default_scale(m, x)
+
+
+def keeps_an_attribute(m: Any, x: Tensor) -> Tensor:
+    m.width = m.heads * m.dim
+    return default_scale(m, x)
+
+
+@pytest.mark.parametrize("run", [counts, keeps_the_first, keeps_until_it_changes, keeps_an_attribute])
+def test_what_a_module_remembers_from_run_to_run_locks_it(run: Callable[..., Tensor]) -> None:
+    inside = Attention(run)
+    inside.rounds, inside.length = 0, 3
+    model = build(inside)
+    reasons = [g.frozen or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
+    assert any("the code of inside sets its attribute" in reason for reason in reasons)
+    oracles.check(model, (X,), 1e-9, share=0.5)
+
+
+def test_an_argument_whose_default_is_no_plain_value() -> None:
+    class Given(Attention):
+        def forward(self, x: Tensor, mask: Any = NotImplementedError) -> Tensor:
+            return self.run(self, x)
+
+    class Gives(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x + self.inside(x, None))
+
+    small, edit = oracles.check(Gives(Given(default_scale)).double().eval(), (X,), 1e-9, share=0.5)
+    assert list(edit.replaced) == ["inside"]
+    with pytest.raises(InputError, match=r"'mask' is None, got Ellipsis"):
+        small.inside(torch.zeros(1, 5, 8, dtype=torch.float64))
+
+
 def test_what_runs_other_code_in_training_is_rewritten_for_both() -> None:
     small, edit = oracles.check(build(Attention(trains_otherwise)), (X,), 1e-9, share=0.5)
     assert list(edit.replaced) == ["inside"]
@@ -505,6 +599,39 @@ def test_caches_of_the_users_code_stay_clean() -> None:
     model = Cached().double()
     netsurgery.trace(model, X)
     assert model(X).shape == (2, 5, 2)
+
+
+def other_code() -> types.ModuleType:
+    """Code that the user's code imports, with a function that keeps what it has worked out."""
+    made = types.ModuleType("other_code_of_hard_coded")
+    text = "import functools\n@functools.lru_cache\ndef in_heads(n, h, c):\n    return n, h, c // h\n"
+    exec(compile(text, "other_code.py", "exec"), made.__dict__)
+    sys.modules[made.__name__] = made
+    return made
+
+
+OTHER = other_code()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_a_cached_function_works_out_from_sizes_follows(before: bool) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return x.view(*OTHER.in_heads(x.shape[0], 4, x.shape[1])).tanh().flatten(1)
+
+    OTHER.in_heads.cache_clear()
+    model, x = nn.Sequential(Heads(), nn.Linear(32, 2)).double(), torch.randn(3, 6, dtype=torch.float64)
+    if before:
+        model(x)
+    small, edit = oracles.check(model, (x,), 1e-10, share=0.5)
+    assert edit.counts == {"0.a": 2, "0.a:2": 4}
+    assert small(torch.randn(5, 6, dtype=torch.float64)).shape == (5, 2)
+    assert all(type(size) is int for size in OTHER.in_heads(3, 4, 32))
 
 
 class Otherwise(nn.Module):

@@ -13,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 import netsurgery
+from netsurgery.shapes import infer
 from oracles import check
 
 Run = Callable[[Any, Tensor], Any]
@@ -444,3 +445,12 @@ def test_random_numbers_have_the_units_of_what_they_fill() -> None:
     case = rows(run, "a")
     model = Net(case.run, **case.parts)
     assert [group.name for group in netsurgery.trace(model, torch.rand(2, 5, 4)).prunable] == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_blocks_of_rows_work_without_data(dtype: torch.dtype) -> None:
+    """Some versions of torch take numbers of one dtype only where there is no data."""
+    rows, weights = torch.empty(8, 4, dtype=dtype, device="meta"), torch.empty(2, 4, 6, dtype=dtype, device="meta")
+    ends = torch.empty(2, dtype=torch.int32, device="meta")
+    out = infer(torch.ops.aten._grouped_mm.default, (rows, weights, ends), {})
+    assert out.shape == (8, 6) and out.dtype == dtype

@@ -102,6 +102,33 @@ class Heads(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, scale=0.4).transpose(1, 2).reshape(-1, 5, 24))
 
 
+class Counted(nn.Module):
+    """One of the sizes is worked out with the number of the others: ``c // 12`` for 3 parts of 4 heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(12, 72), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = self.qkv(x).shape
+        q, k, v = self.qkv(x).view(n, t, 3, 4, c // 12).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, scale=0.4).transpose(1, 2).reshape(n, t, -1))
+
+
+class Asked(nn.Module):
+    """The code makes sure of a size that it writes down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if x.shape[1] % 4:
+            raise RuntimeError("no multiple of 4")
+        return self.b(x.view(-1, 4, x.shape[1] // 4).tanh().flatten(1))
+
+
 class Features(nn.Module):
     """The size stands inside of a part, with the sizes of space that go with it."""
 
@@ -128,6 +155,8 @@ class Flattened(nn.Module):
         (Narrow, (2, 3, 8, 8), {"conv1", "conv2"}),
         (Decoder, (2, 12), {"fc", "up"}),
         (Heads, (2, 5, 12), {"qkv:2", "qkv:3"}),
+        (Counted, (2, 5, 12), {"qkv:2", "qkv:3"}),
+        (Asked, (2, 12), {"a", "a:2"}),
         (Features, (2, 3, 32, 32), {"part.conv"}),
     ],
 )
