@@ -164,9 +164,17 @@ class Edit:
         return [node.meta["scaled_by"] for program in self.network.programs for node in scaled(program, channels)]
 
     def summary(self) -> str:
-        """What was asked, what was removed, and which groups fell short and why: a line, then one for each of these."""
+        """What was asked, what was removed, and which groups fell short and why: a line, then one for each of these.
+
+        A last line names numbers of modules (``block.width=16``) that no forward needs and whose meaning is not clear:
+        they stay as they are, though dimensions of that size change.
+        """
         lines = ["; ".join(map(str, self.outcomes)) or f"removed {self._removed()}"]
         lines.extend(f"  {name}: {why}" for outcome in self.outcomes for name, why in outcome.short.items())
+        if stays := dict(self.adaptation.stays) if self.adaptation else {}:
+            first, more = list(stays.items())[:_LISTED], len(stays) - _LISTED
+            listed = "; ".join(f"{name} ({why})" for name, why in first) + (f"; and {more} more" if more > 0 else "")
+            lines.append(f"  numbers that stay, though sizes like them change: {listed}")
         return "\n".join(lines)
 
     def _removed(self) -> str:

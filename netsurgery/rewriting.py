@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from netsurgery.adapting import Adaptation
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis
-from netsurgery.check import adapt
+from netsurgery.check import adapt, with_repeats
 from netsurgery.copying import copy_with, like, named_tensors
 from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
@@ -138,7 +138,7 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
-    return adaptation
+    return with_repeats(model, edit.network, edit.counts, adaptation)
 
 
 def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
