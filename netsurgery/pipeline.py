@@ -155,6 +155,12 @@ def check_order(passes: Sequence[Pass]) -> None:
     """Raise PassError unless each pass finds what it needs; nothing is computed before."""
     if isinstance(passes, Pass):
         raise PassError(f"expected a list of passes, got the single pass {passes!r}: put it into [...]")
+    if isinstance(passes, nn.Module):
+        raise PassError("expected a list of passes, got a model, which comes first: plan(model, passes)")
+    if passes is not None and (isinstance(passes, str) or not isinstance(passes, Sequence)):
+        raise PassError(
+            f"expected a list of passes, got {type(passes).__name__}: for example [HGSRScore(), PruneChannels(0.5)]"
+        )
     if not passes:
         raise PassError("no passes given: for example [HGSRScore(), PruneChannels(0.5)]")
     given: set[str] = set()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.adapting import Adaptation
+from netsurgery.arguments import expect
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis
 from netsurgery.check import adapt, with_repeats
@@ -76,6 +77,7 @@ def rewrite(
         >>> optimizer.param_groups[0]["params"][0] is small[0].weight
         True
     """
+    expect("rewrite(model, edit)", "a torch.nn.Module and its Edit", (model, nn.Module), (edit, Edit))
     network, places = edit.network, Positions(edit)
     shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
     tensors = _tensors(model, shapes)

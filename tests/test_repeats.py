@@ -167,26 +167,25 @@ def test_numbers_in_a_list_follow_together() -> None:
 
     small, _ = halved(body(sizes=[16, 32], pair=(3, 16), nested=[[16], [4, 32]]))
     assert (small.sizes, small.pair, small.nested) == ([8, 16], (3, 8), [[8], [4, 16]])
-    small, edit = halved_one(body(sizes=[16, 32], one=16), "layers.1", 16)
-    assert (small.sizes, small.one) == ([16, 32], 16)  # 32 has two meanings; 16 is but one, which stays
+    small, edit = cut(body(sizes=[16, 32], one=16), {"layers.0": 8, "layers.1": 16})
+    assert (small.sizes, small.one) == ([16, 32], 8)  # 32 has two meanings, so the list stays as it is
     assert "sizes[1]=32 (dimensions of this size become 16 and 32)" in edit.summary()
 
 
-def halved_one(model: nn.Module, name: str, left: int) -> tuple[Any, netsurgery.Edit]:
-    edit = netsurgery.Edit(netsurgery.trace(model, X), {name: tuple(range(left))})
-    adapted = netsurgery.plan(model, [Fixed(edit)], X)
-    return netsurgery.rewrite(model, adapted), adapted
+def cut(model: nn.Module, left: dict[str, int]) -> tuple[Any, netsurgery.Edit]:
+    edit = netsurgery.plan(model, [FirstUnits(left)], X)
+    return netsurgery.rewrite(model, edit), edit
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed(netsurgery.Pass):
-    """The units that another edit keeps."""
+class FirstUnits(netsurgery.Pass):
+    """Keep the first units of some groups."""
 
-    edit: netsurgery.Edit
+    left: dict[str, int]
     gives = frozenset({"edit"})
 
     def run(self, network: netsurgery.Network) -> netsurgery.Edit:
-        return netsurgery.Edit(network, self.edit.keep)
+        return netsurgery.Edit(network, {name: tuple(range(count)) for name, count in self.left.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +221,7 @@ def test_a_config_that_modules_share() -> None:
 def test_two_numbers_of_one_value_are_not_half_updated() -> None:
     """The middle layer has 16 channels in and 16 out, and only those in between shrink."""
     model = roughened(Wrapper(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1), left=16, right=16))
-    small, edit = halved_one(model, "layers.1", 8)
+    small, edit = cut(model, {"layers.1": 8})
     assert (small.left, small.right) == (16, 16)
     line = edit.summary().splitlines()[-1]
     assert line == (
@@ -234,7 +233,7 @@ def test_two_numbers_of_one_value_are_not_half_updated() -> None:
 def test_names_tell_two_numbers_of_one_value_apart() -> None:
     inner = Wrapper(nn.Conv2d(16, 16, 1), in_chs=16, out_chs=16, in_channels=16, out_channels=16, ch=16)
     model = roughened(Wrapper(nn.Conv2d(3, 16, 1), inner, nn.Conv2d(16, 2, 1)))
-    small, edit = halved_one(model, "layers.1.layers.0", 8)
+    small, edit = cut(model, {"layers.1.layers.0": 8})
     found = small.layers[1]
     assert (found.in_chs, found.out_chs, found.in_channels, found.out_channels, found.ch) == (16, 8, 16, 8, 16)
     assert "layers.1.ch=16 (dimensions of this size become 8 and 16)" in edit.summary()
@@ -243,7 +242,7 @@ def test_names_tell_two_numbers_of_one_value_apart() -> None:
 def test_the_names_that_stay_are_counted() -> None:
     numbers = {f"number{letter}": 16 for letter in "abcde"}
     model = roughened(Wrapper(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1), **numbers))
-    _, edit = halved_one(model, "layers.1", 8)
+    _, edit = cut(model, {"layers.1": 8})
     assert edit.summary().endswith("; and 2 more")
 
 
