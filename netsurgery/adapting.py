@@ -14,7 +14,7 @@ import linecache
 import operator
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, nan, prod, sqrt
 from typing import Any
 
@@ -25,6 +25,7 @@ from netsurgery.axes import Axis, leaves
 from netsurgery.costs import Sizes
 from netsurgery.expecting import EXPECTATIONS
 from netsurgery.listening import Deaf, Worth
+from netsurgery.repeats import Repeat
 
 __all__ = ["Adaptation", "Rewritten", "by_mode", "joined", "kinds", "merge", "rebuild", "solve"]
 
@@ -39,21 +40,37 @@ class Adaptation:
         attributes: new values of attributes, by path of the module and name.
         code: the new ``forward`` of modules, by path.
         reasons: why these modules need one, by path.
+        stays: numbers of modules that stay, though dimensions of their size change, and why.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    stays: dict[str, str] = field(default_factory=dict)
     model: weakref.ref[nn.Module] | None = None  # the one whose code it is about
 
     def __repr__(self) -> str:
         count = sum(map(len, self.attributes.values()))
         return f"Adaptation({count} attributes, {len(self.code)} rewritten forwards)"
 
+    def joined(self, repeats: Iterable[Repeat]) -> Adaptation:
+        """The same, with the attributes that repeat a size."""
+        attributes = {path: dict(values) for path, values in self.attributes.items()}
+        stays = dict(self.stays)
+        for one in repeats:
+            stays.update(one.stays)
+            if one.follows:
+                attributes.setdefault(one.path, {})[one.name] = one.new
+        return replace(self, attributes=attributes, stays=stays)
+
     def carry_out(self, model: nn.Module) -> None:
         """Change the attributes and the classes of the modules of a model."""
+        copies: dict[int, Any] = {}  # what modules share they share after, too
         for path, values in self.attributes.items():
-            model.get_submodule(path).__dict__.update({name: copy.copy(value) for name, value in values.items()})
+            for name, value in values.items():
+                if id(value) not in copies:
+                    copies[id(value)] = copy.copy(value)
+                model.get_submodule(path).__dict__[name] = copies[id(value)]
         for path, code in self.code.items():
             module = model.get_submodule(path)
             module.__class__ = _class(_own_class(type(module)), code)

@@ -13,7 +13,7 @@ from netsurgery.copying import named_modules
 from netsurgery.costs import Sizes
 from netsurgery.network import Network
 
-__all__ = ["follow"]
+__all__ = ["follow", "settled"]
 
 _OF_INPUT = {"in_channels": 1, "in_features": -1, "num_features": 1, "num_channels": 1}
 _OF_OUTPUT = {"out_channels": 1, "out_features": -1, "embedding_dim": -1}
@@ -27,6 +27,16 @@ def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
         held = modules[path].__dict__[attribute]
         if old != new and isinstance(held, int | tuple) and held == old:  # an array has no one answer
             setattr(modules[path], attribute, new)
+
+
+def settled(model: nn.Module, network: Network, sizes: Sizes) -> set[tuple[str, str]]:
+    """Path and name of the attributes whose meaning is known, whether their value changes or not."""
+    modules = named_modules(model)
+    return {
+        (path, attribute)
+        for path, attribute, old, _ in _followers(network, modules, sizes)
+        if isinstance(held := modules[path].__dict__[attribute], int | tuple) and held == old
+    }
 
 
 def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) -> Iterator[tuple[str, str, Any, Any]]:

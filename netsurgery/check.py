@@ -25,6 +25,7 @@ from netsurgery.costs import Sizes
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.listening import Deaf, Heard, OtherInTraining, hear
 from netsurgery.network import Group, Network
+from netsurgery.repeats import repeats, withdrawn
 from netsurgery.rules import SIZED, Op
 from netsurgery.shapes import infer
 from netsurgery.tracing import (
@@ -44,7 +45,7 @@ from netsurgery.tracing import (
 )
 from netsurgery.values import Known, draw, is_number, select
 
-__all__ = ["adapt", "channels_of", "follows"]
+__all__ = ["adapt", "channels_of", "follows", "with_repeats"]
 
 
 def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
@@ -69,6 +70,23 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
         reason = next(iter(why.values()))
         found.update({name: why.get(name, reason) for name in alike if name in counts})
     return adaptation, found or {name: reason for why, _ in lost.values() for name, reason in why.items()}
+
+
+def with_repeats(model: nn.Module, network: Network, counts: Mapping[str, int], adaptation: Adaptation) -> Adaptation:
+    """An adaptation with those numbers that repeat a size (see ``repeats.py``) that a run confirms."""
+    needed = {(path, name) for path, values in adaptation.attributes.items() for name in values}
+    found = repeats(model, network, network.sizes(counts), needed)
+    changed = {network[name].channel: name for name, count in counts.items() if count != network[name].size}
+    kinds: dict[str, Any] = {path: type(module) for path, module in named_modules(model).items()}
+    while any(one.follows for one in found):
+        attempt = _Attempt(model, network, network.sizes(counts), changed)
+        attempt.adaptation = adaptation.joined(found)
+        failures = attempt.failures()
+        if not failures:
+            break
+        for path in failures:
+            found = withdrawn(found, path, _mentioned(kinds[path]))
+    return adaptation.joined(found)
 
 
 def follows(model: nn.Module, network: Network, counts: Mapping[str, int]) -> bool:

@@ -34,6 +34,7 @@ class ClearErrors(TyperGroup):
             raise typer.Exit(130) from stop
         except NetsurgeryError as error:
             hint = " (here: --input SHAPE)" if "pass example_inputs" in str(error) else ""
+            hint += " by --out" if str(error).endswith("pass another folder") else ""
             problems.print(Text(f"error: {error}{hint}", style="red"), soft_wrap=True)
             raise typer.Exit(1) from error
 
@@ -131,7 +132,7 @@ def prune(
     if dry_run and out:
         raise InputError("--dry-run writes nothing; leave one of --dry-run and --out out")
     from netsurgery.names import example
-    from netsurgery.outputs import check_writable, writing
+    from netsurgery.outputs import check_writable
     from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
     from netsurgery.weight_sources import prepared
 
@@ -156,6 +157,7 @@ def prune(
     check_removes(edit, {"--ratio": ratio, "--params": params, "--macs": macs, "--multiple-of": multiple_of})
     console.print(Text(f"weights: {source}"), soft_wrap=True)
     console.print(widths(edit), costs(edit))
+    console.print(Text(edit.summary()), soft_wrap=True)
     if dry_run:
         return
     with console.status("cutting and verifying"):
@@ -169,8 +171,7 @@ def prune(
     proof = f"verify: the pruned network differs from the silenced original by {error:.1e} at most (relative)."
     console.print(proof, soft_wrap=True)
     if out:
-        with writing(out, "free the space that is missing, or pass another folder by --out"):
-            netsurgery.save(out, small, edit)
+        netsurgery.save(out, small, edit)
         files = f"{out / 'weights.pt'} and {out / 'edit.json'}"
         console.print(f'Wrote {files}; netsurgery.load("{out}", model) reads them.', soft_wrap=True)
 

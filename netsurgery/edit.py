@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netsurgery.adapting import Adaptation
+from netsurgery.arguments import expect
 from netsurgery.computed_weights import scaled
 from netsurgery.costs import Cost
 from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network
 from netsurgery.report import edit_html, edit_line, share
+from netsurgery.saved_inputs import described, made
 
 __all__ = ["Edit", "Outcome", "counterparts"]
 
@@ -79,6 +83,8 @@ class Edit:
     outcomes: tuple[Outcome, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        kinds = (self.network, Network), (self.keep, Mapping)
+        expect("Edit(network, keep)", "a Network and a dictionary of the units that stay by group", *kinds)
         for name, value in self.values.items():
             shape = tuple(axis.size for axis in self.network.axes.get(name, ()))
             if name not in self.network.axes or shape != tuple(value.shape):
@@ -86,7 +92,7 @@ class Edit:
                 raise InputError(f"a value of shape {tuple(value.shape)} for '{name}': {found}")
         order = {group.name: index for index, group in enumerate(self.network.groups)}
         for name, given in self.keep.items():
-            group, units = self.network[name], [int(unit) for unit in given]
+            group, units = self.network[name], _integers(name, given)
             if units == list(range(group.size)):
                 continue
             if group.frozen is not None:
@@ -97,7 +103,7 @@ class Edit:
                 raise InputError(
                     f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {_start(units)}"
                 )
-        kept = {name: tuple(map(int, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
+        kept = {name: tuple(_integers(name, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
         object.__setattr__(self, "keep", {n: units for n, units in kept.items() if len(units) < self.network[n].size})
         for tied in self.network.ties:
             counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in tied}
@@ -164,9 +170,17 @@ class Edit:
         return [node.meta["scaled_by"] for program in self.network.programs for node in scaled(program, channels)]
 
     def summary(self) -> str:
-        """What was asked, what was removed, and which groups fell short and why: a line, then one for each of these."""
+        """What was asked, what was removed, and which groups fell short and why: a line, then one for each of these.
+
+        A last line names numbers of modules (``block.width=16``) that no forward needs and whose meaning is not clear:
+        they stay as they are, though dimensions of that size change.
+        """
         lines = ["; ".join(map(str, self.outcomes)) or f"removed {self._removed()}"]
         lines.extend(f"  {name}: {why}" for outcome in self.outcomes for name, why in outcome.short.items())
+        if stays := dict(self.adaptation.stays) if self.adaptation else {}:
+            first, more = list(stays.items())[:_LISTED], len(stays) - _LISTED
+            listed = "; ".join(f"{name} ({why})" for name, why in first) + (f"; and {more} more" if more > 0 else "")
+            lines.append(f"  numbers that stay, though sizes like them change: {listed}")
         return "\n".join(lines)
 
     def _removed(self) -> str:
@@ -179,6 +193,7 @@ class Edit:
         Raises:
             InputError: the later edit names a group or units that this edit does not leave.
         """
+        expect("edit.then(later)", "an Edit", (later, Edit))
         keep = dict(self.keep)
         names = self.names_in(later.network)
         for name, units in later.keep.items():
@@ -203,19 +218,19 @@ class Edit:
     def to_json(self) -> str:
         """The edit as JSON: group sizes and the units that stay, and the inputs the network was traced with."""
         groups = {n: {"size": self.network[n].size, "keep": list(units)} for n, units in self.keep.items()}
-        positional, keyword = self.network.inputs
-        kinds = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in positional if isinstance(t, Tensor)]
-        inputs = kinds if len(kinds) == len(positional) and not keyword else None
-        return json.dumps({"model": self.network.model_name, "inputs": inputs, "groups": groups})
+        inputs = described(self.network.inputs)
+        return json.dumps({"format": FORMAT, "model": self.network.model_name, "inputs": inputs, "groups": groups})
 
     @classmethod
     def from_json(cls, text: str, network: Network) -> Edit:
         """Read an edit back for the same model.
 
         Raises:
-            InputError: it was made for a model with other groups.
+            InputError: it was made for a model with other groups; or the text holds no edit, or one of a newer version.
         """
-        groups = json.loads(text)["groups"]
+        kinds = (text, str), (network, Network)
+        expect("Edit.from_json(text, network)", "the JSON of an edit and the Network of its model", *kinds)
+        groups = _read(text)["groups"]
         for name, entry in groups.items():
             if name not in network.by_name or network[name].size != entry["size"]:
                 found = network[name].size if name in network.by_name else "no such group"
@@ -223,6 +238,55 @@ class Edit:
                     f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here"
                 )
         return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
+
+    @staticmethod
+    def inputs_in(text: str) -> Any:
+        """Inputs like those that an edit was made with, from its JSON: as ``trace`` takes them, None if it has none.
+
+        Raises:
+            InputError: the text holds no edit, or one of a newer version.
+        """
+        inputs = _read(text)["inputs"]
+        try:
+            if isinstance(inputs, list):  # shapes and types alone, as they were written at first
+                return tuple(torch.zeros(shape, dtype=getattr(torch, kind)) for shape, kind in inputs)
+            return made(inputs)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"the inputs of the edit cannot be read ({error}): pass example_inputs") from error
+
+
+FORMAT = 2  # of the JSON; the first had no number, and inputs of positional tensors only
+
+
+def _read(text: str) -> dict[str, Any]:
+    """The JSON of an edit, which has all that an edit has."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"the text is no edit: {error}; pass what edit.to_json() gave") from error
+    if isinstance(found, dict) and isinstance(number := found.get("format", 1), int) and number > FORMAT:
+        raise InputError(
+            f"the edit was written by a newer netsurgery (format {number}; this one reads up to {FORMAT}): "
+            "update netsurgery"
+        )
+    groups = found.get("groups") if isinstance(found, dict) and "inputs" in found else None
+    if not isinstance(groups, dict) or not all(map(_is_entry, groups.values())):
+        raise InputError(
+            "the text is no edit: it has no groups with units, or no inputs; pass what edit.to_json() gave"
+        )
+    return dict(found)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and "size" in entry and isinstance(entry.get("keep"), list)
+
+
+def _integers(name: str, units: Any) -> list[int]:
+    """Indices of units as plain integers."""
+    try:
+        return [operator.index(unit) for unit in units]
+    except TypeError:
+        raise InputError(f"group '{name}': the units that stay are a list of whole numbers, got {units!r}") from None
 
 
 def _start(units: list[int], most: int = 10) -> str:

@@ -37,7 +37,8 @@ def as_list(given: Any, kind: type, name: str) -> list[Any]:
     listed = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     for one in listed:
         if not isinstance(one, kind):
-            raise InputError(f"{name}=... takes a torch {kind.__name__} or a list of them, got {one!r}")
+            found = type(one).__name__ if isinstance(one, nn.Module | Optimizer) else repr(one)
+            raise InputError(f"{name}=... takes a torch {kind.__name__} or a list of them, got {found}")
     return listed
 
 

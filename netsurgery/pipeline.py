@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.alone import settle_alone
-from netsurgery.check import adapt
+from netsurgery.check import adapt, with_repeats
 from netsurgery.costs import Cost
 from netsurgery.edit import Edit
 from netsurgery.errors import PassError
@@ -124,9 +124,10 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
         elif isinstance(result, Edit) and "edit" in one.gives:
             edit = result if edit is None else edit.then(result)
             adaptation, found = adapt(model, edit.network, edit.counts)
-            edit = dataclasses.replace(edit, adaptation=adaptation)
             if found:
                 return edit, found
+            adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
+            edit = dataclasses.replace(edit, adaptation=adaptation)
             if index + 1 < len(passes):  # later passes look at what this edit leaves
                 network = _left(model, result, edit)
         else:
@@ -154,6 +155,12 @@ def check_order(passes: Sequence[Pass]) -> None:
     """Raise PassError unless each pass finds what it needs; nothing is computed before."""
     if isinstance(passes, Pass):
         raise PassError(f"expected a list of passes, got the single pass {passes!r}: put it into [...]")
+    if isinstance(passes, nn.Module):
+        raise PassError("expected a list of passes, got a model, which comes first: plan(model, passes)")
+    if passes is not None and (isinstance(passes, str) or not isinstance(passes, Sequence)):
+        raise PassError(
+            f"expected a list of passes, got {type(passes).__name__}: for example [HGSRScore(), PruneChannels(0.5)]"
+        )
     if not passes:
         raise PassError("no passes given: for example [HGSRScore(), PruneChannels(0.5)]")
     given: set[str] = set()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.adapting import Adaptation
+from netsurgery.arguments import expect
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis
-from netsurgery.check import adapt
+from netsurgery.check import adapt, with_repeats
 from netsurgery.copying import copy_with, like, named_tensors
 from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
@@ -76,6 +77,7 @@ def rewrite(
         >>> optimizer.param_groups[0]["params"][0] is small[0].weight
         True
     """
+    expect("rewrite(model, edit)", "a torch.nn.Module and its Edit", (model, nn.Module), (edit, Edit))
     network, places = edit.network, Positions(edit)
     shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
     tensors = _tensors(model, shapes)
@@ -138,7 +140,7 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
-    return adaptation
+    return with_repeats(model, edit.network, edit.counts, adaptation)
 
 
 def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:

@@ -12,7 +12,7 @@ import functools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,7 +112,7 @@ class Named(str):
 
 def as_inputs(example_inputs: Any) -> Inputs:
     """Positional and keyword inputs from what a user passes: a tuple, a list, a dictionary or one tensor."""
-    if isinstance(example_inputs, dict):
+    if isinstance(example_inputs, Mapping):  # a tokenizer's result is one, too
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
@@ -642,6 +642,11 @@ def raised_at(error: Exception) -> tuple[str, int] | None:
 def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
     where = raised_at(error)
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if any(inputs) and not tensors_in(inputs):
+        return (
+            f"{type(bare).__name__} does not run on example_inputs that hold no tensor "
+            f"({type(error).__name__}: {first}): pass tensors, such as example_inputs=torch.zeros(1, 3, 224, 224)"
+        )
     return (
         f"{type(bare).__name__} does not run on inputs of shape {_shapes(inputs)}: "
         f"{type(error).__name__}: {first} {format_where(where)}. Pass example_inputs that fit the model"

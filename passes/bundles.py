@@ -136,6 +136,8 @@ class Choice:
                 self.short[name] = f"0 of {network[name].size} (keeps as many units as '{still[0]}', which stays)"
             else:
                 bundles.append(self._bundle(tuple(network[other] for other in together)))
+        if not network.groups:
+            raise InputError(f"nothing of {network.model_name} can be pruned: it has no parameters with units")
         if not bundles or (self.settings.of is None and not any(bundle.most for bundle in bundles)):
             locked = "; ".join(f"{g.name}: {g.frozen}" for g in network.groups if g.frozen)[:500]
             shared = "".join(f" {name}: {why}." for name, why in self.short.items())[:500]

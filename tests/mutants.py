@@ -44,6 +44,7 @@ TESTS_OF = {
     "netsurgery/adapters.py": ("test_computed_weights.py",),
     "netsurgery/computed_weights.py": ("test_computed_weights.py",),
     "netsurgery/keeping.py": ("test_computed_weights.py",),
+    "netsurgery/repeats.py": ("test_repeats.py",),
     "netsurgery/weights.py": ("test_computed_weights.py",),
     "passes/bundles.py": ("test_selection.py", "test_factors.py", "test_targets.py"),
     "passes/compensation.py": ("test_compensation.py",),
@@ -897,6 +898,32 @@ MUTANTS = (
         "if old != new and isinstance(held, int | tuple) and held == old:",
         "if old != new and isinstance(held, int | tuple):",
         ("test_hard_coded.py",),
+    ),
+    Mutant(
+        "a number of two meanings follows one of them",
+        "netsurgery/repeats.py",
+        "        if len(become) == 1:\n",
+        "        if become:\n",
+    ),
+    Mutant(
+        "a list of sizes follows in part",
+        "netsurgery/repeats.py",
+        "if follows and len(self.stays) == before else value",
+        "if follows else value",
+    ),
+    Mutant(
+        "a number that the code computes with follows",
+        "netsurgery/check.py",
+        "            found = withdrawn(found, path, _mentioned(kinds[path]))\n",
+        "            return adaptation.joined(found)\n",
+        ("test_repeats.py",),
+    ),
+    Mutant(
+        "what modules share they share no more",
+        "netsurgery/adapting.py",
+        "                if id(value) not in copies:\n",
+        "                if True:\n",
+        ("test_repeats.py",),
     ),
 )
 

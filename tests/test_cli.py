@@ -55,6 +55,20 @@ class Odd(nn.Module):
         return x @ y
 
 
+class Flat(Net):
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.inner = nn.Conv2d(16, 8, 1)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        if x.shape[1] < 8:
+            raise ValueError("too narrow")
+        return self.last(self.inner(torch.relu(self.conv2(x))).mean((2, 3)))
+
+
 ready = Net()
 """
 
@@ -171,6 +185,21 @@ def test_a_dry_run_prints_the_plan_only() -> None:
     plan = passed("prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5", "--input", "2x3x8x8", "--dry-run")
     assert whole.startswith(plan)
     assert "verify" not in plan
+
+
+def test_prune_says_what_was_asked_what_went_and_what_is_locked() -> None:
+    asked = ("prune", "tiny_models:Net", "--random-weights", "--ratio", "0.5")
+    line = "asked to remove 50.0% of the channels of each layer, removed 50.0% (12 of 24)"
+    assert line in passed(*asked).splitlines() and line in passed(*asked, "--dry-run").splitlines()
+    said = passed("prune", "tiny_models:Flat", *asked[2:], "--input", "2x3x8x8").splitlines()
+    (first,) = [i for i, one in enumerate(said) if one.startswith("asked to remove 50.0% of the channels of each")]
+    assert "removed 37.5% (12 of 32); short: conv1: 0 of 8 (locked: " in said[first]
+    assert said[first + 1].startswith("  conv1: 0 of 8 (locked: the code refuses other sizes (too narrow) at ")
+    assert "width=8 (dimensions of this size become 4 and 8)" in said[first + 2]
+    torch.manual_seed(0)
+    model = sys.modules["tiny_models"].Flat()
+    edit = netsurgery.plan(model, [HGSRScore(), PruneChannels(0.5)], torch.zeros(2, 3, 8, 8))
+    assert "\n".join(said[first : first + 3]) == edit.summary()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""Arguments of the wrong kind, or in the wrong order: a sentence says what a function takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from netsurgery.errors import InputError
+
+__all__ = ["expect"]
+
+
+def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) -> None:
+    """Make sure that arguments are of the kinds that a function takes.
+
+    Args:
+        call: such as ``rewrite(model, edit)``.
+        what: the kinds of its arguments in words, in their order.
+        given: each argument, and of which types it may be.
+
+    Raises:
+        InputError: one is of another type.
+
+    Example:
+        >>> expect("repeat(text, times)", "a text and a number", ("ab", str), (3, int))
+        >>> expect("repeat(text, times)", "a text and a number", (3, str), ("ab", int))
+        Traceback (most recent call last):
+        netsurgery.errors.InputError: repeat(text, times) takes a text and a number, got int, str
+    """
+    if not all(isinstance(value, kinds) for value, kinds in given):
+        found = ", ".join(
+            f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__ for value, _ in given
+        )
+        raise InputError(f"{call} takes {what}, got {found}")
