@@ -16,7 +16,7 @@ from netsurgery.network import Group, Member, Network, Role
 from netsurgery.passes.layers import units_of
 from netsurgery.weights import Use, Weight
 
-__all__ = ["ROLES", "accumulated", "as_roles", "in_roles", "listed", "per_unit", "unit_scores", "unit_sums"]
+__all__ = ["ROLES", "accumulated", "as_roles", "in_roles", "listed", "per_unit", "summed", "unit_scores", "unit_sums"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 HasRole = TypeVar("HasRole", Use, Member)
@@ -73,17 +73,17 @@ def unit_scores(
                 f"{listed(m.parameter for m in members)}"
             )
         chosen[group.name] = mine
-    return unit_sums(network, chosen, lambda weight: accumulated(weight.value))
+    return unit_sums(network, chosen, lambda weight, axes: summed(accumulated(weight.value), axes))
 
 
 def unit_sums(
-    network: Network, chosen: Mapping[str, Sequence[Use]], entries: Callable[[Weight], Tensor]
+    network: Network, chosen: Mapping[str, Sequence[Use]], along: Callable[[Weight, list[int]], Tensor]
 ) -> dict[str, Tensor]:
     """For each group and unit the sum over all that some uses hold of it, each entry once: ``(units,)``.
 
     Args:
         chosen: by group; one that has no uses has no sums.
-        entries: what is summed: of the shape of a weight.
+        along: the sums over some axes of a weight (it may be none of them) of what its entries are worth.
     """
     held: dict[int, tuple[Weight, dict[str, set[int]]]] = {}
     for name, found in chosen.items():
@@ -92,22 +92,20 @@ def unit_sums(
     sums: dict[str, Tensor] = {}
     places = functools.cache(units_of)
     for weight, groups in held.values():
-        values = entries(weight)
         left: dict[tuple[int, ...], Tensor] = {}
         for name, axes in groups.items():
             kept = tuple(sorted(axes))
             if kept not in left:
-                left[kept] = _summed_but(values, kept)
+                left[kept] = along(weight, [axis for axis in range(weight.value.dim()) if axis not in kept])
             found_at = [places(weight.axes[axis]) for axis in kept]
             term = _at_units(left[kept], found_at, network[name])
             sums[name] = sums[name] + term.to(sums[name].device) if name in sums else term
     return sums
 
 
-def _summed_but(values: Tensor, kept: tuple[int, ...]) -> Tensor:
-    """The sums over all axes but some."""
-    others = [axis for axis in range(values.dim()) if axis not in kept]
-    return values.sum(others) if others else values
+def summed(values: Tensor, axes: list[int]) -> Tensor:
+    """The sums over some axes, be it none."""
+    return values.sum(axes) if axes else values
 
 
 def _at_units(values: Tensor, places: list[list[tuple[Axis, Tensor]]], group: Group) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from netsurgery.axes import Axis, leaves
 from netsurgery.errors import InputError
 from netsurgery.network import Group, Network, Role
-from netsurgery.passes.entries import ROLES, accumulated, as_roles, in_roles, listed, unit_sums
+from netsurgery.passes.entries import ROLES, accumulated, as_roles, in_roles, listed, summed, unit_sums
 from netsurgery.pipeline import Pass
 from netsurgery.proportional import proportional_to
 from netsurgery.tracing import format_where
@@ -86,11 +86,11 @@ class GradientScore(Pass):
         chosen = {name: [one for one in some if one.weight.names[0] in gradients] for name, some in wanted.items()}
         _report_missing(wanted, chosen)
 
-        def entries(weight: Weight) -> Tensor:
+        def along(weight: Weight, axes: list[int]) -> Tensor:
             products = accumulated(weight.value) * accumulated(gradients[weight.names[0]]).to(weight.value.device)
-            return products if self.kind == "taylor" else products.square()
+            return summed(products if self.kind == "taylor" else products.square(), axes)
 
-        sums = unit_sums(network, chosen, entries)
+        sums = unit_sums(network, chosen, along)
         return network.with_scores({name: values.abs() for name, values in sums.items()}, comparable=True)
 
     def _parameters(

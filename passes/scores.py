@@ -5,7 +5,7 @@ The weights are those that layers use, masks, weight norms and low-rank updates 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from netsurgery.network import Group, Network, Role
 from netsurgery.passes.entries import accumulated, in_roles, per_unit, unit_sums
 from netsurgery.passes.layers import Grouping, check_choice, outer_groups, scored_layers, units_of
 from netsurgery.pipeline import Pass
-from netsurgery.weights import Use, computed_weights, is_computed, uses
+from netsurgery.weights import Use, Weight, computed_weights, is_computed, uses
 
 __all__ = ["BatchNormScore", "GeometricMedianScore", "HGSRScore", "MagnitudeScore", "RandomScore"]
 
@@ -34,11 +34,16 @@ BATCH_NORMS = (aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn
 _MADE: tuple[tuple[Role], ...] = (("produces",), ("carries",), ("consumes",))
 
 
-def _collect(network: Network, groups: Iterable[Group], entries: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """For each group the sums of ``entries(weight)`` over the weights that make its units."""
+def _powers(network: Network, groups: Iterable[Group], p: float) -> dict[str, Tensor]:
+    """For each unit of some groups the sum of ``|w|^p`` over the weights that make it."""
     found = uses(network)
-    chosen = {group.name: _making(found[group.name]) for group in groups}
-    return unit_sums(network, chosen, lambda weight: entries(accumulated(weight.value)))
+
+    def along(weight: Weight, axes: list[int]) -> Tensor:
+        values = accumulated(weight.value)
+        norms: Tensor = torch.linalg.vector_norm(values, p, dim=axes) if axes else values.abs()
+        return norms.pow(p)
+
+    return unit_sums(network, {group.name: _making(found[group.name]) for group in groups}, along)
 
 
 def _making(found: list[Use]) -> list[Use]:
@@ -93,7 +98,7 @@ class HGSRScore(Pass):
                     if group is not None and group.frozen is None:
                         scores[group.name] = scores[group.name] + units if group.name in scores else units
         missing = [group for group in network.prunable if group.name not in scores]
-        rest = _collect(network, missing, torch.abs)
+        rest = _powers(network, missing, 1)
         return network.with_scores({**scores, **rest})
 
 
@@ -123,7 +128,7 @@ class MagnitudeScore(Pass):
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         network.require_weights(self)
-        sums = _collect(network, network.prunable, lambda weight: weight.abs().pow(self.p))
+        sums = _powers(network, network.prunable, self.p)
         if self.lamp:
             return network.with_scores(
                 {name: _layer_adaptive(powers) for name, powers in sums.items()}, comparable=True
