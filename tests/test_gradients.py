@@ -368,6 +368,33 @@ def test_the_length_of_a_weight_norm_tells_of_what_a_layer_makes_but_not_of_what
     )
 
 
+class Cross(nn.Module):
+    """Attention that takes queries from one place and keys and values from another: its weight in three parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(x + self.attention(x, x[:, :2], x[:, :2], need_weights=False)[0])
+
+
+def test_parts_of_a_weight_are_told_by_the_whole() -> None:
+    torch.manual_seed(0)
+    model, x = Cross().double(), torch.randn(2, 4, 3, dtype=torch.float64)
+    backward(model, x=x)
+    readers: Any = model.attention.in_proj_weight, model.head.weight
+    expected = sum((reader * reader.grad).sum(0) for reader in readers).detach().abs()
+    torch.testing.assert_close(scores(model, x)["embed"], expected)
+    made: Any = model.embed.weight, model.embed.bias  # nothing between them and their readers
+    produced = ((made[0] * made[0].grad).sum(1) + made[1] * made[1].grad).detach()
+    own: Any = model.attention.out_proj
+    beside = ((own.weight * own.weight.grad).sum(1) + own.bias * own.bias.grad).detach()
+    torch.testing.assert_close(scores(model, x, roles=("produces", "carries"))["embed"], (produced + beside).abs())
+
+
 REFUSED: dict[str, Any] = {
     "of itself": times(lambda w: w * w.sigmoid()), "a power": times(lambda w: w.abs().pow(1.5)),
     "squared": times(lambda w: w * w), "a shift": times(lambda w: w + 1), "rounded": times(lambda w: w.round()),

@@ -111,44 +111,6 @@ def test_language_models(name: str) -> None:
     assert hold(network) > 9
 
 
-drawn = settings(
-    max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
-
-
-def of_program(program: Program) -> None:
-    torch.manual_seed(0)
-    model = build(program)
-    network = netsurgery.trace(model, example(program))
-    if network.prunable:
-        hold(network)
-        hold_rewritten(network, model)
-
-
-@drawn
-@given(programs("joins"))
-def test_random_joins(program: Program) -> None:
-    of_program(program)
-
-
-@drawn
-@given(programs("groups"))
-def test_random_groups(program: Program) -> None:
-    of_program(program)
-
-
-@drawn
-@given(programs("layouts"))
-def test_random_layouts(program: Program) -> None:
-    of_program(program)
-
-
-@drawn
-@given(programs("everything"))
-def test_random_networks(program: Program) -> None:
-    of_program(program)
-
-
 class Everywhere(nn.Module):
     """Flattening, concatenation, a channel shuffle, groups of convolutions and normalisation, and a residual link."""
 
@@ -231,6 +193,44 @@ def test_units_that_stand_in_many_ways(name: str) -> None:
     network = netsurgery.trace(model, x)
     assert network.prunable and hold(network) >= 3
     assert hold_rewritten(network, model) >= 3
+
+
+drawn = settings(
+    max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def of_program(program: Program) -> None:
+    torch.manual_seed(0)
+    model = build(program)
+    network = netsurgery.trace(model, example(program))
+    if network.prunable:
+        hold(network)
+        hold_rewritten(network, model)
+
+
+@drawn
+@given(programs("joins"))
+def test_random_joins(program: Program) -> None:
+    of_program(program)
+
+
+@drawn
+@given(programs("groups"))
+def test_random_groups(program: Program) -> None:
+    of_program(program)
+
+
+@drawn
+@given(programs("layouts"))
+def test_random_layouts(program: Program) -> None:
+    of_program(program)
+
+
+@drawn
+@given(programs("everything"))
+def test_random_networks(program: Program) -> None:
+    of_program(program)
 
 
 def test_positions_by_hand() -> None:
