@@ -37,10 +37,12 @@ class GradientScore(Pass):
         kind: "taylor", ``|sum w g|``: the change of the loss on removal, to first order; "squares", ``sum (w g)²``, of
             which entries with opposite signs do not cancel.
         roles: which entries count, as for ``netsurgery.passes.unit_scores``. By default the weights that layers read a
-            unit with: ``sum w g`` over these is the derivative of the loss by a gate on the unit at its readers, as in
-            ``TaylorScore``, whatever norms and activations it passes. ``("produces", "carries")``, the weights and
-            biases that make it, have the same sum where neither a norm nor anything but ReLU comes after; in front of
-            a batch norm in training mode the sum over a filter is zero.
+            unit with: ``sum w g`` over these is the derivative of the loss by a gate on the unit at these layers, as in
+            ``TaylorScore`` (whose gate is in front of a layer or group norm, this one behind). A unit that no layer
+            reads is scored by all that it has: a dimension of queries and keys by the weights of both, so twice its
+            derivative. ``("produces", "carries")``, the weights and biases that make a unit, have the same sum as its
+            readers where neither a norm nor anything but ReLU comes between; in front of a batch norm in training mode
+            the sum over a filter is zero.
 
     A parameter that layers share has one gradient, which counts as a whole. One without a gradient counts as zero, and
     the logger ``netsurgery`` says so. Where a weight is computed from parameters, ``sum w g`` is that of a parameter

@@ -123,7 +123,32 @@ def test_language_models(name: str) -> None:
     assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, example) < 1e-6
 
 
-def linears(*sizes: int) -> nn.Sequential:
+class Queries(nn.Module):
+    """Attention of two heads, a classifier behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.head = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (one(x).unflatten(-1, (2, -1)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        return self.head(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2).mean(1))
+
+
+def test_dimensions_of_queries_and_keys_are_scored_by_both() -> None:
+    model = randomised(Queries())
+    data = torch.randn(12, 5, 3, dtype=torch.float64), torch.arange(12) % 4
+    trained(model, data)
+    found, expected = scores(model, data[0][:2]), slopes(model, data)
+    network = netsurgery.trace(model, data[0][:2])
+    (both,) = [g.name for g in network.prunable if {m.role for m in g.members} == {"produces", "carries"}]
+    assert network[both].unit == "head_dim" and len(network.prunable) == 3
+    for group, slope in expected.items():
+        factor = 2 if group == both else 1
+        torch.testing.assert_close(found[group], factor * slope.abs(), rtol=1e-9, atol=1e-12)
+
+
+def linears() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
 
@@ -320,7 +345,6 @@ COMPUTED: dict[str, Any] = {
     "a learned scale of inputs": times(torch.rand(6)), "a learned scale of outputs": times(torch.rand(5, 1)),
     "over a learned scale": lambda model: parametrize.register_parametrization(model[2], "weight", Over()),
     "a cast": times(lambda w: w.double().float()), "turned": times(lambda w: (-w.t()).clone().t()),
-    "all of it": times(lambda w: w[:, :6] * 2),
 }  # fmt: skip
 
 
