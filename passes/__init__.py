@@ -1,8 +1,10 @@
 """Passes to compose: scores, and removals that need them; and the training penalty that prepares for them."""
 
 if __name__ == "netsurgery.passes":
+    from netsurgery.passes.entries import unit_scores as unit_scores
     from netsurgery.passes.gates import FisherScore as FisherScore
     from netsurgery.passes.gates import TaylorScore as TaylorScore
+    from netsurgery.passes.gradients import GradientScore as GradientScore
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore
     from netsurgery.passes.penalty import HGSR as HGSR
     from netsurgery.passes.removal import PruneChannels as PruneChannels

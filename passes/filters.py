@@ -15,6 +15,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.network import Group, Network
+from netsurgery.passes.entries import per_unit
 from netsurgery.passes.layers import Layer, contracted, layers, units_of
 from netsurgery.verification import verify
 from netsurgery.weights import uses
@@ -180,9 +181,7 @@ def computed_norms(network: Network, tensors: Mapping[str, Tensor]) -> dict[str,
         for use in made:
             weight = use.weight.value.detach().movedim(use.axis, 0).flatten(1)
             norm = torch.linalg.vector_norm(weight, dim=1, dtype=accumulator(weight)).to("cpu", torch.float64)
-            for channel, units in units_of(use.weight.axes[use.axis]):
-                if channel is network[name].channel:
-                    squares.index_add_(0, units[units >= 0], norm[units >= 0].square())
+            squares += per_unit(use.weight.axes[use.axis], norm.square())[network[name].channel]
         found[name] = squares.sqrt()
     return found
 

@@ -5,7 +5,7 @@ The weights are those that layers use, masks, weight norms and low-rank updates 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,12 +15,13 @@ from torch import Tensor, fx
 from netsurgery.axes import Axis, leaves
 from netsurgery.computed_weights import peeled
 from netsurgery.errors import InputError
-from netsurgery.kernels.criteria import Name, accumulator
+from netsurgery.kernels.criteria import Name
 from netsurgery.kernels.sparsity import outer_terms
 from netsurgery.network import Group, Network, Role
+from netsurgery.passes.entries import accumulated, in_roles, per_unit, unit_sums
 from netsurgery.passes.layers import Grouping, check_choice, outer_groups, scored_layers, units_of
 from netsurgery.pipeline import Pass
-from netsurgery.weights import Use, computed_weights, is_computed, uses
+from netsurgery.weights import Use, Weight, computed_weights, is_computed, uses
 
 __all__ = ["BatchNormScore", "GeometricMedianScore", "HGSRScore", "MagnitudeScore", "RandomScore"]
 
@@ -29,52 +30,24 @@ aten = torch.ops.aten
 BATCH_NORMS = (aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn_batch_norm, aten.miopen_batch_norm)
 
 
-def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
-    """Sum values given along an axis over the positions of each unit of each channel in it.
-
-    Args:
-        values: shape ``(axis.size,)``.
-    """
-    found: dict[Axis, Tensor] = {}
-    for channel, units in units_of(axis):
-        units = units.to(values.device)
-        sums = found.setdefault(channel, values.new_zeros(channel.size))
-        sums.index_add_(0, units[units >= 0], values[units >= 0])
-    return found
+#: Units are scored by the weights that make them; where there are none, by what they are given, or are read with.
+_MADE: tuple[tuple[Role], ...] = (("produces",), ("carries",), ("consumes",))
 
 
-def _collect(
-    network: Network, groups: Iterable[Group], order: tuple[Role, ...], along: Callable[[Tensor, int], Tensor]
-) -> dict[str, Tensor]:
-    """For each group the sum of ``along(weight, axis)`` over its uses in a role: the first in order that it has."""
-    scores: dict[str, Tensor] = {}
-    memo: dict[tuple[int, int], dict[Axis, Tensor]] = {}
+def _powers(network: Network, groups: Iterable[Group], p: float) -> dict[str, Tensor]:
+    """For each unit of some groups the sum of ``|w|^p`` over the weights that make it."""
     found = uses(network)
-    for group in groups:
-        for use in _in_role(found[group.name], order):
-            key = id(use.weight.value), use.axis
-            if key not in memo:
-                memo[key] = per_unit(use.weight.axes[use.axis], along(_accumulated(use.weight.value), use.axis))
-            term = memo[key][group.channel]
-            scores[group.name] = scores[group.name] + term if group.name in scores else term
-    return scores
+
+    def along(weight: Weight, axes: list[int]) -> Tensor:
+        values = accumulated(weight.value)
+        norms: Tensor = torch.linalg.vector_norm(values, p, dim=axes) if axes else values.abs()
+        return norms.pow(p)
+
+    return unit_sums(network, {group.name: _making(found[group.name]) for group in groups}, along)
 
 
-def _in_role(found: list[Use], order: tuple[Role, ...]) -> list[Use]:
-    """The uses of a group's units in the first role in order that there is; else those that consume them."""
-    numbers = [use for use in found if use.weight.value.is_floating_point()]
-    role = next((role for role in (*order, "consumes") if any(use.role == role for use in numbers)), None)
-    return [use for use in numbers if use.role == role]
-
-
-def _outer_sums(values: Tensor, axis: int) -> Tensor:
-    """Sums over all axes but one."""
-    sums: Tensor = values.movedim(axis, 0).flatten(1).sum(1) if values.dim() > 1 else values
-    return sums
-
-
-def _accumulated(weight: Tensor) -> Tensor:
-    return weight.detach().to(accumulator(weight))
+def _making(found: list[Use]) -> list[Use]:
+    return in_roles([use for use in found if use.weight.value.is_floating_point()], *_MADE)
 
 
 @dataclass(frozen=True)
@@ -125,7 +98,7 @@ class HGSRScore(Pass):
                     if group is not None and group.frozen is None:
                         scores[group.name] = scores[group.name] + units if group.name in scores else units
         missing = [group for group in network.prunable if group.name not in scores]
-        rest = _collect(network, missing, ("produces", "carries"), lambda w, axis: _outer_sums(w.abs(), axis))
+        rest = _powers(network, missing, 1)
         return network.with_scores({**scores, **rest})
 
 
@@ -155,13 +128,7 @@ class MagnitudeScore(Pass):
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         network.require_weights(self)
-
-        def along(weight: Tensor, axis: int) -> Tensor:
-            flat = weight.movedim(axis, 0).flatten(1) if weight.dim() > 1 else weight[:, None]
-            norms: Tensor = torch.linalg.vector_norm(flat, self.p, dim=1)
-            return norms.pow(self.p)
-
-        sums = _collect(network, network.prunable, ("produces", "carries"), along)
+        sums = _powers(network, network.prunable, self.p)
         if self.lamp:
             return network.with_scores(
                 {name: _layer_adaptive(powers) for name, powers in sums.items()}, comparable=True
@@ -203,7 +170,7 @@ class BatchNormScore(Pass):
         sums: dict[Axis, Tensor] = {}
         passed: dict[Axis, int] = {}
         for axis, scale in _norm_scales(network):
-            for channel, units in per_unit(axis, _accumulated(scale).abs()).items():
+            for channel, units in per_unit(axis, accumulated(scale).abs()).items():
                 sums[channel] = sums[channel] + units if channel in sums else units
                 passed[channel] = passed.get(channel, 0) + sum(leaf is channel for leaf in leaves(axis))
         found = {g.name: sums[g.channel] / passed[g.channel] for g in network.prunable if g.channel in sums}
@@ -249,8 +216,8 @@ class GeometricMedianScore(Pass):
         found = uses(network)
         for group in network.prunable:
             squares = torch.zeros(group.size, group.size)
-            for use in _in_role(found[group.name], ("produces", "carries")):
-                weight = _accumulated(use.weight.value)
+            for use in _making(found[group.name]):
+                weight = accumulated(use.weight.value)
                 flat = weight.movedim(use.axis, 0).reshape(weight.shape[use.axis], -1)
                 for rows in _rows_of(use.weight.axes[use.axis], group.channel):
                     vectors = flat[rows.to(flat.device)].flatten(1)
