@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,9 +13,10 @@ from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.prefixes import cumulative, per_group
 from netsurgery.passes.racing import race
+from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.samples import draw
-from netsurgery.passes.scores import MagnitudeScore
 from netsurgery.passes.trials import Trials
 from netsurgery.pipeline import Pass
 
@@ -81,8 +81,9 @@ class LossIncreaseScore(Pass):
     data: Any = field(repr=False, compare=False)
     loss: Loss | None = None
     samples: int = 1000
-    mode: Literal["score", "cumulative"] = "score"
+    mode: Literal["score", "cumulative", "per-group"] = "score"
     tolerance: float = 0.01
+    removal: PruneChannels | None = None
     racing: bool = False
     share: float = 0.5
     confidence: float = 0.95
@@ -97,8 +98,8 @@ class LossIncreaseScore(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def __post_init__(self) -> None:
-        if self.mode not in ("score", "cumulative"):
-            raise InputError(f"LossIncreaseScore(mode={self.mode!r}): 'score' or 'cumulative'")
+        if self.mode not in ("score", "cumulative", "per-group"):
+            raise InputError(f"LossIncreaseScore(mode={self.mode!r}): 'score', 'cumulative' or 'per-group'")
         if self.racing and self.mode != "score":
             raise InputError("LossIncreaseScore(racing=True) goes with mode='score'")
         for name in ("share", "confidence"):
@@ -128,7 +129,10 @@ class LossIncreaseScore(Pass):
             if self.racing:
                 scores = race(trials, ledger, self.share, self.confidence)
             elif self.mode == "cumulative":
-                scores = self._cumulative(trials, ledger)
+                removal = self.removal or PruneChannels(threshold=self.tolerance)
+                scores = cumulative(trials, ledger, removal, self.tolerance)
+            elif self.mode == "per-group":
+                scores = per_group(trials, ledger, self.tolerance)
             else:
                 scores = self._exact(trials, ledger)
         return network.with_scores(scores, comparable=True)
@@ -137,31 +141,3 @@ class LossIncreaseScore(Pass):
         trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)
         trials.extend(ledger, trials.everything(), trials.samples.count)
         return {group.name: ledger.means(group.name) for group in trials.network.prunable}
-
-    def _cumulative(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
-        norms = MagnitudeScore().run(trials.network).scores
-        trials.order = {g.name: norms[g.name].argsort(stable=True).tolist() for g in trials.network.prunable}
-        trials.begin(None)
-        open_ = {group.name: 0 for group in trials.network.prunable}  # prefixes tried so far
-        width = 4
-        while open_:
-            tried = {name: list(range(n, min(n + width, trials.size(name)))) for name, n in open_.items()}
-            trials.extend(ledger, tried, trials.samples.count)
-            open_ = {
-                name: units[-1] + 1
-                for name, units in tried.items()
-                if units[-1] + 1 < trials.size(name) and bool((ledger.means(name)[units] <= self.tolerance).all())
-            }
-            width *= 2
-        return {name: self._staircase(ledger.means(name), order) for name, order in trials.order.items()}
-
-    def _staircase(self, rises: Tensor, order: list[int]) -> Tensor:
-        """The highest rise up to each unit; from the first above the tolerance on, only the order."""
-        last = rises.new_full((1,), math.inf)  # of each group a unit stays
-        heights = torch.cat([rises.nan_to_num(math.inf), last]).cummax(0).values
-        first = int((heights > self.tolerance).nonzero()[0])
-        steps = torch.arange(1, len(heights) - first + 1, dtype=heights.dtype) / len(heights)
-        heights[first:] = self.tolerance + max(self.tolerance, 1e-6) * steps
-        scores = torch.empty_like(heights)
-        scores[torch.tensor(order)] = heights
-        return scores
