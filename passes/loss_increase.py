@@ -39,11 +39,19 @@ class LossIncreaseScore(Pass):
         loss: ``loss(outputs, targets)``, the mean over the samples, or one number for each ``(n,)``. By default the
             cross-entropy of logits ``(n, classes, ...)``.
         samples: how many are drawn, class-balanced.
-        mode: "score" tries each unit alone. "cumulative" removes the units of each group one after the other, in order
-            of the norm of their weights, and scores each by the highest rise on the way: those with a score of at
-            most ``tolerance`` are the longest prefix that stays under it, for ``PruneChannels(threshold=tolerance)``.
-        tolerance: in mode "cumulative", the rise of the loss that is allowed in each group; beyond it scores only keep
-            the order.
+        mode: "score" tries each unit alone. "cumulative" removes units one after the other, each from the network that
+            those before it have left, as long as the loss of the *whole network* rises by at most ``tolerance``: what
+            ``PruneChannels(threshold=tolerance)`` then removes is what was tried last, and any lower threshold holds as
+            well. Groups are taken in the order of the state dict, the units of each in order of the norm of their
+            weights. They share the tolerance: in two rounds each may take the rise up to the share of it that its units
+            and those before make up, in a third round all that is left. "per-group" tries each group where all others
+            are whole: a rise of at most ``tolerance`` holds for each group alone, and *not* for the network, whose loss
+            may rise by many times that.
+        tolerance: the rise of the loss that is allowed, in all (mode "cumulative") or in each group ("per-group"). A
+            unit's score is the highest rise up to it; beyond the tolerance scores only keep the order.
+        removal: in mode "cumulative", the removal that is to follow, where it is another than
+            ``PruneChannels(threshold=tolerance)``: what it may not take, by its ``unit``, ``include``, ``multiple_of``,
+            ``max_ratio`` and so on, is not tried. The tolerance holds for the removal that is given here.
         racing: try units on growing sets of samples, and stop with those that clearly are, or clearly are not, among
             the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise on
             what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact selection is
@@ -107,8 +115,21 @@ class LossIncreaseScore(Pass):
                 raise InputError(f"LossIncreaseScore({name}={getattr(self, name)!r}): a number in (0, 1)")
         if not self.tolerance >= 0:
             raise InputError(f"LossIncreaseScore(tolerance={self.tolerance!r}): must not be negative")
+        self._check_removal()
         if (self.rows is not None and self.rows < 1) or self.memory < 1 or self.samples < 1:
             raise InputError("LossIncreaseScore: samples, rows and memory are at least 1")
+
+    def _check_removal(self) -> None:
+        if self.removal is None:
+            return
+        if self.mode != "cumulative":
+            raise InputError("LossIncreaseScore(removal=...) goes with mode='cumulative'")
+        threshold = self.removal.threshold
+        if threshold is None or threshold > self.tolerance:
+            raise InputError(
+                f"LossIncreaseScore(tolerance={self.tolerance!r}, removal={self.removal!r}): the removal needs a "
+                f"threshold of at most the tolerance, PruneChannels(threshold={self.tolerance!r}, ...)"
+            )
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""

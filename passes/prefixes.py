@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["cumulative", "per_group"]
 
 _log = logging.getLogger("netsurgery")
+_ROUNDS = 2
 _WIDTH = 4  # prefixes that are tried first; then twice as many each time
 
 
@@ -95,11 +96,12 @@ class _Way:
         self.heights = [[] for _ in self.bundles]
 
     def go(self, tolerance: float) -> None:
-        """First each group in turn gets what share of the tolerance its units are of all; then all that is left."""
-        whole, sizes = sum(bundle.size for bundle in self.bundles), 0
-        for index, bundle in enumerate(self.bundles):
-            sizes += bundle.size
-            self.visit(index, tolerance * sizes / whole)
+        """Rounds in which the tolerance is dealt out by and by, in proportion to units, and one for what is left."""
+        whole, sizes = _ROUNDS * sum(bundle.size for bundle in self.bundles), 0
+        for _ in range(_ROUNDS):
+            for index, bundle in enumerate(self.bundles):
+                sizes += bundle.size
+                self.visit(index, tolerance * sizes / whole)
         for index in range(len(self.bundles)):
             self.visit(index, tolerance)
         gone = sum(len(heights) * len(b.groups) for heights, b in zip(self.heights, self.bundles, strict=True))
@@ -124,11 +126,10 @@ class _Way:
 
     def open(self, index: int) -> str:
         """Make the series of a bundle known, where the units of others are gone; its name in the ledger."""
-        before: dict[str, tuple[int, ...]] = {}
+        bundle, before = self.bundles[index], dict[str, tuple[int, ...]]()
         for other, heights in zip(self.bundles, self.heights, strict=True):
             if heights and other is not self.bundles[index]:
                 before.update(_first(other, len(heights)))
-        bundle = self.bundles[index]
         orders = {g.name: order[:-1] for g, order in zip(bundle.groups, bundle.order, strict=True)}
         name = f"{bundle.groups[0].name} after {_digest(before)}"
         self.trials.series[name] = Series(orders, prefixes=True, before=before)

@@ -10,9 +10,8 @@ four things when units go:
 
 Everything before the group is clean, what carries its units to the first consumer is masked, and the consumer itself is
 shifted; so a removal costs one thin product and what follows. As in ``verification.silenced``, units that are gone
-contribute zero, and statistics are taken over what stays. Where units of other groups are gone already, the graph is run
-without these first: the results that are kept lack them, and each operation that is run again lets them contribute
-nothing, too.
+contribute zero, and statistics are taken over what stays. Where units of other groups are gone already, the graph is
+run without these first: the results that are kept lack them, and in what is run again they contribute nothing, too.
 """
 
 from __future__ import annotations

@@ -146,7 +146,9 @@ class Trials:
             yield from (self.by_silencing if self.random else self.by_surgery)(due, start, stop)
             return
         apart = copies > 1 and not self.alike(engine, rows, copies, start)
-        alone = {n: units for n, units in due.items() if copies > 1 and (apart or not self.series[n].suffix(engine).blocks)}
+        alone = {
+            n: units for n, units in due.items() if copies > 1 and (apart or not self.series[n].suffix(engine).blocks)
+        }
         together = {n: units for n, units in due.items() if n not in alone}
         for times, some in ((copies, together), (1, alone)):
             if some and (runner := self.engine(rows, times, start)) is not None:
