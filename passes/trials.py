@@ -21,6 +21,7 @@ from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.network import Network
+from netsurgery.passes.draws import drawn_at
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
 from netsurgery.passes.samples import Samples, in_eval_mode
@@ -28,9 +29,9 @@ from netsurgery.passes.series import Series
 from netsurgery.passes.suffixes import Suffixes, Unsuited
 from netsurgery.randomness import seeded
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import Inputs, format_where, home, tensors_in
+from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.untried import trace_untried
-from netsurgery.verification import draws, look_up_constants, silenced
+from netsurgery.verification import look_up_constants, silenced
 
 if TYPE_CHECKING:
     from netsurgery.passes.loss_increase import LossIncreaseScore
@@ -179,12 +180,12 @@ class Trials:
             inputs, _ = self.batch(start, start + rows, copies)
             with seeded(0, self.device):
                 found = trace_untried(self.model, inputs[0] or inputs[1])
+                look_up_constants(self.model, found, inputs)
             self.by_batch = self.by_batch or found.programs[0].values != "none"
             for group in self.network.prunable:
                 other = found.by_name.get(group.name)
                 if other is None or (other.size, other.members) != (group.size, group.members):
                     raise Unsuited(f"group '{group.name}' is another on these samples, {rows * copies} at once")
-            look_up_constants(self.model, found, inputs)
             self.traced[self.key(rows, copies, start)] = found
         return found
 
@@ -368,7 +369,8 @@ class Trials:
         once = self.outputs(self.model, inputs)
         if not _same(once, self.outputs(self.model, inputs, seed=1)):
             self.random = True
-            self.warn(self.network.model_name, _draws_at(self.network) or ["outside of torch's operations"])
+            places = drawn_at(self.network, lambda seed: self.outputs(self.model, inputs, seed))
+            self.warn(self.network.model_name, places)
         if own is None:
             check_targets(once, targets, self.samples.targets)
             return
@@ -465,9 +467,3 @@ def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(new, form)
 
     return fill(template)
-
-
-def _draws_at(network: Network) -> list[str]:
-    """The lines of code at which a network in eval mode draws random numbers."""
-    nodes = [node for node in network.programs[0].operations if draws(node)]
-    return list(dict.fromkeys(format_where(node.meta["where"]) for node in nodes))
