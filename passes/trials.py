@@ -317,13 +317,13 @@ class Trials:
         inputs, targets = self.batch(start, stop, 1)
         base = _finite(self.loss(self.outputs(self.model, inputs), targets))
         for name, indices in due.items():
-            for index in indices:
+            for tried, index in enumerate(indices):
                 try:
                     with _quiet():
                         small = rewrite(self.model, self.edit(name, index))
                 except RewriteError as reason:  # so many may not be cut out, which says nothing of other numbers
                     _log.info("units of '%s' are silenced instead: %s", name, reason)
-                    yield from self.by_silencing({name: indices}, start, stop)
+                    yield from self.by_silencing({name: indices[tried:]}, start, stop)
                     break
                 found = self.loss(self.outputs(small, inputs), targets)
                 yield name, [index], (found - base)[None].cpu()

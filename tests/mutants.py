@@ -53,7 +53,8 @@ TESTS_OF = {
     "passes/racing.py": ("test_loss_increase.py",),
     "passes/samples.py": ("test_samples.py",),
     "passes/selection.py": ("test_factors.py", "test_targets.py"),
-    "passes/suffixes.py": ("test_loss_increase.py", "test_gates.py"),
+    "passes/suffixes.py": ("test_loss_increase.py", "test_gates.py", "test_prefixes.py"),
+    "passes/trials.py": ("test_prefixes.py",),
 }
 
 
@@ -754,6 +755,12 @@ MUTANTS = (
         "passes/prefixes.py",
         "if heights and other is not self.bundles[index]:",
         "if heights and other is self.bundles[-1] is not bundle:",
+    ),
+    Mutant(
+        "trials before one that is refused count twice",
+        "passes/trials.py",
+        "indices[tried:]",
+        "indices",
     ),
     Mutant(
         "of groups that are gone already the results keep units",

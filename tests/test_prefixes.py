@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.errors import InputError
+from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
 from netsurgery.passes.trials import Trials
 from test_loss_increase import NETWORKS, Deciding, Normed, WritesIntoViews, by_surgery, data_for, loss_of, randomised
@@ -310,3 +310,27 @@ def test_what_is_interrupted_goes_on_to_the_same(after: int, tmp_path: Path, mon
     assert all(torch.equal(score, resumed[name]) for name, score in whole.items())
     tried.clear()
     assert torch.equal(run(file=tmp_path / "scores")["a"], whole["a"]) and not tried
+
+
+@pytest.mark.parametrize("mode", ["score", "cumulative", "per-group"])
+def test_trials_that_are_refused_from_some_number_on_count_once(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some units are cut out before the first that cannot be; each is tried on each sample once."""
+    model = randomised(WritesIntoViews())
+    data = data_for(model)
+    network = netsurgery.trace(model, data[0][:3])
+
+    def scores() -> Tensor:
+        score = LossIncreaseScore(data, mode=mode, tolerance=0.3, samples=24, rows=9)
+        found = score.run(network).scores["conv"]
+        (ledger,) = score._known.values()
+        assert all(int(seen.max()) == 24 for _, seen in ledger.entries.values())
+        return found
+
+    def refusing(model: nn.Module, edit: netsurgery.Edit) -> nn.Module:
+        if 3 not in edit.keep["conv"]:
+            raise RewriteError("not this one")
+        return netsurgery.rewrite(model, edit)
+
+    whole = scores()
+    monkeypatch.setattr("netsurgery.passes.trials.rewrite", refusing)
+    torch.testing.assert_close(scores(), whole, rtol=1e-9, atol=1e-12)
