@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,9 +13,10 @@ from netsurgery.errors import InputError
 from netsurgery.network import Network
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.prefixes import cumulative, per_group
 from netsurgery.passes.racing import race
+from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.samples import draw
-from netsurgery.passes.scores import MagnitudeScore
 from netsurgery.passes.trials import Trials
 from netsurgery.pipeline import Pass
 
@@ -39,11 +39,19 @@ class LossIncreaseScore(Pass):
         loss: ``loss(outputs, targets)``, the mean over the samples, or one number for each ``(n,)``. By default the
             cross-entropy of logits ``(n, classes, ...)``.
         samples: how many are drawn, class-balanced.
-        mode: "score" tries each unit alone. "cumulative" removes the units of each group one after the other, in order
-            of the norm of their weights, and scores each by the highest rise on the way: those with a score of at
-            most ``tolerance`` are the longest prefix that stays under it, for ``PruneChannels(threshold=tolerance)``.
-        tolerance: in mode "cumulative", the rise of the loss that is allowed in each group; beyond it scores only keep
-            the order.
+        mode: "score" tries each unit alone. "cumulative" removes units one after the other, each from the network that
+            those before it have left, as long as the loss of the *whole network* rises by at most ``tolerance``: what
+            ``PruneChannels(threshold=tolerance)`` then removes is what was tried last, and any lower threshold holds as
+            well. Groups are taken in the order of the state dict, the units of each in order of the norm of their
+            weights. They share the tolerance: in two rounds each may take the rise up to the share of it that its units
+            and those before make up, in a third round all that is left. "per-group" tries each group where all others
+            are whole: a rise of at most ``tolerance`` holds for each group alone, and *not* for the network, whose loss
+            may rise by many times that.
+        tolerance: the rise of the loss that is allowed, in all (mode "cumulative") or in each group ("per-group"). A
+            unit's score is the highest rise up to it; beyond the tolerance scores only keep the order.
+        removal: in mode "cumulative", the removal that is to follow, where it is another than
+            ``PruneChannels(threshold=tolerance)``: what it may not take, by its ``unit``, ``include``, ``multiple_of``,
+            ``max_ratio`` and so on, is not tried. The tolerance holds for the removal that is given here.
         racing: try units on growing sets of samples, and stop with those that clearly are, or clearly are not, among
             the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise on
             what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact selection is
@@ -81,8 +89,9 @@ class LossIncreaseScore(Pass):
     data: Any = field(repr=False, compare=False)
     loss: Loss | None = None
     samples: int = 1000
-    mode: Literal["score", "cumulative"] = "score"
+    mode: Literal["score", "cumulative", "per-group"] = "score"
     tolerance: float = 0.01
+    removal: PruneChannels | None = None
     racing: bool = False
     share: float = 0.5
     confidence: float = 0.95
@@ -97,8 +106,8 @@ class LossIncreaseScore(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def __post_init__(self) -> None:
-        if self.mode not in ("score", "cumulative"):
-            raise InputError(f"LossIncreaseScore(mode={self.mode!r}): 'score' or 'cumulative'")
+        if self.mode not in ("score", "cumulative", "per-group"):
+            raise InputError(f"LossIncreaseScore(mode={self.mode!r}): 'score', 'cumulative' or 'per-group'")
         if self.racing and self.mode != "score":
             raise InputError("LossIncreaseScore(racing=True) goes with mode='score'")
         for name in ("share", "confidence"):
@@ -106,8 +115,21 @@ class LossIncreaseScore(Pass):
                 raise InputError(f"LossIncreaseScore({name}={getattr(self, name)!r}): a number in (0, 1)")
         if not self.tolerance >= 0:
             raise InputError(f"LossIncreaseScore(tolerance={self.tolerance!r}): must not be negative")
+        self._check_removal()
         if (self.rows is not None and self.rows < 1) or self.memory < 1 or self.samples < 1:
             raise InputError("LossIncreaseScore: samples, rows and memory are at least 1")
+
+    def _check_removal(self) -> None:
+        if self.removal is None:
+            return
+        if self.mode != "cumulative":
+            raise InputError("LossIncreaseScore(removal=...) goes with mode='cumulative'")
+        threshold = self.removal.threshold
+        if threshold is None or threshold > self.tolerance:
+            raise InputError(
+                f"LossIncreaseScore(tolerance={self.tolerance!r}, removal={self.removal!r}): the removal needs a "
+                f"threshold of at most the tolerance, PruneChannels(threshold={self.tolerance!r}, ...)"
+            )
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
@@ -128,7 +150,10 @@ class LossIncreaseScore(Pass):
             if self.racing:
                 scores = race(trials, ledger, self.share, self.confidence)
             elif self.mode == "cumulative":
-                scores = self._cumulative(trials, ledger)
+                removal = self.removal or PruneChannels(threshold=self.tolerance)
+                scores = cumulative(trials, ledger, removal, self.tolerance)
+            elif self.mode == "per-group":
+                scores = per_group(trials, ledger, self.tolerance)
             else:
                 scores = self._exact(trials, ledger)
         return network.with_scores(scores, comparable=True)
@@ -137,31 +162,3 @@ class LossIncreaseScore(Pass):
         trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)
         trials.extend(ledger, trials.everything(), trials.samples.count)
         return {group.name: ledger.means(group.name) for group in trials.network.prunable}
-
-    def _cumulative(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
-        norms = MagnitudeScore().run(trials.network).scores
-        trials.order = {g.name: norms[g.name].argsort(stable=True).tolist() for g in trials.network.prunable}
-        trials.begin(None)
-        open_ = {group.name: 0 for group in trials.network.prunable}  # prefixes tried so far
-        width = 4
-        while open_:
-            tried = {name: list(range(n, min(n + width, trials.size(name)))) for name, n in open_.items()}
-            trials.extend(ledger, tried, trials.samples.count)
-            open_ = {
-                name: units[-1] + 1
-                for name, units in tried.items()
-                if units[-1] + 1 < trials.size(name) and bool((ledger.means(name)[units] <= self.tolerance).all())
-            }
-            width *= 2
-        return {name: self._staircase(ledger.means(name), order) for name, order in trials.order.items()}
-
-    def _staircase(self, rises: Tensor, order: list[int]) -> Tensor:
-        """The highest rise up to each unit; from the first above the tolerance on, only the order."""
-        last = rises.new_full((1,), math.inf)  # of each group a unit stays
-        heights = torch.cat([rises.nan_to_num(math.inf), last]).cummax(0).values
-        first = int((heights > self.tolerance).nonzero()[0])
-        steps = torch.arange(1, len(heights) - first + 1, dtype=heights.dtype) / len(heights)
-        heights[first:] = self.tolerance + max(self.tolerance, 1e-6) * steps
-        scores = torch.empty_like(heights)
-        scores[torch.tensor(order)] = heights
-        return scores

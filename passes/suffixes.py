@@ -10,15 +10,17 @@ four things when units go:
 
 Everything before the group is clean, what carries its units to the first consumer is masked, and the consumer itself is
 shifted; so a removal costs one thin product and what follows. As in ``verification.silenced``, units that are gone
-contribute zero, and statistics are taken over what stays.
+contribute zero, and statistics are taken over what stays. Where units of other groups are gone already, the graph is
+run without these first: the results that are kept lack them, and in what is run again they contribute nothing, too.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,7 +37,8 @@ from netsurgery.verification import STATISTICS, draws, entries, is_view
 __all__ = ["Removal", "Suffixes", "Unsuited"]
 
 aten = torch.ops.aten
-Removal = tuple[str, tuple[int, ...]]  # a group, and the units of it that go
+NOTHING: Removal = MappingProxyType({})
+Removal = Mapping[str, tuple[int, ...]]  # the units that go, by group
 Dims = Any  # of a node: a tuple of axes, or one for each result
 
 _PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
@@ -67,7 +70,7 @@ class Step:
 
 @dataclass
 class Run:
-    """An operation that is run when units of a group go: how, and what of its result is zero."""
+    """An operation that is run when units go: how, whether it mixes them, and whether its result has such."""
 
     step: Step
     state: str  # "changed" or "shifted"
@@ -77,9 +80,8 @@ class Run:
 
 @dataclass
 class Suffix:
-    """What is run when units of one group go."""
+    """What is run when units of some groups go."""
 
-    channel: Axis
     runs: list[Run]
     reads: list[fx.Node]  # results of the whole network that they need
     last: list[list[fx.Node]]  # after each step: results that nothing needs any more
@@ -89,7 +91,7 @@ class Suffix:
 
 @dataclass
 class Suffixes:
-    """The parts of a network that follow each of its groups.
+    """The parts of a network that follow its groups.
 
     Args:
         network: traced on as many rows as are to go through at once.
@@ -124,6 +126,7 @@ class Suffixes:
         with torch.no_grad():
             _Builder(self, home(self.network.model)).build()
         self.suffix = functools.cache(self._suffix)
+        self._all = functools.cache(self._everything)
 
     def product(self, target: Callable[..., Any]) -> Callable[..., Any]:
         """A convolution or matrix product, computed in the type that was asked for."""
@@ -138,6 +141,19 @@ class Suffixes:
                     counts[leaf] = counts.get(leaf, 0) + 1
             return self.occurrences[dims].get(channel, 0)
         return sum(self.carries(one, channel) for one in dims or () if one is not None)
+
+    def touches(self, dims: Dims, channels: Iterable[Axis]) -> bool:
+        """Whether any of some channels occurs in the dimensions of a result."""
+        return any(self.carries(dims, channel) for channel in channels)
+
+    def channels(self, names: Iterable[str]) -> tuple[Axis, ...]:
+        """The channels of some groups."""
+        return tuple(self.network[name].channel for name in names)
+
+    def mixes_any(self, step: Step, channels: Iterable[Axis]) -> bool:
+        """Whether an operation mixes units of any of some channels."""
+        met = [channel for channel in channels if any(self.carries(self.dims[node], channel) for node in step.inputs)]
+        return any(self.mixes(step, channel) for channel in met)
 
     def mixes(self, step: Step, channel: Axis) -> bool:
         """Whether a result of an operation at one unit depends on its arguments at others."""
@@ -173,20 +189,12 @@ class Suffixes:
             return (dims[0], *dims[2:]) if step.args[5] else ()
         return None
 
-    def _suffix(self, name: str) -> Suffix:
-        channel = self.network[name].channel
-        states: dict[fx.Node, str] = {
-            node: "masked" if self.carries(self.dims[node], channel) else "clean" for node in self.constants
-        }
-        states.update((node, "clean") for node in self.inputs)
-        runs: list[Run] = []
-        for step in self.steps:
-            state = self.state(step, {states[node] for node in step.inputs}, channel)
-            states[step.node] = state
-            if state in ("changed", "shifted"):
-                zeroes = bool(self.carries(step.dims, channel)) and not is_view(step.node)
-                runs.append(Run(step, state, self.mixes(step, channel), zeroes))
-        steps = [run.step for run in runs]
+    def _suffix(self, names: tuple[str, ...], before: frozenset[str] = frozenset()) -> Suffix:
+        """What is run when units of some groups go, where units of others, ``before``, are gone already."""
+        channels, states = self.channels(names), self.states(names)
+        missing = (*channels, *self.channels(sorted(before)))
+        steps = [step for step in self.steps if states[step.node] in ("changed", "shifted")]
+        runs = [self._run(step, states[step.node], missing) for step in steps]
         ran = {step.node for step in steps}
         outputs = [(node, states[node]) for node in self.outputs]
         reads = {n: None for step in steps for n in step.inputs if n not in ran}
@@ -197,14 +205,29 @@ class Suffixes:
         blocks = all(self.row(dims) is not None for step in steps for dims in _each(step.dims))
         blocks = blocks and all(self.carries(dims, row) < 2 for dims in results for row in self.rows)
         blocks = blocks and not any(self.mixes(step, row) for step in steps for row in self.rows)
-        return Suffix(channel, runs, kept, _last_uses(steps), outputs, blocks)
+        return Suffix(runs, kept, _last_uses(steps), outputs, blocks)
 
-    def state(self, step: Step, inputs: set[str], channel: Axis) -> str:
-        """What an operation is when units of a channel go, given what its arguments are."""
+    def _run(self, step: Step, state: str, missing: Collection[Axis]) -> Run:
+        zeroes = self.touches(step.dims, missing) and not is_view(step.node)
+        return Run(step, state, self.mixes_any(step, missing), zeroes)
+
+    def states(self, names: Iterable[str]) -> dict[fx.Node, str]:
+        """What each operation is when units of some groups go."""
+        channels = self.channels(names)
+        states: dict[fx.Node, str] = {
+            node: "masked" if self.touches(self.dims[node], channels) else "clean" for node in self.constants
+        }
+        states.update((node, "clean") for node in self.inputs)
+        for step in self.steps:
+            states[step.node] = self.state(step, {states[node] for node in step.inputs}, channels)
+        return states
+
+    def state(self, step: Step, inputs: set[str], channels: tuple[Axis, ...]) -> str:
+        """What an operation is when units of some channels go, given what its arguments are."""
         if inputs & {"changed", "shifted"}:
             return "changed"
-        carries = self.carries(step.dims, channel)
-        if "masked" in inputs and self.mixes(step, channel):
+        carries = self.touches(step.dims, channels)
+        if "masked" in inputs and self.mixes_any(step, channels):
             simple = step.packet in _CONTRACTED and not carries and not step.kwargs
             dense = step.node not in self.constants and (step.packet is not aten.convolution or step.args[8] == 1)
             return "shifted" if simple and dense else "changed"
@@ -218,23 +241,30 @@ class Suffixes:
                 return dim
         return None
 
-    def whole(self, inputs: Inputs, keep: Iterable[fx.Node]) -> dict[fx.Node, Any]:
-        """Run the network on a batch and return the results that are to be kept."""
+    def whole(self, inputs: Inputs, keep: Iterable[fx.Node], before: Removal = NOTHING) -> dict[fx.Node, Any]:
+        """Run the network on a batch, without some units, and return the results that are to be kept."""
         values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors_in(inputs), strict=True))
-        keep = {*keep, *self.outputs}
+        gone = Gone.once(self, before)
+        runs = self._all(tuple(sorted(before)))
+        keep = {*keep, *self.outputs, *(run.step.node for run in runs if run.step.node in self.constants)}
+        done = self._released
         with torch.no_grad():
-            for step, done in zip(self.steps, self._released, strict=True):
-                if step.node in self.constants:
-                    continue
-                values[step.node] = step.call(*self.arguments(step.args, values), **step.kwargs)
-                for node in done:
+            for run in runs:
+                values[run.step.node] = self._changed(run, values, {}, gone)
+                for node in done[run.step.node]:
                     if node not in keep:
                         values.pop(node, None)
         return {node: value for node, value in values.items() if node in keep}
 
+    def _everything(self, names: tuple[str, ...]) -> list[Run]:
+        """All operations, where units of some groups are gone; of constant results those that are others then."""
+        states, missing = self.states(names), self.channels(names)
+        constant = {node for node in self.constants if states[node] in ("clean", "masked")}
+        return [self._run(step, "changed", missing) for step in self.steps if step.node not in constant]
+
     @functools.cached_property
-    def _released(self) -> list[list[fx.Node]]:
-        return _last_uses(self.steps)
+    def _released(self) -> dict[fx.Node, list[fx.Node]]:
+        return dict(zip((step.node for step in self.steps), _last_uses(self.steps), strict=True))
 
     def arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
         """Arguments with each node replaced by its value."""
@@ -247,21 +277,25 @@ class Suffixes:
 
         return fx.node.map_arg(args, look)
 
-    def without(self, removals: Sequence[Removal], whole: Mapping[fx.Node, Any]) -> list[Tensor]:
-        """The outputs where each of several equal parts of the batch lacks other units, all of one group.
+    def without(
+        self, removals: Sequence[Removal], whole: Mapping[fx.Node, Any], before: Removal = NOTHING
+    ) -> list[Tensor]:
+        """The outputs where each of several equal parts of the batch lacks other units, all of the same groups.
 
         Args:
-            removals: as many as the batch has equal parts; all alike unless ``suffix(name).blocks``.
-            whole: what ``whole`` returned on this batch.
+            removals: as many as the batch has equal parts; all alike unless ``suffix(groups, before).blocks``.
+            whole: what ``whole`` returned on this batch, without the units of ``before``.
+            before: the units of other groups that are gone.
         """
-        suffix = self.suffix(removals[0][0])
-        gone = Gone(self, suffix.channel, [units for _, units in removals])
+        suffix = self.suffix(tuple(removals[0]), frozenset(before))
+        gone = Gone(self, [{self.network[n].channel: units for n, units in one.items()} for one in removals])
+        gone = gone.beside(before)
         values: dict[fx.Node, Any] = {}
         last = set(self.outputs)
         with torch.no_grad():
             for run, done in zip(suffix.runs, suffix.last, strict=True):
                 if run.state == "shifted":
-                    values[run.step.node] = self._shifted(run.step, whole, gone)
+                    values[run.step.node] = self._shifted(run, whole, gone)
                 else:
                     values[run.step.node] = self._changed(run, values, whole, gone)
                 for node in done:
@@ -274,29 +308,30 @@ class Suffixes:
         return found
 
     def _changed(self, run: Run, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: Gone) -> Any:
-        step = run.step
+        step, gone = run.step, gone.seen_by(run.step.node)
         args = list(self.arguments(step.args, values, whole))
         if run.mixes:
             special = STATISTICS.get(step.packet)
             if special is not None:
                 return gone.statistics(step, special, args)
             for place, (node, value) in enumerate(zip(step.args, args, strict=True)):
-                if isinstance(node, fx.Node) and node not in values and self._masks(step, place, gone.channel):
-                    args[place] = gone.zeroed(value.clone(), self.dims[node])
+                if isinstance(node, fx.Node) and node not in values and not self._suffices(step, place):
+                    missing = gone.going if node in whole else gone  # what was gone before is missing there already
+                    if self.touches(self.dims[node], missing.channels):
+                        args[place] = missing.zeroed(value.clone(), self.dims[node])
         out = step.call(*args, **(self.arguments(step.kwargs, values, whole) if step.kwargs else {}))
         if run.zeroes and isinstance(out, Tensor):
             out = gone.zeroed(out.clone() if step.packet is aten.expand else out, step.dims)
         return out
 
-    def _masks(self, step: Step, place: int, channel: Axis) -> bool:
-        """Whether an argument that was only masked must be: of a product, one factor without the units is enough."""
-        node = step.args[place]
-        weight = step.packet in _CONTRACTED and node in self.constants
-        enough = weight and any(other not in self.constants for other in step.inputs)
-        return not enough and bool(self.carries(self.dims[node], channel))
+    def _suffices(self, step: Step, place: int) -> bool:
+        """Whether an argument may keep units that are gone: of a product, one factor without these is enough."""
+        weight = step.packet in _CONTRACTED and step.args[place] in self.constants
+        return weight and any(other not in self.constants for other in step.inputs)
 
-    def _shifted(self, step: Step, whole: Mapping[fx.Node, Any], gone: Gone) -> Tensor:
+    def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: Gone) -> Tensor:
         """The result of the whole network less what the units contribute."""
+        step, gone = run.step, gone.seen_by(run.step.node)
         axis = step.node.meta["names"][_CONTRACTED[step.packet]]
         if step.packet is aten.convolution:
             operands, places = step.args[:2], (1, 0 if step.args[6] else 1)
@@ -308,43 +343,80 @@ class Suffixes:
         base: Tensor = whole[step.node]
         parts = []
         for index in range(len(gone.units)):
-            where = gone.positions(axis, index)
+            where = gone.going.positions(axis, index)
             thin = [
-                _taken(gone.block(factor, self.row(self.dims[node]), index) if node in whole else factor, place, where)
+                _taken(
+                    factor if node in self.constants else gone.block(factor, self.row(self.dims[node]), index),
+                    place,
+                    where,
+                )
                 for node, factor, place in zip(operands, factors, places, strict=True)
             ]
             part = call(*thin)
             parts.append(torch.sub(gone.block(base, self.row(step.dims), index), part, out=part))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.row(step.dims) or 0)
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, self.row(step.dims) or 0)
+        return gone.zeroed(out, step.dims) if run.zeroes else out
 
 
 @dataclass
 class Gone:
-    """Units of a channel that go, in each of several equal parts of a batch."""
+    """Units that are gone, by channel, in each of several equal parts of a batch.
+
+    Attributes:
+        going: those that go now; others were gone before.
+    """
 
     suffixes: Suffixes
-    channel: Axis
-    units: list[tuple[int, ...]]
+    units: list[dict[Axis, tuple[int, ...]]]
     memo: dict[tuple[Axis, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if all(units == self.units[0] for units in self.units):
             self.units = self.units[:1]
+        self.going = self
+        self.channels = tuple(self.units[0])
+
+    @classmethod
+    def once(cls, suffixes: Suffixes, removal: Removal) -> Gone:
+        """Units that are gone in all of a batch."""
+        return cls(suffixes, [{suffixes.network[name].channel: units for name, units in removal.items()}])
+
+    def beside(self, before: Removal) -> Gone:
+        """These units, and some that were gone before."""
+        if not before:
+            return self
+        (earlier,) = Gone.once(self.suffixes, before).units
+        both = Gone(self.suffixes, [{**units, **earlier} for units in self.units])
+        both.going = self
+        return both
+
+    def seen_by(self, node: fx.Node) -> Gone:
+        """The units that a node lacks: the computation of a weight sees all units of some channels."""
+        seen = {leaf for axis in node.meta.get("whole", ()) for leaf in leaves(axis)}
+        if not seen & {*self.channels}:
+            return self
+        left = Gone(self.suffixes, [{c: u for c, u in units.items() if c not in seen} for units in self.units])
+        left.going = left if self.going is self else self.going.seen_by(node)
+        return left
 
     def stay(self, axis: Axis, index: int) -> Tensor:
         """Which positions along an axis stay."""
-        left = torch.ones(self.channel.size, dtype=torch.bool)
-        left[list(self.units[index])] = False
-        kept = left.nonzero().flatten()
+        units = self.units[index]
+
+        def kept(leaf: Axis) -> Tensor:
+            left = torch.ones(leaf.size, dtype=torch.bool)
+            left[list(units.get(leaf, ()))] = False
+            return left.nonzero().flatten()
+
         stays = torch.zeros(axis.size, dtype=torch.bool)
-        stays[spread(axis, lambda leaf: kept if leaf is self.channel else torch.arange(leaf.size))] = True
+        stays[spread(axis, kept)] = True
         return stays
 
     def positions(self, axis: Axis, index: int) -> Tensor:
         """The positions along an axis that go."""
         axis = find(axis)
-        if axis is self.channel:
-            return torch.tensor(self.units[index])
+        if axis in self.units[index]:
+            return torch.tensor(self.units[index][axis])
         key = axis, index
         if key not in self.memo:
             self.memo[key] = (~self.stay(axis, index)).nonzero().flatten()
@@ -360,7 +432,7 @@ class Gone:
 
     def zeroed(self, tensor: Tensor, dims: tuple[Axis, ...]) -> Tensor:
         """A tensor whose entries at the units are set to zero in place."""
-        places = [dim for dim, axis in enumerate(dims) if self.suffixes.carries(axis, self.channel)]
+        places = [dim for dim, axis in enumerate(dims) if self.suffixes.touches(axis, self.channels)]
         row = self.suffixes.row(dims)
         for index in range(len(self.units)):
             for dim in places:
@@ -393,7 +465,7 @@ class Gone:
             out = torch.cat(rows, row or 0) if isinstance(out, Tensor) else _joined(rows, row or 0)
         results = [out] if isinstance(out, Tensor) else out
         for result, own in zip(results, [step.dims] if isinstance(out, Tensor) else step.dims, strict=True):
-            if result is not None and own is not None and self.suffixes.carries(own, self.channel):
+            if result is not None and own is not None and self.suffixes.touches(own, self.channels):
                 self.zeroed(result, own)
         return out
 

@@ -21,15 +21,17 @@ from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.network import Network
+from netsurgery.passes.draws import drawn_at
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
 from netsurgery.passes.samples import Samples, in_eval_mode
-from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
+from netsurgery.passes.series import Series
+from netsurgery.passes.suffixes import Suffixes, Unsuited
 from netsurgery.randomness import seeded
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import Inputs, format_where, home, tensors_in
+from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.untried import trace_untried
-from netsurgery.verification import draws, look_up_constants, silenced
+from netsurgery.verification import look_up_constants, silenced
 
 if TYPE_CHECKING:
     from netsurgery.passes.loss_increase import LossIncreaseScore
@@ -40,7 +42,7 @@ _log = logging.getLogger("netsurgery")
 
 
 Key = tuple[int, int, int]  # rows, copies of these, and the first sample
-Active = Mapping[str, list[int]]  # groups, and the removals of each that are to be tried
+Active = Mapping[str, list[int]]  # names of series, and which removals of each are to be tried
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
 
 
@@ -55,7 +57,8 @@ class Trials:
         self.settings, self.network, self.samples = settings, network, samples
         self.model = network.model
         self.device = home(self.model)
-        self.order: dict[str, list[int]] = {}  # in mode "cumulative"
+        self.series = {group.name: Series({group.name: range(group.size)}) for group in network.prunable}
+        self.bases: dict[Key, Tensor] = {}  # losses of samples without a removal
         self.decisions = False  # whether what the code decides by values may be held as it is for each batch
         self.by_batch = False  # whether the way the code takes may be another for each batch
         self.random = self.random_loss = False  # whether the model draws random numbers, and whether its loss does
@@ -66,23 +69,15 @@ class Trials:
         self.advance: Callable[[int], None] = lambda n: None
         self.begin: Callable[[int | None], None] = lambda n: None
 
-    def size(self, name: str) -> int:
-        """How many removals a group has: one for each unit, or for each prefix that leaves a unit."""
-        return self.network[name].size - bool(self.order)
-
     def everything(self) -> dict[str, list[int]]:
         """Every unit of every group that may lose some."""
         return {group.name: list(range(group.size)) for group in self.network.prunable}
-
-    def removal(self, name: str, index: int) -> Removal:
-        """What goes: one unit, or a prefix of the order."""
-        return name, tuple(sorted(self.order[name][: index + 1])) if self.order else (index,)
 
     def fingerprint(self) -> str:
         """A digest of all that the scores depend on."""
         s = self.settings
         race = (s.share, s.confidence) if s.racing else None
-        steps = s.tolerance if s.mode == "cumulative" else None
+        steps = s.tolerance if s.mode != "score" else None
         said = repr((self.network.model_name, s.mode, race, steps, s.autocast, self.told_losses()))
         digest = hashlib.sha256(said.encode())
         tensors = [*named_tensors(self.model)]
@@ -120,7 +115,7 @@ class Trials:
             terms: what is added to the ledger, ``(sums, units)``, for rises ``(units, rows)`` from a sample on.
         """
         for name in wanted:
-            ledger.open(name, sums, self.size(name))
+            ledger.open(name, sums, self.series[name].size)
         known = {int(n) for name, units in wanted.items() for n in ledger.entries[name][1][units]}
         edges = sorted({n for n in known if n < count} | {count})
         for low, high in itertools.pairwise(edges):
@@ -144,7 +139,7 @@ class Trials:
         return 1 << max(4, min(12, round(math.log2(fits))))
 
     def rises(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
-        """The rise of the loss ``(removals, rows)`` for some removals of a group at a time."""
+        """The rise of the loss ``(removals, rows)`` for some removals of a series at a time."""
         rows = stop - start
         copies = max(1, self.chunk() // rows)
         engine = self.engine(rows, copies, start)
@@ -152,7 +147,9 @@ class Trials:
             yield from (self.by_silencing if self.random else self.by_surgery)(due, start, stop)
             return
         apart = copies > 1 and not self.alike(engine, rows, copies, start)
-        alone = {n: units for n, units in due.items() if copies > 1 and (apart or not engine.suffix(n).blocks)}
+        alone = {
+            n: units for n, units in due.items() if copies > 1 and (apart or not self.series[n].suffix(engine).blocks)
+        }
         together = {n: units for n, units in due.items() if n not in alone}
         for times, some in ((copies, together), (1, alone)):
             if some and (runner := self.engine(rows, times, start)) is not None:
@@ -169,7 +166,7 @@ class Trials:
     def reorder(self, order: Tensor) -> None:
         """Put the samples into another order."""
         self.samples = self.samples.ordered(order)
-        for known in (self.engines, self.traced, self.steady):
+        for known in (self.engines, self.traced, self.steady, self.bases):
             known.clear()
 
     def trace(self, rows: int, copies: int, start: int) -> Network:
@@ -183,12 +180,12 @@ class Trials:
             inputs, _ = self.batch(start, start + rows, copies)
             with seeded(0, self.device):
                 found = trace_untried(self.model, inputs[0] or inputs[1])
+                look_up_constants(self.model, found, inputs)
             self.by_batch = self.by_batch or found.programs[0].values != "none"
             for group in self.network.prunable:
                 other = found.by_name.get(group.name)
                 if other is None or (other.size, other.members) != (group.size, group.members):
                     raise Unsuited(f"group '{group.name}' is another on these samples, {rows * copies} at once")
-            look_up_constants(self.model, found, inputs)
             self.traced[self.key(rows, copies, start)] = found
         return found
 
@@ -236,25 +233,37 @@ class Trials:
         for names in self.portions(engine, due):
             reads: dict[fx.Node, None] = {}
             for name in names:
-                reads.update(dict.fromkeys(engine.suffix(name).reads))
-            whole = engine.whole(inputs, reads)
-            base = _finite(self.losses([whole[node] for node in engine.outputs], targets, engine, 1, copies)[0])
+                reads.update(dict.fromkeys(self.series[name].suffix(engine).reads))
+            before = self.series[names[0]].before
+            whole = engine.whole(inputs, reads, before)
+            base = self.base(engine, copies, start, stop, {} if before else whole)
             for name in names:
                 for first in range(0, len(due[name]), copies):
                     units = due[name][first : first + copies]
-                    removals = [self.removal(name, unit) for unit in units]
+                    removals = [self.series[name].removal(unit) for unit in units]
                     removals += removals[-1:] * (copies - len(removals))
-                    outputs = engine.without(removals, whole)
+                    outputs = engine.without(removals, whole, before)
                     found = self.losses(outputs, targets, engine, len(units), copies)
                     yield name, units, (found - base).cpu()
 
+    def base(self, engine: Suffixes, copies: int, start: int, stop: int, whole: Mapping[fx.Node, Any]) -> Tensor:
+        """Losses ``(rows,)`` of the network as it is, given its results where they are known."""
+        key = stop - start, copies, start
+        if key not in self.bases:
+            inputs, targets = self.batch(start, stop, copies)
+            whole = whole or engine.whole(inputs, [])
+            outputs = [whole[node] for node in engine.outputs]
+            self.bases[key] = _finite(self.losses(outputs, targets, engine, 1, copies)[0])
+        return self.bases[key]
+
     def portions(self, engine: Suffixes, due: Active) -> Iterator[list[str]]:
-        """Groups whose suffixes read no more than fits into the memory, at least one at a time."""
+        """Series of one network whose suffixes read no more than fits into the memory, at least one at a time."""
         portion: list[str] = []
         held: dict[fx.Node, int] = {}
         for name in due:
-            reads = {node: _bytes(node) for node in engine.suffix(name).reads}
-            if portion and sum({**held, **reads}.values()) > self.settings.memory:
+            reads = {node: _bytes(node) for node in self.series[name].suffix(engine).reads}
+            full = sum({**held, **reads}.values()) > self.settings.memory
+            if portion and (full or self.series[name].before != self.series[portion[0]].before):
                 yield portion
                 portion, held = [], {}
             portion.append(name)
@@ -308,22 +317,26 @@ class Trials:
         inputs, targets = self.batch(start, stop, 1)
         base = _finite(self.loss(self.outputs(self.model, inputs), targets))
         for name, indices in due.items():
-            for index in indices:
+            for tried, index in enumerate(indices):
                 try:
                     with _quiet():
                         small = rewrite(self.model, self.edit(name, index))
                 except RewriteError as reason:  # so many may not be cut out, which says nothing of other numbers
                     _log.info("units of '%s' are silenced instead: %s", name, reason)
-                    yield from self.by_silencing({name: indices}, start, stop)
+                    yield from self.by_silencing({name: indices[tried:]}, start, stop)
                     break
                 found = self.loss(self.outputs(small, inputs), targets)
                 yield name, [index], (found - base)[None].cpu()
 
     def edit(self, name: str, index: int) -> Edit:
         """A removal as an edit of the network."""
-        units = self.removal(name, index)[1]
-        stay = tuple(u for u in range(self.network[name].size) if u not in units)
-        return Edit(self.network, dict.fromkeys(self.network.tied_to(name), stay))
+        series, keep = self.series[name], dict[str, tuple[int, ...]]()
+        for group, units in {**series.before, **series.removal(index)}.items():
+            gone = {*units}
+            keep[group] = tuple(unit for unit in range(self.network[group].size) if unit not in gone)
+        for group in tuple(keep):
+            keep.update({tied: keep[group] for tied in self.network.tied_to(group) if tied not in keep})
+        return Edit(self.network, keep)
 
     def by_silencing(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
         """Let the units contribute nothing, where the code decides and draws what it did with them."""
@@ -356,7 +369,8 @@ class Trials:
         once = self.outputs(self.model, inputs)
         if not _same(once, self.outputs(self.model, inputs, seed=1)):
             self.random = True
-            self.warn(self.network.model_name, _draws_at(self.network) or ["outside of torch's operations"])
+            places = drawn_at(self.network, lambda seed: self.outputs(self.model, inputs, seed))
+            self.warn(self.network.model_name, places)
         if own is None:
             check_targets(once, targets, self.samples.targets)
             return
@@ -453,9 +467,3 @@ def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(new, form)
 
     return fill(template)
-
-
-def _draws_at(network: Network) -> list[str]:
-    """The lines of code at which a network in eval mode draws random numbers."""
-    nodes = [node for node in network.programs[0].operations if draws(node)]
-    return list(dict.fromkeys(format_where(node.meta["where"]) for node in nodes))

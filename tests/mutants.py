@@ -54,10 +54,12 @@ TESTS_OF = {
     "passes/gradients.py": ("test_gradients.py",),
     "passes/ledger.py": ("test_loss_increase.py",),
     "passes/loss_increase.py": ("test_loss_increase.py",),
+    "passes/prefixes.py": ("test_prefixes.py",),
     "passes/racing.py": ("test_loss_increase.py",),
     "passes/samples.py": ("test_samples.py",),
     "passes/selection.py": ("test_factors.py", "test_targets.py"),
-    "passes/suffixes.py": ("test_loss_increase.py", "test_gates.py"),
+    "passes/suffixes.py": ("test_loss_increase.py", "test_gates.py", "test_prefixes.py"),
+    "passes/trials.py": ("test_prefixes.py",),
 }
 
 
@@ -755,9 +757,39 @@ MUTANTS = (
     ),
     Mutant(
         "a prefix that recovers counts",
-        "passes/loss_increase.py",
-        ".cummax(0).values",
-        ".cummax(0).values * 0 + torch.cat([rises.nan_to_num(math.inf), last])",
+        "passes/prefixes.py",
+        ".nan_to_num(math.inf).cummax(0).values",
+        ".nan_to_num(math.inf)",
+    ),
+    Mutant(
+        "a lower rise later on hides a higher one",
+        "passes/prefixes.py",
+        "self.highest, self.last = max(self.highest, rise), rise",
+        "self.highest, self.last = rise, rise",
+    ),
+    Mutant(
+        "what others have lost is whole again",
+        "passes/prefixes.py",
+        "if heights and other is not self.bundles[index]:",
+        "if heights and other is self.bundles[-1] is not bundle:",
+    ),
+    Mutant(
+        "trials before one that is refused count twice",
+        "passes/trials.py",
+        "indices[tried:]",
+        "indices",
+    ),
+    Mutant(
+        "of groups that are gone already the results keep units",
+        "passes/suffixes.py",
+        "gone = gone.beside(before)",
+        "gone = gone.beside({})",
+    ),
+    Mutant(
+        "weights that see all units lack some",
+        "passes/suffixes.py",
+        "if not seen & {*self.channels}:",
+        "if seen is not None:",
     ),
     Mutant(
         "the second order has the wrong sign",

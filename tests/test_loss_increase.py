@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 
 import netsurgery
 from netsurgery.errors import InputError
-from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
+from netsurgery.passes import LossIncreaseScore
 from netsurgery.passes.samples import draw
 from netsurgery.passes.trials import Loss, Trials
 
@@ -417,32 +417,6 @@ def test_a_network_that_writes_into_views_is_cut_for_each_unit() -> None:
     assert float(scores["conv"][2]) == pytest.approx(by_surgery(model, network, "conv", {2}, x, y) - base, rel=1e-6)
 
 
-def test_cumulative_scores_are_the_rises_of_prefixes() -> None:
-    model = NETWORKS["residual"]()
-    data = data_for(model)
-    network = netsurgery.trace(model, data[0][:3])
-    x, y = drawn(data, 16)
-    base = loss_of(model, x, y)
-    tolerance = 0.05
-    scores = LossIncreaseScore(data, samples=16, mode="cumulative", tolerance=tolerance).run(network).scores
-    norms = MagnitudeScore().run(network).scores
-    for group in network.prunable:
-        order = norms[group.name].argsort(stable=True).tolist()
-        highest, longest = float("-inf"), 0
-        for length in range(1, group.size):
-            highest = max(highest, by_surgery(model, network, group.name, set(order[:length]), x, y) - base)
-            if highest > tolerance:
-                break
-            assert float(scores[group.name][order[length - 1]]) == pytest.approx(highest, rel=1e-6)
-            longest = length
-        assert int((scores[group.name] <= tolerance).sum()) == longest
-        assert scores[group.name].argsort(stable=True).tolist()[longest:] == order[longest:]
-    edit = PruneChannels(threshold=tolerance).run(network.with_scores(scores))
-    assert edit.counts == {
-        g.name: g.size - k for g in network.prunable if (k := int((scores[g.name] <= tolerance).sum()))
-    }
-
-
 def separable() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """A trained network with more units than it needs, and its data."""
     torch.manual_seed(0)
@@ -582,8 +556,8 @@ def test_a_loss_is_known_again_in_another_process() -> None:
     assert one == other
 
 
-@pytest.mark.parametrize("mode", ["score", "cumulative"])
-def test_a_loss_that_is_not_finite_is_refused(mode: Literal["score", "cumulative"]) -> None:
+@pytest.mark.parametrize("mode", ["score", "cumulative", "per-group"])
+def test_a_loss_that_is_not_finite_is_refused(mode: Literal["score", "cumulative", "per-group"]) -> None:
     model, data = small_regression()
     score = LossIncreaseScore(data, lambda o, t: o.mean() * float("nan"), mode=mode)
     with pytest.raises(InputError, match="the loss of the model as it is, is NaN or infinite: look at its weights"):
@@ -618,7 +592,7 @@ def test_products_in_a_shorter_type() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "all"}, r"LossIncreaseScore\(mode='all'\): 'score' or 'cumulative'"),
+        ({"mode": "all"}, r"LossIncreaseScore\(mode='all'\): 'score', 'cumulative' or 'per-group'"),
         ({"racing": True, "mode": "cumulative"}, "goes with mode='score'"),
         ({"share": 1.0}, r"share=1.0\): a number in \(0, 1\)"),
         ({"tolerance": -1.0}, r"tolerance=-1.0\): must not be negative"),

@@ -1,0 +1,167 @@
+"""Removals one after the other, the units of a group in order of the norm of their weights, within a tolerance."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from netsurgery.network import Network
+from netsurgery.passes.bundles import Bundle, Choice
+from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.scores import MagnitudeScore
+from netsurgery.passes.series import Series
+from netsurgery.passes.suffixes import Removal
+from netsurgery.passes.trials import Trials
+
+if TYPE_CHECKING:
+    from netsurgery.passes.removal import PruneChannels
+
+__all__ = ["cumulative", "per_group"]
+
+_log = logging.getLogger("netsurgery")
+_ROUNDS = 2
+_WIDTH = 4  # prefixes that are tried first; then twice as many each time
+
+
+def per_group(trials: Trials, ledger: Ledger, tolerance: float) -> dict[str, Tensor]:
+    """The highest rise up to each unit of a group, where every other group is whole."""
+    orders = _by_norm(trials.network)
+    trials.series = {name: Series({name: order[:-1]}, prefixes=True) for name, order in orders.items()}
+    trials.begin(None)
+    open_ = {name: 0 for name, series in trials.series.items() if series.size}  # prefixes tried so far
+    width = _WIDTH
+    while open_:
+        tried = {name: list(range(n, min(n + width, trials.series[name].size))) for name, n in open_.items()}
+        trials.extend(ledger, tried, trials.samples.count)
+        open_ = {
+            name: units[-1] + 1
+            for name, units in tried.items()
+            if units[-1] + 1 < trials.series[name].size and bool((ledger.means(name)[units] <= tolerance).all())
+        }
+        width *= 2
+    return {name: _laid_out(order, _up_to(ledger, name, tolerance), tolerance) for name, order in orders.items()}
+
+
+def _up_to(ledger: Ledger, name: str, tolerance: float) -> list[float]:
+    """The highest rise up to each prefix, as far as it is within the tolerance."""
+    if name not in ledger.entries:  # one unit, which stays
+        return []
+    heights = ledger.means(name).nan_to_num(math.inf).cummax(0).values
+    return [height for height in heights.tolist() if height <= tolerance]
+
+
+def cumulative(trials: Trials, ledger: Ledger, removal: PruneChannels, tolerance: float) -> dict[str, Tensor]:
+    """The highest rise of the loss up to each unit, where all that was accepted before it is gone.
+
+    Args:
+        removal: what may go: its limits hold.
+    """
+    network, orders = trials.network, _by_norm(trials.network)
+    ranks = {name: torch.tensor(order).argsort().double() for name, order in orders.items()}
+    way = _Way(trials, ledger, Choice(removal, network.with_scores(ranks)).bundles)
+    trials.begin(None)
+    way.go(tolerance)
+    accepted = {group.name: n for n, bundle in enumerate(way.bundles) for group in bundle.groups}
+    return {
+        name: _laid_out(order, way.heights[accepted[name]] if name in accepted else [], tolerance)
+        for name, order in orders.items()
+    }
+
+
+@dataclass
+class _Way:
+    """Units that go, group after group, from the network that is left.
+
+    Attributes:
+        heights: for each unit of a bundle that was accepted, the highest rise of the loss so far.
+        highest: the highest rise of all that was accepted.
+        last: the rise where all that was accepted is gone.
+    """
+
+    trials: Trials
+    ledger: Ledger
+    bundles: Sequence[Bundle]
+    heights: list[list[float]] = field(init=False)
+    highest: float = -math.inf
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.heights = [[] for _ in self.bundles]
+
+    def go(self, tolerance: float) -> None:
+        """Rounds in which the tolerance is dealt out by and by, in proportion to units, and one for what is left."""
+        whole, sizes = _ROUNDS * sum(bundle.size for bundle in self.bundles), 0
+        for _ in range(_ROUNDS):
+            for index, bundle in enumerate(self.bundles):
+                sizes += bundle.size
+                self.visit(index, tolerance * sizes / whole)
+        for index in range(len(self.bundles)):
+            self.visit(index, tolerance)
+        gone = sum(len(heights) * len(b.groups) for heights, b in zip(self.heights, self.bundles, strict=True))
+        _log.info(
+            "without %d units of %d groups the loss rises by %.4g on %d samples; the tolerance is %g",
+            gone, sum(map(bool, self.heights)), self.last, self.trials.samples.count, tolerance,
+        )  # fmt: skip
+
+    def visit(self, index: int, level: float) -> None:
+        """Let a bundle lose units as long as the loss does not rise above a level."""
+        bundle, heights = self.bundles[index], self.heights[index]
+        name = self.open(index)
+        for counts in _widening([k for k in range(len(heights) + 1, bundle.most + 1) if bundle.allowed(k) == k]):
+            self.trials.extend(self.ledger, {name: [k - 1 for k in counts]}, self.trials.samples.count)
+            rises = self.ledger.means(name)
+            for k in counts:
+                rise = float(rises[k - 1])
+                if not rise <= level:  # nor one that is NaN
+                    return
+                self.highest, self.last = max(self.highest, rise), rise
+                heights.extend([self.highest] * (k - len(heights)))
+
+    def open(self, index: int) -> str:
+        """Make the series of a bundle known, where the units of others are gone; its name in the ledger."""
+        bundle, before = self.bundles[index], dict[str, tuple[int, ...]]()
+        for other, heights in zip(self.bundles, self.heights, strict=True):
+            if heights and other is not self.bundles[index]:
+                before.update(_first(other, len(heights)))
+        orders = {g.name: order[:-1] for g, order in zip(bundle.groups, bundle.order, strict=True)}
+        name = f"{bundle.groups[0].name} after {_digest(before)}"
+        self.trials.series[name] = Series(orders, prefixes=True, before=before)
+        return name
+
+
+def _first(bundle: Bundle, count: int) -> dict[str, tuple[int, ...]]:
+    return {g.name: tuple(sorted(order[:count])) for g, order in zip(bundle.groups, bundle.order, strict=True)}
+
+
+def _digest(removal: Removal) -> str:
+    return hashlib.sha256(repr(sorted(removal.items())).encode()).hexdigest()[:16]
+
+
+def _widening(counts: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Ever more numbers at a time."""
+    first, width = 0, _WIDTH
+    while first < len(counts):
+        yield counts[first : first + width]
+        first, width = first + width, 2 * width
+
+
+def _by_norm(network: Network) -> dict[str, list[int]]:
+    norms: Mapping[str, Tensor] = MagnitudeScore().run(network).scores
+    return {group.name: norms[group.name].argsort(stable=True).tolist() for group in network.prunable}
+
+
+def _laid_out(order: Sequence[int], heights: Sequence[float], tolerance: float) -> Tensor:
+    """Scores of units: of the first in the order some heights, of those that stay above the tolerance the order."""
+    left = len(order) - len(heights)
+    steps = torch.arange(1, left + 1, dtype=torch.float64) / len(order)
+    scores = torch.empty(len(order), dtype=torch.float64)
+    above = tolerance + max(tolerance, 1e-6) * steps
+    scores[torch.tensor(order)] = torch.cat([torch.tensor(heights, dtype=torch.float64), above])
+    return scores

@@ -1,0 +1,39 @@
+"""Removals that are tried one after the other: a unit each, or ever more of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from netsurgery.passes.suffixes import NOTHING, Removal, Suffix, Suffixes
+
+__all__ = ["Series"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Removals of units of one group, or of several that lose equally many.
+
+    Attributes:
+        orders: the units of each group, in the order in which they are tried.
+        prefixes: whether the units before it go with each.
+        before: units of other groups that are gone already.
+    """
+
+    orders: Mapping[str, Sequence[int]]
+    prefixes: bool = False
+    before: Removal = field(default_factory=lambda: NOTHING)
+
+    @property
+    def size(self) -> int:
+        """How many removals there are."""
+        return min(map(len, self.orders.values()))
+
+    def removal(self, index: int) -> Removal:
+        """The units that go, those before not counted."""
+        first = 0 if self.prefixes else index
+        return {name: tuple(sorted(order[first : index + 1])) for name, order in self.orders.items()}
+
+    def suffix(self, engine: Suffixes) -> Suffix:
+        """The part of the network that is run again."""
+        return engine.suffix(tuple(self.orders), frozenset(self.before))
