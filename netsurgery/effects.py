@@ -6,9 +6,12 @@ calls come to the same functions of torch. What the code writes where others see
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
@@ -37,6 +40,7 @@ _ASKING = {
     for name, function in vars(torch._C).items()
     if any(word in name for word in ("autocast", "grad_enabled", "inference_mode_enabled")) and callable(function)
 }
+_PYTHON = os.path.dirname(os.__file__) + os.sep
 _RAN: weakref.WeakKeyDictionary[CodeType, set[CodeType]] = weakref.WeakKeyDictionary()
 
 
@@ -46,14 +50,13 @@ class Effects:
     Args:
         roots: what the code is given, by name.
         start: the code that is called.
-        ignored: whether what runs now is not the code itself, but a part of it that stays as it is.
 
     Attributes:
         found: what it does, and where.
     """
 
-    def __init__(self, roots: Mapping[str, Any], start: CodeType, ignored: Callable[[], bool]):
-        self.ran, self.ignored = _RAN.setdefault(start, {start}), ignored
+    def __init__(self, roots: Mapping[str, Any], start: CodeType):
+        self.ran = _RAN.setdefault(start, {start})
         self.known = len(self.ran)
         self.found: list[str] = []
         self.reach = Reach(roots, frozenset(self.ran))
@@ -73,31 +76,47 @@ class Effects:
         # Python's own profiler, written in C, is no function and is switched on by itself.
         profiled.enable() if hasattr(profiled, "enable") else sys.setprofile(profiled)
         if kind is None:
-            self.found += self.reach.changes()
+            self.found += self.reach.changes(self.ran)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs now is not the code itself."""
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(self.see)
 
     def see(self, frame: FrameType, event: str, what: Any) -> None:
         """Note a call, if it is one that matters."""
         if event == "call":
             code = frame.f_code
-            if code.co_filename in _FILES and not self.ignored():
+            if code.co_filename in _FILES:
                 self.note(f"uses {_named(code)}", frame)
-            elif not is_library(code.co_filename) and not self.ignored():
+            elif not _is_library(code.co_filename):
                 self.ran.add(code)
                 if (first := _first(frame)) is not None:
                     self.note(f"runs the torch.autograd.Function '{first}', whose gradient is its own", frame.f_back)
-        elif event == "c_call" and what in _ASKING and not is_library(frame.f_code.co_filename) and not self.ignored():
+        elif event == "c_call" and what in _ASKING and not is_library(frame.f_code.co_filename):
             self.note(f"uses {what.__name__}", frame)
 
     def note(self, what: str, frame: FrameType | None) -> None:
         self.found.append(f"{what} {format_where(location(frame))}".rstrip())
 
-    def begin_part(self, part: Any) -> None:
-        """A part begins to run, which writes what it likes: what was written in it before was not its own."""
-        self.found += self.reach.changes(part)
+    @contextlib.contextmanager
+    def of(self, part: Any) -> Iterator[None]:
+        """A part runs, which writes what it likes; what was written in it before was not its own."""
+        with self.aside():
+            self.found += self.reach.changes(self.ran, part)
+            yield
+            self.reach.note(part)
 
-    def end_part(self, part: Any) -> None:
-        """A part has run."""
-        self.reach.note(part)
+
+@functools.cache
+def _is_library(filename: str) -> bool:
+    """Whether code is torch's, Python's own or ours."""
+    own = filename.startswith(_PYTHON) and "site-packages" not in filename
+    return own or filename.startswith("<frozen ") or is_library(filename)
 
 
 def _named(code: CodeType) -> str:

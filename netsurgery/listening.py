@@ -386,12 +386,8 @@ class _Ears(TorchFunctionMode):
         """Not to listen for a while: inside of a submodule."""
         self.paused, part = True, self.module.get_submodule(path)
         try:
-            with torch._C.DisableTorchFunction():
-                if self.effects is not None:
-                    self.effects.begin_part(part)
+            with torch._C.DisableTorchFunction(), self.effects.of(part) if self.effects else contextlib.nullcontext():
                 yield
-                if self.effects is not None:
-                    self.effects.end_part(part)
         finally:
             self.paused = False
 
@@ -459,7 +455,7 @@ class _Ears(TorchFunctionMode):
         """What sees the effects of the module's own code."""
         kind: Any = type(self.module)
         start = getattr(kind.forward, "__code__", _run.__code__)
-        return Effects({"self": self.module, **self.arguments}, start, lambda: self.paused or self.busy)
+        return Effects({"self": self.module, **self.arguments}, start)
 
     def given(self, value: Any, node: fx.Node, name: str) -> Any:
         """An input of the module, and what the graph makes sure of: that it is of the kind that was traced."""
@@ -528,7 +524,11 @@ class _Ears(TorchFunctionMode):
         return out
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        with self.effects.aside() if self.effects else contextlib.nullcontext():
+            return self.hear(func, args, dict(kwargs or {}))
+
+    def hear(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of a torch function, noted."""
         if func is F.multi_head_attention_forward:
             with self:
                 return _inlined(func)(*args, **kwargs)

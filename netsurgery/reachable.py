@@ -52,16 +52,20 @@ class Reach:
         """What an object was found under."""
         return self.held[id(value)][1] if id(value) in self.held else (None, type(value).__name__)
 
-    def changes(self, root: Any = None) -> list[str]:
-        """What is not as it was noted, in all or from one object on, and the lines that name it."""
-        now: Iterable[Held] = [(value, label, self.parts(value) or []) for value, label, _ in self.held.values()]
+    def changes(self, code: Iterable[CodeType], root: Any = None) -> list[str]:
+        """What is not as it was noted, in all or from one object on, and the first lines of some code that name it."""
         found = []
-        for value, _, parts in now if root is None else self.walk(root, self.label(root)):
+        for value, _, parts in self.again() if root is None else self.walk(root, self.label(root)):
             _, label, before = self.held.get(id(value), (value, (None, ""), parts))
             for name in _differing(before, parts)[:1]:
                 label = label if isinstance(value, _CONTAINERS) else _below(value, label, name)
-                found.append(f"changes {_text(label)}{self.place(label)}")
+                found.append(f"changes {_text(label)}{_place(label, code)}")
         return found
+
+    def again(self) -> Iterator[Held]:
+        """All objects that are noted, with the parts that they have now."""
+        for value, label, _ in self.held.values():
+            yield value, label, self.parts(value) or []
 
     def walk(self, root: Any, label: Label) -> Iterator[Held]:
         """An object and all that can be reached from it: what can change, with its label and its parts."""
@@ -87,15 +91,6 @@ class Reach:
             found += _defaults(value)
             found += _named(value.__globals__, _names(value.__code__))
         return found
-
-    def place(self, label: Label | None) -> str:
-        """The line of the code that ran which names the last part of a label that any line names."""
-        while label is not None:
-            label, name = label
-            for code in self.ran:
-                if (line := _lines(code).get(name)) is not None:
-                    return f" {format_where((code.co_filename, line))}"
-        return ""
 
 
 class _Digest(int):
@@ -162,7 +157,7 @@ def _listed(slots: Any) -> list[str]:
 
 
 def _of_module(module: Any) -> Parts:
-    own = [item for item in module.__dict__.items() if item[1] or item[0] not in _INTERNAL]  # most have no hooks
+    own = [item for item in module.__dict__.items() if item[0] not in _INTERNAL or item[1]]  # most have no hooks
     return [*own, ("", type(module))]
 
 
@@ -191,8 +186,8 @@ def _attributes(*names: str) -> Callable[[Any], Parts]:
 
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
-_KNOWN: dict[Any, Callable[[Any], Parts]] = {
-    (int, float, complex, str, bytes, Tensor, ModuleType): lambda _: [],
+_KNOWN: dict[Any, Callable[[Any], Parts] | None] = {
+    (int, float, complex, str, bytes, Tensor, ModuleType): None,
     nn.Module: _of_module,
     type: _of_class,
     **dict.fromkeys(_CONTAINERS, lambda value: [("", item) for item in value]),
@@ -206,7 +201,7 @@ _KNOWN: dict[Any, Callable[[Any], Parts]] = {
     random.Random: _state(lambda value: value.getstate()),
     numpy.ndarray: _state(lambda value: value.tobytes()),
     numpy.random.Generator: _state(lambda value: str(value.bit_generator.state)),
-    numpy.random.RandomState: _state(lambda value: str(value.get_state())),  # the position in it is part of it
+    numpy.random.RandomState: _state(lambda value: str(value.get_state()[2:])),  # its position among the numbers
 }
 _ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None), Tensor, nn.Parameter, CodeType, ModuleType])
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -258,3 +253,13 @@ def _lines(code: CodeType) -> dict[str, int]:
         if isinstance(one.argval, str) and one.positions is not None and one.positions.lineno is not None:
             found.setdefault(one.argval, one.positions.lineno)
     return found
+
+
+def _place(label: Label | None, code: Iterable[CodeType]) -> str:
+    """The line that names the last part of a label that any line names."""
+    while label is not None:
+        label, name = label
+        found = ((one.co_filename, _lines(one)[name]) for one in code if isinstance(name, str) and name in _lines(one))
+        if (where := next(found, None)) is not None:
+            return f" {format_where(where)}"
+    return ""

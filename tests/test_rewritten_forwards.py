@@ -9,7 +9,7 @@ import itertools
 import random as chance
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def decorated(x: Tensor) -> Tensor:
 class Store:
     """Somewhere to keep things."""
 
-    shared: list[Any] = []
+    shared: ClassVar[list[Any]] = []
     count = 0
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class Inside(nn.Module):
     """Its width is written in its code; between its layers something happens."""
 
     flip = staticmethod(Rev.apply)
-    steps: list[int] = []
+    steps: ClassVar[list[int]] = []
 
     def __init__(self, between: Callable[[Any, Tensor], Tensor]):
         super().__init__()
@@ -294,6 +294,7 @@ AUTOCAST: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, where nothing is trained
 @pytest.mark.parametrize(
     ("between", "why"),
     [*GRADIENTS.values(), *AUTOCAST.values()],
