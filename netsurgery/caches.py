@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 __all__ = ["caches_kept"]
@@ -39,4 +40,5 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _is_bare(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(value))
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return any(leaf.is_meta or isinstance(leaf, FakeTensor) for leaf in leaves)

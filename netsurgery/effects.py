@@ -56,15 +56,11 @@ class Effects:
     """
 
     def __init__(self, roots: Mapping[str, Any], start: CodeType):
-        self.ran = _RAN.setdefault(start, {start})
-        self.known = len(self.ran)
+        self.ran: set[CodeType] = set()
+        self.known = _RAN.setdefault(start, {start})
         self.found: list[str] = []
-        self.reach = Reach(roots, frozenset(self.ran))
-
-    @property
-    def missed(self) -> bool:
-        """Whether functions have run that were not expected to: what they can reach was not noted before."""
-        return len(self.ran) > self.known
+        self.missed = False  # whether functions ran that were not expected to: what they can reach was not noted before
+        self.reach = Reach(roots, frozenset(self.known))
 
     def __enter__(self) -> Effects:
         self.before = sys.getprofile()
@@ -75,6 +71,8 @@ class Effects:
         profiled: Any = self.before
         # Python's own profiler, written in C, is no function and is switched on by itself.
         profiled.enable() if hasattr(profiled, "enable") else sys.setprofile(profiled)
+        self.missed = not self.ran <= self.known
+        self.known |= self.ran
         if kind is None:
             self.found += self.reach.changes(self.ran)
 

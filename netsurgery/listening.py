@@ -17,7 +17,7 @@ import operator
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -669,6 +669,7 @@ class Heard:
     Attributes:
         usual: its graph outside of training, good to find which attributes its sizes come from.
         doubts: why the graph does not stand for the code, whatever the sizes.
+        code: the functions that ran.
     """
 
     usual: fx.Graph
@@ -677,6 +678,7 @@ class Heard:
     free: list[Axis]  # channels of the inputs that may be of any size
     attributes: dict[str, Any]
     training: bool = False
+    code: frozenset[CodeType] = frozenset()
 
     @functools.cached_property
     def alone(self) -> fx.Graph:
@@ -774,7 +776,8 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network, in_t
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
     free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
-    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training)
+    code = frozenset(heard.effects.ran if heard.effects else ())
+    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training, code)
 
 
 def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:

@@ -83,7 +83,8 @@ class Reach:
     def parts(self, value: Any) -> Parts | None:
         """The parts of an object; None where it has none that code changes."""
         if type(value) is not FunctionType:
-            read = _reader(type(value))
+            kind: Any = type(value)
+            read = _reader(kind)
             return None if read is None else read(value)
         found = [*value.__dict__.items()]
         if value.__code__ in self.ran:

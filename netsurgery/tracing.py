@@ -81,7 +81,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     values: Literal["none", "known", "all"] = "none"
-    heard: dict[str, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
+    heard: dict[Any, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
 
     def __repr__(self) -> str:
         return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint as saving
 import netsurgery
 import oracles
 from netsurgery.cutting import Positions
+from netsurgery.effects import Effects
 
 X = torch.randint(-4, 5, (6, 8), generator=torch.Generator().manual_seed(0)) / 4
 half = torch.autocast
@@ -187,8 +188,9 @@ def trained(model: nn.Module, training: bool, half: bool) -> tuple[Tensor, list[
     x = X.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         out = model.train(training)(x)
-    wanted = [x, *model.parameters()]
-    return out, list(torch.autograd.grad((out.float() ** 2).sum(), wanted, allow_unused=True))
+    model.zero_grad()
+    (out.float() ** 2).sum().backward()
+    return out, [tensor.grad for tensor in (x, *model.parameters())]
 
 
 def check(between: Callable[[Any, Tensor], Tensor]) -> netsurgery.Edit:
@@ -305,6 +307,31 @@ def test_what_gradients_and_autocast_need_is_locked_by_name(between: Callable[[A
     assert "inside" not in edit.replaced
     found = reasons(netsurgery.trace(build(between), X))
     assert "the code of inside" in found and why in found and "test_rewritten_forwards.py:" in found
+
+
+#: what leaves nothing in the record of the backward run: the calls alone tell
+ALONE = ("asks for grad mode", "asks for requires_grad", "saved tensors", "checkpoint", "enable_grad")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", [name for name in GRADIENTS if name not in ALONE])
+def test_the_record_of_the_backward_run_shows_it_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Effects, "see", None)  # nobody watches the calls
+    between, _ = GRADIENTS[name]
+    assert "inside" not in check(between).replaced
+    assert name == "hook" or "other gradients" in reasons(netsurgery.trace(build(between), X))
+
+
+def of_another(m: Any, x: Tensor) -> Tensor:
+    kind = m.gain.dtype
+    y = m.b(x.reshape(-1, 32))
+    assert y.dtype != torch.int64
+    return m.a(y).view_as(x).to(kind)  # of the parameter, though another was asked for since
+
+
+def test_dtypes_that_only_autocast_tells_apart() -> None:
+    assert "inside" not in check(of_another).replaced
+    assert "the code goes through ToCopyBackward0" in reasons(netsurgery.trace(build(of_another), X))
 
 
 def straight(m: Any, x: Tensor) -> Tensor:
