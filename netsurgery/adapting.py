@@ -27,7 +27,7 @@ from netsurgery.expecting import EXPECTATIONS
 from netsurgery.listening import Deaf, Worth
 from netsurgery.repeats import Repeat
 
-__all__ = ["Adaptation", "Rewritten", "by_mode", "joined", "kinds", "merge", "rebuild", "solve"]
+__all__ = ["Adaptation", "Rewritten", "by_mode", "compiled", "joined", "kinds", "merge", "rebuild", "solve"]
 
 Attributes = Mapping[str, Any]
 
@@ -319,12 +319,13 @@ def _renamed(code: str, prefix: str, name: str) -> str:
 def _head(code: str) -> tuple[str, str]:
     """The first line of a ``forward``, and its arguments as they are passed on."""
     head = next(line for line in code.splitlines() if line.startswith("def forward("))
-    given = inspect.signature(_compiled(f"{head} ...")["forward"]).parameters.values()
+    given = inspect.signature(compiled(f"{head} ...")["forward"]).parameters.values()
     stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return head, ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in given)
 
 
-def _compiled(code: str) -> dict[str, Any]:
+def compiled(code: str) -> dict[str, Any]:
+    """What source code defines: ``forward``, say."""
     scope = dict(_SCOPE)
     exec(code, scope)
     return scope

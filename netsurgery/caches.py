@@ -10,6 +10,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 __all__ = ["caches_kept", "caches_passed_by"]
@@ -118,4 +119,5 @@ def _cached(names: dict[str, Any]) -> list[Place]:
 
 
 def _is_bare(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(value))
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return any(leaf.is_meta or isinstance(leaf, FakeTensor) for leaf in leaves)

@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from netsurgery.adapting import Adaptation, by_mode, joined, kinds, merge, rebuild, solve
+from netsurgery.adapting import Adaptation, by_mode, compiled, joined, kinds, merge, rebuild, solve
 from netsurgery.alongside import Alongside, LeftPath, source_of
 from netsurgery.attributes import follow
 from netsurgery.axes import Axis, leaves
 from netsurgery.copying import named_modules, named_tensors
 from netsurgery.costs import Sizes
 from netsurgery.errors import InputError, RewriteError
+from netsurgery.gradients import difference
 from netsurgery.listening import Deaf, Heard, OtherInTraining, hear
 from netsurgery.network import Group, Network
 from netsurgery.repeats import repeats, withdrawn
@@ -259,19 +260,61 @@ class _Attempt:
         """The source of a module's ``forward`` at other sizes: of one that computes other things in training, both.
 
         Raises:
-            Deaf: its code cannot be followed; the message says why.
+            Deaf: its code cannot be followed, or has other gradients; the message says why.
         """
+        code = self.code(path, module, self.sizes, attributes)
+        self.prove(path, module)
+        return code
 
-        def code(graphs: list[fx.Graph]) -> str:
+    def code(self, path: str, module: nn.Module, sizes: Sizes, attributes: Mapping[str, Any]) -> str:
+        """The source of a ``forward`` at some sizes."""
+
+        def joined_code(graphs: list[fx.Graph]) -> str:
             by_channel = self.network.by_channel
-            texts = [rebuild(one, module, self.sizes, attributes, by_channel, written_only=not path) for one in graphs]
+            texts = [rebuild(one, module, sizes, attributes, by_channel, written_only=not path) for one in graphs]
             return joined(zip(map(kinds, graphs), texts, strict=True))
 
         try:
-            return code([run.whole for run in self.heard(path)])
+            return joined_code([run.whole for run in self.heard(path)])
         except OtherInTraining:
             trained = self.heard(path, in_training=True)
-            return by_mode(code([run.alone for run in self.heard(path)]), code([run.alone for run in trained]))
+            return by_mode(
+                joined_code([run.alone for run in self.heard(path)]), joined_code([run.alone for run in trained])
+            )
+
+    def prove(self, path: str, module: nn.Module) -> None:
+        """Make sure that a rewritten ``forward`` has the gradients of the code, at the sizes that this has.
+
+        Modules of one class whose code did the same are tried once.
+
+        Raises:
+            Deaf: it has not; the message says where they part.
+        """
+        program, runs = self.recorded(path), self.heard(path)
+        alike = type(module), *((str(run.usual), run.code) for run in runs)
+        if alike not in program.heard:
+            forward = compiled(self.code(path, module, Sizes({}), {}))["forward"]
+            calls = [call for call in program.calls if call.path == path]
+            found = (
+                difference(module, forward, call, self.network.tensors, training, half)
+                for call in calls
+                for training, half in ((False, True), (True, False))
+            )
+            program.heard[alike] = next((one for one in found if one is not None), None)
+        if program.heard[alike] is not None:
+            raise Deaf(f"has other gradients as a graph, which {program.heard[alike]}")
+
+    def recorded(self, path: str, in_training: bool = False) -> Program:
+        """The program in which a module runs.
+
+        Raises:
+            Deaf: there is none in training.
+        """
+        programs = [p for p in self.network.programs if p.mode == "train" or not in_training]
+        program = next((p for p in programs if any(call.path == path for call in p.calls)), None)
+        if program is None:
+            raise Deaf("runs other code in training, and that run is not recorded")
+        return program
 
     def heard(self, path: str, in_training: bool = False) -> list[Heard]:
         """What the code of a module does, each time it runs.
@@ -279,10 +322,7 @@ class _Attempt:
         Raises:
             Deaf: it cannot be heard; the message says why.
         """
-        programs = [p for p in self.network.programs if p.mode == "train" or not in_training]
-        program = next((p for p in programs if any(call.path == path for call in p.calls)), None)
-        if program is None:
-            raise Deaf("runs other code in training, and that run is not recorded")
+        program = self.recorded(path, in_training)
         module, key = self.model.get_submodule(path), f"{path} in training" if in_training else path
         if key not in program.heard or program.heard[key][0]() is not module:
             try:

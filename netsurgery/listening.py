@@ -14,7 +14,6 @@ import functools
 import inspect
 import math
 import operator
-import os
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,10 +21,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-import torch.amp.autocast_mode
 import torch.nn.functional as F
-import torch.utils._contextlib
-import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -35,12 +31,24 @@ from netsurgery.axes import Axis, channel, concat, leaves
 from netsurgery.caches import caches_kept, caches_passed_by
 from netsurgery.copying import named_modules, named_tensors, on_meta
 from netsurgery.costs import Sizes
+from netsurgery.effects import Effects
 from netsurgery.expecting import expect_keys, expect_same, expect_tensor, expect_value
 from netsurgery.leaves import LEAVES
 from netsurgery.network import Network
 from netsurgery.posing import Posing
 from netsurgery.shapes import infer
-from netsurgery.tracing import RAISED_BY_MODELS, Call, Named, Program, Watcher, skeleton, track
+from netsurgery.tracing import (
+    RAISED_BY_MODELS,
+    Call,
+    Named,
+    Program,
+    Watcher,
+    format_where,
+    is_library,
+    location,
+    skeleton,
+    track,
+)
 
 __all__ = ["Deaf", "Heard", "OtherInTraining", "Worth", "hear"]
 
@@ -291,7 +299,6 @@ class _Plain(Watcher):
     def hear_scripted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Scripted functions run operations without calling torch functions: the ears hear these here."""
         if self.ears is not None and not self.ears.paused and not self.ears.busy:
-            self.ears.look_around()
             self.ears.bind(out, self.ears.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
@@ -311,7 +318,7 @@ class _Plain(Watcher):
     def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not path or self.ears is None or self.ears.paused:
             return super().call(path, forward, args, kwargs)
-        with self.ears.pause():
+        with self.ears.pause(path):
             out = super().call(path, forward, _plain(args), _plain(kwargs))
         return self.ears.heard_module(path, args, kwargs, out)
 
@@ -339,6 +346,17 @@ _STARS: dict[Any, tuple[str, Any]] = {
     inspect.Parameter.VAR_KEYWORD: ("**", {}),
 }
 _OF_MEMORY = {"is_contiguous", "stride", "storage_offset", "data_ptr"}
+_OF_GRADIENTS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward"}
+_OF_RECORDING = {
+    "requires_grad",
+    "grad_fn",
+    "grad",
+    "is_leaf",
+    "retains_grad",
+    "output_nr",
+    "_version",
+    "_backward_hooks",
+}
 _SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, torch.memory_format, complex)
 
 
@@ -358,6 +376,8 @@ class _Ears(TorchFunctionMode):
         self.written: dict[str, Any] = {}  # attributes that keep sizes
         self.paused = False
         self.busy = False  # inside of a torch function that is heard
+        self.arguments: dict[str, Any] = {}
+        self.effects: Effects | None = None  # what the code does beside computing, where this is watched
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -369,11 +389,11 @@ class _Ears(TorchFunctionMode):
             self.busy = before
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Not to listen for a while: inside of submodules."""
-        self.paused = True
+    def pause(self, path: str) -> Iterator[None]:
+        """Not to listen for a while: inside of a submodule."""
+        self.paused, part = True, self.module.get_submodule(path)
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), self.effects.of(part) if self.effects else contextlib.nullcontext():
                 yield
         finally:
             self.paused = False
@@ -437,7 +457,14 @@ class _Ears(TorchFunctionMode):
             bound.arguments.setdefault(name, absent)
         for name, node in nodes.items():
             bound.arguments[name] = self.given(bound.arguments[name], node, name)
+        self.arguments = dict(bound.arguments)
         return bound.args, bound.kwargs
+
+    def watch(self) -> Effects:
+        """What sees the effects of the module's own code."""
+        kind: Any = type(self.module)
+        start = getattr(kind.forward, "__code__", _run.__code__)
+        return Effects({"self": self.module, **self.arguments}, start)
 
     def given(self, value: Any, node: fx.Node, name: str) -> Any:
         """An input of the module, and what the graph makes sure of: that it is of the kind that was traced."""
@@ -500,6 +527,16 @@ class _Ears(TorchFunctionMode):
         self.graph.call_function(operator.setitem, (self.graph.get_attr("__dict__"), name, self.node_of(value)))
         return True
 
+    def take_back(self, placed: dict[str, Any]) -> None:
+        """Write down the sizes that the code has kept in attributes, and leave these as they were."""
+        own = self.module.__dict__
+        for name in [name for name, value in own.items() if placed.get(name, placed) is not value]:
+            if self.writes_size(name, placed.get(name)):
+                if name in placed:
+                    own[name] = placed[name]
+                else:
+                    del own[name]
+
     def bind(self, out: Any, node: fx.Node) -> None:
         """Note that a node stands for a result."""
         if isinstance(out, Tensor):
@@ -519,11 +556,17 @@ class _Ears(TorchFunctionMode):
         return out
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        with self.effects.aside() if self.effects else contextlib.nullcontext():
+            return self.hear(func, args, dict(kwargs or {}))
+
+    def hear(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of a torch function, noted."""
         if func is F.multi_head_attention_forward:
             with self:
                 return _inlined(func)(*args, **kwargs)
         name = func.__name__
+        if name in _OF_GRADIENTS:
+            raise Deaf(_placed(f"calls {name}"))
         if func in self.answers:
             return self.answers[func]
         if func in _LIKE:
@@ -536,23 +579,16 @@ class _Ears(TorchFunctionMode):
         start = len(self.watcher.done)
         with self.inside():
             out = func(*_plain(args), **_plain(kwargs))
-        self.look_around()
         if name in _OF_MEMORY or (out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args)):
-            self.doubts.append(f"calls {name}")
+            self.doubts.append(_placed(f"calls {name}"))
         tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
         if tensors or name == "__setitem__":
             self.bind(out, self.emit(func, name, list(args), kwargs, out, self.watcher.done[start:]))
         return out
 
-    def look_around(self) -> None:
-        """Doubt where one of the functions that are running does what cannot be heard."""
-        frame = sys._getframe(2)
-        while frame is not None and frame.f_code is not _run.__code__:
-            if found := _refused(frame.f_code):
-                self.doubts.append(f"uses {found}")
-            frame = frame.f_back  # type: ignore[assignment]
-
     def attribute_of(self, x: Tensor, name: str) -> Any:
+        if name in _OF_RECORDING and not _is_asked_by_torch():
+            self.doubts.append(_placed(f"asks for {name}"))
         with self.inside():
             value = getattr(x, name)
         if name == "shape":
@@ -613,7 +649,20 @@ _AS_METHODS = ("reshape", "view", "expand", "unflatten")
 
 
 def _illegible(tensor: Tensor) -> Tensor:
-    raise Deaf("looks at values")
+    raise Deaf(_placed("looks at values"))
+
+
+def _placed(what: str) -> str:
+    """What the code does, and where."""
+    return f"{what} {format_where(location())}".rstrip()
+
+
+def _is_asked_by_torch() -> bool:
+    """Whether the code that asks is torch's own, which asks to choose among ways to the same result."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return is_library(frame.f_code.co_filename)
 
 
 def _keys(value: Any, tensor: Tensor) -> list[Any] | None:
@@ -652,6 +701,7 @@ class Heard:
     Attributes:
         usual: its graph outside of training, good to find which attributes its sizes come from.
         doubts: why the graph does not stand for the code, whatever the sizes.
+        code: the functions that ran.
     """
 
     usual: fx.Graph
@@ -660,6 +710,7 @@ class Heard:
     free: list[Axis]  # channels of the inputs that may be of any size
     attributes: dict[str, Any]
     training: bool = False
+    code: frozenset[CodeType] = frozenset()
 
     @functools.cached_property
     def alone(self) -> fx.Graph:
@@ -750,7 +801,8 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network, in_t
         track(bare, watcher)
         ears = _Ears(bare, names, watcher, device)
         _run(bare, ears, call, network, training, other, sizes)
-        return ears
+        missed = ears.effects is not None and ears.effects.missed and not ears.doubts
+        return listen(training, other, sizes) if missed else ears
 
     heard = listen(training=in_training, other=False)
     if heard.written and not _writes_again(usual[0], heard, functools.partial(listen, in_training, False)):
@@ -758,7 +810,8 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network, in_t
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
     free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
-    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training)
+    code = frozenset(heard.effects.ran if heard.effects else ())
+    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training, code)
 
 
 def _writes_again(bare: nn.Module, heard: _Ears, listen: Callable[[], _Ears]) -> bool:
@@ -783,30 +836,6 @@ def _other(dtype: torch.dtype) -> torch.dtype:
     if not dtype.is_floating_point:
         return dtype
     return torch.bfloat16 if dtype == torch.float32 else torch.float32
-
-
-@functools.cache
-def _refused(code: CodeType) -> str | None:
-    """What a function uses that is no call of a torch function, though it changes what those do."""
-    if code.co_filename in _DECORATORS:
-        return _DECORATORS[code.co_filename]
-    names = () if _is_torch(code) else code.co_names
-    return next((name for name in names if name in _GRADIENTS or "autocast" in name), None)
-
-
-_DECORATORS = {
-    torch.utils.checkpoint.__file__: "checkpoint",
-    torch.utils._contextlib.__file__: "no_grad",
-    torch.amp.autocast_mode.__file__: "autocast",
-}
-_GRADIENTS = {
-    "no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "register_hook",
-    "random", "apply",  # of a torch.autograd.Function, which may have a gradient of its own
-}  # fmt: skip
-
-
-def _is_torch(code: CodeType) -> bool:
-    return code.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
 def _run(
@@ -839,16 +868,15 @@ def _run(
         ears.fractions(module)
         module.training = training
         placed = dict(module.__dict__)
-        stores = _stores(module)
-        with caches_kept(module), caches_passed_by(module, Number), torch.no_grad(), watcher, ears:
+        watched: Any = contextlib.nullcontext()
+        if not other and sizes is None:
+            watched = ears.effects = ears.watch()
+        with caches_kept(module), caches_passed_by(module, Number), torch.no_grad(), watcher, ears, watched:
             watcher.ears = ears
             out = module.forward(*args, **kwargs)
-        for name in [key for key, value in module.__dict__.items() if placed.get(key, placed) is not value]:
-            if not ears.writes_size(name, placed.get(name)):
-                ears.doubts.append(f"sets its attribute {name}")
+            ears.take_back(placed)
         ears.graph.output(ears.node_of(out))
-        if stores != _stores(module):
-            ears.doubts.append("changes what it holds")
+        ears.doubts += ears.effects.found if ears.effects is not None else []
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Deaf(f"does not run on its own without data: {first}") from error
@@ -856,15 +884,6 @@ def _run(
         for part, own in attributes:
             part.__dict__.clear()
             part.__dict__.update(own)
-
-
-def _stores(module: nn.Module) -> list[dict[Any, int]]:
-    """What a module holds, by identity."""
-    own = [value for value in module.__dict__.values() if type(value) in (dict, list) and value]
-    return [
-        {key: id(item) for key, item in (kept.items() if isinstance(kept, dict) else enumerate(kept))}
-        for kept in (module._parameters, module._buffers, module._modules, *own)
-    ]
 
 
 def _reads_dtype(node: fx.Node) -> bool:

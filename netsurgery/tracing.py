@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,7 @@ __all__ = [
     "as_inputs",
     "bare_inputs",
     "home",
+    "is_library",
     "is_namedtuple",
     "lend",
     "lend_inputs",
@@ -79,7 +81,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     values: Literal["none", "known", "all"] = "none"
-    heard: dict[str, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
+    heard: dict[Any, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
 
     def __repr__(self) -> str:
         return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"
@@ -140,17 +142,18 @@ _BETWEEN = tuple(f"{os.sep}{name}{os.sep}" for name in ("einops", "opt_einsum", 
 
 
 @functools.cache
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
+    """Whether code is in a file of torch, of packages like it, or of ours."""
     return filename.startswith(_LIBRARY) or any(name in filename for name in _BETWEEN)
 
 
-def location() -> tuple[str, int] | None:
-    """File and line of the innermost frame that is neither torch's, nor of packages like it, nor ours."""
-    frame = sys._getframe(1)
+def location(frame: FrameType | None = None) -> tuple[str, int] | None:
+    """File and line of the innermost frame, from this one outwards, of code that is no library's, as above."""
+    frame = sys._getframe(1) if frame is None else frame
     while frame is not None:
-        if not _is_library(frame.f_code.co_filename):
+        if not is_library(frame.f_code.co_filename):
             return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -633,7 +636,7 @@ def raised_at(error: Exception) -> tuple[str, int] | None:
     """File and line of the user's code that raised an error."""
     traceback, where = error.__traceback__, None
     while traceback is not None:
-        if not _is_library(traceback.tb_frame.f_code.co_filename):
+        if not is_library(traceback.tb_frame.f_code.co_filename):
             where = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
         traceback = traceback.tb_next
     return where
