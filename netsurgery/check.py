@@ -296,9 +296,9 @@ class _Attempt:
             forward = compiled(self.code(path, module, Sizes({}), {}))["forward"]
             calls = [call for call in program.calls if call.path == path]
             found = (
-                difference(module, forward, call, self.network.tensors, training, half)
+                difference(module, forward, call, self.network.tensors, training)
                 for call in calls
-                for training, half in ((False, True), (True, False))
+                for training in (False, True)
             )
             program.heard[alike] = next((one for one in found if one is not None), None)
         if program.heard[alike] is not None:

@@ -24,21 +24,39 @@ __all__ = ["difference"]
 
 
 def difference(
+    module: nn.Module, forward: Callable[..., Any], call: Call, tensors: Mapping[str, Tensor], training: bool
+) -> str | None:
+    """What a ``forward`` does otherwise than that of a module, called as it was when recorded; None if nothing.
+
+    Both run under autocast, which only adds to what is compared; without it where the module's own code
+    does not run so. Where that runs in neither way, there is nothing to differ from.
+
+    Args:
+        tensors: the model's, by name.
+        training: the mode of the module.
+    """
+    for half in (True, False):
+        with contextlib.suppress(_DoesNotRun):
+            return _unlike(*_both(module, forward, call, tensors, training, half))
+    return None
+
+
+class _DoesNotRun(Exception):
+    """The code of a module does not run without data, or under autocast."""
+
+
+def _both(
     module: nn.Module,
     forward: Callable[..., Any],
     call: Call,
     tensors: Mapping[str, Tensor],
     training: bool,
     half: bool,
-) -> str | None:
-    """What a ``forward`` does otherwise than that of a module, called as it was when recorded; None if nothing.
+) -> tuple[list[Tensor] | str, list[Tensor]]:
+    """What a ``forward`` gives, or the error that it raises, and what the module's own gives.
 
-    Where the module's own code does not run so, there is nothing to differ from.
-
-    Args:
-        tensors: the model's, by name.
-        training: the mode of the module.
-        half: whether under autocast, in bfloat16.
+    Raises:
+        _DoesNotRun: the module's own gives nothing.
     """
     device = next((t.device for t in tensors.values() if not t.is_meta), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), _differentiated(module, device, half):
@@ -49,13 +67,12 @@ def difference(
         leaves = {value: _Given(value, tensors, device) for value in given}
         try:
             wanted = _run(type(bare).forward, bare, call, leaves)
-        except RAISED_BY_MODELS:
-            return None
-        try:
-            found = _run(forward, bare, call, leaves)
         except RAISED_BY_MODELS as error:
-            return f"fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return _unlike(found, wanted)
+            raise _DoesNotRun from error
+        try:
+            return _run(forward, bare, call, leaves), wanted
+        except RAISED_BY_MODELS as error:
+            return (str(error).splitlines() or [type(error).__name__])[0], wanted
 
 
 @contextlib.contextmanager
@@ -65,7 +82,7 @@ def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iter
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast(kind, torch.bfloat16, enabled=half),
+        torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=half),
         seeded(0, device),
         caches_kept(module),
         without_fast_path(),
@@ -108,12 +125,15 @@ def _run(forward: Callable[..., Any], bare: nn.Module, call: Call, leaves: Mappi
         return given[value] if isinstance(value, fx.Node | Named) else value
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
+    torch.clear_autocast_cache()
     out = forward(bare, *args, **kwargs)
     return [*tensors_in(out), *given.values()]
 
 
-def _unlike(found: list[Tensor], wanted: list[Tensor]) -> str | None:
+def _unlike(found: list[Tensor] | str, wanted: list[Tensor]) -> str | None:
     """How results differ, or how they came about."""
+    if isinstance(found, str):
+        return f"fails ({found})"
     if len(found) != len(wanted):
         return f"returns {len(found)} tensors for {len(wanted)}"
     for one, other in zip(found, wanted, strict=True):
