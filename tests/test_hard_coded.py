@@ -457,13 +457,22 @@ def keeps_an_attribute(m: Any, x: Tensor) -> Tensor:
     return default_scale(m, x)
 
 
-@pytest.mark.parametrize("run", [counts, keeps_the_first, keeps_until_it_changes, keeps_an_attribute])
-def test_what_a_module_remembers_from_run_to_run_locks_it(run: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("run", "why"),
+    {
+        counts: "changes self.rounds at",
+        keeps_the_first: "sets its attribute n",
+        keeps_until_it_changes: "changes self.length at",
+        keeps_an_attribute: "changes self.width at",
+    }.items(),
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_module_remembers_from_run_to_run_locks_it(run: Callable[..., Tensor], why: str) -> None:
     inside = Attention(run)
     inside.rounds, inside.length = 0, 3
     model = build(inside)
     reasons = [g.frozen or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
-    assert any("the code of inside sets its attribute" in reason for reason in reasons)
+    assert any(f"the code of inside {why}" in reason for reason in reasons), reasons
     oracles.check(model, (X,), 1e-9, share=0.5)
 
 
