@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Placed, Reading, accumulator, arranged, canonical, column_count
+from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_reference import finished
+from netsurgery.kernels.placed import Placed
 
 __all__ = ["gradient", "sums", "value"]
 
@@ -598,20 +599,25 @@ def _plans(
 
 
 class _Steady(NamedTuple):
-    """Launches of the tensors that were seen last, each with the table of where these lie.
+    """Launches over weights that stand where they stood, each with the table of where its tensors lie.
 
     Attributes:
-        marks: of the tensors.
+        readings, counted: for which they are.
+        written: the gradients' places, and their forms.
         launches: a plan, and its table.
-        named: the objects whose ids are the key, so that nothing else takes these.
     """
 
-    marks: tuple[Any, ...]
+    readings: Sequence[Reading]
+    counted: Sequence[bool]
+    written: tuple[list[int], Any]
     launches: list[tuple[_Plan, Tensor | None]]
-    named: tuple[Any, ...]
 
-
-_STEADY: dict[Hashable, _Steady] = {}
+    def plans(self, places: list[int], forms: Any) -> list[_Plan] | None:
+        """The plans, if they hold for gradients in other places."""
+        before, there = self.written
+        same = there == forms and [place % 16 for place in before] == [place % 16 for place in places]
+        once = len(set(before)) == len(before) and len(set(places)) == len(places)
+        return [plan for plan, _ in self.launches] if same and once else None
 
 
 def _launches(
@@ -622,25 +628,27 @@ def _launches(
 ) -> list[tuple[_Plan, Tensor | None]]:
     """Plans, and tables of where their tensors lie, or None where copies are read or written: these move each time."""
     device = weights[0].device
-    if _capturing(device) or not (isinstance(readings, tuple) and isinstance(counted, tuple)):
-        # A graph keeps what it uses; lists may change.
+    if not isinstance(weights, Placed) or _capturing(device):  # a graph keeps what it uses
         return [(plan, None) for plan in _plans(weights, readings, counted, outs)]
-    marks = (Placed.of(weights).marks, None if outs is None else Placed.of(outs).marks)
-    key = (id(readings), id(counted), outs is None, SIZES, device, _stream(device))
-    held = _STEADY.get(key)
-    if held is None or held.marks != marks:
+    written: tuple[list[int], Any] = ([], None)
+    if outs is not None:
+        goals = outs if isinstance(outs, Placed) else Placed(outs)
+        written = goals.places, goals.forms
+    key = _Steady, outs is None, SIZES, _stream(device)
+    held: _Steady | None = weights.kept.get(key)
+    if held is not None and not (held.readings is readings and held.counted is counted):
+        held = None
+    if held is None or held.written != written:
+        plans = None if held is None else held.plans(*written)
         launches: list[tuple[_Plan, Tensor | None]] = []
-        for plan in _plans(weights, readings, counted, outs):
+        for plan in _plans(weights, readings, counted, outs) if plans is None else plans:
             if plan.copied or plan.buffered:
                 launches.append((plan, None))
                 continue
             read = [weights[i] for i in plan.members]
-            written = read if outs is None else [out for i in plan.members if (out := outs[i]) is not None]
-            launches.append((plan, _pointers(plan, read, written)))
-        _STEADY.pop(key, None)
-        _STEADY[key] = held = _Steady(marks, launches, (readings, counted))
-        for oldest in list(_STEADY)[:-_LIMIT]:
-            _STEADY.pop(oldest, None)
+            targets = read if outs is None else [out for i in plan.members if (out := outs[i]) is not None]
+            launches.append((plan, _pointers(plan, read, targets)))
+        weights.kept[key] = held = _Steady(readings, counted, written, launches)
     return held.launches
 
 
