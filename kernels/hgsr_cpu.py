@@ -16,7 +16,7 @@ from torch import Tensor
 from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_flat import Flat, flat
 from netsurgery.kernels.hgsr_reference import finished
-from netsurgery.kernels.placed import Placed
+from netsurgery.kernels.placed import Placed, widest
 
 __all__ = ["gradient", "sums", "value"]
 
@@ -161,7 +161,7 @@ def sums(
         _add_large(weights, readings, plan.large, rule, counted, by_column, absolute)
         if index is not None:
             total.index_add_(0, index.where(index >= 0, groups), by_column)
-    total = total.to(accumulator(*weights))
+    total = total.to(widest(weights))
     return total[:groups], total[-1]
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_reference import finished
-from netsurgery.kernels.placed import Placed
+from netsurgery.kernels.placed import Placed, widest
 
 __all__ = ["gradient", "sums", "value"]
 
@@ -603,21 +603,18 @@ class _Steady(NamedTuple):
 
     Attributes:
         readings, counted: for which they are.
-        written: the gradients' places, and their forms.
+        places, forms: of the gradients.
+        apart: how each lies beside words of 16 bytes, if all lie in places of their own: then the plans hold for other
+            places that are so, too.
         launches: a plan, and its table.
     """
 
     readings: Sequence[Reading]
     counted: Sequence[bool]
-    written: tuple[list[int], Any]
+    places: list[int]
+    forms: Any
+    apart: list[int] | None
     launches: list[tuple[_Plan, Tensor | None]]
-
-    def plans(self, places: list[int], forms: Any) -> list[_Plan] | None:
-        """The plans, if they hold for gradients in other places."""
-        before, there = self.written
-        same = there == forms and [place % 16 for place in before] == [place % 16 for place in places]
-        once = len(set(before)) == len(before) and len(set(places)) == len(places)
-        return [plan for plan, _ in self.launches] if same and once else None
 
 
 def _launches(
@@ -630,32 +627,33 @@ def _launches(
     device = weights[0].device
     if not isinstance(weights, Placed) or _capturing(device):  # a graph keeps what it uses
         return [(plan, None) for plan in _plans(weights, readings, counted, outs)]
-    written: tuple[list[int], Any] = ([], None)
-    if outs is not None:
-        goals = outs if isinstance(outs, Placed) else Placed(outs)
-        written = goals.places, goals.forms
+    goals: Placed[Any] = weights if outs is None else outs if isinstance(outs, Placed) else Placed(outs)
     key = _Steady, outs is None, SIZES, _stream(device)
     held: _Steady | None = weights.kept.get(key)
-    if held is not None and not (held.readings is readings and held.counted is counted):
+    if held is not None and (held.readings is not readings or held.counted is not counted or held.forms != goals.forms):
         held = None
-    if held is None or held.written != written:
-        plans = None if held is None else held.plans(*written)
+    if held is None or held.places != goals.places:
+        apart = [place % 16 for place in goals.places] if len(set(goals.places)) == len(goals) else None
+        same = held is not None and held.apart == apart is not None
+        plans = [plan for plan, _ in held.launches] if same else _plans(weights, readings, counted, outs)  # type: ignore[union-attr]
         launches: list[tuple[_Plan, Tensor | None]] = []
-        for plan in _plans(weights, readings, counted, outs) if plans is None else plans:
+        for plan in plans:
             if plan.copied or plan.buffered:
                 launches.append((plan, None))
                 continue
             read = [weights[i] for i in plan.members]
-            targets = read if outs is None else [out for i in plan.members if (out := outs[i]) is not None]
-            launches.append((plan, _pointers(plan, read, targets)))
-        weights.kept[key] = held = _Steady(readings, counted, written, launches)
+            launches.append((plan, _pointers(plan, read, [goals[i] for i in plan.members])))
+        held = _Steady(readings, counted, goals.places, goals.forms, apart, launches)
+        weights.kept[key] = held
     return held.launches
 
 
 def _pointers(plan: _Plan, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
-    numbers = tuple(number for r, w in zip(read, written, strict=True) for number in (r.data_ptr(), w.data_ptr()))
+    numbers = [0] * (2 * len(read))
+    numbers[::2], numbers[1::2] = map(Tensor.data_ptr, read), map(Tensor.data_ptr, written)
     device = plan.table.device
-    return _cached((device, numbers), device, lambda: _upload(torch.tensor(numbers, dtype=torch.int64), device))
+    key = device, tuple(numbers)
+    return _cached(key, device, lambda: _upload(torch.tensor(numbers, dtype=torch.int64), device))
 
 
 def _members(index: Tensor, groups: int, plan: _Plan) -> tuple[Tensor, ...]:
@@ -692,7 +690,7 @@ def _reduce(
     counted: Sequence[bool], outer: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Values (2,), and slopes (groups,), or sums where outer is 0."""
-    wide = accumulator(*weights)
+    wide = widest(weights)
     device = weights[0].device if weights else torch.device("cpu") if index is None else index.device
     plans = _launches(weights, readings, counted, None) if weights else []
     if not plans:
@@ -736,7 +734,8 @@ def value(
         ``sum over g of s_g^outer`` and the sum of absolute weights, shape (2,); and the derivative of the former in
         each s_g, 0 at 0, shape (groups,). In float32, or float64 if a weight is.
     """
-    if index is None or len({w.dtype for w in weights}) <= 1:
+    dtypes = weights.forms[2] if isinstance(weights, Placed) else [w.dtype for w in weights]
+    if index is None or len(set(dtypes)) <= 1:
         return _reduce(weights, readings, index, groups, rule, counted, rule.outer)
     # A group may have columns of several launches.
     total, l1 = sums(weights, readings, index, groups, rule, counted)

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN", "Placed"]
+from netsurgery.kernels.criteria import accumulator
+
+__all__ = ["PLAIN", "Placed", "widest"]
 
 PLAIN = {Tensor, torch.nn.Parameter}
 _T = TypeVar("_T", bound=Tensor | None)
@@ -42,3 +44,10 @@ class Placed(list[_T]):
             return False
         now = Placed(tensors)
         return now.places == self.places and now.forms == self.forms
+
+
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """``accumulator`` of tensors that may be placed, without a look at each."""
+    if isinstance(tensors, Placed):
+        return torch.float64 if torch.float64 in tensors.forms[2] else torch.float32
+    return accumulator(*tensors)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import Name, accumulator
-from netsurgery.kernels.placed import PLAIN, Placed
+from netsurgery.kernels.placed import PLAIN, Placed, widest
 from netsurgery.kernels.sparsity import add_gradient, values
 from netsurgery.passes.layers import ROLES, Grouping, LayerRole, check_choice, layers, outer_groups
 from netsurgery.passes.parameters import Parameters
@@ -141,7 +141,7 @@ class HGSR:
         weights = self._weights()
         # A copy, since a step of the schedule may come before backward. Where it is compiled nothing is kept: the
         # memory of a CUDA graph is overwritten by the next run.
-        factors = self._factors.to(weights[0].device, accumulator(*weights), copy=True)
+        factors = self._factors.to(weights[0].device, widest(weights), copy=True)
         return (values(weights, self._layout, self.criterion) * factors).sum()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -160,10 +160,12 @@ class HGSR:
         """
         weights = self._weights()
         self._check_parameters(weights)
-        for weight in weights:
-            if weight.requires_grad and weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
         outs = [weight.grad if weight.requires_grad else None for weight in weights]
+        if any(out is None for out in outs):
+            for weight in weights:
+                if weight.requires_grad and weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            outs = [weight.grad if weight.requires_grad else None for weight in weights]
         factors = self._factors if scale == 1 else self._factors * scale
         found = add_gradient(weights, self._layout, self.criterion, factors, outs)
         return (found * self._factors).sum()
