@@ -173,6 +173,28 @@ def test_compiles_ahead_of_time(capability: int) -> None:
     check_builds(capability, torch.float32 if old else torch.bfloat16, 2, 0.5, 0.5, indexed=not old, only=old)
 
 
+def words(ptx: str, operation: str) -> list[str]:
+    """The width of each access to memory that is wider or narrower than an address or a number of float32."""
+    found = re.findall(rf"\b{operation}\.global((?:\.[a-z0-9_]+(?:::[a-z0-9_]+)*)*)", ptx)
+    return [kind for kind in found if kind not in (".b32", ".b64", ".cg.b32")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_are_read_and_written_in_words_of_16_bytes(dtype: torch.dtype) -> None:
+    """All of a tile's elements, in types of two bytes as in float32; 128 threads take a tile."""
+    kind = hgsr_triton.Tile(False, True, *hgsr_triton.SIZES.unit, 1)
+    each = kind.slow * kind.fast * dtype.itemsize // (128 * 16)
+    common = {"NORM": 1, "POWER": 0.5, "INDEXED": False, "KINDS": (kind.packed,)}
+    value = compiled(hgsr_triton._value_kernel, 90, dtype, **common, OUTER=2, WIDE=1024, MEMBERS=4).asm["ptx"]
+    assert words(value, "ld") == [".v4.b32"] * each
+    gradient = compiled(
+        hgsr_triton._gradient_kernel, 90, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True
+    ).asm["ptx"]
+    # The weight, what is there, and, in a window of several elements, both of another and the weight once more.
+    assert words(gradient, "ld") == [".v4.b32"] * 5 * each
+    assert words(gradient, "st") == [".v4.b32"] * 2 * each
+
+
 RULES = sorted({(rule.norm, rule.inner / rule.norm, rule.outer) for rule in CRITERIA.values()})
 
 
