@@ -9,6 +9,7 @@ caches.
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from statistics import median, quantiles
 
 import torch
@@ -58,6 +59,20 @@ def rounds(name: str, batch: int, grouping: str, number: int) -> Iterator[tuple[
             yield step, added, in_loss
 
 
+def rows(names: list[str], groupings: list[str], batch: int, number: int | None) -> Iterator[list[str]]:
+    """The table's rows, two of them for each network and grouping."""
+    for name, grouping in product(names, groupings):
+        taken = list(rounds(name, batch, grouping, number or ROUNDS[name]))
+        for way, at in (("add_gradient", 1), ("penalty() and backward", 2)):
+            share = [100 * one[at] / one[0] for one in taken]
+            low, middle, high = quantiles(share, n=4) if len(share) > 1 else share * 3
+            yield [
+                name, grouping, f"{median(one[0] for one in taken):,.1f}", way,
+                f"{median(one[at] for one in taken):,.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                f"{min(share):.2f}", "met" if middle < GOAL else "not met",
+            ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(ROUNDS))
@@ -69,19 +84,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"{machine()}; batch {options.batch}; goal: under {GOAL}% of the step\n")
     header = ["network", "grouping", "step, ms", "way", "ms", "% of the step (quartiles)", "least", ""]
-    rows = []
-    for name in options.models.split(","):
-        for grouping in options.groupings.split(","):
-            taken = list(rounds(name, options.batch, grouping, options.rounds or ROUNDS[name]))
-            for way, at in (("add_gradient", 1), ("penalty() and backward", 2)):
-                share = [100 * one[at] / one[0] for one in taken]
-                low, middle, high = quantiles(share, n=4) if len(share) > 1 else share * 3
-                rows.append([
-                    name, grouping, f"{median(one[0] for one in taken):.1f}", way,
-                    f"{median(one[at] for one in taken):.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})",
-                    f"{min(share):.2f}", "met" if middle < GOAL else "not met",
-                ])  # fmt: skip
-    print_table(header, rows)
+    print_table(header, rows(options.models.split(","), options.groupings.split(","), options.batch, options.rounds))
 
 
 if __name__ == "__main__":
