@@ -2,7 +2,8 @@
 
 The ways take turns in every round, and their agreement is checked before anything is timed. The formula as it is
 written down has no gradient at some exact zeros; it is compared everywhere else. Bytes are those that must move: the
-weights read for the value, read for the gradient, and the gradient written.
+weights read for the value, read for the gradient, and the gradient written. On a GPU the rounds, and what is compiled,
+are as many as leave the run under two minutes.
 """
 
 import argparse
@@ -161,28 +162,67 @@ def bandwidth(device: str) -> float:
     return 2 * one.nbytes / (median(times[2:]) / 1e3)
 
 
-def compare(name: str, criterion: Name, device: str, dtype: torch.dtype, rounds: int, skip: Sequence[str]) -> None:
+class Clock:
+    """Divides the time of a run among its tables: each has its share of what those before it have left.
+
+    Args:
+        seconds: for all.
+        tables: their number.
+    """
+
+    def __init__(self, seconds: float, tables: int):
+        self.end, self.left, self.compiling = time.perf_counter() + seconds, tables, 0.0
+
+    def begin(self) -> None:
+        """The next table begins."""
+        self.stop = time.perf_counter() + (self.end - time.perf_counter()) / self.left
+        self.left -= 1
+
+    def over(self) -> bool:
+        return time.perf_counter() > self.stop
+
+    def allows_compiling(self) -> bool:
+        """Whether another table may take as long to compile as the slowest before it."""
+        return time.perf_counter() + self.compiling < self.stop
+
+
+def measured(ways: dict[str, Way], device: str, rounds: int, clock: Clock) -> dict[str, list[float]]:
+    """Milliseconds of each way in each round, after two to warm up: as many as the clock allows, at least two."""
+    times: dict[str, list[float]] = {label: [] for label in ways}
+    for i in range(rounds + 2):
+        if i >= 4 and clock.over():
+            break
+        for label, way in ways.items():
+            times[label].append(timed(way, device))
+    return {label: taken[2:] for label, taken in times.items()}
+
+
+def compare(
+    name: str, criterion: Name, device: str, dtype: torch.dtype, rounds: int, skip: Sequence[str], clock: Clock
+) -> None:
     """Measure one list of weights and print its table."""
+    clock.begin()
     weights = weights_of(name, device, dtype)
     size = sum(weight.nbytes for weight in weights)
     found = {label: way for label, way in ways(weights, criterion).items() if label not in skip}
     start = time.perf_counter()
+    if "torch.compile" in found and not clock.allows_compiling():
+        del found["torch.compile"]
     if "torch.compile" in found:
         found["torch.compile"]()
     compile_s = time.perf_counter() - start
+    clock.compiling = max(clock.compiling, compile_s)
     wanted = [gradient.clone() for gradient in found["ours"]()]
     lost = check_agreement(found, wanted, 1e-4 if dtype == torch.float32 else 2e-2)
     del wanted
     memory = {label: extra_memory(way, device) for label, way in found.items()}
-    times: dict[str, list[float]] = {label: [] for label in found}
-    for _ in range(rounds + 2):
-        for label, way in found.items():
-            times[label].append(timed(way, device))
+    times = measured(found, device, rounds, clock)
     copied = bandwidth(device)
-    ours = median(times["ours"][2:])
+    ours = median(times["ours"])
     print(
         f"\n{name}, {criterion}, {str(dtype)[6:]}: {len(weights)} weights, {size / 2**20:,.0f} MiB; a copy moves "
-        f"{copied / 1e9:,.0f} GB/s" + (f"; torch.compile took {compile_s:.0f} s" if "torch.compile" in found else "")
+        f"{copied / 1e9:,.0f} GB/s; {len(times['ours'])} rounds"
+        + (f"; torch.compile took {compile_s:.0f} s" if "torch.compile" in found else "")
     )
     for label, count in lost.items():
         if count:
@@ -190,9 +230,9 @@ def compare(name: str, criterion: Name, device: str, dtype: torch.dtype, rounds:
     print()
     rows = []
     for label, taken in times.items():
-        low, middle, high = quantiles(taken[2:], n=4)
+        low, middle, high = quantiles(taken, n=4)
         share = 3 * size / (middle / 1e3) / copied
-        ratio = [t / o for t, o in zip(taken[2:], times["ours"][2:], strict=True)]
+        ratio = [t / o for t, o in zip(taken, times["ours"], strict=True)]
         spread = f"{middle / ours:.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
         moved = f"{3 * size / (middle / 1e3) / 1e9:,.1f}"
         extra = f"{100 * memory[label] / size:.1f}%"
@@ -211,20 +251,24 @@ def main() -> None:
     parser.add_argument("--criteria", default="hierarchical_sq_group_l12")
     parser.add_argument("--dtypes", default="float32")
     parser.add_argument("--rounds", type=int, help="default: 9, on a GPU 25")
+    parser.add_argument("--seconds", type=float, help="of all tables, after which there are fewer rounds; GPU: 100")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip", help="ways to leave out; default: on a GPU torch.compile where weights are `linear_`")
     options = parser.parse_args()
     rounds = options.rounds or (25 if options.device == "cuda" else 9)
+    names, criteria, dtypes = (one.split(",") for one in (options.weights, options.criteria, options.dtypes))
+    seconds = options.seconds or (100 if options.device == "cuda" else float("inf"))
+    clock = Clock(seconds, len(names) * len(criteria) * len(dtypes))
     torch.set_num_threads(options.threads)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{machine()}; on {device}; {rounds} rounds")
-    for name in options.weights.split(","):
+    for name in names:
         # Compiling eighty large layers would not leave the run under two minutes.
         skip = "torch.compile" if options.device == "cuda" and name.startswith("linear_") else ""
         skip = (skip if options.skip is None else options.skip).split(",")
-        for criterion in options.criteria.split(","):
-            for dtype in options.dtypes.split(","):
-                compare(name, criterion, options.device, getattr(torch, dtype), rounds, skip)
+        for criterion in criteria:
+            for dtype in dtypes:
+                compare(name, criterion, options.device, getattr(torch, dtype), rounds, skip, clock)
 
 
 if __name__ == "__main__":

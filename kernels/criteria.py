@@ -6,9 +6,9 @@ IJCNN 2020, arXiv 2004.04394.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ __all__ = [
     "CRITERIA",
     "Criterion",
     "Name",
-    "Placed",
     "Reading",
     "accumulator",
     "arranged",
@@ -78,29 +77,6 @@ class Reading(NamedTuple):
     blocks: int = 1
     outer: tuple[int, ...] = (1,)
     window: tuple[int, ...] = ()
-
-
-_T = TypeVar("_T", bound=Tensor | None)
-
-
-class Placed(list[_T]):
-    """Tensors, or None, and their marks: while these are equal, nothing has moved and all is read as before."""
-
-    def __init__(self, tensors: Iterable[_T]):
-        super().__init__(tensors)
-        held = [one for one in self if one is not None]
-        self.marks = (
-            tuple(map(Tensor.data_ptr, held)),
-            tuple(map(Tensor.stride, held)),
-            tuple(map(Tensor.size, held)),
-            tuple([one.dtype for one in held]),
-            None if len(held) == len(self) else tuple([one is None for one in self]),
-        )
-
-    @classmethod
-    def of(cls, tensors: Sequence[_T]) -> Placed[_T]:
-        """The tensors, placed already or not."""
-        return tensors if isinstance(tensors, Placed) else cls(tensors)
 
 
 def reading(shape: tuple[int, ...], grouping: str, groups: int = 1, transposed: bool = False) -> Reading:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical
+from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
+from netsurgery.kernels.hgsr_flat import Flat, flat
 from netsurgery.kernels.hgsr_reference import finished
+from netsurgery.kernels.placed import Placed, widest
 
 __all__ = ["gradient", "sums", "value"]
 
@@ -91,6 +93,37 @@ class _Walk:
         return powers.sum(self.window, keepdim=True)
 
 
+class _Plan(NamedTuple):
+    """How a list of weights is gone through.
+
+    Attributes:
+        readings, counted: for which it holds.
+        columns: the number of columns of each.
+        small: the small ones.
+        large: the others, and where their columns are.
+    """
+
+    readings: Sequence[Reading]
+    counted: Sequence[bool]
+    columns: tuple[int, ...]
+    small: Flat | None
+    large: tuple[tuple[int, slice], ...]
+
+
+def _plan(weights: Sequence[Tensor], readings: Sequence[Reading], counted: Sequence[bool]) -> _Plan:
+    held: _Plan | None = weights.kept.get(_Plan) if isinstance(weights, Placed) else None
+    if held is not None and held.readings is readings and held.counted is counted:
+        return held
+    sizes = [column_count(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
+    columns = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+    small = flat(weights, readings, counted)
+    large = [(i, own) for i, own in enumerate(columns) if small is None or i not in small.numbers]
+    plan = _Plan(readings, counted, tuple(sizes), small, tuple(large))
+    if isinstance(weights, Placed):
+        weights.kept[_Plan] = plan
+    return plan
+
+
 def value(
     weights: Sequence[Tensor],
     readings: Sequence[Reading],
@@ -100,8 +133,11 @@ def value(
     counted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """The criterion and the sum of absolute values, shape (2,); and the criterion's derivative by each group's sum."""
-    found, absolute = sums(weights, readings, index, groups, rule, counted)
-    return finished(found, absolute, rule)
+    total, absolute = sums(weights, readings, index, groups, rule, counted)
+    values, slopes = finished(total, absolute, rule)
+    if (small := _plan(weights, readings, counted).small) is not None:
+        small.slopes = slopes
+    return values, slopes
 
 
 def sums(
@@ -113,26 +149,43 @@ def sums(
     counted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Sums of norm^inner over the kernels of each outer group, and the sum of absolute values of what is counted."""
-    found: list[Tensor] = []
+    plan = _plan(weights, readings, counted)
     double = weights[0].device.type != "mps"  # which has none
-    absolute = weights[0].new_zeros((), dtype=torch.float64 if double else torch.float32)
+    # Behind the groups: the sum of absolute values, and what belongs to no group and is left there.
+    total = weights[0].new_zeros(groups + 2, dtype=torch.float64 if double else torch.float32)
+    absolute = total[-1]
+    if plan.small is not None:
+        plan.small.add_sums(weights, index, groups, rule, total, absolute)
+    if plan.large:
+        by_column = total if index is None else total.new_zeros(len(index))
+        _add_large(weights, readings, plan.large, rule, counted, by_column, absolute)
+        if index is not None:
+            total.index_add_(0, index.where(index >= 0, groups), by_column)
+    total = total.to(widest(weights))
+    return total[:groups], total[-1]
+
+
+def _add_large(
+    weights: Sequence[Tensor],
+    readings: Sequence[Reading],
+    large: Sequence[tuple[int, slice]],
+    rule: Criterion,
+    counted: Sequence[bool],
+    by_column: Tensor,
+    absolute: Tensor,
+) -> None:
     room = _Room()
-    for weight, how, count in zip(weights, readings, counted, strict=True):
-        walk = _Walk(weight, how, rule, room)
-        found.append(weight.new_zeros(prod(walk.columns), dtype=walk.dtype))
-        laid = walk.by_column(found[-1])
+    for i, columns in large:
+        walk = _Walk(weights[i], readings[i], rule, room)
+        laid = walk.by_column(by_column[columns])
         for piece, own in walk.pieces():
             part = walk.weight[piece]
             kernels = walk.powers(part)
-            if count:
+            if counted[i]:
                 absolute += (kernels if walk.norm == 1 else part.abs()).sum(dtype=walk.dtype)
             if walk.power != 1:
                 kernels = kernels.sqrt_() if walk.power == 0.5 else kernels.square_()
             laid[own].add_(kernels.sum(walk.rows, keepdim=True))
-    by_column = torch.cat(found)
-    if index is not None:  # what belongs to no group is added up behind the last one, and left there
-        by_column = by_column.new_zeros(groups + 1).index_add_(0, index.where(index >= 0, groups), by_column)[:groups]
-    return by_column, absolute.to(by_column.dtype)
 
 
 def gradient(
@@ -153,15 +206,20 @@ def gradient(
         outs: a tensor for each weight, of its shape, or None where it is not wanted.
         accumulate: add to what stands there.
     """
-    room, second = _Room(), _Room()
+    plan = _plan(weights, readings, counted)
     group, sign = scale.tolist()
+    if plan.small is not None:
+        plan.small.write(weights, index, slopes, rule, (group, sign), outs, accumulate)
+    if not plan.large:
+        return
     by_column = group * (slopes if index is None else torch.cat([slopes, slopes.new_zeros(1)])[index])
-    start = 0
-    for weight, how, count, out in zip(weights, readings, counted, outs, strict=True):
-        walk = _Walk(weight, how, rule, room)
-        slope = by_column[start : (start := start + prod(walk.columns))].to(walk.dtype) * (walk.power * walk.norm)
+    room, second = _Room(), _Room()
+    for i, columns in plan.large:
+        how, out = readings[i], outs[i]
         if out is None:
             continue
+        walk = _Walk(weights[i], how, rule, room)
+        slope = by_column[columns].to(walk.dtype) * (walk.power * walk.norm)
         target = canonical(out, how)
         ordered, laid = target.permute(walk.order), walk.by_column(slope)
         for piece, own in walk.pieces():
@@ -169,7 +227,7 @@ def gradient(
             factor = _factor(walk, part, laid[own])
             alike = goal.dtype == part.dtype == walk.dtype
             step = goal if alike and not accumulate else second.like(part, walk.dtype)
-            _step(part, factor, step, walk.norm, sign if count else 0.0)
+            _step(part, factor, step, walk.norm, sign if counted[i] else 0.0)
             if step is not goal:
                 goal.add_(step) if accumulate else goal.copy_(step)
         if target.data_ptr() != out.data_ptr():

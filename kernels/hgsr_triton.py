@@ -21,14 +21,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Placed, Reading, accumulator, arranged, canonical, column_count
+from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_reference import finished
+from netsurgery.kernels.placed import Placed, widest
 
 __all__ = ["gradient", "sums", "value"]
 
@@ -451,7 +453,9 @@ _DTYPES = {
 }  # fmt: skip
 _CACHE: dict[Hashable, dict[int, Any]] = {}  # what was made, by the stream that it was made on
 _LIMIT = 256
-_CAPTURED: list[Any] = []  # what graphs hold the addresses of
+# What graphs hold the addresses of, by the memory of a weight that they read: without it none can be replayed.
+_CAPTURED: WeakKeyDictionary[torch.UntypedStorage, dict[int, Any]] = WeakKeyDictionary()
+_CAPTURED_FOR_GOOD: list[Any] = []  # for weights that were made within the capture, and are made again at each replay
 
 
 def _capturing(device: torch.device) -> bool:
@@ -462,12 +466,22 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
+def _keep(made: Any, weights: Sequence[Tensor]) -> None:
+    """Keep what a graph uses as long as the weights' memory is there."""
+    lasting = next((w for w in weights if isinstance(w, torch.nn.Parameter) or (w.is_leaf and w.requires_grad)), None)
+    if lasting is None:
+        _CAPTURED_FOR_GOOD.append(made)
+    else:
+        _CAPTURED.setdefault(lasting.untyped_storage(), {})[id(made)] = made
+
+
+def _cached(key: Hashable, weights: Sequence[Tensor], make: Callable[[], _T]) -> _T:
     """What was made for this key on this stream. A graph may use what was made before; what it makes, it keeps."""
+    device = weights[0].device
     made = _CACHE.get(key, {})  # the one hash of a long key
     if _capturing(device):
         captured: _T = next(iter(made.values())) if made else make()
-        _CAPTURED.append(captured)
+        _keep(captured, weights)
         return captured
     stream = _stream(device)
     if stream not in made:
@@ -479,12 +493,13 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], _T]) -> _T:
     return result
 
 
-def _upload(values: Tensor, device: torch.device) -> Tensor:
+def _upload(values: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    device = weights[0].device
     if device.type != "cuda":
         return values.to(device)
     pinned = values.pin_memory()
     if _capturing(device):
-        _CAPTURED.append(pinned)  # read at each replay
+        _keep(pinned, weights)  # read at each replay
     return pinned.to(device, non_blocking=True)
 
 
@@ -555,7 +570,7 @@ def _plan(
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
     return _Plan(
         tuple(members), spans, frozenset(copied), frozenset(buffered), tuple(kind.packed for kind in distinct),
-        _upload(torch.tensor(rows), device), _upload(owners, device), tiles, partials,
+        _upload(torch.tensor(rows), weights), _upload(owners, weights), tiles, partials,
         torch.zeros(tiles + 1, dtype=torch.int32, device=device),
     )  # fmt: skip
 
@@ -594,24 +609,26 @@ def _plans(
             for key in sorted(launches, key=lambda key: key[0])
         ]
 
-    return _cached((device, SIZES, tuple(rounds), *layout), device, make)
+    return _cached((device, SIZES, tuple(rounds), *layout), weights, make)
 
 
 class _Steady(NamedTuple):
-    """Launches of the tensors that were seen last, each with the table of where these lie.
+    """Launches over weights that stand where they stood, each with the table of where its tensors lie.
 
     Attributes:
-        marks: of the tensors.
+        readings, counted: for which they are.
+        places, forms: of the gradients.
+        apart: how each lies beside words of 16 bytes, if all lie in places of their own: then the plans hold for other
+            places that are so, too.
         launches: a plan, and its table.
-        named: the objects whose ids are the key, so that nothing else takes these.
     """
 
-    marks: tuple[Any, ...]
+    readings: Sequence[Reading]
+    counted: Sequence[bool]
+    places: list[int]
+    forms: Any
+    apart: list[int] | None
     launches: list[tuple[_Plan, Tensor | None]]
-    named: tuple[Any, ...]
-
-
-_STEADY: dict[Hashable, _Steady] = {}
 
 
 def _launches(
@@ -622,35 +639,38 @@ def _launches(
 ) -> list[tuple[_Plan, Tensor | None]]:
     """Plans, and tables of where their tensors lie, or None where copies are read or written: these move each time."""
     device = weights[0].device
-    if _capturing(device) or not (isinstance(readings, tuple) and isinstance(counted, tuple)):
-        # A graph keeps what it uses; lists may change.
+    if not isinstance(weights, Placed) or _capturing(device):  # a graph keeps what it uses
         return [(plan, None) for plan in _plans(weights, readings, counted, outs)]
-    marks = (Placed.of(weights).marks, None if outs is None else Placed.of(outs).marks)
-    key = (id(readings), id(counted), outs is None, SIZES, device, _stream(device))
-    held = _STEADY.get(key)
-    if held is None or held.marks != marks:
+    goals: Placed[Any] = weights if outs is None else outs if isinstance(outs, Placed) else Placed(outs)
+    key = _Steady, outs is None, SIZES, _stream(device)
+    held: _Steady | None = weights.kept.get(key)
+    if held is not None and (held.readings is not readings or held.counted is not counted or held.forms != goals.forms):
+        held = None
+    if held is None or held.places != goals.places:
+        apart = [place % 16 for place in goals.places] if len(set(goals.places)) == len(goals) else None
+        same = held is not None and held.apart == apart is not None
+        plans = [plan for plan, _ in held.launches] if same else _plans(weights, readings, counted, outs)  # type: ignore[union-attr]
         launches: list[tuple[_Plan, Tensor | None]] = []
-        for plan in _plans(weights, readings, counted, outs):
+        for plan in plans:
             if plan.copied or plan.buffered:
                 launches.append((plan, None))
                 continue
             read = [weights[i] for i in plan.members]
-            written = read if outs is None else [out for i in plan.members if (out := outs[i]) is not None]
-            launches.append((plan, _pointers(plan, read, written)))
-        _STEADY.pop(key, None)
-        _STEADY[key] = held = _Steady(marks, launches, (readings, counted))
-        for oldest in list(_STEADY)[:-_LIMIT]:
-            _STEADY.pop(oldest, None)
+            launches.append((plan, _pointers(weights, plan, read, [goals[i] for i in plan.members])))
+        held = _Steady(readings, counted, goals.places, goals.forms, apart, launches)
+        weights.kept[key] = held
     return held.launches
 
 
-def _pointers(plan: _Plan, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
-    numbers = tuple(number for r, w in zip(read, written, strict=True) for number in (r.data_ptr(), w.data_ptr()))
-    device = plan.table.device
-    return _cached((device, numbers), device, lambda: _upload(torch.tensor(numbers, dtype=torch.int64), device))
+def _pointers(weights: Sequence[Tensor], plan: _Plan, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
+    """The table of where tensors lie."""
+    numbers = [0] * (2 * len(read))
+    numbers[::2], numbers[1::2] = map(Tensor.data_ptr, read), map(Tensor.data_ptr, written)
+    key = plan.table.device, tuple(numbers)
+    return _cached(key, weights, lambda: _upload(torch.tensor(numbers, dtype=torch.int64), weights))
 
 
-def _members(index: Tensor, groups: int, plan: _Plan) -> tuple[Tensor, ...]:
+def _members(weights: Sequence[Tensor], index: Tensor, groups: int, plan: _Plan) -> tuple[Tensor, ...]:
     """The columns of each group that the launch reads: ``order[starts[g]:starts[g + 1]]``."""
 
     def make() -> tuple[Any, ...]:
@@ -663,7 +683,7 @@ def _members(index: Tensor, groups: int, plan: _Plan) -> tuple[Tensor, ...]:
 
     version = 0 if index.is_inference() else index._version
     key = (index.device, index.data_ptr(), index.stride(), version, groups, plan.table.data_ptr())
-    return _cached(key, index.device, make)[:2]
+    return _cached(key, weights, make)[:2]
 
 
 def _read(plan: _Plan, weights: Sequence[Tensor], readings: Sequence[Reading]) -> list[Tensor]:
@@ -684,7 +704,7 @@ def _reduce(
     counted: Sequence[bool], outer: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Values (2,), and slopes (groups,), or sums where outer is 0."""
-    wide = accumulator(*weights)
+    wide = widest(weights)
     device = weights[0].device if weights else torch.device("cpu") if index is None else index.device
     plans = _launches(weights, readings, counted, None) if weights else []
     if not plans:
@@ -697,10 +717,10 @@ def _reduce(
         columns = 0 if index is None else len(index)
         scratch = torch.empty(plan.partials + 2 * plan.tiles + columns, dtype=narrow, device=device)
         partials, ends, sums = torch.split_with_sizes(scratch, [plan.partials, 2 * plan.tiles, columns])
-        order, starts = (plan.owners, plan.owners) if index is None else _members(index, groups, plan)
+        order, starts = (plan.owners, plan.owners) if index is None else _members(weights, index, groups, plan)
         if pointers is None:
             read = _read(plan, weights, readings)
-            pointers = _pointers(plan, read, read)
+            pointers = _pointers(weights, plan, read, read)
         with _on(device):
             _value_kernel[(len(plan.owners),)](
                 plan.table, plan.owners, pointers, partials, _counters(plan), ends, sums,
@@ -728,7 +748,8 @@ def value(
         ``sum over g of s_g^outer`` and the sum of absolute weights, shape (2,); and the derivative of the former in
         each s_g, 0 at 0, shape (groups,). In float32, or float64 if a weight is.
     """
-    if index is None or len({w.dtype for w in weights}) <= 1:
+    dtypes = weights.forms[2] if isinstance(weights, Placed) else [w.dtype for w in weights]
+    if index is None or len(set(dtypes)) <= 1:
         return _reduce(weights, readings, index, groups, rule, counted, rule.outer)
     # A group may have columns of several launches.
     total, l1 = sums(weights, readings, index, groups, rule, counted)
@@ -765,7 +786,7 @@ def gradient(
             for i, out in ((i, out) for i in plan.members if (out := outs[i]) is not None):
                 written.append(canonical(out, readings[i]).contiguous() if i in plan.buffered else out)
                 copies += [(out, readings[i], written[-1])] if i in plan.buffered else []
-            pointers = _pointers(plan, read, written)
+            pointers = _pointers(weights, plan, read, written)
         first, target = weights[plan.members[0]], outs[plan.members[0]]  # of a launch all are of its types
         dtype, narrow = first.dtype, accumulator(first)
         assert target is not None  # a plan has no members whose gradient is not wanted

@@ -23,10 +23,10 @@ from torch.autograd import forward_ad
 from netsurgery.kernels import hgsr_cpu
 from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, accumulator, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
+from netsurgery.kernels.placed import PLAIN, Placed
 
 __all__ = ["Layout", "add_gradient", "backend", "hgsr", "outer_terms", "values"]
 
-PLAIN = {Tensor, torch.nn.Parameter}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -159,7 +159,7 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
     layout = layout.to(weights[0].device)
     found: Tensor
     if _is_eager(weights):
-        found = _Values.apply(layout, criterion, *weights)
+        found = _Values.apply(layout, criterion, weights, *weights)
     else:
         found = _values(list(weights), layout.index, _groups(weights, layout), layout.key, criterion)[0]
     return found
@@ -172,18 +172,23 @@ def _is_eager(weights: Sequence[Tensor]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not weights[0].is_meta
-        and all(type(weight) in PLAIN for weight in weights)
+        and _plain(weights)
     )
+
+
+def _plain(weights: Sequence[Tensor]) -> bool:
+    return isinstance(weights, Placed) or all(type(weight) in PLAIN for weight in weights)
 
 
 class _Values(torch.autograd.Function):
     """What the operators below do, with less around it."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, criterion: Name, *weights: Tensor) -> Tensor:
-        groups, rule = _groups(weights, layout), CRITERIA[criterion]
-        found, slopes = backend(weights).value(weights, layout.readings, layout.index, groups, rule, layout.counted)
+    def forward(ctx: Any, layout: Layout, criterion: Name, listed: Sequence[Tensor], *weights: Tensor) -> Tensor:
+        groups, rule = _groups(listed, layout), CRITERIA[criterion]
+        found, slopes = backend(listed).value(listed, layout.readings, layout.index, groups, rule, layout.counted)
         ctx.layout, ctx.criterion = layout, criterion
+        ctx.listed = listed if isinstance(listed, Placed) else None
         ctx.save_for_backward(slopes, *weights)
         ctx.set_materialize_grads(False)
         return found  # type: ignore[no-any-return]
@@ -192,17 +197,19 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         slopes, *weights = ctx.saved_tensors
         if scale is None:
-            return None, None, *(None for _ in weights)
-        layout, wanted = ctx.layout, list(ctx.needs_input_grad[2:])
+            return None, None, None, *(None for _ in weights)
+        layout, wanted = ctx.layout, list(ctx.needs_input_grad[3:])
         if torch.is_grad_enabled():  # through the operator, which has no derivative: a second one is an error, not zero
             grads = _gradient(weights, layout.index, slopes, scale, layout.key, ctx.criterion, wanted)
-            return None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+            return None, None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        if ctx.listed is not None and ctx.listed.still(weights):
+            weights = ctx.listed
         outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
         rule = CRITERIA[ctx.criterion]
         backend(weights).gradient(
             weights, layout.readings, layout.index, slopes, rule, layout.counted, scale, outs, False
         )
-        return None, None, *outs
+        return None, None, None, *outs
 
 
 def outer_terms(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
@@ -234,16 +241,27 @@ def add_gradient(
         from netsurgery.kernels import sharded
 
         return sharded.add_gradient(weights, layout, criterion, scale, outs)
-    for i, out in enumerate(outs):
-        if out is not None and (out.layout != torch.strided or (0 in out.stride() and _overlaps(out))):
-            raise ValueError(
-                f"hgsr: gradient {i} is sparse, or expanded: make it dense with p.grad = p.grad.to_dense()"
-            )
+    outs = _written(weights, outs)
     layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
     work = backend(weights)
     found: tuple[Tensor, Tensor] = work.value(weights, layout.readings, layout.index, groups, rule, layout.counted)
     work.gradient(weights, layout.readings, layout.index, found[1], rule, layout.counted, scale, outs, True)
     return found[0]
+
+
+def _written(weights: Sequence[Tensor], outs: Sequence[Tensor | None]) -> Placed[Tensor | None]:
+    """The tensors to add to, which are looked at closely only where they are of other forms than the last time."""
+    wrong = [i for i, out in enumerate(outs) if out is not None and out.layout != torch.strided]
+    found = Placed(outs if not wrong else ())
+    if not isinstance(weights, Placed) or weights.kept.get(_written) != found.forms:
+        wrong += [i for i, out in enumerate(found) if out is not None and 0 in out.stride() and _overlaps(out)]
+    if wrong:
+        raise ValueError(
+            f"hgsr: gradient {wrong[0]} is sparse, or expanded: make it dense with p.grad = p.grad.to_dense()"
+        )
+    if isinstance(weights, Placed):
+        weights.kept[_written] = found.forms
+    return found
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -261,21 +279,27 @@ def _groups(weights: Sequence[Tensor], layout: Layout) -> int:
 def _checked(weights: Sequence[Tensor], criterion: str) -> None:
     if criterion not in CRITERIA:
         raise ValueError(f"there is no criterion '{criterion}': choose one of {', '.join(CRITERIA)}")
+    forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if forward and any(forward_ad.unpack_dual(w).tangent is not None for w in weights):
+        raise ValueError("hgsr: it has no forward-mode derivative: use backward")
+    if isinstance(weights, Placed) and _checked in weights.kept:
+        return
     for i, weight in enumerate(weights):
         if weight.dtype not in DTYPES or weight.layout != torch.strided:
             raise ValueError(
                 f"hgsr: weight {i} is of {weight.dtype}, {weight.layout}: expected a dense tensor of "
                 "float16, bfloat16, float32 or float64"
             )
-    forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    if forward and any(forward_ad.unpack_dual(w).tangent is not None for w in weights):
-        raise ValueError("hgsr: it has no forward-mode derivative: use backward")
     if len(devices := {weight.device for weight in weights}) > 1:
         raise ValueError(f"hgsr: weights on several devices ({', '.join(sorted(map(str, devices)))}): call it for each")
+    if isinstance(weights, Placed):
+        weights.kept[_checked] = True
 
 
 def _sharded(weights: Sequence[Tensor]) -> bool:
-    return any(type(one) not in PLAIN and getattr(one, "placements", None) is not None for one in weights)
+    return not isinstance(weights, Placed) and any(
+        type(one) not in PLAIN and getattr(one, "placements", None) is not None for one in weights
+    )
 
 
 def backend(weights: Sequence[Tensor]) -> Any:

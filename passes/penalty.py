@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from netsurgery.errors import InputError
-from netsurgery.kernels.criteria import Name, Placed, accumulator
-from netsurgery.kernels.sparsity import PLAIN, add_gradient, values
+from netsurgery.kernels.criteria import Name, accumulator
+from netsurgery.kernels.placed import PLAIN, Placed, widest
+from netsurgery.kernels.sparsity import add_gradient, values
 from netsurgery.passes.layers import ROLES, Grouping, LayerRole, check_choice, layers, outer_groups
 from netsurgery.passes.parameters import Parameters
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
@@ -111,7 +112,7 @@ class HGSR:
             )
         self._layout = self._groups.layout
         self._parameters = Parameters(model, [layer.name for layer in self._groups.layers])
-        self._marks: Any = None  # of the weights that were looked at last
+        self._placed: Placed[Tensor] | None = None  # the weights as they were looked at last, and what is kept for them
         self._factors = torch.zeros(2, dtype=torch.float64)
         self._set(strength, 0)
         self._weights()
@@ -140,7 +141,7 @@ class HGSR:
         weights = self._weights()
         # A copy, since a step of the schedule may come before backward. Where it is compiled nothing is kept: the
         # memory of a CUDA graph is overwritten by the next run.
-        factors = self._factors.to(weights[0].device, accumulator(*weights), copy=True)
+        factors = self._factors.to(weights[0].device, widest(weights), copy=True)
         return (values(weights, self._layout, self.criterion) * factors).sum()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -159,11 +160,14 @@ class HGSR:
         """
         weights = self._weights()
         self._check_parameters(weights)
-        for weight in weights:
-            if weight.requires_grad and weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
         outs = [weight.grad if weight.requires_grad else None for weight in weights]
-        found = add_gradient(weights, self._layout, self.criterion, self._factors * scale, outs)
+        if any(out is None for out in outs):
+            for weight in weights:
+                if weight.requires_grad and weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            outs = [weight.grad if weight.requires_grad else None for weight in weights]
+        factors = self._factors if scale == 1 else self._factors * scale
+        found = add_gradient(weights, self._layout, self.criterion, factors, outs)
         return (found * self._factors).sum()
 
     def step(self) -> None:
@@ -185,6 +189,9 @@ class HGSR:
         self._strength, self.steps, self.now = strength, steps, float(now)
         factors = [self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]
         self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # there what was compiled or captured reads it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_placed": None}  # what is kept for the weights is of no use to a copy
 
     def __str__(self) -> str:
         counts = dict.fromkeys(self.layers, 0)
@@ -208,12 +215,11 @@ class HGSR:
             if not torch.compiler.is_compiling():
                 self._move(weights[0].device, accumulator(*weights))
             return weights
-        placed = Placed(weights)
-        if placed.marks != self._marks or placed[0].device != self._factors.device:
-            self._check_shapes(placed)
-            self._move(placed[0].device, accumulator(*placed))
-            self._marks = placed.marks
-        return placed
+        if self._placed is None or not self._placed.still(weights):
+            self._check_shapes(weights)
+            self._move(weights[0].device, accumulator(*weights))
+            self._placed = Placed(weights)
+        return self._placed
 
     def _check_shapes(self, weights: Sequence[Tensor]) -> None:
         for layer, weight in zip(self._groups.layers, weights, strict=True):
@@ -235,17 +241,22 @@ class HGSR:
         """What is added to the gradient of a tensor that the optimizer does not hold would be lost."""
         if torch.is_inference_mode_enabled():
             raise InputError("HGSR.add_gradient: gradients made in inference mode are of no use: call it outside")
-        for layer, weight in zip(self._groups.layers, weights, strict=True):
-            if not weight.is_leaf:
-                raise InputError(
-                    f"HGSR.add_gradient: {layer.name} is computed from other parameters: add the penalty to the loss"
-                )
+        computed = [i for i, weight in enumerate(weights) if not weight.is_leaf]
+        if computed:
+            raise InputError(
+                f"HGSR.add_gradient: {self._groups.layers[computed[0]].name} is computed from other parameters: "
+                "add the penalty to the loss"
+            )
+        if isinstance(weights, Placed) and HGSR in weights.kept:
+            return  # they were looked at before
         for layer, weight, sharded in zip(self._groups.layers, weights, self._parameters.sharded(), strict=True):
             if sharded and getattr(weight, "placements", None) is None:
                 raise InputError(
                     f"HGSR.add_gradient: {layer.name} is not sharded now, but its module is: call it after backward, "
                     "when fully_shard has sharded the parameters again, or add the penalty to the loss"
                 )
+        if isinstance(weights, Placed):
+            weights.kept[HGSR] = True
 
 
 def _is_number(value: object) -> bool:

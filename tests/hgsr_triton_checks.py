@@ -18,6 +18,7 @@ from torch import Tensor
 from netsurgery.kernels import hgsr_triton
 from netsurgery.kernels.criteria import CRITERIA, Reading, canonical, reading
 from netsurgery.kernels.hgsr_reference import column_sums, power, reference
+from netsurgery.kernels.placed import Placed
 
 # Triton's interpreter did so itself up to 3.6.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -311,6 +312,7 @@ def test_what_moved_is_found() -> None:
 
 def test_tensors_that_moved_are_found_in_a_steady_loop() -> None:
     """The same lists of readings, call after call, while weights and gradients are replaced, one by one."""
+    placed = Placed(())
     weights, found, given = weights_and_readings(torch.float32, "feature")
     readings, counted = tuple(found), tuple(given)
     rule, groups = CRITERIA["hierarchical_sq_group_l12"], columns(weights, found)
@@ -322,14 +324,51 @@ def test_tensors_that_moved_are_found_in_a_steady_loop() -> None:
             outs[i] = torch.zeros_like(weights[i])
         for repeated in range(2):
             before = [out.clone() for out in outs]
-            values, slopes = hgsr_triton.value(weights, readings, None, groups, rule, counted)
-            hgsr_triton.gradient(weights, readings, None, slopes, rule, counted, scale, outs, accumulate=True)
+            placed = placed if placed.still(weights) else Placed(weights)
+            assert bool(placed.kept) == bool(repeated), "what was kept is not used"
+            values, slopes = hgsr_triton.value(placed, readings, None, groups, rule, counted)
+            hgsr_triton.gradient(placed, readings, None, slopes, rule, counted, scale, outs, accumulate=True)
             expected, exact = hgsr_triton.value([w.clone() for w in weights], found, None, groups, rule, given)
             assert torch.equal(values, expected) and torch.equal(slopes, exact), (i, repeated)
             fresh = [torch.zeros_like(w) for w in weights]
             hgsr_triton.gradient(weights, found, None, exact, rule, given, scale, fresh, accumulate=False)
             for out, old, each in zip(outs, before, fresh, strict=True):
                 torch.testing.assert_close(out, old + each, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_that_moved_alone_are_found() -> None:
+    """Also to where they are aligned otherwise, lie on each other, have other strides, or are not wanted."""
+    given, found, once = weights_and_readings(torch.float32, "feature")
+    weights, readings, counted = Placed(given), tuple(found), tuple(once)
+    rule, groups = CRITERIA["hierarchical_sq_group_l12"], columns(given, found)
+    scale = torch.tensor([1.0, 0.5], device=DEVICE)
+    _, slopes = hgsr_triton.value(weights, readings, None, groups, rule, counted)
+    expected = [torch.zeros_like(w) for w in given]
+    hgsr_triton.gradient(given, found, None, slopes, rule, once, scale, expected, accumulate=False)
+    skewed = torch.zeros(given[1].numel() + 1, device=DEVICE)[1:].view_as(given[1])
+    for change in (
+        {},
+        {1: torch.zeros_like(given[1])},
+        {1: skewed},
+        {0: None},
+        {1: torch.zeros(40, 9, device=DEVICE).t()},
+        {},
+    ):
+        outs: list[Tensor | None] = [change.get(i, torch.zeros_like(w)) for i, w in enumerate(given)]
+        for repeated in (1, 2):
+            hgsr_triton.gradient(weights, readings, None, slopes, rule, counted, scale, outs, accumulate=True)
+            for out, each in zip(outs, expected, strict=True):
+                assert out is None or torch.allclose(out, repeated * each, rtol=1e-6, atol=1e-6)
+    twice, both, counts = Placed([given[1], given[1]]), readings[1:2] * 2, counted[:2]
+    _, slopes = hgsr_triton.value(twice, both, None, 80, rule, counts)
+    for together in (False, True, False):
+        outs = [torch.zeros_like(w) for w in twice]
+        pair = [torch.zeros_like(w) for w in twice]
+        outs = [outs[0]] * 2 if together else outs
+        hgsr_triton.gradient(twice, both, None, slopes, rule, counts, scale, outs, accumulate=True)
+        hgsr_triton.gradient(list(twice), both, None, slopes, rule, counts, scale, pair, accumulate=True)
+        for out, each in zip(outs, [pair[0] + pair[1]] * 2 if together else pair, strict=True):
+            torch.testing.assert_close(out, each, rtol=1e-6, atol=1e-6)
 
 
 def test_a_single_element_is_not_squared() -> None:

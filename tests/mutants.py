@@ -33,6 +33,9 @@ TESTS = (
 
 #: Of the files that these alone look at.
 TESTS_OF = {
+    "kernels/hgsr_flat.py": ("test_hgsr_flat.py",),
+    "kernels/hgsr_triton.py": ("test_hgsr_triton.py",),
+    "kernels/placed.py": ("test_placed.py",),
     "netsurgery/cli.py": ("test_cli.py",),
     "netsurgery/optimizers.py": ("test_optimizers.py",),
     "netsurgery/outputs.py": ("test_cli.py",),
@@ -675,6 +678,48 @@ MUTANTS = (
         "kernels/hgsr_cpu.py",
         "index.where(index >= 0, groups)",
         "index.where(index >= 0, 0)",
+    ),
+    Mutant(
+        "small weights of no group are in the first",
+        "kernels/hgsr_flat.py",
+        "index.where(index >= 0, groups)",
+        "index.where(index >= 0, 0)",
+    ),
+    Mutant(
+        "the gradient of small weights replaces what was there",
+        "kernels/hgsr_flat.py",
+        "torch._foreach_add_ if accumulate else torch._foreach_copy_",
+        "torch._foreach_copy_",
+    ),
+    Mutant(
+        "kernels that were read for other weights are taken",
+        "kernels/hgsr_flat.py",
+        "self.slopes is slopes, None",
+        "self.slopes is not None, None",
+    ),
+    Mutant(
+        "small weights are not counted apart",
+        "kernels/hgsr_flat.py",
+        "None if bool(given.all()) else given.float()",
+        "None",
+    ),
+    Mutant(
+        "what has moved is taken for what was there",
+        "kernels/placed.py",
+        "now.places == self.places and now.forms == self.forms",
+        "now.forms == self.forms",
+    ),
+    Mutant(
+        "what has another form is taken for what was there",
+        "kernels/placed.py",
+        "now.places == self.places and now.forms == self.forms",
+        "now.places == self.places",
+    ),
+    Mutant(
+        "tables of graphs are kept for good",
+        "kernels/hgsr_triton.py",
+        "_CAPTURED.setdefault(lasting.untyped_storage(), {})[id(made)] = made",
+        "_CAPTURED_FOR_GOOD.append(made)",
     ),
     Mutant(
         "absolute values counted at each reading",

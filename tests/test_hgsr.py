@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from netsurgery.kernels import CRITERIA, hgsr, hgsr_cpu
+from netsurgery.kernels import CRITERIA, hgsr, hgsr_cpu, hgsr_flat
 from netsurgery.kernels.criteria import Name, Reading, reading
 from netsurgery.kernels.hgsr_reference import reference
 from netsurgery.kernels.sparsity import Layout, add_gradient, values
@@ -85,9 +86,10 @@ def test_vectors(criterion: Name, wanted: tuple[float, float]) -> None:
 @pytest.mark.parametrize("grouping", ["feature", "neuron"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_against_the_reference(criterion: Name, grouping: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hgsr_cpu, "PIECE", 500)  # every weight in several pieces
+    monkeypatch.setattr(hgsr_cpu, "PIECE", 500)  # every weight that is not small in several pieces
     readings = [reading(shape, grouping, n, turned) for shape, n, turned in LAYERS]
-    for dtype, tolerance in DTYPES.items():
+    for (dtype, tolerance), room in product(DTYPES.items(), (0, 4000, 1 << 19)):  # none, some, or all are small
+        monkeypatch.setattr(hgsr_flat, "ROOM", room)
         weights = some_weights(dtype, how)
         value = hgsr(weights, criterion, grouping, groups=GROUPS, transposed=TRANSPOSED)  # type: ignore[arg-type]
         grads = torch.autograd.grad(value, weights)

@@ -33,11 +33,56 @@ def test_exact_zeros_are_counted_and_the_rest_compared(
     monkeypatch.setattr(benchmark, "weights_of", lambda name, device, dtype: weights())
     monkeypatch.setattr(benchmark, "bandwidth", lambda device: 1e9)
     monkeypatch.setattr(benchmark, "extra_memory", lambda way, device: 0.0)  # the profiler warns without a GPU
-    benchmark.compare("two", criterion, "cpu", torch.float32, 2, ["torch.compile"])
+    benchmark.compare("two", criterion, "cpu", torch.float32, 2, ["torch.compile"], benchmark.Clock(60, 1))
     out = capsys.readouterr().out
     said = f"\nas written down: {lost} of 366 gradients are not finite, at exact zeros\n"
     assert (said in out) == (lost > 0) and out.count("not finite") == (lost > 0)
     assert "| ours, add_gradient |" in out and "torch.compile" not in out
+
+
+class Ticks:
+    """A clock of its own, in place of the machine's."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_a_run_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow ways get fewer rounds, at least two; and what one table has not used, those after it have."""
+    ticks = Ticks()
+    monkeypatch.setattr(benchmark, "time", ticks)
+
+    def slow(seconds: float) -> Callable[[], list[Tensor]]:
+        def way() -> list[Tensor]:
+            ticks.now += seconds
+            return []
+
+        return way
+
+    clock = benchmark.Clock(100, 4)
+    found = []
+    for seconds in (1.0, 0.1, 1.0, 1000.0):
+        clock.begin()
+        found.append(len(benchmark.measured({"ours": slow(seconds)}, "cpu", 40, clock)["ours"]))
+    assert found == [24, 40, 33, 2]
+    assert ticks.now == pytest.approx(26 + 4.2 + 35 + 4000)
+
+
+def test_what_takes_too_long_to_compile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = Ticks()
+    monkeypatch.setattr(benchmark, "time", ticks)
+    clock = benchmark.Clock(100, 3)
+    clock.begin()
+    assert clock.allows_compiling()
+    ticks.now, clock.compiling = 40, 35
+    clock.begin()
+    assert not clock.allows_compiling()
+    ticks.now = 41
+    clock.begin()
+    assert clock.allows_compiling()
 
 
 def test_agreement() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from netsurgery.kernels import hgsr_triton
-from netsurgery.kernels.criteria import CRITERIA
+from netsurgery.kernels.criteria import CRITERIA, reading
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +37,77 @@ def run_checks(**environment: str) -> None:
 
 def test_in_the_interpreter() -> None:
     run_checks(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+class Nothing:
+    """A kernel that is launched and does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def captured(weights: list[torch.Tensor], outs: list[torch.Tensor | None], indexed: bool) -> None:
+    """The launches of a step, as they are captured."""
+    readings = tuple(reading(tuple(weight.shape), "feature") for weight in weights)
+    groups = sum(weight.shape[1] for weight in weights)
+    index = torch.arange(groups) if indexed else None
+    rule, counted, scale = CRITERIA["group_l12"], (True,) * len(weights), torch.ones(2)
+    _, slopes = hgsr_triton.value(weights, readings, index, groups, rule, counted)
+    hgsr_triton.gradient(weights, readings, index, slopes, rule, counted, scale, outs, accumulate=True)
+
+
+def kept() -> list[Any]:
+    gc.collect()
+    return [one for each in hgsr_triton._CAPTURED.values() for one in each.values()] + hgsr_triton._CAPTURED_FOR_GOOD
+
+
+@pytest.fixture
+def _captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose stream is being captured, on the CPU; nothing is launched."""
+    monkeypatch.setattr(hgsr_triton, "_capturing", lambda device: True)
+    for name in ("_value_kernel", "_gradient_kernel"):
+        monkeypatch.setattr(hgsr_triton, name, Nothing())
+
+
+@pytest.mark.usefixtures("_captures")
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["parameters", "frozen", "leaves", "views of parameters", "computed beside parameters"]
+)
+def test_what_graphs_use_is_kept_as_long_as_the_weights(kind: str, indexed: bool) -> None:
+    """The tables of many models that were captured and are gone are gone, too; those of one that is there are not."""
+    before = len(kept())
+    for _ in range(5):
+        held = [torch.nn.Parameter(torch.randn(shape), requires_grad=kind != "frozen") for shape in ((4, 3), (5, 6))]
+        weights: list[torch.Tensor] = list(held)
+        if kind == "leaves":
+            weights = [torch.randn(4, 3, requires_grad=True), torch.randn(5, 6, requires_grad=True)]
+        elif kind == "views of parameters":  # they go first; what they are views of stays
+            weights = [held[0], held[1].detach()[1:]]
+        elif kind == "computed beside parameters":
+            weights = [held[0] * 2, held[1]]
+        captured(weights, [torch.zeros_like(weight) for weight in weights], indexed)
+        tables = len(kept()) - before
+        assert tables >= 4, "plans and tables of value and gradient"
+        captured(weights, [None, torch.zeros_like(weights[1])], indexed)
+        if kind == "views of parameters":
+            del weights
+            assert len(kept()) > before + tables, "what a graph still reads is gone"
+        weights = held = []
+    assert len(kept()) == before
+
+
+@pytest.mark.usefixtures("_captures")
+def test_what_was_made_before_a_capture_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[torch.Tensor] = [torch.nn.Parameter(torch.randn(4, 3))]
+    outs: list[torch.Tensor | None] = [torch.zeros(4, 3)]
+    with monkeypatch.context() as eager:
+        eager.setattr(hgsr_triton, "_capturing", lambda device: False)
+        captured(weights, outs, indexed=False)
+    before = len(kept())
+    for _ in range(4):
+        captured(weights, outs, indexed=False)
+    assert len(kept()) == before + 4  # a plan and a table each for the value and the gradient
 
 
 def kinds(writes: bool) -> list[hgsr_triton.Tile]:
@@ -99,6 +171,28 @@ def check_builds(
 def test_compiles_ahead_of_time(capability: int) -> None:
     old = capability == 80
     check_builds(capability, torch.float32 if old else torch.bfloat16, 2, 0.5, 0.5, indexed=not old, only=old)
+
+
+def words(ptx: str, operation: str) -> list[str]:
+    """The width of each access to memory that is wider or narrower than an address or a number of float32."""
+    found = re.findall(rf"\b{operation}\.global((?:\.[a-z0-9_]+(?:::[a-z0-9_]+)*)*)", ptx)
+    return [kind for kind in found if kind not in (".b32", ".b64", ".cg.b32")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_are_read_and_written_in_words_of_16_bytes(dtype: torch.dtype) -> None:
+    """All of a tile's elements, in types of two bytes as in float32; 128 threads take a tile."""
+    kind = hgsr_triton.Tile(False, True, *hgsr_triton.SIZES.unit, 1)
+    each = kind.slow * kind.fast * dtype.itemsize // (128 * 16)
+    common = {"NORM": 1, "POWER": 0.5, "INDEXED": False, "KINDS": (kind.packed,)}
+    value = compiled(hgsr_triton._value_kernel, 90, dtype, **common, OUTER=2, WIDE=1024, MEMBERS=4).asm["ptx"]
+    assert words(value, "ld") == [".v4.b32"] * each
+    gradient = compiled(
+        hgsr_triton._gradient_kernel, 90, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True
+    ).asm["ptx"]
+    # The weight, what is there, and, in a window of several elements, both of another and the weight once more.
+    assert words(gradient, "ld") == [".v4.b32"] * 5 * each
+    assert words(gradient, "st") == [".v4.b32"] * 2 * each
 
 
 RULES = sorted({(rule.norm, rule.inner / rule.norm, rule.outer) for rule in CRITERIA.values()})

@@ -1,0 +1,53 @@
+"""Tensors that a loop meets again and again: what is worked out for them is kept until one of them moves."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from operator import is_
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from netsurgery.kernels.criteria import accumulator
+
+__all__ = ["PLAIN", "Placed", "widest"]
+
+PLAIN = {Tensor, torch.nn.Parameter}
+_T = TypeVar("_T", bound=Tensor | None)
+
+
+class Placed(list[_T]):
+    """Plain dense tensors, or None, and where they are.
+
+    Attributes:
+        places: addresses.
+        forms: strides, shapes and types; while these and the places are equal, all is read as before.
+        kept: what was worked out for these tensors in these places, under names of whoever did so.
+    """
+
+    def __init__(self, tensors: Iterable[_T]):
+        super().__init__(tensors)
+        held = [one for one in self if one is not None]
+        self.places = list(map(Tensor.data_ptr, held))
+        self.forms = (
+            list(map(Tensor.stride, held)),
+            list(map(Tensor.size, held)),
+            [one.dtype for one in held],
+            None if len(held) == len(self) else [one is None for one in self],
+        )
+        self.kept: dict[Hashable, Any] = {}
+
+    def still(self, tensors: Sequence[_T]) -> bool:
+        """Whether the tensors are the same objects, where they were and as they were."""
+        if len(tensors) != len(self) or not all(map(is_, self, tensors)):
+            return False
+        now = Placed(tensors)
+        return now.places == self.places and now.forms == self.forms
+
+
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """``accumulator`` of tensors that may be placed, without a look at each."""
+    if isinstance(tensors, Placed):
+        return torch.float64 if torch.float64 in tensors.forms[2] else torch.float32
+    return accumulator(*tensors)
