@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch._dynamo  # torch 2.8 cannot import it while a model is recorded
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
