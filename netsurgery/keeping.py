@@ -12,7 +12,7 @@ from netsurgery.computed_weights import places, scaled
 from netsurgery.errors import RewriteError
 from netsurgery.network import Network
 from netsurgery.values import spread
-from netsurgery.verification import entries, replay, silenced
+from netsurgery.verification import entries, silenced
 from netsurgery.weights import nowhere, part
 
 __all__ = ["rescaled"]
@@ -35,9 +35,11 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
         weights = [node for node in weights if not tensors[node.meta["scaled_by"]].is_meta]  # without data, nothing is
         if not weights:
             continue
-        small = part(program, weights)
-        full = replay(small, tensors, nowhere(tensors))
-        cut = silenced(network, small, tensors, nowhere(tensors), units)
+        # Other units, such as ranks, are gone in both: of these the weight is to be without.
+        full, cut = (
+            silenced(network, part(program, weights, whole), tensors, nowhere(tensors), units)
+            for whole in (True, False)
+        )
         for node, wanted, left in zip(weights, full, cut, strict=True):
             name = node.meta["scaled_by"]
             if node.meta["limited"]:  # what is within its limit is not changed by it
@@ -61,7 +63,7 @@ def _kept(node: fx.Node, wanted: Tensor, left: Tensor, units: Mapping[Axis, Tens
             f"of a weight that is computed from '{node.meta['scaled_by']}' nothing but zeros would stay in some rows, "
             "which then have no norm to be divided by: keep other units"
         )
-    return wanted.double() * stays, left.double()
+    return torch.where(stays, wanted, 0).double(), left.double()
 
 
 def _positions(axis: Axis, units: Mapping[Axis, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from math import prod
 from typing import Literal
 
 import torch
@@ -68,7 +69,7 @@ def _ranks_beside(node: fx.Node) -> Iterator[Axis]:
             continue
         (given, rank), (_, out) = (_ends(layer) for layer in (down, up))
         beside = any(read[other] is _source(down) for other in layers if other is not up)
-        if beside and rank.size < min(given.size, out.size):
+        if beside and rank.size < min(given.size * _window(down), out.size):
             yield rank
 
 
@@ -103,6 +104,12 @@ def _has_bias(node: fx.Node) -> bool:
 
 def _source(layer: fx.Node) -> fx.Node:
     return _core(Op(layer, None)[LAYER_INPUT[packet_of(layer)]])
+
+
+def _window(layer: fx.Node) -> int:
+    """How many positions of its input an output of a layer is computed from."""
+    convolution = packet_of(layer) is aten.convolution
+    return prod(Op(layer, None)["weight"].meta["shape"][2:]) if convolution else 1
 
 
 def _ends(layer: fx.Node) -> tuple[Axis, Axis]:

@@ -122,26 +122,26 @@ def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[We
             axes = tuple(resolve(axis, {}) for axis in node.meta["dims"])
             found.setdefault(what(node), Weight(names, axes, value, _roles(node, met[node]), node))
         known.update(*(_names(network, peeled(weight)) for weight, _ in meetings(program)))
-    adapted = _adapted(network, tensors)
-    own = {weight.node for weight in adapted}
+    adapted, vectors = _adapted(network, tensors)
+    own = {weight.node for weight in adapted} | vectors
     return [*(weight for weight in found.values() if weight.node not in own), *adapted]
 
 
-def _adapted(network: Network, tensors: Mapping[str, Tensor]) -> list[Weight]:
-    """The weights of layers together with the low-rank updates that are added to their outputs."""
+def _adapted(network: Network, tensors: Mapping[str, Tensor]) -> tuple[list[Weight], set[fx.Node]]:
+    """The weights of layers with the low-rank updates that are added to their outputs, and what multiplies these."""
     program = network.programs[0]
     layers = adapted_layers(program)
-    nodes = [node for one in layers for node in (one.weight, *(n for u in one.updates for n in (u.down, u.up)))]
+    nodes = [node for one in layers for node in (one.weight, *one.parts, *one.vectors)]
     values = dict(zip(nodes, evaluated(program, nodes, tensors), strict=True))
-    found = []
+    found, vectors = [], set[fx.Node]()
     for one in layers:
-        parts = tuple(node for update in one.updates for node in (update.down, update.up))
-        names = [name for node in (one.weight, *parts) for name in _names(network, node)]
+        sources = (one.weight, *one.parts, *one.vectors)
+        names = tuple(dict.fromkeys(name for node in sources for name in _names(network, node)))
         axes = tuple(resolve(axis, {}) for axis in one.weight.meta["dims"])
         roles = _roles(one.weight, [(one.weight, one.layer)])
-        weight = Weight(tuple(dict.fromkeys(names)), axes, one.value(values), roles, peeled(one.weight), parts)
-        found.append(weight)
-    return found
+        found.append(Weight(names, axes, one.value(values), roles, peeled(one.weight), one.parts))
+        vectors.update(map(peeled, one.vectors))
+    return found, vectors
 
 
 def _names(network: Network, node: fx.Node) -> tuple[str, ...]:
@@ -168,8 +168,12 @@ def _roles(node: fx.Node, met: list[tuple[fx.Node, fx.Node]]) -> dict[tuple[int,
 # Their values --------------------------------------------------------------------------------------------------------
 
 
-def part(program: Program, wanted: list[fx.Node]) -> Program:
-    """The part of a program that computes some nodes."""
+def part(program: Program, wanted: list[fx.Node], whole: bool = False) -> Program:
+    """The part of a program that computes some nodes.
+
+    Args:
+        whole: whether computations still see all units that the weights they make must keep their entries for.
+    """
     needed: dict[fx.Node, None] = {}
     for node in wanted:
         needed.update(ancestors(node))
@@ -178,7 +182,8 @@ def part(program: Program, wanted: list[fx.Node]) -> Program:
     for node in program.graph.nodes:
         if node in needed:
             copies[node] = _copied(graph, node, copies, constants)
-            copies[node].meta.pop("whole", None)  # here, statistics are taken over what stays
+            if not whole:
+                copies[node].meta.pop("whole", None)  # here, statistics are taken over what stays
     graph.output(tuple(copies[node] for node in wanted))
     return Program(graph, program.mode, constants, values=program.values)
 

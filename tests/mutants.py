@@ -44,7 +44,7 @@ TESTS_OF = {
     "netsurgery/training/schedules.py": ("test_training_recipe.py",),
     "netsurgery/report.py": ("test_share.py",),
     "netsurgery/weight_sources.py": ("test_weight_sources.py",),
-    "netsurgery/adapters.py": ("test_computed_weights.py",),
+    "netsurgery/adapters.py": ("test_adapters.py", "test_computed_weights.py"),
     "netsurgery/computed_weights.py": ("test_computed_weights.py",),
     "netsurgery/keeping.py": ("test_computed_weights.py",),
     "netsurgery/repeats.py": ("test_repeats.py",),
@@ -543,7 +543,7 @@ MUTANTS = (
     Mutant(
         "any bottleneck beside a layer is a rank",
         "netsurgery/units.py",
-        "if beside and rank.size < min(given.size, out.size):",
+        "if beside and rank.size < min(given.size * _window(down), out.size):",
         "if beside:",
         ("test_factors.py",),
     ),
@@ -974,8 +974,8 @@ MUTANTS = (
     Mutant(
         "the scale of a low-rank update is forgotten",
         "netsurgery/adapters.py",
-        "whole = whole + update.scale * product",
-        "whole = whole + product",
+        "        return factor.number * weight\n",
+        "        return weight\n",
     ),
     Mutant(
         "what is assigned to .data is not followed",
@@ -1034,6 +1034,52 @@ MUTANTS = (
         "                if id(value) not in copies:\n",
         "                if True:\n",
         ("test_repeats.py",),
+    ),
+    Mutant(
+        "an update before heads is none",
+        "netsurgery/adapters.py",
+        '    return one.op == other.op != "" and',
+        "    return False and",
+    ),
+    Mutant(
+        "the magnitude of an update is left out",
+        "netsurgery/adapters.py",
+        "            weight = weight * values[node].reshape(shape)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "a rank that goes counts for the length of what stays",
+        "netsurgery/keeping.py",
+        "            for whole in (True, False)\n",
+        "            for whole in (False, False)\n",
+        ("test_adapters.py",),
+    ),
+    Mutant(
+        "keyword inputs are not saved",
+        "netsurgery/saved_inputs.py",
+        "return describe(dict(keyword) if keyword else tuple(positional))",
+        "return describe(tuple(positional))",
+        ("test_files.py",),
+    ),
+    Mutant(
+        "the values of masks are not saved",
+        "netsurgery/saved_inputs.py",
+        '            return {"shape": list(value.shape), "dtype": kind, **_values(value)}\n',
+        '            return {"shape": list(value.shape), "dtype": kind}\n',
+        ("test_files.py",),
+    ),
+    Mutant(
+        "a full-size model is saved as a small one",
+        "netsurgery/persistence.py",
+        "    _check_sizes(small, edit)\n",
+        "",
+        ("test_files.py",),
+    ),
+    Mutant(
+        "what was asked is not said",
+        "netsurgery/cli.py",
+        "    console.print(Text(edit.summary()), soft_wrap=True)\n",
+        "",
     ),
 )
 
