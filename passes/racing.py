@@ -7,6 +7,7 @@ whose side of the border is still open go on.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,11 @@ def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dic
     runner = _Race(trials, ledger, share, confidence)
     trials.begin(None)
     active, count = trials.everything(), trials.samples.count
+    more = max(64, count // 10)
+    if trials.dear:  # all goes through in batches of one size, which is traced once
+        trials.block, more = runner.head, runner.head * math.ceil(more / runner.head)
+    seen = min(count, runner.head + more)
     trials.extend(ledger, active, runner.head, runner.terms, 5)
-    seen = min(count, runner.head + max(64, count // 10))
     while active:
         trials.extend(ledger, active, seen, runner.terms, 5)
         if seen == count:

@@ -31,7 +31,7 @@ from netsurgery.computed_weights import ancestors, worked_across, writers
 from netsurgery.network import Network
 from netsurgery.randomness import torch_seeded
 from netsurgery.tracing import Inputs, home, tensors_in
-from netsurgery.values import answer, laid_out, spread
+from netsurgery.values import answer, laid_out
 from netsurgery.verification import STATISTICS, draws, entries, is_view
 
 __all__ = ["Removal", "Suffixes", "Unsuited"]
@@ -99,6 +99,8 @@ class Suffixes:
         autocast: the type in which convolutions and matrix products are computed.
         decisions: whether what the code decided by values in the recorded run may be taken as it was; else a network
             whose code looks at numbers that depend on its weights is unsuited.
+        whole_products: compute products anew, without the units, rather than what each removal takes from them: more
+            arithmetic, in fewer calls, where several removals go through together.
         seed: of random numbers: an operation draws the same in every run.
 
     Raises:
@@ -109,6 +111,7 @@ class Suffixes:
     tensors: Mapping[str, Tensor]
     autocast: torch.dtype | None = None
     decisions: bool = False
+    whole_products: bool = False
     seed: int = 0
     steps: list[Step] = field(init=False)
     constants: dict[fx.Node, Tensor] = field(init=False)
@@ -277,6 +280,43 @@ class Suffixes:
 
         return fx.node.map_arg(args, look)
 
+    def repeated(
+        self, small: Suffixes, whole: Mapping[fx.Node, Any], reads: Iterable[fx.Node]
+    ) -> dict[fx.Node, Any] | None:
+        """Results of this network on samples that come several times over, from those on the samples once.
+
+        Args:
+            small: the same network, traced on the samples once.
+            whole: what its ``whole`` returned.
+
+        Returns:
+            What ``whole`` would return, or None where it cannot be told from that.
+        """
+        twins = self.twins(small)
+        if twins is None:
+            return None
+        found = {}
+        for node in dict.fromkeys([*reads, *(node for node in self.constants if twins[node] in whole)]):
+            value, dims = whole[twins[node]], self.dims[node]
+            if not isinstance(value, Tensor):
+                return None
+            row, shape = self.row(dims), tuple(axis.size for axis in dims)
+            if tuple(value.shape) != shape:
+                if row is None or shape[row] % value.shape[row]:
+                    return None
+                value = torch.cat([value] * (shape[row] // value.shape[row]), row)
+            if tuple(value.shape) != shape:
+                return None
+            found[node] = value
+        return found
+
+    def twins(self, other: Suffixes) -> dict[fx.Node, fx.Node] | None:
+        """The nodes of the same network traced on other samples; None where it is another."""
+        nodes, others = ([*one.program.graph.nodes] for one in (self, other))
+        if [(n.op, n.target) for n in nodes] != [(n.op, n.target) for n in others]:
+            return None
+        return dict(zip(nodes, others, strict=True))
+
     def without(
         self, removals: Sequence[Removal], whole: Mapping[fx.Node, Any], before: Removal = NOTHING
     ) -> list[Tensor]:
@@ -294,7 +334,7 @@ class Suffixes:
         last = set(self.outputs)
         with torch.no_grad():
             for run, done in zip(suffix.runs, suffix.last, strict=True):
-                if run.state == "shifted":
+                if run.state == "shifted" and not (self.whole_products and len(gone.units) > 1):
                     values[run.step.node] = self._shifted(run, whole, gone)
                 else:
                     values[run.step.node] = self._changed(run, values, whole, gone)
@@ -368,7 +408,8 @@ class Gone:
 
     suffixes: Suffixes
     units: list[dict[Axis, tuple[int, ...]]]
-    memo: dict[tuple[Axis, int], Tensor] = field(default_factory=dict)
+    memo: dict[Axis, Tensor] = field(default_factory=dict)
+    places: dict[tuple[Axis, torch.device], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if all(units == self.units[0] for units in self.units):
@@ -399,28 +440,47 @@ class Gone:
         left.going = left if self.going is self else self.going.seen_by(node)
         return left
 
+    def stays(self, axis: Axis) -> Tensor:
+        """Which positions along an axis stay in each block: ``(blocks, size)``, ``(1, size)`` if in all the same."""
+        axis = find(axis)
+        if axis not in self.memo:
+            parts = [self.stays(term) for term in axis.terms]
+            if axis.op == "concat":
+                most = max(map(len, parts))
+                self.memo[axis] = torch.cat([part.expand(most, -1) for part in parts], 1)
+            elif axis.op:
+                self.memo[axis] = functools.reduce(lambda a, b: (a[:, :, None] & b[:, None]).flatten(1), parts)
+            else:
+                self.memo[axis] = self._stays(axis)
+        return self.memo[axis]
+
+    def _stays(self, channel: Axis) -> Tensor:
+        if channel not in self.channels:
+            return torch.ones(1, channel.size, dtype=torch.bool)
+        left = torch.ones(len(self.units), channel.size, dtype=torch.bool)
+        sizes = torch.tensor([len(units[channel]) for units in self.units])
+        blocks = torch.arange(len(sizes)).repeat_interleave(sizes)
+        left[blocks, torch.tensor([u for units in self.units for u in units[channel]], dtype=torch.int64)] = False
+        return left
+
     def stay(self, axis: Axis, index: int) -> Tensor:
-        """Which positions along an axis stay."""
-        units = self.units[index]
-
-        def kept(leaf: Axis) -> Tensor:
-            left = torch.ones(leaf.size, dtype=torch.bool)
-            left[list(units.get(leaf, ()))] = False
-            return left.nonzero().flatten()
-
-        stays = torch.zeros(axis.size, dtype=torch.bool)
-        stays[spread(axis, kept)] = True
-        return stays
+        """Which positions along an axis stay in one block."""
+        stays = self.stays(axis)
+        return stays[index if len(stays) > 1 else 0]
 
     def positions(self, axis: Axis, index: int) -> Tensor:
-        """The positions along an axis that go."""
-        axis = find(axis)
-        if axis in self.units[index]:
-            return torch.tensor(self.units[index][axis])
-        key = axis, index
-        if key not in self.memo:
-            self.memo[key] = (~self.stay(axis, index)).nonzero().flatten()
-        return self.memo[key]
+        """The positions along an axis that go in one block."""
+        blocks, positions = self.pairs(axis, torch.device("cpu"))
+        return positions if len(self.units) == 1 else positions[blocks == index]
+
+    def pairs(self, axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Blocks, and the positions along an axis that go in them."""
+        key = find(axis), device
+        if key not in self.places:
+            stays = self.stays(axis).expand(len(self.units), -1)
+            self.places[key] = (~stays).nonzero().T.contiguous().to(device)
+        blocks, positions = self.places[key]
+        return blocks, positions
 
     def block(self, tensor: Tensor, row: int | None, index: int) -> Tensor:
         """The part of a batch that lacks the units of one removal."""
@@ -432,19 +492,32 @@ class Gone:
 
     def zeroed(self, tensor: Tensor, dims: tuple[Axis, ...]) -> Tensor:
         """A tensor whose entries at the units are set to zero in place."""
-        places = [dim for dim, axis in enumerate(dims) if self.suffixes.touches(axis, self.channels)]
         row = self.suffixes.row(dims)
-        for index in range(len(self.units)):
-            for dim in places:
-                positions, part = self.positions(dims[dim], index), self.block(tensor, row, index)
-                if dim == row and len(self.units) > 1:  # rows and units in one dimension
-                    start = index * part.shape[dim]
-                    positions = positions[(positions >= start) & (positions < start + part.shape[dim])] - start
-                if len(positions) == 1:
-                    part.select(dim, int(positions[0])).zero_()
+        for dim, axis in enumerate(dims):
+            if self.suffixes.touches(axis, self.channels):
+                if len(self.units) == 1:
+                    _fill(tensor, dim, self.positions(axis, 0))
+                elif dim == row:
+                    tensor.index_fill_(dim, self.in_blocks(axis).to(tensor.device), 0)
                 else:
-                    part.index_fill_(dim, positions.to(tensor.device), 0)
+                    self.zero_apart(tensor, row, dim, axis)
         return tensor
+
+    def zero_apart(self, tensor: Tensor, row: int | None, dim: int, axis: Axis) -> None:
+        """Set the entries along a dimension to zero that each block of the batch lacks."""
+        assert row is not None
+        places: list[Tensor | None] = [None] * (tensor.dim() + 1)
+        places[row], places[dim + (dim > row)] = self.pairs(axis, tensor.device)
+        blocks = tensor.unflatten(row, (len(self.units), -1))
+        aten.index_put_(blocks, places, tensor.new_zeros(()))
+
+    def in_blocks(self, axis: Axis) -> Tensor:
+        """Positions along an axis that holds the batch, too: of each block those that go in it."""
+        size, found = axis.size // len(self.units), []
+        for index in range(len(self.units)):
+            positions = self.positions(axis, index)
+            found.append(positions[positions // size == index])
+        return torch.cat(found)
 
     def statistics(self, step: Step, special: Callable[..., Any], args: Sequence[Any]) -> Any:
         """The result of an operation that takes statistics, over what stays."""
@@ -468,6 +541,14 @@ class Gone:
             if result is not None and own is not None and self.suffixes.touches(own, self.channels):
                 self.zeroed(result, own)
         return out
+
+
+def _fill(tensor: Tensor, dim: int, positions: Tensor) -> None:
+    """Set the entries at some positions to zero."""
+    if len(positions) == 1:
+        tensor.select(dim, int(positions[0])).zero_()
+    else:
+        tensor.index_fill_(dim, positions.to(tensor.device), 0)
 
 
 def _joined(rows: Sequence[Sequence[Tensor | None]], dim: int) -> list[Tensor | None]:

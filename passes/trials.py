@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
 from netsurgery.passes.samples import Samples, in_eval_mode
 from netsurgery.passes.series import Series
-from netsurgery.passes.suffixes import Suffixes, Unsuited
+from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
 from netsurgery.randomness import seeded
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import Inputs, home, tensors_in
@@ -50,6 +50,18 @@ def _sums(name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
     return rises.sum(1)[None]
 
 
+def calls_are_dear(device: torch.device) -> bool:
+    """Whether a call of an operation costs more than its arithmetic, as on a GPU."""
+    return device.type == "cuda"
+
+
+def _fitting(device: torch.device) -> int:
+    """Bytes that the largest result of a run may have: what suits the caches of a CPU, a part of a GPU's memory."""
+    if device.type != "cuda":
+        return 4 << 20
+    return max(256 << 20, torch.cuda.get_device_properties(device).total_memory // 32)
+
+
 class Trials:
     """Runs a network without some of its units on a set of samples."""
 
@@ -65,6 +77,9 @@ class Trials:
         self.engines: dict[Key, Suffixes | None] = {}
         self.traced: dict[Key, Network] = {}
         self.steady: dict[Key, bool] = {}
+        self.dear = calls_are_dear(self.device)
+        self.block: int | None = None  # at most so many samples go through, several times over
+        self.by_sample: bool | None = None  # whether the loss of a sample is the same whatever goes through beside it
         self.unsuited = ""  # why the network cannot be run in parts
         self.advance: Callable[[int], None] = lambda n: None
         self.begin: Callable[[int | None], None] = lambda n: None
@@ -116,12 +131,14 @@ class Trials:
         """
         for name in wanted:
             ledger.open(name, sums, self.series[name].size)
-        known = {int(n) for name, units in wanted.items() for n in ledger.entries[name][1][units]}
+        known = {n for name, units in wanted.items() for n in ledger.entries[name][1][units].tolist()}
         edges = sorted({n for n in known if n < count} | {count})
         for low, high in itertools.pairwise(edges):
-            for start in range(low, high, self.chunk()):
-                stop = min(start + self.chunk(), high)
-                due = {n: [u for u in units if ledger.entries[n][1][u] == start] for n, units in wanted.items()}
+            step = min(self.chunk(), self.block or self.chunk())
+            for start in range(low, high, step):
+                stop = min(start + step, high)
+                seen = {name: ledger.entries[name][1].tolist() for name in wanted}
+                due = {name: [u for u in units if seen[name][u] == start] for name, units in wanted.items()}
                 for name, units, rises in self.rises({n: units for n, units in due.items() if units}, start, stop):
                     ledger.add(name, units, terms(name, units, rises, start), stop - start)
                     ledger.save_now_and_then()
@@ -135,8 +152,8 @@ class Trials:
         given = next(n.meta["shape"] for n in program.graph.nodes if n.op == "placeholder")
         shapes = [n.meta["shape"] for n in program.operations if isinstance(n.meta["shape"], torch.Size)]
         largest = max((math.prod(shape) for shape in shapes), default=1) / max(1, given[0] if given else 1)
-        fits = (256 << 20 if self.device.type == "cuda" else 4 << 20) / (4 * largest)
-        return 1 << max(4, min(12, round(math.log2(fits))))
+        most = 15 if self.dear else 12
+        return 1 << max(4, min(most, math.floor(math.log2(_fitting(self.device) / (4 * largest)) + 0.5)))
 
     def rises(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
         """The rise of the loss ``(removals, rows)`` for some removals of a series at a time."""
@@ -195,7 +212,8 @@ class Trials:
         if key not in self.engines:
             tensors = dict(named_tensors(self.model))
             try:
-                made = Suffixes(self.trace(rows, copies, start), tensors, self.settings.autocast, self.decisions)
+                network, dtype = self.trace(rows, copies, start), self.settings.autocast
+                made = Suffixes(network, tensors, dtype, self.decisions, whole_products=self.dear)
             except Unsuited as reason:
                 self.unsuited, made = str(reason), None
                 _log.info("each unit is cut out in turn, which is slow: %s", reason)
@@ -217,7 +235,18 @@ class Trials:
                 if (row := engine.row(engine.dims[node])) is not None and whole[node].is_floating_point()
             ]
             self.steady[key] = all(_alike(part) for part in parts)
+            if self.steady[key]:
+                once = self.engine(rows, 1, start)
+                self.steady[key] = once is not None and self.same_as_once(engine, once, whole, start, rows)
         return self.steady[key]
+
+    def same_as_once(
+        self, engine: Suffixes, once: Suffixes, whole: Mapping[fx.Node, Any], start: int, rows: int
+    ) -> bool:
+        """Whether samples that go through several times give what they give alone."""
+        alone = once.whole(self.batch(start, start + rows, 1)[0], [])
+        spread = engine.repeated(once, alone, engine.outputs)
+        return spread is not None and all(_alike(torch.stack([value, whole[n]])) for n, value in spread.items())
 
     def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, Any]:
         """Some samples, several times over; the targets once."""
@@ -229,13 +258,11 @@ class Trials:
         self, engine: Suffixes, copies: int, due: Active, start: int, stop: int
     ) -> Iterator[tuple[str, list[int], Tensor]]:
         """Run what comes after each removal; results that do not fit into the memory are computed again."""
-        inputs, targets = self.batch(start, stop, copies)
+        targets = self.batch(start, stop, 1)[1]
         for names in self.portions(engine, due):
-            reads: dict[fx.Node, None] = {}
-            for name in names:
-                reads.update(dict.fromkeys(self.series[name].suffix(engine).reads))
             before = self.series[names[0]].before
-            whole = engine.whole(inputs, reads, before)
+            reads = {node: None for name in names for node in self.series[name].suffix(engine).reads}
+            whole = self.whole(engine, copies, start, stop, reads, before)
             base = self.base(engine, copies, start, stop, {} if before else whole)
             for name in names:
                 for first in range(0, len(due[name]), copies):
@@ -245,6 +272,18 @@ class Trials:
                     outputs = engine.without(removals, whole, before)
                     found = self.losses(outputs, targets, engine, len(units), copies)
                     yield name, units, (found - base).cpu()
+
+    def whole(
+        self, engine: Suffixes, copies: int, start: int, stop: int, reads: Collection[fx.Node], before: Removal
+    ) -> dict[fx.Node, Any]:
+        """Results of the network without some units; of samples that come several times from a run on them once."""
+        once = self.engine(stop - start, 1, start) if copies > 1 else None
+        twins = None if once is None else engine.twins(once)
+        if once is not None and twins is not None:
+            small = once.whole(self.batch(start, stop, 1)[0], [twins[node] for node in reads], before)
+            if (found := engine.repeated(once, small, [*reads, *engine.outputs])) is not None:
+                return found
+        return engine.whole(self.batch(start, stop, copies)[0], reads, before)
 
     def base(self, engine: Suffixes, copies: int, start: int, stop: int, whole: Mapping[fx.Node, Any]) -> Tensor:
         """Losses ``(rows,)`` of the network as it is, given its results where they are known."""
@@ -287,6 +326,9 @@ class Trials:
 
     def losses(self, outputs: list[Tensor], targets: Any, engine: Suffixes, used: int, copies: int) -> Tensor:
         """Losses ``(used, rows)`` of the parts of a batch."""
+        together = self.losses_together(outputs, targets, copies) if self.by_sample is not False else None
+        if self.by_sample and together is not None:
+            return together[:used]
         found = []
         for index in range(used):
             parts = []
@@ -298,13 +340,31 @@ class Trials:
                 parts.append(output)
             with torch.no_grad():
                 found.append(self.loss(self.filled(parts), targets))
-        return torch.stack(found)
+        apart = torch.stack(found)
+        if self.by_sample is None and used > 1:
+            self.by_sample = together is not None and _alike(torch.stack([apart, together[:used]]))
+        return apart
+
+    def losses_together(self, outputs: list[Tensor], targets: Any, copies: int) -> Tensor | None:
+        """Losses ``(copies, rows)`` by one call; None where the loss is a mean, or draws random numbers."""
+        if copies == 1 or self.random_loss:
+            return None
+        rows = len(pytree.tree_leaves(targets)[0])
+        several = pytree.tree_map_only(Tensor, lambda t: torch.cat([t] * copies), targets)
+        with torch.no_grad():
+            found = self.own_loss(self.filled(outputs), several)
+        return found.double().unflatten(0, (copies, rows)) if found.shape == (copies * rows,) else None
+
+    def own_loss(self, outputs: Any, targets: Any) -> Any:
+        """What the loss that was asked for returns."""
+        own = self.settings.loss
+        return cross_entropy(outputs, targets) if own is None else own(outputs, targets)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
-        rows, own = len(pytree.tree_leaves(targets)[0]), self.settings.loss
+        rows = len(pytree.tree_leaves(targets)[0])
         with seeded(0, self.device) if self.random_loss else contextlib.nullcontext():
-            found = cross_entropy(outputs, targets) if own is None else own(outputs, targets)
+            found = self.own_loss(outputs, targets)
         if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
