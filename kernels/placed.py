@@ -13,7 +13,7 @@ from netsurgery.kernels.criteria import accumulator
 
 __all__ = ["PLAIN", "Placed", "widest"]
 
-PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = (Tensor, torch.nn.Parameter)  # a tuple: the compiler of torch 2.8 knows no sets of classes
 _T = TypeVar("_T", bound=Tensor | None)
 
 
