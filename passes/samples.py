@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import torch
@@ -65,9 +66,9 @@ def draw(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Sample
         data: a pair of tensors ``(inputs, targets)`` with a row for each sample (either may be a tuple, list or
             dictionary of tensors); a dictionary of tensors with an entry "labels"; a Dataset; a DataLoader, of which
             the dataset, the part of it that a ``SubsetRandomSampler`` names, and ``collate_fn`` are used, and the order
-            is not; or any iterable of batches, of which the first are used. Items and batches are ``(inputs, targets)``
-            or dictionaries with an entry "labels", "label", "targets" or "target". Random transforms of a dataset are
-            applied: pass one without augmentation.
+            is not; a list of samples whose targets are numbers; or any iterable of batches, of which the first are
+            used. Items and batches are ``(inputs, targets)`` or dictionaries with an entry "labels", "label",
+            "targets" or "target". Random transforms of a dataset are applied: pass one without augmentation.
         count: how many; fewer where there are not so many.
         seed: fixes the choice and the order.
         ignored: the label that says nothing: samples that have no other are not drawn.
@@ -140,7 +141,7 @@ class _Drawing:
         collate: Callable[[list[Any]], Any] = default_collate
         if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
             data, collate = _part(data), data.collate_fn or default_collate
-        elif not isinstance(data, Dataset) or isinstance(data, IterableDataset):
+        elif (not isinstance(data, Dataset) or isinstance(data, IterableDataset)) and not _is_items(data):
             return self.chosen(self.joined(data))
         source: Any = data
         if not isinstance(data, Sized):
@@ -258,10 +259,25 @@ def _is_batches(data: Any) -> bool:
     return isinstance(data, list) and all(isinstance(item, tuple | list) and len(item) == 2 for item in data)
 
 
+def _is_items(data: Any) -> bool:
+    """Whether a list holds samples rather than batches: each has one number for its target."""
+    if not isinstance(data, list | tuple) or not data:
+        return False
+    first, target = data[0], None
+    if isinstance(first, Mapping):
+        target = next((first[key] for key in _LABELS if key in first), None)
+    elif isinstance(first, tuple | list) and len(first) == 2:
+        target = first[1]
+    return isinstance(target, Number) or (isinstance(target, Tensor) and not target.dim())
+
+
 def _length(value: Any) -> int:
     lengths = {len(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()}
     if len(lengths) != 1:
-        raise InputError(f"inputs and targets have {sorted(lengths)} rows: a row for each sample is needed")
+        raise InputError(
+            f"inputs and targets have {sorted(lengths)} rows: a row for each sample is needed "
+            "(lists are taken for batches: pass single samples as a Dataset)"
+        )
     return lengths.pop()
 
 

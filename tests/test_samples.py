@@ -151,6 +151,23 @@ def test_labels_that_losses_ignore_are_no_class(form: Any, ignored: int) -> None
         draw(form(X, torch.full((300,), ignored)), 9, ignored=ignored)
 
 
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [(X[i], int(Y[i])) for i in range(300)],
+        tuple((X[i], Y[i]) for i in range(300)),
+        [{"x": X[i], "labels": int(Y[i])} for i in range(300)],
+    ],
+)
+def test_a_list_of_samples_is_a_data_set(samples: Any) -> None:
+    drawn = draw(samples, 60)
+    assert torch.equal(drawn.targets, draw(Unlisted(), 60).targets)
+    (inputs,) = drawn.inputs[0] or drawn.inputs[1].values()
+    assert inputs.shape == (60, 1) and torch.equal(Y[inputs[:, 0].long()], drawn.targets)
+    assert draw_inputs(samples, 60).count == 60
+    assert draw(samples[:2], 60).count == 2
+
+
 def test_targets_that_are_no_classes() -> None:
     assert draw((X, torch.randn(300)), 50).count == 50
     assert draw((X, torch.zeros(300, 4, 4).long()), 50).targets.shape == (50, 4, 4)
