@@ -5,6 +5,11 @@
 The network is ResNet-20 (16, 32, 64 channels), trained for a moment on digits scaled to 32x32 so that units differ.
 The naive loop is timed on some units of every group, in turns with the rest, and scaled by the number of units; its
 batch is the fastest of three. Scores are compared before a time is printed.
+
+    python benchmarks/loss_increase.py --calls
+
+counts the operations that are called for each unit, which is what takes the time on a GPU: on small images, with as
+many removals at once as a card of 80 GB takes of full ones (32), batches chosen as for a GPU.
 """
 
 import argparse
@@ -14,11 +19,12 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import netsurgery
 from netsurgery.demo import digits
 from netsurgery.models import resnet20
-from netsurgery.passes import LossIncreaseScore
+from netsurgery.passes import LossIncreaseScore, trials
 from netsurgery.passes.samples import draw
 
 
@@ -47,6 +53,43 @@ def without(model: nn.Module, network: netsurgery.Network, name: str, unit: int)
     return netsurgery.rewrite(model, netsurgery.Edit(network, {name: stay}))
 
 
+class Calls(TorchDispatchMode):
+    """Counts the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls(samples: int = 64, copies: int = 32) -> None:
+    """Operations called for each unit: the loop over units, exact scores, racing."""
+    torch.manual_seed(0)
+    model, data = resnet20().eval(), (torch.randn(samples, 3, 8, 8), torch.arange(samples) % 10)
+    network = netsurgery.trace(model, data[0][:2])
+    units = [(group.name, unit) for group in network.prunable for unit in range(group.size)]
+    with Calls() as running:
+        loss(model, *data, samples)
+    with Calls() as naive:
+        for name, unit in units[::20]:
+            loss(without(model, network, name, unit), *data, samples)
+    each = len(units[::20])
+    print(f"loop over units: {naive.count / each:.0f} calls a unit, {running.count} of them to run the network")
+    settings = {"samples": samples, "rows": copies * samples, "progress": False}
+    for dear in (False, True):
+        trials.calls_are_dear = lambda device, dear=dear: dear
+        for racing in (False, True):
+            with Calls() as ours:
+                LossIncreaseScore(data, racing=racing, **settings).run(network)
+            print(
+                f"{'racing' if racing else 'exact'}, batches as for a {'GPU' if dear else 'CPU'}: "
+                f"{ours.count / len(units):.1f} calls a unit"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=512)
@@ -54,7 +97,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tried", type=int, default=2, help="units of each group that the naive loop is timed on")
+    parser.add_argument("--calls", action="store_true", help="count calls instead")
     options = parser.parse_args()
+    if options.calls:
+        calls()
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     model, data = trained(options.side, options.epochs)
     network = netsurgery.trace(model, data[0][:2])
     units = sum(group.size for group in network.prunable)

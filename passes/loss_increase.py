@@ -60,7 +60,8 @@ class LossIncreaseScore(Pass):
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.
-        rows: rows that go through the network at once; by default as many as suit the caches of a CPU, or a GPU.
+        rows: rows that go through the network at once; by default as many as suit the caches of a CPU, or the memory
+            of a GPU, where the largest result takes a 32nd of it.
         memory: bytes of results that may be kept of a run; what does not fit is computed again.
         autocast: the type in which convolutions and matrix products are computed, such as ``torch.bfloat16``; all
             else, and the loss, are in the model's own. By default everything is.

@@ -831,12 +831,6 @@ MUTANTS = (
         "gone = gone.beside({})",
     ),
     Mutant(
-        "weights that see all units lack some",
-        "passes/suffixes.py",
-        "if not seen & {*self.channels}:",
-        "if seen is not None:",
-    ),
-    Mutant(
         "the second order has the wrong sign",
         "passes/gates.py",
         "(slopes.square() / 2 - slopes).mean(0)",
