@@ -19,8 +19,8 @@ __all__ = ["caches_kept"]
 def caches_kept(model: nn.Module) -> Iterator[None]:
     """Leave the caches of the modules that a model's code is in as they were.
 
-    Those are functions with ``functools.lru_cache``, and dictionaries that are global; a tensor without data that
-    stays in one would meet the user's own run.
+    Those are functions with ``functools.lru_cache``, and dictionaries and lists that are global; a tensor without data
+    that stays in one would meet the user's own run.
     """
     places = {base.__module__ for module in model.modules() for base in type(module).__mro__}
     names = sorted(name for name in places if name in sys.modules and not name.startswith(("torch.", "builtins")))
@@ -28,6 +28,7 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
     cached: list[Any] = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
     before = [wrapper.cache_info().currsize for wrapper in cached]
     tables = [(value, set(value)) for value in found if type(value) is dict]
+    rows = [(value, len(value)) for value in found if type(value) is list]
     try:
         yield
     finally:
@@ -37,6 +38,8 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
         for table, keys in tables:
             for key in [key for key in table if key not in keys and _is_bare(table[key])]:
                 del table[key]
+        for row, length in rows:
+            row[length:] = [item for item in row[length:] if not _is_bare(item)]
 
 
 def _is_bare(value: Any) -> bool:
