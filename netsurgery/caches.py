@@ -22,13 +22,14 @@ Place = tuple[dict[str, Any], str, Any]  # where a cached function is global, un
 def caches_kept(model: nn.Module) -> Iterator[None]:
     """Leave the caches of the modules that a model's code is in as they were.
 
-    Those are functions with ``functools.lru_cache``, and dictionaries that are global; a tensor without data that
-    stays in one would meet the user's own run.
+    Those are functions with ``functools.lru_cache``, and dictionaries and lists that are global; a tensor without data
+    that stays in one would meet the user's own run.
     """
     found = [value for name in _own(model) for value in vars(sys.modules[name]).values()]
     cached: list[Any] = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
     before = [wrapper.cache_info().currsize for wrapper in cached]
     tables = [(value, set(value)) for value in found if type(value) is dict]
+    rows = [(value, len(value)) for value in found if type(value) is list]
     try:
         yield
     finally:
@@ -38,6 +39,8 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
         for table, keys in tables:
             for key in [key for key in table if key not in keys and _is_bare(table[key])]:
                 del table[key]
+        for row, length in rows:
+            row[length:] = [item for item in row[length:] if not _is_bare(item)]
 
 
 @contextlib.contextmanager

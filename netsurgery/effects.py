@@ -89,7 +89,7 @@ class Effects:
         """Note a call, if it is one that matters."""
         if event == "call":
             code = frame.f_code
-            if code.co_filename in _FILES:
+            if code.co_filename in _FILES and not code.co_name.startswith("is_"):  # such as is_autocast_available
                 self.note(f"uses {_named(code)}", frame)
             elif not _is_library(code.co_filename):
                 self.ran.add(code)

@@ -37,6 +37,9 @@ TESTS_OF = {
     "kernels/hgsr_triton.py": ("test_hgsr_triton.py",),
     "kernels/placed.py": ("test_placed.py",),
     "netsurgery/cli.py": ("test_cli.py",),
+    "netsurgery/effects.py": ("test_rewritten_forwards.py",),
+    "netsurgery/gradients.py": ("test_rewritten_forwards.py",),
+    "netsurgery/reachable.py": ("test_rewritten_forwards.py",),
     "netsurgery/optimizers.py": ("test_optimizers.py",),
     "netsurgery/outputs.py": ("test_cli.py",),
     "netsurgery/training/data.py": ("test_training_data.py",),
@@ -78,6 +81,31 @@ class Mutant:
 
 
 MUTANTS = (
+    # rewritten forwards: gradients and effects
+    Mutant(
+        "custom autograd functions are not seen",
+        "netsurgery/effects.py",
+        "if not isinstance(context, torch._C._FunctionBase) or isinstance(context, type):",
+        "if True:",
+    ),
+    Mutant(
+        "what helpers write is not compared",
+        "netsurgery/effects.py",
+        "self.missed = not self.ran <= self.known",
+        "self.missed = False",
+    ),
+    Mutant(
+        "gradients of a rewritten forward are not compared",
+        "netsurgery/gradients.py",
+        "if twins.setdefault(one, other) is not other or _kind(one) != _kind(other):",
+        "if False:",
+    ),
+    Mutant(
+        "closures are not looked into",
+        "netsurgery/reachable.py",
+        "found += zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)",
+        "pass",
+    ),
     # rewriting: which positions stay
     Mutant(
         "the last n inputs instead of the chosen ones",

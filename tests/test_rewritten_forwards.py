@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import copy
+import cProfile
 import functools
 import itertools
 import random as chance
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -405,6 +407,13 @@ def spaced() -> None:
     SPACE.count += 1
 
 
+EVALUATED: list[int] = []
+
+
+def evaluated() -> None:
+    EVALUATED.append(1)
+
+
 WRITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "list": (logged, "LOG"),
     "dictionary": (by_key, "CACHE"),
@@ -424,6 +433,7 @@ WRITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "iterator": (and_then(lambda m, x: next(TICKS)), "TICKS"),
     "random numbers": (and_then(lambda m, x: chance.random()), "random"),
     "own random numbers": (and_then(lambda m, x: DICE.random()), "DICE"),
+    "outside of training": (and_then(lambda m, x: None if m.training else evaluated()), "EVALUATED"),
     "of a part": (of_a_part, "calls"),
 }
 
@@ -434,3 +444,24 @@ def test_writes_to_what_others_see_are_locked_by_name(between: Callable[[Any, Te
     assert "inside" not in edit.replaced
     found = reasons(netsurgery.trace(build(between), X))
     assert "the code of inside" in found and why in found and "test_rewritten_forwards.py:" in found
+
+
+def test_recording_leaves_lists_and_profilers_of_the_user_as_they_are() -> None:
+    LOG.clear()
+    with cProfile.Profile() as profile:
+        netsurgery.trace(build(logged), X)
+    assert not LOG
+    assert any(
+        "test_rewritten_forwards" in entry.code.co_filename
+        for entry in profile.getstats()
+        if hasattr(entry.code, "co_name")
+    )
+    seen = []
+    sys.setprofile(lambda *event: seen.append(event[1]))
+    before = sys.getprofile()
+    try:
+        netsurgery.trace(build(logged), X)
+        assert sys.getprofile() is before
+    finally:
+        sys.setprofile(None)
+    assert seen
