@@ -83,7 +83,7 @@ def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iter
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=half),
-        # Scripted functions would be one operation each, once they are optimised.
+        # Scripted functions are one operation each once they are optimised.
         torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         seeded(0, device),
         caches_kept(module),
