@@ -55,6 +55,12 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
             for attribute, axis in node.meta.get("attributes", {}).items():
                 if attribute in modules[path].__dict__:
                     yield path, attribute, own(axis), sizes(axis)
+            module = modules.get(path)
+            if isinstance(module, nn.modules.conv._ConvNd) and isinstance(names.get("g"), Axis) and module.groups > 1:
+                within = network.axes.get(f"{path}.weight" if path else "weight", ())
+                if len(within) > 1:  # channels within a group
+                    many = "out_channels" if isinstance(module, nn.modules.conv._ConvTransposeNd) else "in_channels"
+                    yield path, many, own(names["g"]) * own(within[1]), sizes(names["g"]) * sizes(within[1])
             for attribute, name in _OF_OPERATION.items():
                 if name in names and attribute in modules[path].__dict__:
                     value = names[name]

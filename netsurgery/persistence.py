@@ -62,9 +62,15 @@ def save(folder: str | Path, small: nn.Module, edit: Edit) -> None:
 
 def _check_sizes(small: nn.Module, edit: Edit) -> None:
     sizes, own = edit.network.sizes(edit.counts), dict(named_tensors(small))
+    foreign = sorted(own.keys() ^ edit.network.axes.keys())
+    if foreign:
+        raise InputError(
+            f"save(folder, small, edit) takes the model that the edit leads to: '{foreign[0]}' is in one of the two only"
+            "; of a wrapped model pass the module inside"
+        )
     for name, axes in edit.network.axes.items():
         want = tuple(map(sizes, axes))
-        if name in own and tuple(own[name].shape) != want:
+        if tuple(own[name].shape) != want:
             raise InputError(
                 f"save(folder, small, edit) takes the model that the edit leads to: there '{name}' is {list(want)}, "
                 f"here it is {list(own[name].shape)}"

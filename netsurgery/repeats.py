@@ -36,9 +36,17 @@ _OTHER = {
     "depths", "dilation", "epoch", "epochs", "expansion", "experts", "factor", "frames", "freq", "height", "id",
     "idx", "image", "img", "index", "iter", "iters", "kernel", "label", "labels", "layer", "layers", "len", "length",
     "lengths", "limit", "max", "memory", "min", "neighbors", "padding", "patch", "patches", "period", "points", "pool",
-    "position", "positions", "queries", "queue", "rate", "ratio", "reduction", "resolution", "samples", "scale",
+    "position", "positions", "queries", "queue", "rank", "rate", "ratio", "reduction", "resolution", "samples", "scale",
     "seed", "seq", "stage", "stages", "step", "steps", "stride", "strides", "token", "tokens", "upscale", "version",
-    "vocab", "window",
+    "vocab", "window", "workers", "world",
+}  # fmt: skip
+#: Words of numbers that may be a width. Under other names a number that is like a size stays, and is named.
+_WIDTH = {
+    "base", "bottleneck", "c", "ch", "chan", "channel", "channels", "chans", "chs", "cmid", "d", "dim", "dims", "emb",
+    "embed", "embedding", "embeddings", "expanded", "feat", "feats", "feature", "features", "ff", "ffn", "filter",
+    "filters", "fmaps", "hid", "hidden", "inner", "intermediate", "latent", "mid", "mlp", "model", "n", "ndf", "neck",
+    "nf", "ngf", "nhid", "plane", "planes", "proj", "projection", "shape", "size", "sizes", "squeeze", "unit", "units",
+    "width", "widths", *_INPUT, *_OUTPUT, *_GROUPS,
 }  # fmt: skip
 _HEADS, _WITHIN = {"head", "heads", "nhead"}, {"dim", "dims", "size", "width", "channels", "features"}
 
@@ -238,7 +246,8 @@ class _Evidence:
             if words & meant:
                 become = self.ends.get((path, end), {}).get(number, set())
                 return become - {number} or become  # a dimension of space may have this size, too, and stays
-        return self.inside.get(path, {}).get(number, set())
+        become = self.inside.get(path, {}).get(number, set())
+        return become if words & (_WIDTH | _HEADS) or not become else become | {number}
 
 
 def _terms(axis: Axis) -> Iterator[Axis]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from netsurgery.arguments import expect
 from netsurgery.axes import Axis
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
@@ -61,6 +62,8 @@ def unit_scores(
         >>> squares = {name: parameter.square() for name, parameter in model.named_parameters()}
         >>> network = network.with_scores(unit_scores(network, squares))  # as a pass of your own returns it
     """
+    kinds = (network, Network), (tensors, Mapping)
+    expect("unit_scores(network, tensors)", "what trace returns, and tensors by parameter name", *kinds)
     wanted = as_roles("unit_scores", roles)
     weights = {name: Weight((name,), network.axes[name], one, {}) for name, one in _named(network, tensors).items()}
     chosen: dict[str, list[Use]] = {}
@@ -85,10 +88,11 @@ def unit_sums(
         chosen: by group; one that has no uses has no sums.
         along: the sums over some axes of a weight (it may be none of them) of what its entries are worth.
     """
-    held: dict[int, tuple[Weight, dict[str, set[int]]]] = {}
+    held: dict[Any, tuple[Weight, dict[str, set[int]]]] = {}  # one tensor may be the value of two weights
     for name, found in chosen.items():
         for use in found:
-            held.setdefault(id(use.weight.value), (use.weight, {}))[1].setdefault(name, set()).add(use.axis)
+            key = use.weight.names, id(use.weight.value)
+            held.setdefault(key, (use.weight, {}))[1].setdefault(name, set()).add(use.axis)
     sums: dict[str, Tensor] = {}
     places = functools.cache(units_of)
     for weight, groups in held.values():

@@ -102,7 +102,7 @@ class GradientScore(Pass):
         numbers = [use for use in found if use.weight.value.is_floating_point()]
         direct: dict[tuple[str, int], Use] = {}
         for use in in_roles(numbers, self.roles, ROLES):
-            plain = use if use.weight.node is None else _proportional(network, group, use, gradients)
+            plain = use if use.weight.node is None else _proportional(network, group, use, gradients, self.kind)
             direct.setdefault((plain.weight.names[0], plain.axis), plain)
         return list(direct.values())
 
@@ -146,8 +146,10 @@ def _report_missing(wanted: Mapping[str, list[Use]], chosen: Mapping[str, list[U
         _log.warning("GradientScore: %s without a gradient count as zero", listed(missing))
 
 
-def _proportional(network: Network, group: Group, use: Use, gradients: Mapping[str, Tensor]) -> Use:
+def _proportional(network: Network, group: Group, use: Use, gradients: Mapping[str, Tensor], kind: str) -> Use:
     """A parameter in place of a weight that is proportional to it, one that has a gradient if there is such.
+
+    Squares are of single entries: there it has as many as the weight.
 
     Raises:
         InputError: there is none that has the group's units as the weight has them.
@@ -158,7 +160,8 @@ def _proportional(network: Network, group: Group, use: Use, gradients: Mapping[s
     for name in sorted(names, key=lambda name: name not in gradients):
         axes = network.axes.get(name, ())
         times = _times(group.channel, axes)
-        if len(own) == len(times) == 1 and sum(times.values()) >= sum(own.values()):
+        alike = kind == "taylor" or network.tensors[name].shape == weight.value.shape
+        if alike and len(own) == len(times) == 1 and sum(times.values()) >= sum(own.values()):
             return Use(Weight((name,), axes, network.tensors[name], {}), next(iter(times)), use.role)
     where = format_where(node.meta["where"]) if node is not None else ""
     raise InputError(

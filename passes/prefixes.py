@@ -158,10 +158,10 @@ def _by_norm(network: Network) -> dict[str, list[int]]:
 
 
 def _laid_out(order: Sequence[int], heights: Sequence[float], tolerance: float) -> Tensor:
-    """Scores of units: of the first in the order some heights, of those that stay above the tolerance the order."""
+    """Scores of units: of the first in the order some heights, of the others the order, above any threshold."""
     left = len(order) - len(heights)
     steps = torch.arange(1, left + 1, dtype=torch.float64) / len(order)
     scores = torch.empty(len(order), dtype=torch.float64)
-    above = tolerance + max(tolerance, 1e-6) * steps
+    above = 1e9 * max(tolerance, 1.0) * (1 + steps)
     scores[torch.tensor(order)] = torch.cat([torch.tensor(heights, dtype=torch.float64), above])
     return scores

@@ -634,7 +634,8 @@ class _Builder:
             call = self.of.product(target)
         kwargs = {k: self.device if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
         if draws(node):
-            kwargs.pop("generator", None)
+            if "generator" in kwargs:
+                kwargs["generator"] = None  # the default one, which is seeded
             call = functools.partial(self.drawn, call, self.order[node])
         if "decided" in node.meta:
             call = functools.partial(_decided, target, node.meta["decided"])

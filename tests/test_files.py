@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.errors import InputError
-from netsurgery.passes import PruneChannels, RandomScore
+from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore
 from netsurgery.saved_inputs import described, made
 
 HALF = [RandomScore(), PruneChannels(0.5)]
@@ -288,3 +288,13 @@ def test_the_small_model_that_is_saved_is_the_edits(folder: Path) -> None:
     edit = netsurgery.plan(model, HALF, torch.zeros(1, 3, 8, 8))
     with pytest.raises(InputError, match=r"there '0.weight' is \[4, 3, 3, 3\], here it is \[8, 3, 3, 3\]$"):
         netsurgery.save(folder, model, edit)
+
+
+def test_other_models_and_wrapped_ones_are_not_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    edit = netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.5)], torch.randn(2, 4))
+    small = netsurgery.rewrite(model, edit)
+    for other in (nn.DataParallel(small), nn.Linear(3, 3), nn.Sequential(*small, nn.Linear(2, 2)), small[:1]):
+        with pytest.raises(InputError, match=r"takes the model that the edit leads to: '.*' is in one of the two only"):
+            netsurgery.save(tmp_path / "small", other, edit)
+    assert not (tmp_path / "small").exists()

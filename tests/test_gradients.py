@@ -462,3 +462,13 @@ def test_masks_that_are_removed_leave_their_gradients() -> None:
         prune.remove(layer, "weight")
     for one, other in zip(scores(model, X).values(), expected.values(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_squares_are_of_single_entries() -> None:
+    """The length of a weight norm has one entry for a filter: the squares of the filter's are not in it."""
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3)).double()
+    model(torch.randn(16, 4, dtype=torch.float64)).square().mean().backward()
+    network = netsurgery.trace(model, torch.randn(2, 4, dtype=torch.float64))
+    GradientScore(roles=("produces",)).run(network)
+    with pytest.raises(InputError, match="is scored by a weight that is computed from"):
+        GradientScore(kind="squares", roles=("produces",)).run(network)

@@ -107,6 +107,15 @@ def test_the_tolerance_is_that_of_the_network(
     assert edit.keep or tolerance < 0.1
 
 
+@pytest.mark.parametrize("mode", ["cumulative", "per-group"])
+def test_a_threshold_above_the_tolerance_takes_no_more(mode: Any) -> None:
+    model = ALL["halves"]()
+    data = data_for(model)
+    score = LossIncreaseScore(data, mode=mode, tolerance=0.1, samples=24)
+    edits = [netsurgery.plan(model, [score, PruneChannels(threshold=t)], data[0][:3]) for t in (0.1, 0.5, 50.0)]
+    assert edits[0].keep and edits[0].keep == edits[1].keep == edits[2].keep
+
+
 @pytest.mark.parametrize("name", CUT)
 def test_networks_that_cannot_be_run_in_parts(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "netsurgery")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.passes import LossIncreaseScore, PruneChannels
+from netsurgery.passes import LossIncreaseScore, PruneChannels, TaylorScore
 from netsurgery.passes.samples import draw
 from netsurgery.randomness import seeded
 from netsurgery.verification import draws
@@ -92,6 +92,16 @@ def loss(model: nn.Module, network: netsurgery.Network, gone: dict[str, list[int
         with seeded(seed_of(network, start), CPU), torch.no_grad():
             found.append(F.cross_entropy(small(*inputs[0]), targets, reduction="none"))
     return torch.cat(found)
+
+
+def test_a_generator_that_the_model_keeps_is_left_as_it_is() -> None:
+    own = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    model = Noisy(lambda x: x * torch.rand(x.shape, generator=own, dtype=x.dtype)).double().eval()
+    network = netsurgery.trace(model, DATA[0][:3])
+    for score in (LossIncreaseScore(DATA), TaylorScore(DATA)):
+        first, second = score.run(network).scores, score.run(network).scores
+        assert first and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("rows", [None, 9])

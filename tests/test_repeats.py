@@ -165,11 +165,18 @@ def test_numbers_in_a_list_follow_together() -> None:
         layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 4, 1)
         return roughened(Wrapper(*layers, **numbers))
 
-    small, _ = halved(body(sizes=[16, 32], pair=(3, 16), nested=[[16], [4, 32]]))
-    assert (small.sizes, small.pair, small.nested) == ([8, 16], (3, 8), [[8], [4, 16]])
-    small, edit = cut(body(sizes=[16, 32], one=16), {"layers.0": 8, "layers.1": 16})
-    assert (small.sizes, small.one) == ([16, 32], 8)  # 32 has two meanings, so the list stays as it is
+    small, _ = halved(body(sizes=[16, 32], chs=(3, 16), planes=[[16], [4, 32]]))
+    assert (small.sizes, small.chs, small.planes) == ([8, 16], (3, 8), [[8], [4, 16]])
+    small, edit = cut(body(sizes=[16, 32], width=16), {"layers.0": 8, "layers.1": 16})
+    assert (small.sizes, small.width) == ([16, 32], 8)  # 32 has two meanings, so the list stays as it is
     assert "sizes[1]=32 (dimensions of this size become 16 and 32)" in edit.summary()
+
+
+@pytest.mark.parametrize("name", ["interval", "k", "topk", "every", "rank", "world_size", "port", "timesteps", "order"])
+def test_a_number_whose_name_says_no_width_stays_and_is_named(name: str) -> None:
+    small, edit = halved(depthwise(**{name: 16, "ch": 16}))
+    assert (getattr(small[1], name), small[1].ch) == (16, 8)
+    assert name in ("rank", "world_size") or f"{name}=16" in edit.summary()
 
 
 def cut(model: nn.Module, left: dict[str, int]) -> tuple[Any, netsurgery.Edit]:

@@ -382,3 +382,22 @@ def test_pruning_by_them() -> None:
 
     edit = netsurgery.plan(small()[0], [Fewest(), PruneChannels(0.5)])
     assert edit.keep == {"0": (0, 3)}
+
+
+def test_one_tensor_under_two_names_is_two() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)).eval()
+    network, shared = netsurgery.trace(model, torch.randn(2, 3)), torch.rand(3, 3)
+    found = unit_scores(network, {"0.weight": shared, "2.weight": shared})
+    apart = unit_scores(network, {"0.weight": shared, "2.weight": shared.clone()})
+    assert found.keys() == apart.keys() and all(torch.equal(found[name], apart[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [lambda model, network, named: (model, named), lambda model, network, named: (network, list(named))],
+)
+def test_arguments_of_other_kinds(arguments: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    network, named = netsurgery.trace(model, torch.randn(2, 3)), dict(model.named_parameters())
+    with pytest.raises(InputError, match=r"unit_scores\(network, tensors\) takes what trace returns"):
+        unit_scores(*arguments(model, network, named))
