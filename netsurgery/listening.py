@@ -869,12 +869,13 @@ def _run(
         module.training = training
         placed = dict(module.__dict__)
         watched: Any = contextlib.nullcontext()
-        if not other and sizes is None:
-            watched = ears.effects = ears.watch()
-        with caches_kept(module), caches_passed_by(module, Number), torch.no_grad(), watcher, ears, watched:
-            watcher.ears = ears
-            out = module.forward(*args, **kwargs)
-            ears.take_back(placed)
+        with caches_kept(module), caches_passed_by(module, Number), torch.no_grad():
+            if not other and sizes is None:
+                watched = ears.effects = ears.watch()
+            with watcher, ears, watched:
+                watcher.ears = ears
+                out = module.forward(*args, **kwargs)
+                ears.take_back(placed)
         ears.graph.output(ears.node_of(out))
         ears.doubts += ears.effects.found if ears.effects is not None else []
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it

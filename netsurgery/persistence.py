@@ -65,8 +65,8 @@ def _check_sizes(small: nn.Module, edit: Edit) -> None:
     foreign = sorted(own.keys() ^ edit.network.axes.keys())
     if foreign:
         raise InputError(
-            f"save(folder, small, edit) takes the model that the edit leads to: '{foreign[0]}' is in one of the two only"
-            "; of a wrapped model pass the module inside"
+            "save(folder, small, edit) takes the model that the edit leads to: "
+            f"'{foreign[0]}' is in one of the two only; of a wrapped model pass the module inside"
         )
     for name, axes in edit.network.axes.items():
         want = tuple(map(sizes, axes))

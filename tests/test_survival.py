@@ -609,7 +609,10 @@ def test_gradients_of_its_own_are_not_lost(before: Callable[[Tensor], Tensor]) -
     """A graph of the forward knows nothing of them, so the code stays as it is, and what it does not let is locked."""
     small, edit, x = halved(Heads(before))
     assert not edit.replaced and edit.keep
-    assert all("the code of 1 uses" in (g.frozen or "") for g in edit.network.groups if g.unit == "head_dim")
+    why = re.compile(
+        r"\(the code of 1 (uses|runs the torch.autograd.Function|asks for requires_grad).* at tests/test_sur"
+    )
+    assert all(why.search(g.frozen or "") for g in edit.network.groups if g.unit == "head_dim")
     assert small(x).shape == (2, 5, 3)
 
 
