@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -20,27 +22,59 @@ Place = tuple[dict[str, Any], str, Any]  # where a cached function is global, un
 
 @contextlib.contextmanager
 def caches_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the caches of the modules that a model's code is in as they were.
+    """Leave what the code of a model's modules keeps as it was.
 
-    Those are functions with ``functools.lru_cache``, and dictionaries and lists that are global; a tensor without data
-    that stays in one would meet the user's own run.
+    That is functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and deques in
+    these; a tensor without data that stays there would meet the user's own run, or stand where one of the user's was.
     """
-    found = [value for name in _own(model) for value in vars(sys.modules[name]).values()]
+    names = _own(model)
+    found = [value for name in names for value in vars(sys.modules[name]).values()]
     cached: list[Any] = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
     before = [wrapper.cache_info().currsize for wrapper in cached]
-    tables = [(value, set(value)) for value in found if type(value) is dict]
-    rows = [(value, len(value)) for value in found if type(value) is list]
+    classes = [value for value in found if isinstance(value, type) and value.__module__ in names]
+    held = [(kind, dict(vars(kind))) for kind in classes]
+    boxes = [(box, dict(box) if isinstance(box, dict) else list(box)) for box in _boxes(names, held)]
     try:
         yield
     finally:
         for wrapper, size in zip(cached, before, strict=True):
             if wrapper.cache_info().currsize > size:
                 wrapper.cache_clear()
-        for table, keys in tables:
-            for key in [key for key in table if key not in keys and _is_bare(table[key])]:
-                del table[key]
-        for row, length in rows:
-            row[length:] = [item for item in row[length:] if not _is_bare(item)]
+        for kind, old in held:
+            for key in _bare_keys(vars(kind), old):
+                setattr(kind, key, old[key]) if key in old else delattr(kind, key)
+        for box, kept in boxes:
+            _put_back(box, kept)
+
+
+def _boxes(names: Iterable[str], held: Iterable[tuple[type, dict[str, Any]]]) -> list[Any]:
+    """The globals of modules, and the dictionaries, lists and deques in them, in classes and in one another."""
+    found: dict[int, Any] = {}
+    stack = [vars(sys.modules[name]) for name in names]
+    stack += [value for _, own in held for value in own.values()]
+    while stack:
+        box = stack.pop()
+        if isinstance(box, dict | list | deque) and id(box) not in found and box is not vars(builtins):
+            found[id(box)] = box
+            stack.extend(box.values() if isinstance(box, dict) else box)
+    return list(found.values())
+
+
+def _bare_keys(now: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """Keys under which a tensor without data stands that did not before."""
+    return [key for key, value in now.items() if old.get(key) is not value and _is_bare(value)]
+
+
+def _put_back(box: Any, old: Any) -> None:
+    if isinstance(box, dict):
+        for key in _bare_keys(box, old):
+            if key in old:
+                box[key] = old[key]
+            else:
+                del box[key]
+    elif [*map(id, box)] != [*map(id, old)] and _is_bare([*box]):
+        box.clear()
+        box.extend(old)
 
 
 @contextlib.contextmanager

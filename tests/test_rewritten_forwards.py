@@ -27,6 +27,7 @@ import netsurgery
 import oracles
 from netsurgery.cutting import Positions
 from netsurgery.effects import Effects
+from netsurgery.passes import PruneChannels, RandomScore
 
 X = torch.randint(-4, 5, (6, 8), generator=torch.Generator().manual_seed(0)) / 4
 half = torch.autocast
@@ -465,3 +466,39 @@ def test_recording_leaves_lists_and_profilers_of_the_user_as_they_are() -> None:
     finally:
         sys.setprofile(None)
     assert seen
+
+
+STATS: dict[str, Any] = {"means": [], "by name": collections.OrderedDict(), "last": torch.ones(2)}
+LAST: Any = torch.zeros(3)
+
+
+class Keeps(nn.Module):
+    """Code that keeps tensors where others see them, in eight ways."""
+
+    seen: ClassVar[list[Tensor]] = []
+    table: ClassVar[dict[str, Tensor]] = {}
+    newest: ClassVar[Any] = None
+    few: ClassVar[collections.deque[Any]] = collections.deque([1, 2], maxlen=3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        global LAST
+        h = LAST = self.a(x).relu()
+        STATS["means"].append(h.mean(0))
+        STATS["by name"]["h"] = STATS["last"] = h
+        Keeps.newest = self.table["h"] = h
+        self.seen.append(h)
+        self.few.append(h)
+        return self.b(h)
+
+
+def test_what_others_see_is_left_as_it_was() -> None:
+    last, before = LAST, STATS["last"]
+    model, x = Keeps().eval(), torch.randn(3, 4)
+    small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], x)
+    assert LAST is last and STATS["last"] is before and not STATS["means"] and not STATS["by name"]
+    assert not Keeps.seen and not Keeps.table and Keeps.newest is None and [*Keeps.few] == [1, 2]
+    assert small(x).shape == (3, 2) and LAST.shape == (3, 4) and len(STATS["means"]) == 1
