@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,7 +127,7 @@ def repeats(model: nn.Module, network: Network, sizes: Sizes, needed: Container[
     made: dict[tuple[Any, str], tuple[Any, tuple[tuple[str, str], ...]]] = {}
     found = []
     for path, name, value in held:
-        shared = not isinstance(value, int)
+        shared = not _is_number(value)
         around = _common(holders[id(value)]) if shared else path
         key = (id(value), "") if shared else (path, name)
         if key not in made:
@@ -147,11 +148,16 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return dict(vars(value)) if type(value) is SimpleNamespace else None
 
 
+def _is_number(value: Any) -> bool:
+    """Whether this is an integer, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _numbers(value: Any) -> Iterator[int]:
     """The integers in an attribute."""
-    if type(value) is int:
-        yield value
-    elif type(value) in (list, tuple):
+    if _is_number(value):
+        yield int(value)
+    elif type(value) is list or isinstance(value, tuple):
         for item in value:
             yield from _numbers(item)
     elif type(value) is dict or type(value).__module__ != "builtins":
@@ -172,13 +178,17 @@ class _Follower:
 
     def new(self, value: Any, word: str, label: str) -> Any:
         """A value in which numbers follow; the same object if none does. ``word`` is the nearest name."""
-        if type(value) is int:
-            return self.number(value, word, label)
-        if type(value) in (list, tuple):
+        if _is_number(value):
+            become = self.number(int(value), word, label)
+            return value if become == value else type(value)(become)
+        if type(value) is list or isinstance(value, tuple):
             before = len(self.stays)
-            items = [self.new(item, word, f"{label}[{i}]") for i, item in enumerate(value)]
+            named = getattr(value, "_fields", ())  # of a namedtuple
+            items = [self.new(item, named[i] if named else word, f"{label}[{i}]") for i, item in enumerate(value)]
             follows = any(new is not old for new, old in zip(items, value, strict=True))
-            return type(value)(items) if follows and len(self.stays) == before else value  # all of it, or nothing
+            if not follows or len(self.stays) > before:
+                return value  # all of it, or nothing
+            return type(value)(*items) if named else type(value)(items)
         fields = value if type(value) is dict else _fields(value)
         if not fields:
             return value
@@ -226,7 +236,7 @@ class _Evidence:
                     self.note(self.groups, node.meta["module"], axis)
             for call in program.calls:
                 for end, value in (("in", (call.args, call.kwargs)), ("out", call.out)):
-                    for axis in _places_of_units(value):
+                    for axis in _dims(value):
                         self.ends.setdefault((call.path, end), {}).setdefault(axis.size, set()).add(sizes(axis))
 
     def note(self, into: dict[str, New], path: str, axis: Axis) -> None:
@@ -257,11 +267,11 @@ def _terms(axis: Axis) -> Iterator[Axis]:
         yield from _terms(term)
 
 
-def _places_of_units(value: Any) -> list[Axis]:
-    """The dimensions of the first tensor among arguments or results that hold channels or features."""
-    node = next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)), None)
-    dims: tuple[Axis, ...] = node.meta["dims"] if node is not None else ()
-    return [dims[1], dims[-1]] if len(dims) > 1 else [*dims]
+def _dims(value: Any) -> list[Axis]:
+    """The dimensions of the tensors among arguments or results; those of batches and of space do not change."""
+    return [
+        axis for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node) for axis in leaf.meta.get("dims", ())
+    ]
 
 
 def _around(path: str) -> list[str]:

@@ -21,7 +21,8 @@ class _NotPlain(Exception):
 def described(inputs: Inputs) -> Any:
     """Inputs as JSON; None where they hold other objects than tensors, texts and numbers in lists and dictionaries.
 
-    Masks and indices decide which way the code takes: whole numbers and constants are kept, other numbers are not.
+    Masks and indices decide which way the code takes: whole numbers, and tensors of one or two different numbers, are
+    kept, other numbers are not.
     """
     tensors: dict[int, int] = {}
 
@@ -53,8 +54,8 @@ def _values(tensor: Tensor) -> dict[str, Any]:
     first = tensor.detach().flatten()[0]
     if bool((tensor == first).all()):
         return {"fill": first.item()}
-    whole = not tensor.is_floating_point() and tensor.numel() <= _MOST
-    return {"values": tensor.tolist()} if whole else {}
+    few = tensor.numel() <= _MOST and (not tensor.is_floating_point() or len(tensor.detach().unique()) <= 2)
+    return {"values": tensor.tolist()} if few else {}
 
 
 def made(description: Any) -> Any:

@@ -298,3 +298,29 @@ def test_other_models_and_wrapped_ones_are_not_saved(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"takes the model that the edit leads to: '.*' is in one of the two only"):
             netsurgery.save(tmp_path / "small", other, edit)
     assert not (tmp_path / "small").exists()
+
+
+class Masked(nn.Module):
+    """Attention whose code asks its mask for its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.t, self.o = nn.Linear(4, 16), nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.a(x)
+        if mask.isinf().any():
+            h = self.t(h, h, h, attn_mask=mask)[0]
+        return self.o(h)
+
+
+def test_masks_of_floats_are_saved(tmp_path: Path) -> None:
+    model = Masked().eval()
+    inputs = {"x": torch.randn(2, 6, 4), "mask": nn.Transformer.generate_square_subsequent_mask(6)}
+    edit = netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.5)], inputs)
+    small = netsurgery.rewrite(model, edit)
+    netsurgery.save(tmp_path, small, edit)
+    again = netsurgery.load(tmp_path, model)
+    assert (
+        torch.equal(again(**inputs), small(**inputs)) and again.t.out_proj.weight.shape == small.t.out_proj.weight.shape
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,49 @@ def test_numbers_of_a_depthwise_wrapper(numbers: dict[str, Any]) -> None:
     for name in numbers:
         assert getattr(small[1], name) == after.get(name, 8)
     assert "stay" not in edit.summary()
+
+
+class OfFrames(nn.Module):
+    """A depthwise convolution of each frame, whose features come after something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = 16, 16, 16
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        return self.conv(x.flatten(0, 1)).unflatten(0, (n, t)) * scale
+
+
+class Frames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner, self.b = nn.Conv2d(3, 16, 1), OfFrames(), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.stack([self.a(x), self.a(2 * x), self.a(3 * x)], 1)
+        return self.b(self.inner(x.mean(), frames).mean(1))
+
+
+def test_channels_are_found_in_any_dimension_of_any_input() -> None:
+    small, _ = halved(roughened(Frames()))
+    inner = small.inner
+    assert (inner.in_channels, inner.out_channels, inner.groups, inner.conv.in_channels) == (8, 8, 8, 8)
+
+
+class Widths(NamedTuple):
+    given: int
+    width: int
+
+
+def test_numbers_of_other_kinds_follow() -> None:
+    numbers = {"widths": Widths(3, 16), "shape": torch.Size([3, 16]), "dim": np.int64(16), "flag": True, "ch": 16}
+    small, _ = halved(depthwise(**numbers))
+    after = {"widths": Widths(3, 8), "shape": torch.Size([3, 8]), "dim": 8, "flag": True, "ch": 8}
+    for name, value in after.items():
+        found = getattr(small[1], name)
+        assert found == value and type(found) is type(numbers[name])
 
 
 def test_numbers_in_a_list_follow_together() -> None:
