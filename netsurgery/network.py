@@ -106,7 +106,9 @@ class Network:
 
     def __getitem__(self, name: str) -> Group:
         if name not in self.by_name:
-            raise InputError(f"'{name}' is no group of this network; print(network) lists them")
+            made = [g.name for g in self.groups for m in g.members if m.module == name and m.role == "produces"]
+            where = f"the units of that module are in '{made[0]}'" if made else "print(network) lists them"
+            raise InputError(f"'{name}' is no group of this network; {where}")
         return self.by_name[name]
 
     @cached_property

@@ -243,8 +243,10 @@ class SoftPruning:
             InputError: an epoch that was done or that there is not, or weights that are not finite or of other shapes.
         """
         if not isinstance(epoch, Integral) or not self.epoch < epoch < self.epochs:
+            left = f"expected an epoch from {self.epoch + 1} to {self.epochs - 1}"
             raise InputError(
-                f"SoftPruning.step({epoch!r}): expected an epoch from {self.epoch + 1} to {self.epochs - 1}"
+                f"SoftPruning.step({epoch!r}): "
+                + (left if self.epoch + 1 < self.epochs else f"all {self.epochs} epochs are done: call finish()")
             )
         tensors = self._tensors()
         share, factor, hard = self._schedule(int(epoch))

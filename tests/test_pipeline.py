@@ -252,6 +252,19 @@ def test_order_of_passes_is_checked_before_anything_runs(passes: list, message: 
         netsurgery.apply(Explodes(), passes, (X,))
 
 
+def test_a_module_whose_units_are_in_another_group() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(x) + self.b(x))
+
+    with pytest.raises(InputError, match="'b' is no group of this network; the units of that module are in 'a'"):
+        netsurgery.trace(Sum(), torch.randn(2, 3))["b"]
+
+
 def test_a_pass_that_returns_something_else(model: nn.Module) -> None:
     @dataclass(frozen=True)
     class Wrong(netsurgery.Pass):

@@ -817,6 +817,10 @@ def test_errors_of_steps() -> None:
     for wrong in (1, 0, 3, -1, "1", 1.5):
         with pytest.raises(InputError, match=r"expected an epoch from 2 to 2"):
             pruning.step(wrong)  # type: ignore[arg-type]
+    done = SoftPruning(small_net(), images(), method="sfp", ratio=0.5, epochs=1)
+    done.step(0)
+    with pytest.raises(InputError, match=r"step\(1\): all 1 epochs are done: call finish\(\)"):
+        done.step(1)
     with torch.no_grad():
         model[3].weight[0, 0] = float("nan")
     before = model[0].weight.detach().clone()
