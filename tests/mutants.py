@@ -1032,16 +1032,36 @@ MUTANTS = (
         ("test_hard_coded.py",),
     ),
     Mutant(
+        "one tensor under two names counts once",
+        "passes/entries.py",
+        "            key = use.weight.names, id(use.weight.value)\n",
+        "            key = id(use.weight.value)\n",
+        ("test_unit_scores.py",),
+    ),
+    Mutant(
+        "a threshold above the tolerance takes what is beyond it",
+        "passes/prefixes.py",
+        "    above = 1e9 * max(tolerance, 1.0) * (1 + steps)\n",
+        "    above = tolerance + max(tolerance, 1e-6) * steps\n",
+        ("test_prefixes.py",),
+    ),
+    Mutant(
         "a number of two meanings follows one of them",
         "netsurgery/repeats.py",
         "        if len(become) == 1:\n",
         "        if become:\n",
     ),
     Mutant(
+        "a number whose name says no width follows",
+        "netsurgery/repeats.py",
+        "return become if words & (_WIDTH | _HEADS) or not become else become | {number}",
+        "return become",
+    ),
+    Mutant(
         "a list of sizes follows in part",
         "netsurgery/repeats.py",
-        "if follows and len(self.stays) == before else value",
-        "if follows else value",
+        "if not follows or len(self.stays) > before:",
+        "if not follows:",
     ),
     Mutant(
         "a number that the code computes with follows",
