@@ -253,10 +253,11 @@ MUTANTS = (
         '_OF_OPERATION = {"num_groups": "g", ',
     ),
     Mutant(
-        "in_channels not updated",
+        "channels of grouped convolutions not updated",
         "netsurgery/attributes.py",
-        '_OF_INPUT = {"in_channels": 1, ',
-        "_OF_INPUT = {",
+        "                if len(within) > 1:  # channels within a group\n",
+        "                if False:\n",
+        ("test_repeats.py",),
     ),
     # the algebra
     Mutant(

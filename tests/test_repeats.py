@@ -190,6 +190,25 @@ def test_channels_are_found_in_any_dimension_of_any_input() -> None:
     assert (inner.in_channels, inner.out_channels, inner.groups, inner.conv.in_channels) == (8, 8, 8, 8)
 
 
+class OneByOne(nn.Module):
+    """A convolution that is called with single images."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.a, self.middle, self.b = nn.Conv2d(3, 16, 1), middle, nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.b(self.middle(self.a(image))) for image in x])
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_convolutions_of_single_images_hold_their_channels(kind: Any, groups: int) -> None:
+    small, _ = halved(roughened(OneByOne(kind(16, 16, 3, groups=groups))))
+    middle = small.middle
+    assert (middle.in_channels, middle.out_channels, middle.groups) == (8, 8, min(groups, 8))
+
+
 class Widths(NamedTuple):
     given: int
     width: int
