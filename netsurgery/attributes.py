@@ -87,6 +87,8 @@ def _of_weight(module: nn.Module, axes: tuple[Axis, ...]) -> Iterator[tuple[str,
         yield from (("out_features", axes[0]), ("in_features", axes[1]))
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):
         yield "in_channels", axes[0]
+        if module.groups == 1:
+            yield "out_channels", axes[1]
     elif isinstance(module, nn.modules.conv._ConvNd):
         yield "out_channels", axes[0]
         if module.groups == 1:
