@@ -91,8 +91,10 @@ class Edit:
                 found = f"it is {shape}" if name in self.network.axes else "there is none"
                 raise InputError(f"a value of shape {tuple(value.shape)} for '{name}': {found}")
         order = {group.name: index for index, group in enumerate(self.network.groups)}
+        kept: dict[str, list[int]] = {}
         for name, given in self.keep.items():
             group, units = self.network[name], _integers(name, given)
+            kept[name] = units
             if units == list(range(group.size)):
                 continue
             if group.frozen is not None:
@@ -103,8 +105,10 @@ class Edit:
                 raise InputError(
                     f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {_start(units)}"
                 )
-        kept = {name: tuple(_integers(name, self.keep[name])) for name in sorted(self.keep, key=order.__getitem__)}
-        object.__setattr__(self, "keep", {n: units for n, units in kept.items() if len(units) < self.network[n].size})
+        ordered = {name: tuple(kept[name]) for name in sorted(kept, key=order.__getitem__)}
+        object.__setattr__(
+            self, "keep", {n: units for n, units in ordered.items() if len(units) < self.network[n].size}
+        )
         for tied in self.network.ties:
             counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in tied}
             if len(set(counts.values())) > 1:

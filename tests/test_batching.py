@@ -15,7 +15,17 @@ import netsurgery
 from netsurgery.models import resnet20
 from netsurgery.passes import LossIncreaseScore
 from netsurgery.passes.trials import Loss, Trials
-from test_loss_increase import AcrossSamples, ByPlace, Contrasted, by_surgery, data_for, drawn, loss_of, randomised
+from test_loss_increase import (
+    AcrossSamples,
+    ByPlace,
+    Contrasted,
+    by_surgery,
+    contrasts,
+    data_for,
+    drawn,
+    loss_of,
+    randomised,
+)
 from test_prefixes import ALL, CUT
 from test_random_draws import DATA, noisy
 
@@ -112,15 +122,12 @@ def test_losses_of_many_removals_are_those_of_each(name: str, are_dear: bool, de
 
 
 def test_outputs_that_compare_samples(dear: Callable[[], None]) -> None:
-    def loss(out: Tensor, _: Tensor) -> Tensor:
-        return out.logsumexp(1) - out.diagonal()
-
     model = randomised(Contrasted())
     data = data_for(model)[0][:8], torch.arange(8)
     network = netsurgery.trace(model, data[0][:3])
-    few = LossIncreaseScore(data, loss).run(network).scores["a"]
+    few = LossIncreaseScore(data, contrasts).run(network).scores["a"]
     dear()
-    torch.testing.assert_close(LossIncreaseScore(data, loss, rows=64).run(network).scores["a"], few)
+    torch.testing.assert_close(LossIncreaseScore(data, contrasts, rows=64).run(network).scores["a"], few)
 
 
 @pytest.mark.parametrize("name", ["dropout", "one for all", "numpy", "a number of numpy's", "randperm"])

@@ -267,19 +267,21 @@ class Contrasted(AcrossSamples):
         return x @ x.T
 
 
-def test_outputs_that_compare_samples() -> None:
-    def loss(out: Tensor, _: Tensor) -> Tensor:
-        return out.logsumexp(1) - out.diagonal()
+def contrasts(out: Tensor, _: Tensor) -> Tensor:
+    """A loss of outputs that compare each sample with every other."""
+    return out.logsumexp(1) - out.diagonal()
 
+
+def test_outputs_that_compare_samples() -> None:
     model = randomised(Contrasted())
     data = data_for(model)[0][:8], torch.arange(8)
     network = netsurgery.trace(model, data[0][:3])
-    scores = LossIncreaseScore(data, loss).run(network).scores["a"]
+    scores = LossIncreaseScore(data, contrasts).run(network).scores["a"]
     x, y = drawn(data, 8)
     for unit in range(5):
         stay = tuple(other for other in range(5) if other != unit)
         small = netsurgery.rewrite(model, netsurgery.Edit(network, {"a": stay}))
-        rise = float((loss(small(x), y) - loss(model(x), y)).mean().detach())
+        rise = float((contrasts(small(x), y) - contrasts(model(x), y)).mean().detach())
         assert float(scores[unit]) == pytest.approx(rise, rel=1e-6, abs=1e-12)
 
 

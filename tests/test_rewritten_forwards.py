@@ -28,6 +28,7 @@ import oracles
 from netsurgery.cutting import Positions
 from netsurgery.effects import Effects
 from netsurgery.passes import PruneChannels, RandomScore
+from tests.test_hard_coded import Net
 
 X = torch.randint(-4, 5, (6, 8), generator=torch.Generator().manual_seed(0)) / 4
 half = torch.autocast
@@ -154,17 +155,6 @@ class Inside(nn.Module):
 
     def gained(self, x: Tensor) -> Tensor:
         return (x.float().transpose(1, 2) @ (torch.eye(4) / 3 + 0.3)).transpose(1, 2) * self.gain
-
-
-class Net(nn.Module):
-    def __init__(self, inside: nn.Module):
-        super().__init__()
-        self.first, self.inside, self.last = nn.Linear(8, 16), inside, nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        out: Tensor = self.last(x + self.inside(x))
-        return out
 
 
 def build(between: Callable[[Any, Tensor], Tensor]) -> Net:

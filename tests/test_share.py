@@ -10,19 +10,7 @@ import netsurgery
 from netsurgery.axes import Edge, Fixed, channel, inner
 from netsurgery.passes import PruneChannels, RandomScore
 from netsurgery.report import prunable_share
-
-
-class Net(nn.Module):
-    """Layers and a forward of one line."""
-
-    def __init__(self, run: Callable[["Net", Tensor], Tensor], **layers: nn.Module):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
+from tests.test_by_hand import Net
 
 
 def share(run: Callable[..., Tensor], x: Tensor, **layers: nn.Module) -> float:
