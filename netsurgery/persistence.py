@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.pipeline import trace
+from netsurgery.report import first_of
 from netsurgery.rewriting import rewrite
 
 __all__ = ["load", "save"]
@@ -117,16 +118,11 @@ def _difference(folder: Path, small: nn.Module, weights: Mapping[str, Tensor]) -
         if isinstance(tensor, Tensor) and isinstance(found := weights.get(name), Tensor) and found.shape != tensor.shape
     ]
     verbs = {"lack": missing, "have besides": unknown, "have other shapes": other}
-    said = "; ".join(f"they {verb} {_listed(names)}" for verb, names in verbs.items() if names)
+    said = "; ".join(f"they {verb} {first_of(names, 5)}" for verb, names in verbs.items() if names)
     return (
         f"the weights in {folder} are not those of this {type(small).__name__}"
         f"{f': {said}' if said else ', which refuses them'}: pass a model of the constructor that was saved"
     )
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _kept(folder: Path) -> tuple[str | None, Mapping[str, Tensor]]:

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from netsurgery.network import Group, Network
 
 __all__ = [
-    *("columns", "cost_html", "cost_table", "edit_html", "edit_line", "entries", "network_html", "network_line"),
-    *("network_table", "prunable_share"),
+    *("columns", "cost_html", "cost_table", "edit_html", "edit_line", "entries", "first_of", "network_html"),
+    *("network_line", "network_table", "prunable_share"),
 ]
 
 Rows = Sequence[Sequence[str]]
 SHOWN = 200  # rows of a table in a notebook
+
+
+def first_of(texts: Iterable[str], most: int = 3) -> str:
+    """The first of some texts in a line, and how many more there are."""
+    found = list(texts)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def columns(rows: Rows, right: Sequence[int] = ()) -> str:

@@ -21,6 +21,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
 from netsurgery.keeping import rescaled
 from netsurgery.optimizers import OptimizerStates, as_list, averaged
+from netsurgery.report import first_of
 
 __all__ = ["rewrite"]
 
@@ -106,8 +107,7 @@ def rewrite(
         follow(one, network, network.sizes(edit.counts))
         adaptation.carry_out(one)
     if reasons := adaptations[0].reasons:
-        first, more = [path or "the model" for path in reasons][:3], len(reasons) - 3
-        listed = ", ".join(first) + (f" and {more} more" if more > 0 else "")
+        listed = first_of(path or "the model" for path in reasons)
         _log.warning("rewrote the forward of %d modules whose code hard-codes a size: %s", len(reasons), listed)
     return result
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.errors import InputError
 from netsurgery.names import build
+from netsurgery.report import first_of
 
 __all__ = ["Draws", "fill", "prepared", "read_weights"]
 
@@ -188,10 +189,7 @@ def fill(model: nn.Module, state: State, source: str) -> None:
     ]
     extra = [f"{name} has no place" for name in state if name not in wanted]
     if wrong := [*shapes, *missing, *extra]:
-        more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
-        raise InputError(
-            f"{source} is for another model than this {type(model).__name__}: {', '.join(wrong[:3])}{more}"
-        )
+        raise InputError(f"{source} is for another model than this {type(model).__name__}: {first_of(wrong)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -244,5 +242,4 @@ def prepared(name: str, file: Path | None = None, random: bool = False) -> tuple
             "these are meant"
         )
     said = source if file is not None else f"published, {name}" if by_name else f"as {name} returns them"
-    listed = ", ".join(drawn[:3]) + (f" and {len(drawn) - 3} more" if drawn[3:] else "")
-    return model, said + (f"; random: {listed}" if drawn else "")
+    return model, said + (f"; random: {first_of(drawn)}" if drawn else "")

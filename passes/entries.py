@@ -15,6 +15,7 @@ from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.network import Group, Member, Network, Role
 from netsurgery.passes.layers import units_of
+from netsurgery.report import first_of
 from netsurgery.weights import Use, Weight
 
 __all__ = ["ROLES", "accumulated", "as_roles", "in_roles", "listed", "per_unit", "summed", "unit_scores", "unit_sums"]
@@ -170,10 +171,8 @@ def accumulated(weight: Tensor) -> Tensor:
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Names in a message, the first of them."""
-    found = list(dict.fromkeys(names))
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(f"'{name}'" for name in found[:most]) + more
+    """Names in a message, each once, the first of them."""
+    return first_of((f"'{name}'" for name in dict.fromkeys(names)), most)
 
 
 # What is given -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from netsurgery.axes import Axis, Fixed, leaves
 from netsurgery.network import Group, Network, Unit
 from netsurgery.passes.patterns import Chosen, Pattern
+from netsurgery.report import first_of
 
 __all__ = [
     "ANY",
@@ -55,8 +56,7 @@ def belongs(group: Group, modules: Chosen, patterns: Sequence[Pattern]) -> bool:
 def others_made_by(group: Group, modules: Chosen) -> str:
     """The modules that produce a group's units beside some modules."""
     makers = dict.fromkeys(m.module for m in group.members if m.role == "produces" and not modules.holds(m.parameter))
-    listed = list(makers)
-    return ", ".join(listed[:2]) + (f" and {len(listed) - 2} more" if len(listed) > 2 else "")
+    return first_of(makers, 2)
 
 
 def protected(network: Network, modules: Chosen) -> set[str]:
