@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["caches_kept", "caches_passed_by"]
 
-Place = tuple[dict[str, Any], str, Any]  # where a cached function is global, under which name, and itself
+Names = dict[str, Any]  # what a module's code calls global
+Place = tuple[Names, str, Any]  # where a cached function is global, under which name, and itself
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def caches_passed_by(model: nn.Module, kind: type) -> Iterator[None]:
 
     What they have kept was worked out from equal integers, but not from these, which remember where they come from.
     """
-    places = [place for name in _reachable(_own(model)) for place in _cached_in(name)]
+    places = [place for names in _reachable(_seen_by(model)) for place in _look_up(names, _cached)]
     places = [(names, name, wrapper) for names, name, wrapper in places if names.get(name) is wrapper]
     try:
         for names, name, wrapper in places:
@@ -114,44 +115,59 @@ def _own(model: nn.Module) -> list[str]:
     return sorted(name for name in places if name in sys.modules and not name.startswith(("torch.", "builtins")))
 
 
-def _reachable(names: Iterable[str]) -> list[str]:
-    """Modules, and all that they use functions, classes or modules of, but torch and the standard library."""
-    found: dict[str, None] = {}
-    left = list(names)
+def _seen_by(model: nn.Module) -> list[Names]:
+    """What the code of a model's parts calls global: a class made by a function may have other code than its module."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    methods = [value for kind in classes for value in vars(kind).values() if isinstance(value, FunctionType)]
+    methods += [
+        value for module in model.modules() for value in vars(module).values() if isinstance(value, FunctionType)
+    ]
+    return [vars(sys.modules[name]) for name in _own(model)] + [method.__globals__ for method in methods]
+
+
+def _reachable(start: Iterable[Names]) -> list[Names]:
+    """Namespaces, and those of all functions, classes and modules in them, but torch and the standard library."""
+    found: dict[int, Names] = {}
+    left = list(start)
     while left:
-        name = left.pop()
-        if name not in found:
-            found[name] = None
-            left.extend(_used_by(name))
-    return list(found)
+        names = left.pop()
+        if id(names) not in found and str(names.get("__name__")).partition(".")[0] not in _OTHERS:
+            found[id(names)] = names
+            left.extend(_look_up(names, _used))
+    return list(found.values())
 
 
-def _used_by(name: str) -> list[str]:
-    return _look_up(name, _modules_in) if name == "__main__" else _known(name, _modules_in)
+def _look_up(names: Names, what: Callable[[Names], list[Any]]) -> list[Any]:
+    """What a namespace holds, remembered while it has as many names: modules stay as they are once imported."""
+    if names.get("__name__") == "__main__":
+        return what(names)
+    key = (id(names), len(names), what)
+    if key not in _LOOKED_UP or _LOOKED_UP[key][0] is not names:
+        _LOOKED_UP[key] = (names, what(names))
+    return _LOOKED_UP[key][1]
 
 
-def _cached_in(name: str) -> list[Place]:
-    return _look_up(name, _cached) if name == "__main__" else _known(name, _cached)
-
-
-def _look_up(name: str, what: Callable[[dict[str, Any]], list[Any]]) -> list[Any]:
-    return what(vars(sys.modules[name]))
-
-
-_known = functools.cache(_look_up)  # modules stay as they are once they are imported
-
-
-def _modules_in(names: dict[str, Any]) -> list[str]:
-    named = [value for value in names.values() if isinstance(value, _NAMED)]
-    used = {value.__name__ if isinstance(value, ModuleType) else value.__module__ for value in named}
-    return [one for one in sorted(filter(None, used)) if one in sys.modules and one.partition(".")[0] not in _OTHERS]
-
-
-_NAMED = (ModuleType, FunctionType, type, functools._lru_cache_wrapper)
+_LOOKED_UP: dict[Any, tuple[Names, list[Any]]] = {}
 _OTHERS = {"torch", "numpy", "netsurgery", *sys.stdlib_module_names} - {"__main__"}
 
 
-def _cached(names: dict[str, Any]) -> list[Place]:
+def _used(names: Names) -> list[Names]:
+    return list({id(space): space for space in map(_space_of, names.values()) if space is not None}.values())
+
+
+def _space_of(value: Any) -> Names | None:
+    if isinstance(value, ModuleType):
+        return vars(value)
+    if isinstance(value, FunctionType):
+        return value.__globals__
+    if isinstance(value, functools._lru_cache_wrapper):
+        return getattr(value.__wrapped__, "__globals__", None)
+    if isinstance(value, type) and value.__module__ in sys.modules:
+        return vars(sys.modules[value.__module__])
+    return None
+
+
+def _cached(names: Names) -> list[Place]:
     return [(names, name, value) for name, value in names.items() if isinstance(value, functools._lru_cache_wrapper)]
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.models import CifarResNet, Padded, resnet20, resnet32, resnet56, resnet110
-from tests.oracles import check
-from tests.zoo import randomise
+from oracles import check
+from zoo import randomise
 
 MACS = {resnet20: 40.55, resnet32: 68.86, resnet56: 125.49, resnet110: 252.89}  # millions, of the convolutions
 PARAMETERS = {resnet20: 0.27, resnet32: 0.46, resnet56: 0.85, resnet110: 1.73}  # millions; 1.7 in the paper

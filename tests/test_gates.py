@@ -13,7 +13,7 @@ from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, Tay
 from netsurgery.passes.samples import draw
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
-from tests.test_loss_increase import NETWORKS, data_for, randomised
+from test_loss_increase import NETWORKS, data_for, randomised
 
 
 def slopes(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

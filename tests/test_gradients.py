@@ -19,8 +19,8 @@ from netsurgery.passes import GradientScore, LossIncreaseScore, PruneChannels, T
 from netsurgery.passes.samples import draw
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
-from tests.test_language_models import MASKED, MODELS
-from tests.test_loss_increase import NETWORKS, data_for, randomised
+from test_language_models import MASKED, MODELS
+from test_loss_increase import NETWORKS, data_for, randomised
 
 
 def slopes(model: nn.Module, data: tuple[Any, Tensor], loss: Any = None, example: Any = None) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 import pickle
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -615,32 +614,40 @@ def other_code() -> types.ModuleType:
     made = types.ModuleType("other_code_of_hard_coded")
     text = "import functools\n@functools.lru_cache\ndef in_heads(n, h, c):\n    return n, h, c // h\n"
     exec(compile(text, "other_code.py", "exec"), made.__dict__)
-    sys.modules[made.__name__] = made
     return made
 
 
 OTHER = other_code()
 
 
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return x.view(*OTHER.in_heads(x.shape[0], 4, x.shape[1])).tanh().flatten(1)
+
+
+class FromElsewhere(Heads):
+    """Its code stands in a module that its class is not in, and that no ``sys.modules`` knows."""
+
+    forward = types.FunctionType(Heads.forward.__code__, {"OTHER": other_code()})
+
+
+@pytest.mark.parametrize("kind", [Heads, FromElsewhere])
 @pytest.mark.parametrize("before", [False, True])
-def test_what_a_cached_function_works_out_from_sizes_follows(before: bool) -> None:
-    class Heads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(6, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x)
-            return x.view(*OTHER.in_heads(x.shape[0], 4, x.shape[1])).tanh().flatten(1)
-
-    OTHER.in_heads.cache_clear()
-    model, x = nn.Sequential(Heads(), nn.Linear(32, 2)).double(), torch.randn(3, 6, dtype=torch.float64)
+def test_what_a_cached_function_works_out_from_sizes_follows(before: bool, kind: type[Heads]) -> None:
+    in_heads = kind.forward.__globals__["OTHER"].in_heads
+    in_heads.cache_clear()
+    model, x = nn.Sequential(kind(), nn.Linear(32, 2)).double(), torch.randn(3, 6, dtype=torch.float64)
     if before:
         model(x)
     small, edit = oracles.check(model, (x,), 1e-10, share=0.5)
     assert edit.counts == {"0.a": 2, "0.a:2": 4}
     assert small(torch.randn(5, 6, dtype=torch.float64)).shape == (5, 2)
-    assert all(type(size) is int for size in OTHER.in_heads(3, 4, 32))
+    assert all(type(size) is int for size in in_heads(3, 4, 32))
 
 
 class Otherwise(nn.Module):

@@ -8,12 +8,12 @@ import torchvision
 from torch import Tensor, nn
 
 import netsurgery
+import zoo
 from netsurgery.errors import InputError
 from netsurgery.kernels import CRITERIA
 from netsurgery.kernels.hgsr_reference import power
 from netsurgery.passes import HGSR, HGSRScore
 from netsurgery.passes.layers import layers
-from tests import zoo
 
 
 def own_terms(kernels: list[Tensor], criterion: str) -> Tensor:

@@ -28,7 +28,7 @@ import oracles
 from netsurgery.cutting import Positions
 from netsurgery.effects import Effects
 from netsurgery.passes import PruneChannels, RandomScore
-from tests.test_hard_coded import Net
+from test_hard_coded import Net
 
 X = torch.randint(-4, 5, (6, 8), generator=torch.Generator().manual_seed(0)) / 4
 half = torch.autocast

@@ -10,7 +10,7 @@ import netsurgery
 from netsurgery.axes import Edge, Fixed, channel, inner
 from netsurgery.passes import PruneChannels, RandomScore
 from netsurgery.report import prunable_share
-from tests.test_by_hand import Net
+from test_by_hand import Net
 
 
 def share(run: Callable[..., Tensor], x: Tensor, **layers: nn.Module) -> float:

@@ -18,13 +18,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune
 
 import netsurgery
+import zoo
 from netsurgery.errors import InputError
 from netsurgery.models import CifarResNet, resnet20, resnet32, resnet56, resnet110
 from netsurgery.passes import SoftPruning
 from netsurgery.passes.filters import filters_of_layers, norms, published_macs
 from netsurgery.passes.soft import hard_share, pruned_share, soft_factor
-from tests import zoo
-from tests.zoo import randomise
+from zoo import randomise
 
 METHODS = ("sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp")
 GROUPINGS = ("layer", "coupled")

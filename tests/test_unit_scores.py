@@ -19,7 +19,7 @@ from netsurgery.errors import InputError, RewriteError
 from netsurgery.network import Group, Network
 from netsurgery.passes import MagnitudeScore, PruneChannels, unit_scores
 from random_networks import Program, build, example, programs
-from tests.test_language_models import MASKED, MODELS
+from test_language_models import MASKED, MODELS
 
 
 def importance(network: Network, seed: int = 0) -> dict[str, Tensor]:
