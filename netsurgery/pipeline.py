@@ -191,7 +191,7 @@ def apply(
     """Run passes on a model and return it smaller: the user's own class, module names and state_dict keys.
 
     One line of the logger ``netsurgery`` says what was asked for and what was removed, as ``edit.summary()`` does: a
-    warning where groups fell short.
+    warning where groups fell short or are nearly emptied.
 
     Args:
         model: any module.
@@ -216,7 +216,7 @@ def apply(
         )
     """
     edit = plan(model, passes, example_inputs)
-    short = any(outcome.short for outcome in edit.outcomes)
+    short = any(outcome.short or outcome.few for outcome in edit.outcomes)
     _log.log(logging.WARNING if short else logging.INFO, "%s", edit.summary().partition("\n")[0])
     return rewrite(model, edit, inplace=inplace, optimizer=optimizer, ema=ema)
 
