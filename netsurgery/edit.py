@@ -17,6 +17,7 @@ from netsurgery.computed_weights import scaled
 from netsurgery.costs import Cost
 from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
 from netsurgery.network import Group, Network
 from netsurgery.report import edit_html, edit_line, share
 from netsurgery.saved_inputs import described, made
@@ -69,6 +70,7 @@ class Edit:
             loses may be made up for by them. They are for this network's model, and no part of the JSON.
         uncompensated: weights (or groups) whose loss was to be made up for and is not, and why.
         outcomes: of each pass that led here, what it was asked for and what came of it.
+        measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
 
     Raises:
         InputError: a name that is no group, a frozen group, indices out of range, repeated or out of order, a
@@ -89,6 +91,7 @@ class Edit:
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     uncompensated: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     outcomes: tuple[Outcome, ...] = field(default=(), repr=False, compare=False)
+    measured: Measured | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kinds = (self.network, Network), (self.keep, Mapping)
@@ -184,12 +187,13 @@ class Edit:
     def summary(self) -> str:
         """What was asked, what was removed, which groups fell short and why, and of which little stays.
 
-        A line, then one for each of these groups.
+        A line, with loss and agreement before and after where they are measured; then one for each of these groups.
 
         A last line names numbers of modules (``block.width=16``) that no forward needs and whose meaning is not clear:
         they stay as they are, though dimensions of that size change.
         """
-        lines = ["; ".join(map(str, self.outcomes)) or f"removed {self._removed()}"]
+        outcomes = self.outcomes or (f"removed {self._removed()}",)
+        lines = ["; ".join(map(str, (*outcomes, *filter(None, [self.measured]))))]
         for outcome in self.outcomes:
             lines.extend(f"  {name}: {why}" for name, why in outcome.short.items())
             lines.extend(f"  {name}: few units stay, {count}" for name, count in outcome.few.items())

@@ -8,12 +8,17 @@ from math import inf
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
+from torch import nn
+
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
 from netsurgery.network import Network, Unit
+from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
 from netsurgery.passes.compensation import Method, compensate
 from netsurgery.passes.patterns import Modules, as_patterns
+from netsurgery.passes.samples import draw_inputs
 from netsurgery.pipeline import Pass
 
 __all__ = ["PruneChannels"]
@@ -60,7 +65,7 @@ class PruneChannels(Pass):
         compensate: make up for what the removal loses in the layers that read it: "bias" lets their outputs keep their
             mean over the data; "least-squares" also refits their weights so that the outputs stay as near as they can.
         data: what this is measured on, in eval mode: a DataLoader, Dataset, tensor or pair of tensors, as for
-            ``netsurgery.passes.samples.draw_inputs``; it needs no labels.
+            ``netsurgery.passes.samples.draw_inputs``; it needs no labels. ``edit.measured`` is measured on it too.
         samples: how many samples of it, drawn at random whatever their classes.
         ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
             the data says little.
@@ -187,6 +192,12 @@ class PruneChannels(Pass):
         if self.compensate is None:
             return edit
         return compensate(edit, self.compensate, self.data, self.samples, self.ridge)
+
+    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
+        """How far what an edit leaves is from the model on the inputs that its loss is made up for on, if any."""
+        if self.data is None:
+            return None
+        return reported(model, edit, draw_inputs(self.data, min(self.samples, MOST)))
 
     def by_cost(self, network: Network) -> bool:
         """Whether units are ranked by score for what they cost."""
