@@ -17,6 +17,7 @@ from netsurgery.computed_weights import scaled
 from netsurgery.costs import Cost
 from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
 from netsurgery.network import Group, Network
 from netsurgery.report import edit_html, edit_line, share
 from netsurgery.saved_inputs import described, made
@@ -32,22 +33,30 @@ class Outcome:
         asked: such as ``50.0% of the channels of each layer``.
         got: likewise.
         short: groups that lose less than asked, or nothing because they are locked, and why.
+        few: groups of which a ranking of all units together leaves a tenth or less, or no more than ``max_ratio`` does,
+            and how many units stay.
     """
 
     asked: str
     got: str
     short: Mapping[str, str] = field(default_factory=dict)
+    few: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         line = f"asked to remove {self.asked}, removed {self.got}"
-        if not self.short:
-            return line
-        first = [f"{name}: {why}" for name, why in list(self.short.items())[:_LISTED]]
-        more = len(self.short) - len(first)
-        return f"{line}; short: {'; '.join(first)}" + (f"; and {more} more groups" if more else "")
+        return line + _named("short", self.short) + _named("few units stay", self.few)
 
 
 _LISTED = 3  # groups in one line
+
+
+def _named(what: str, groups: Mapping[str, str]) -> str:
+    """The first of some groups, and how many more there are."""
+    if not groups:
+        return ""
+    first = [f"{name}: {why}" for name, why in list(groups.items())[:_LISTED]]
+    more = len(groups) - len(first)
+    return f"; {what}: {'; '.join(first)}" + (f"; and {more} more groups" if more else "")
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Edit:
             loses may be made up for by them. They are for this network's model, and no part of the JSON.
         uncompensated: weights (or groups) whose loss was to be made up for and is not, and why.
         outcomes: of each pass that led here, what it was asked for and what came of it.
+        measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
 
     Raises:
         InputError: a name that is no group, a frozen group, indices out of range, repeated or out of order, a
@@ -81,6 +91,7 @@ class Edit:
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     uncompensated: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     outcomes: tuple[Outcome, ...] = field(default=(), repr=False, compare=False)
+    measured: Measured | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kinds = (self.network, Network), (self.keep, Mapping)
@@ -174,13 +185,18 @@ class Edit:
         return [node.meta["scaled_by"] for program in self.network.programs for node in scaled(program, channels)]
 
     def summary(self) -> str:
-        """What was asked, what was removed, and which groups fell short and why: a line, then one for each of these.
+        """What was asked, what was removed, which groups fell short and why, and of which little stays.
+
+        A line, with loss and agreement before and after where they are measured; then one for each of these groups.
 
         A last line names numbers of modules (``block.width=16``) that no forward needs and whose meaning is not clear:
         they stay as they are, though dimensions of that size change.
         """
-        lines = ["; ".join(map(str, self.outcomes)) or f"removed {self._removed()}"]
-        lines.extend(f"  {name}: {why}" for outcome in self.outcomes for name, why in outcome.short.items())
+        outcomes = self.outcomes or (f"removed {self._removed()}",)
+        lines = ["; ".join(map(str, (*outcomes, *filter(None, [self.measured]))))]
+        for outcome in self.outcomes:
+            lines.extend(f"  {name}: {why}" for name, why in outcome.short.items())
+            lines.extend(f"  {name}: few units stay, {count}" for name, count in outcome.few.items())
         if stays := dict(self.adaptation.stays) if self.adaptation else {}:
             first, more = list(stays.items())[:_LISTED], len(stays) - _LISTED
             listed = "; ".join(f"{name} ({why})" for name, why in first) + (f"; and {more} more" if more > 0 else "")

@@ -1,6 +1,7 @@
 """Passes to compose: scores, and removals that need them; and the training penalty that prepares for them."""
 
 if __name__ == "netsurgery.passes":
+    from netsurgery.passes.agreement import measure as measure
     from netsurgery.passes.entries import unit_scores as unit_scores
     from netsurgery.passes.gates import FisherScore as FisherScore
     from netsurgery.passes.gates import TaylorScore as TaylorScore

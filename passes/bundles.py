@@ -79,6 +79,7 @@ class Choice:
         self.sorts = {unit for sorts in self.units for unit in sorts}
         self.ratios = self._ratios()
         self.short: dict[str, str] = {}
+        self.few: dict[str, str] = {}
         self.missing = False  # whether fewer units go than are asked of all together
         self.groups = self._groups()
         self.bundles = self._bundles()
@@ -183,7 +184,9 @@ class Choice:
             return score
         if settings.scope == "layer":
             return torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
-        how = settings.normalize if settings.normalize != "auto" else "none" if self.network.comparable else "mean"
+        how: str = settings.normalize
+        if how == "auto":
+            how = "none" if self.network.comparable else "sum" if settings.by_cost(self.network) else "mean"
         size = score.abs()
         scale = {"mean": size.mean(), "max": size.max(), "sum": size.sum(), "none": torch.ones(())}[how]
         return score / scale if scale > 0 else score
@@ -212,16 +215,18 @@ class Choice:
         for bundle, k in zip(self.bundles, removed, strict=True):
             if why := self._shortfall(bundle, k):
                 self.short.update((group.name, why) for group in bundle.groups)
+            elif few := self._few(bundle, k):
+                self.few.update((group.name, few) for group in bundle.groups)
         for group in self.locked:
             self.short[group.name] = f"0 of {group.size} (locked: {group.frozen})"
         budget = next((name for name in ("params", "macs") if getattr(settings, name) is not None), None)
         if budget is None:
-            return Outcome(self._asked(), self._got(removed), self.short)
+            return Outcome(self._asked(), self._got(removed), self.short, self.few)
         whole, left = (getattr(cost, budget) for cost in (self.original.cost(), edit.after))
         limit = getattr(settings, budget)
         asked = f"{max(0, whole - limit):,}" if is_count(limit) else f"{100 * (1 - limit):.1f}%"
         word = {"params": "parameters", "macs": "MACs"}[budget]
-        return Outcome(f"{asked} of the {word}", f"{100 * (1 - left / whole):.1f}%", {})
+        return Outcome(f"{asked} of the {word}", f"{100 * (1 - left / whole):.1f}%", {}, self.few)
 
     def _asked(self) -> str:
         settings = self.settings
@@ -259,6 +264,18 @@ class Choice:
         else:  # of all together
             due = bundle.size if self.missing else 0
         return f"{gone} of {bundle.whole} ({self._limit(bundle, due)})" if removed < due else None
+
+    def _few(self, bundle: Bundle, removed: int) -> str | None:
+        """How many units of a group stay where a ranking of all has taken nearly all of it, or all that may go."""
+        stay = bundle.size - removed
+        held = removed >= bundle.most and self._limit(bundle, bundle.most + 1)
+        if (
+            self.settings.scope == "layer"
+            or stay == bundle.whole
+            or not (10 * stay <= bundle.whole or (held and held.startswith("max_ratio")))
+        ):
+            return None
+        return f"{stay:,} of {bundle.whole:,}" + (f" ({held})" if held else "")
 
     def _limit(self, bundle: Bundle, due: int) -> str:
         """The setting that keeps units which were due."""

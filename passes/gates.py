@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
 from netsurgery.network import Network
+from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.loss_increase import LossIncreaseScore
 from netsurgery.passes.losses import Loss, ignored_by
 from netsurgery.passes.samples import draw
@@ -39,6 +42,11 @@ class _GateScore(Pass):
         trials.check()
         slopes = gate_slopes(trials)
         return network.with_scores({name: self.score(slope) for name, slope in slopes.items()}, comparable=True)
+
+    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
+        """How far what an edit leaves is from the model on the samples."""
+        drawn = draw(self.data, min(self.samples, MOST), self.seed, ignored_by(self.loss))
+        return reported(model, edit, drawn, self.loss)
 
     def score(self, slopes: Tensor) -> Tensor:
         """Scores ``(units,)`` from the slopes ``(samples, units)``."""

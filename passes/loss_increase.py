@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
 from netsurgery.network import Network
+from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, ignored_by
 from netsurgery.passes.prefixes import cumulative, per_group
@@ -158,6 +161,11 @@ class LossIncreaseScore(Pass):
             else:
                 scores = self._exact(trials, ledger)
         return network.with_scores(scores, comparable=True)
+
+    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
+        """How far what an edit leaves is from the model on the samples."""
+        drawn = draw(self.data, min(self.samples, MOST), self.seed, ignored_by(self.loss))
+        return reported(model, edit, drawn, self.loss)
 
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
         trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from math import inf
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
+from torch import nn
+
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
 from netsurgery.network import Network, Unit
+from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
 from netsurgery.passes.compensation import Method, compensate
 from netsurgery.passes.patterns import Modules, as_patterns
+from netsurgery.passes.samples import draw_inputs
 from netsurgery.pipeline import Pass
 
 __all__ = ["PruneChannels"]
@@ -32,6 +38,10 @@ class PruneChannels(Pass):
         macs: instead of a ratio, the multiply-accumulates to keep: likewise.
         threshold: instead of a ratio, remove the units with scores, as they are, of at most this.
         scope: "layer" removes the same share from each group; "global" ranks all units together.
+        per: what the ranking of all units goes by: the score of a "unit", or its score for its "cost": divided by the
+            parameters (``params=``) or multiply-accumulates (``macs=``) that go with one unit of its group from the
+            network as it is, so that what matters least for what it saves goes first. "auto" is "cost" where the budget
+            is one of all layers and scores are comparable as they are.
         of: the original that ratio, budget and limits are shares of, where this is one of several rounds: the Edit that
             began with it (``first``, or ``first.then(second)``), or its Network. What rounding leaves in one round, the
             next removes. By default the network as it is.
@@ -50,17 +60,23 @@ class PruneChannels(Pass):
         protect: likewise; nor does a unit that a matching module consumes or is given.
         normalize: how scores of different groups are made comparable when the scope is global: divided by the "mean",
             "max" or "sum" of their sizes in the group, or "none"; "auto" is "none" for scores that are comparable as
-            they are (rises of the loss, Taylor, Fisher, LAMP), else "mean".
+            they are (rises of the loss, Taylor, Fisher, LAMP), else "sum" where they are ranked for their cost (a share
+            of the group's importance for a share of its cost), else "mean".
         compensate: make up for what the removal loses in the layers that read it: "bias" lets their outputs keep their
             mean over the data; "least-squares" also refits their weights so that the outputs stay as near as they can.
         data: what this is measured on, in eval mode: a DataLoader, Dataset, tensor or pair of tensors, as for
-            ``netsurgery.passes.samples.draw_inputs``; it needs no labels.
+            ``netsurgery.passes.samples.draw_inputs``; it needs no labels. ``edit.measured`` is measured on it too.
         samples: how many samples of it, drawn at random whatever their classes.
         ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
             the data says little.
 
     Budgets are met within one unit of the last group touched (one ``multiple_of`` step), priced from the expressions.
     ``edit.summary()`` says what was asked and what was removed, and which groups lost less or are locked, and why.
+
+    Source: Liu et al., "Group Fisher Pruning", arXiv 2108.00708, divide the importance of coupled channels by the
+    memory that they free; Shen et al., "Structural Pruning via Latency-Saliency Knapsack", arXiv 2210.06659, choose by
+    saliency for latency. Prices of the whole network, for units whose prices depend on each other, are our choice:
+    prices half-way to the target chose no better networks.
 
     Raises:
         InputError: a number out of range, both or neither of ratio and budget, a pattern that matches no module, scores
@@ -79,6 +95,7 @@ class PruneChannels(Pass):
     macs: float | int | None = None
     threshold: float | None = None
     scope: Literal["layer", "global"] = "layer"
+    per: Literal["auto", "unit", "cost"] = "auto"
     of: Edit | Network | None = None
     multiple_of: int = 1
     min_channels: int = 1
@@ -137,6 +154,13 @@ class PruneChannels(Pass):
     def _check_choices(self) -> None:
         if self.scope not in ("layer", "global"):
             raise InputError(f"PruneChannels(scope='{self.scope}'): 'layer' or 'global'")
+        if self.per not in ("auto", "unit", "cost"):
+            raise InputError(f"PruneChannels(per={self.per!r}): 'auto', 'unit' or 'cost'")
+        if self.per == "cost" and (self.scope != "global" or self.params is self.macs is None):
+            raise InputError(
+                "PruneChannels(per='cost') ranks all units for what they cost: it goes with params= or macs=, and with "
+                "scope='global'"
+            )
         units = (self.unit,) if isinstance(self.unit, str) else tuple(self.unit)
         if not units or not set(units) <= {"any", *get_args(Unit)}:
             known = ", ".join(map(repr, ("any", *get_args(Unit))))
@@ -169,6 +193,17 @@ class PruneChannels(Pass):
             return edit
         return compensate(edit, self.compensate, self.data, self.samples, self.ridge)
 
+    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
+        """How far what an edit leaves is from the model on the inputs that its loss is made up for on, if any."""
+        if self.data is None:
+            return None
+        return reported(model, edit, draw_inputs(self.data, min(self.samples, MOST)))
+
+    def by_cost(self, network: Network) -> bool:
+        """Whether units are ranked by score for what they cost."""
+        budget = self.scope == "global" and (self.params is not None or self.macs is not None)
+        return self.per == "cost" or (self.per == "auto" and budget and network.comparable)
+
     def _removed(self, choice: Choice) -> list[int]:
         """Units to remove from each bundle."""
         bundles = choice.bundles
@@ -176,15 +211,15 @@ class PruneChannels(Pass):
             return [bundle.allowed(int((bundle.scores <= self.threshold).sum())) for bundle in bundles]
         if self.ratio is not None and self.scope == "layer":
             return [bundle.allowed(bundle.due(bundle.ratio or 0)) for bundle in bundles]
-        ranked = sorted(_events(bundles))
         if isinstance(self.ratio, Real):
-            wanted = choice.wanted(float(self.ratio))
+            ranked, wanted = _ranked(bundles, [1.0] * len(bundles)), choice.wanted(float(self.ratio))
             return _after(bundles, ranked, _first(ranked, lambda n: _units(bundles, ranked, n) >= wanted))
-        return self._within_budget(choice, ranked)
+        return self._within_budget(choice)
 
-    def _within_budget(self, choice: Choice, ranked: list[Event]) -> list[int]:
+    def _within_budget(self, choice: Choice) -> list[int]:
         bundles, network = choice.bundles, choice.network
         what = "params" if self.params is not None else "macs"
+        ranked = _ranked(bundles, _prices(choice, what) if self.by_cost(network) else [1.0] * len(bundles))
         whole = getattr(choice.original.cost(), what)
         limit = getattr(self, what)
         limit = limit if is_count(limit) else limit * whole
@@ -201,13 +236,21 @@ class PruneChannels(Pass):
         return _after(bundles, ranked, _first(ranked, lambda n: price(n) <= limit))
 
 
-def _events(bundles: list[Bundle]) -> list[Event]:
-    """Removals in reach."""
-    return [
-        (float(bundle.scores[k - 1]), index, k)
-        for index, bundle in enumerate(bundles)
+def _ranked(bundles: list[Bundle], prices: list[float]) -> list[Event]:
+    """Removals in reach, by score for what they save; those that save nothing come last."""
+    return sorted(
+        (float(bundle.scores[k - 1]) / price if price else inf, index, k)
+        for index, (bundle, price) in enumerate(zip(bundles, prices, strict=True))
         for k in range(1, bundle.most + 1)
-    ]
+    )
+
+
+def _prices(choice: Choice, what: str) -> list[float]:
+    """For each bundle what goes, per unit, with one unit of each of its groups from the network as it is."""
+    network = choice.network
+    whole = getattr(network.cost(), what)
+    fewer = [{group.name: group.size - 1 for group in bundle.groups} for bundle in choice.bundles]
+    return [(whole - getattr(network.cost(counts), what)) / len(counts) for counts in fewer]
 
 
 def _after(bundles: list[Bundle], ranked: list[Event], n: int) -> list[int]:

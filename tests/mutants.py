@@ -474,6 +474,27 @@ MUTANTS = (
         "max(0, _first(ranked, lambda n: price(n) <= limit) - 1)",
     ),
     Mutant(
+        "units of all layers by their score alone, whatever they cost",
+        "passes/removal.py",
+        "(float(bundle.scores[k - 1]) / price if price else inf, index, k)",
+        "(float(bundle.scores[k - 1]), index, k)",
+        ("test_cost_aware.py",),
+    ),
+    Mutant(
+        "a tied pair costs twice what it scores",
+        "passes/removal.py",
+        ") / len(counts) for counts in fewer]",
+        ") for counts in fewer]",
+        ("test_cost_aware.py",),
+    ),
+    Mutant(
+        "groups that are nearly emptied are not named",
+        "passes/bundles.py",
+        "10 * stay <= bundle.whole or",
+        "stay < 0 or",
+        ("test_cost_aware.py",),
+    ),
+    Mutant(
         "a unit more than the ratio says",
         "passes/bundles.py",
         "int(self.whole * ratio + _EPSILON)",
