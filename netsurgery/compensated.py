@@ -42,6 +42,7 @@ class Compensation:
             back, relative to the mean square of these; NaN where outputs cannot be compared.
         after: the same with compensation.
         samples: how many samples everything was measured on.
+        in_order: whether layers were then fitted one after the other, to inputs of the smaller network.
 
     Example:
         >>> from netsurgery.compensated import Compensation, LayerError
@@ -60,10 +61,12 @@ class Compensation:
     before: float
     after: float
     samples: int
+    in_order: bool = False
 
     def __str__(self) -> str:
         done = sum(one.taken != "nothing" for one in self.layers)
-        line = f"compensated {done} of {len(self.layers)} layers on {self.samples:,} samples"
+        order = ", one after the other," if self.in_order else ""
+        line = f"compensated {done} of {len(self.layers)} layers{order} on {self.samples:,} samples"
         if self.before != self.before:
             return f"{line}; outputs of the network were not compared"
         return f"{line}; outputs differ by {_share(self.after)} (before: {_share(self.before)})"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netsurgery.check import adapt
-from netsurgery.compensated import Compensation, LayerError, Taken
-from netsurgery.copying import named_tensors
+from netsurgery.compensated import Compensation
 from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
-from netsurgery.passes.least_squares import Change, Sums, bytes_of
+from netsurgery.passes.fits import LEVELS, Fit
+from netsurgery.passes.in_order import InOrder
+from netsurgery.passes.least_squares import POSITIONS, Change, Sums, bytes_of
 from netsurgery.passes.lost import Lost
 from netsurgery.passes.readers import Reader, readers_of
 from netsurgery.passes.samples import draw_inputs, in_eval_mode
@@ -27,8 +27,6 @@ __all__ = ["Method", "compensate"]
 
 Method = Literal["bias", "least-squares"]
 _log = logging.getLogger("netsurgery")
-_LEVELS: tuple[Taken, ...] = ("nothing", "constant", "weights")
-_FACTORS = 1, 10, 100  # of the ridge, that are tried
 
 
 def compensate(
@@ -43,9 +41,7 @@ def compensate(
     """An edit with new values (made anew, if it has some) for the layers that read what it removes.
 
     The original network runs over the data once, in eval mode. For each of these layers, X are those of its inputs that
-    stay and R is what its outputs lack without the others, in the original. Damage that was done further up is not made
-    up for: it makes outputs vary less, and with their means brought back all the same, units that fire by their spread
-    (below a ReLU most do) fall silent, layer after layer, until the network answers alike to every sample.
+    stay and R is what its outputs lack without the others, in the original.
 
     Args:
         method: "bias" adds the mean of R to every output of such a layer, by its bias or else by the running mean of
@@ -59,16 +55,21 @@ def compensate(
             several times. A layer whose sums alone do not fit gets a constant only.
 
     A fifth of the samples is held back. On these, the error of each layer decides between weights (with the ridge, or
-    ten or a hundred times that), a constant, and nothing; what is taken is then fitted to all samples. If the outputs
-    of the whole network, fitted without them, are no nearer to the original's, constants alone are tried, and else
-    nothing is changed. ``edit.compensations`` has these errors. Of a layer with large outputs, 128 positions of each
-    sample are looked at, drawn at random.
+    ten or a hundred times that), a constant, and nothing; what is taken is then fitted to all samples. The outputs of
+    the whole network, fitted without them, must be nearer to the original's than without compensation: else constants
+    alone are tried, and then nothing is changed. Of a layer with large outputs, 128 positions of each sample are looked
+    at, drawn at random. ``edit.compensations`` has the errors.
+
+    Where all samples fit into the memory at once, layers are also fitted one after the other, X being what the smaller
+    network gives them and R what they then lack; this is taken if it brings the network nearer. It is not always
+    better: what earlier layers lose makes outputs vary less, and with their means brought back all the same, units
+    that fire by their spread (below a ReLU most do) fall silent, until the network answers alike to every sample.
 
     Where a layer cannot be compensated in this way, ``edit.uncompensated`` says why, and the logger ``netsurgery`` too.
 
     Source: the least squares of He, Zhang and Sun (Channel Pruning for Accelerating Very Deep Neural Networks, arXiv
-    1707.06168) and of ThiNet (Luo, Wu and Lin, arXiv 1707.06342), which fit layer after layer; the original's inputs,
-    the ridge's ladder and what is held back are our choice.
+    1707.06168) and of ThiNet (Luo, Wu and Lin, arXiv 1707.06342), which fit layer after layer. The original's inputs,
+    the ridges and what is held back are our choice.
     """
     network = edit.network
     adaptation, refused = adapt(network.model, network, edit.counts)
@@ -79,90 +80,20 @@ def compensate(
     small = rewrite(network.model, edit)
     lost = Lost(edit, small, draw_inputs(data, samples, seed))
     with in_eval_mode(network.model), in_eval_mode(small), torch.no_grad():
-        fits = [_Fit.of(reader, *sums, ridge) for reader, sums in _measured(lost, readers, left, memory)]
-        taken, before, after = _compared(lost, fits)
-    values, places = _changed(small, fits, taken, final=True), Positions(edit)
-    values = {name: places.put(network.tensors[name], network.axes[name], value) for name, value in values.items()}
-    if fits:
-        left.update({fit.reader.path: why for fit in fits if (why := fit.left(taken))})
-        gain = Compensation(tuple(fit.error(taken) for fit in fits), taken, before, after, lost.drawn.count)
-        edit = dataclasses.replace(edit, compensations=(gain,))
+        fits = [Fit.of(reader, *sums, ridge) for reader, sums in _measured(lost, readers, left, memory)]
+        values, gains = _best(lost, fits, left, memory) if fits else ({}, ())
     if left:
         _log.warning("not compensated: %s", "; ".join(f"{name}: {why}" for name, why in left.items()))
-    return dataclasses.replace(edit, values=values, uncompensated=left)
-
-
-# Layers ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What one layer lacks, and the changes that make up for it.
-
-    Attributes:
-        trial: by level, what is added to it as the samples say that are not held back.
-        final: likewise, as all samples say.
-        errors: by level, what outputs lack on the samples that were held back after the trial's change.
-        ridge: of the refit.
-    """
-
-    reader: Reader
-    trial: Mapping[Taken, Change]
-    final: Mapping[Taken, Change]
-    errors: Mapping[Taken, float]
-    ridge: float | None
-
-    @classmethod
-    def of(cls, reader: Reader, fit: Sums, held: Sums, ridge: float) -> _Fit:
-        """Fit to some sums, choose the ridge by others, and fit to both."""
-        both, shift = fit + held, reader.shift is not None
-        trial: dict[Taken, Change] = {"nothing": Change()}
-        final = dict(trial)
-        if shift:
-            trial["constant"], final["constant"] = fit.constant(), both.constant()
-        chosen: float | None = None
-        if reader.weight:
-            chosen, trial["weights"] = _refit(fit, held, ridge, shift)
-            final["weights"] = both.refit(chosen, shift)
-        scale = held.variance or 1.0
-        return cls(reader, trial, final, {level: held.error(one) / scale for level, one in trial.items()}, chosen)
-
-    def level(self, most: Taken) -> Taken:
-        """What leaves the smallest error of all that is not above what the network as a whole gains by."""
-        allowed = [level for level in self.errors if _LEVELS.index(level) <= _LEVELS.index(most)]
-        return min(allowed, key=lambda level: self.errors[level])
-
-    def error(self, most: Taken) -> LayerError:
-        """The layer's errors before and after."""
-        level = self.level(most)
-        ridge = self.ridge if level == "weights" else None
-        return LayerError(self.reader.path, self.errors["nothing"], self.errors[level], level, ridge)
-
-    def left(self, most: Taken) -> str:
-        """Why the layer is left as it is, if it is."""
-        if self.level(most) != "nothing" or not self.errors["nothing"]:
-            return ""
-        if self.level("weights") == "nothing":
-            return "its outputs are no nearer to the original's on samples that were held back"
-        return "the network's outputs are no nearer to the original's on samples that were held back"
-
-
-def _refit(fit: Sums, held: Sums, ridge: float, shift: bool) -> tuple[float, Change]:
-    """The ridge after which the error on samples that were held back no longer falls, and the change it leads to."""
-    best, found = ridge * _FACTORS[0], fit.refit(ridge * _FACTORS[0], shift)
-    for factor in _FACTORS[1:]:
-        other = fit.refit(factor * ridge, shift)
-        if held.error(other) >= held.error(found):
-            break
-        best, found = factor * ridge, other
-    return best, found
+    places = Positions(edit)
+    values = {name: places.put(network.tensors[name], network.axes[name], value) for name, value in values.items()}
+    return dataclasses.replace(edit, values=values, uncompensated=left, compensations=gains)
 
 
 def _measured(
     lost: Lost, readers: list[Reader], left: dict[str, str], memory: int
 ) -> Iterable[tuple[Reader, tuple[Sums, Sums]]]:
     """The sums of each layer, by samples that are fitted to and held back; what has none is left, with the reason."""
-    for portion in _portions(lost.small, readers, left, memory):
+    for portion in _portions(lost, readers, left, memory):
         for reader, both in zip(portion, lost.sums(portion), strict=True):
             some = [one for one in both if one is not None]
             if not some:
@@ -173,12 +104,12 @@ def _measured(
                 yield reader, (some[0], some[-1])
 
 
-def _portions(small: nn.Module, readers: list[Reader], left: dict[str, str], memory: int) -> Iterable[list[Reader]]:
+def _portions(lost: Lost, readers: list[Reader], left: dict[str, str], memory: int) -> Iterable[list[Reader]]:
     """Layers whose sums fit into the memory together."""
     portion: list[Reader] = []
     used = 0
     for reader in readers:
-        module = small.get_submodule(reader.path)
+        module = lost.layer(reader)
         size = bytes_of(module, refit=reader.weight is not None)
         if reader.weight and size > memory:
             only = "only a constant was compensated" if reader.shift else "and it takes no constant"
@@ -195,31 +126,42 @@ def _portions(small: nn.Module, readers: list[Reader], left: dict[str, str], mem
         yield portion
 
 
-# The network -------------------------------------------------------------------------------------------------------
+def _best(
+    lost: Lost, fits: Sequence[Fit], left: dict[str, str], memory: int
+) -> tuple[dict[str, Tensor], tuple[Compensation]]:
+    """The values that bring the network's outputs nearest to the original's, and how near."""
+    levels = [level for level in LEVELS if level == "nothing" or any(fit.level(level) == level for fit in fits)]
+    trials = {level: _values(lost, [fit.trial[fit.level(level)] for fit in fits], fits) for level in levels}
+    gaps = dict(zip(levels, lost.gaps([trials[level] for level in levels]), strict=True))
+    known = not any(math.isnan(gap) for gap in gaps.values())
+    taken = min(levels, key=lambda level: gaps[level]) if known else levels[-1]
+    after, in_order = gaps[taken], False
+    values = _values(lost, [fit.final[fit.level(taken)] for fit in fits], fits)
+    if known and taken != "nothing" and _bytes(lost, fits) <= memory:
+        chosen = {fit.reader.path: fit.chosen(taken) for fit in fits if fit.level(taken) != "nothing"}
+        order = InOrder(lost, chosen)
+        trial = order.fit(trials[taken], order.fitted)
+        if (gap := lost.gaps([{**trials[taken], **trial}])[0]) < after:
+            values, after, in_order = {**values, **order.fit(values, order.all)}, gap, True
+    if taken != levels[-1]:
+        only = "nothing was changed" if taken == "nothing" else "only constants were compensated"
+        left[lost.name] = f"its outputs are no nearer to the original's on samples that were held back: {only}"
+    left.update({fit.reader.path: why for fit in fits if (why := fit.left)})
+    layers = tuple(fit.error(taken) for fit in fits)
+    return values, (Compensation(layers, taken, gaps["nothing"], after, lost.drawn.count, in_order),)
 
 
-def _changed(small: nn.Module, fits: list[_Fit], most: Taken, final: bool) -> dict[str, Tensor]:
-    """The new values of the smaller network's tensors."""
-    tensors, found = dict(named_tensors(small)), {}
+def _bytes(lost: Lost, fits: Sequence[Fit]) -> int:
+    """About what all samples take at once: what layers should return, and a few of the largest tensors."""
+    most, outputs = lost.drawn.count * POSITIONS, 0
     for fit in fits:
-        change = (fit.final if final else fit.trial)[fit.level(most)]
-        if change.weights is not None and fit.reader.weight:
-            old = tensors[fit.reader.weight]
-            found[fit.reader.weight] = (old.double() + change.weights.mT.reshape(old.shape)).to(old.dtype)
-        if change.constant is not None and fit.reader.shift:
-            name, sign = fit.reader.shift
-            old = tensors[name]
-            found[name] = (old.double() + sign * change.constant.flatten()).to(old.dtype)
+        outputs += min(fit.rows, most) * len(lost.layer(fit.reader).weight)
+    return 4 * (outputs + lost.drawn.count * lost.largest)
+
+
+def _values(lost: Lost, changes: Sequence[Change], fits: Sequence[Fit]) -> dict[str, Tensor]:
+    """New values of the smaller network's tensors."""
+    found: dict[str, Tensor] = {}
+    for fit, change in zip(fits, changes, strict=True):
+        found.update(fit.reader.changed(lost.tensors, change))
     return found
-
-
-def _compared(lost: Lost, fits: list[_Fit]) -> tuple[Taken, float, float]:
-    """What brings the network's outputs nearest to the original's, and how far they are before and after."""
-    levels = [level for level in _LEVELS if level == "nothing" or any(fit.level(level) == level for fit in fits)]
-    gaps = dict(
-        zip(levels, lost.gaps([_changed(lost.small, fits, level, final=False) for level in levels]), strict=True)
-    )
-    if any(math.isnan(gap) for gap in gaps.values()):
-        return levels[-1], math.nan, math.nan
-    best = min(levels, key=lambda level: gaps[level])
-    return best, gaps["nothing"], gaps[best]

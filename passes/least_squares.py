@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Change", "Sums", "bytes_of", "rows_of"]
+__all__ = ["POSITIONS", "Change", "Sums", "bytes_of", "outputs_at", "places_of", "spatial", "sums_of", "windows"]
 
-_POSITIONS = 128  # outputs of one sample that are looked at: neighbours say much the same
+POSITIONS = 128  # outputs of one sample that are looked at: neighbours say much the same
 _NUMBERS = 1 << 21  # of inputs that are unfolded at once
 
 
@@ -106,66 +106,83 @@ def bytes_of(module: Any, refit: bool) -> int:
     return int(2 * 8 * groups * width * (width + outputs))
 
 
-def rows_of(module: Any, x: Tensor, wanted: Tensor, refit: bool, generator: torch.Generator) -> list[Sums]:
-    """Sums over what a layer is given and what it should return, in blocks.
+def places_of(module: Any, out: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Which outputs of each sample are looked at, as numbers of a row-major order; None for all."""
+    count = prod(_whole(module, out).shape[2:] if spatial(module) else _whole(module, out).shape[1:2])
+    if count <= POSITIONS:
+        return None
+    return torch.randperm(count, generator=generator)[:POSITIONS].sort().values.to(out.device)
+
+
+def outputs_at(module: Any, out: Tensor, places: Tensor | None) -> Tensor:
+    """Outputs of a layer at some places, ``(samples, places, outputs)``."""
+    out = _whole(module, out)
+    out = out.flatten(2).mT if spatial(module) else out
+    return out if places is None else out[:, places]
+
+
+def sums_of(module: Any, x: Tensor, wanted: Tensor, places: Tensor | None, refit: bool) -> Sums:
+    """Sums over what a layer is given and what it should return, in blocks of samples.
 
     Args:
         module: a linear layer or convolution.
         x: its inputs, without those that are removed.
-        wanted: its outputs ``(b, o, *s)`` or ``(..., o)`` as they should be.
+        wanted: its outputs as they should be, at some places, ``(samples, places, outputs)``.
+        places: which.
         refit: whether its weights are to change: else X has no columns but that of ones.
-        generator: draws the positions that are looked at, where a sample has many.
     """
-    spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not refit:
-        lacks = (wanted - module.forward(x)).to(kind)
-        lacks, whole = (_outputs(t.to(kind), spatial, 1) for t in (lacks, wanted))
-        return [Sums.of(lacks[:, :, :0], lacks, whole)]
-    x, wanted = (_whole(t, spatial) for t in (x, wanted))
-    places = _places(wanted.shape[2:] if spatial else wanted.shape[1:2], generator)
-    groups = module.groups if spatial else 1
+        lacks = (wanted - outputs_at(module, module.forward(x), places)).to(kind)
+        return Sums.of(*(_grouped(t.to(kind), 1) for t in (lacks[..., :0], lacks, wanted)))
+    groups, x = getattr(module, "groups", 1), _whole(module, x)
     weight = module.weight.to(kind).reshape(groups, -1, module.weight[0].numel()).mT  # (groups, d, o)
     bias = 0 if module.bias is None else module.bias.to(kind).reshape(groups, 1, -1)
-    found = []
-    size = max(1, _NUMBERS // max(1, len(places) * weight.shape[0] * weight.shape[1]))
+    size = max(1, _NUMBERS // max(1, wanted.shape[1] * weight.shape[0] * weight.shape[1]))
+    total: Sums | None = None
     for some, outputs in zip(x.split(size), wanted.split(size), strict=True):
-        rows = windows(module, some.to(kind), places) if spatial else some.to(kind)[:, places].flatten(0, 1)[None]
-        outputs = outputs.flatten(2)[..., places] if spatial else outputs[:, places]
-        right = _outputs(outputs.to(kind), min(spatial, 1), groups)
-        found.append(Sums.of(rows, right - (rows @ weight + bias), right))
-    return found
+        rows, right = _inputs(module, some.to(kind), places), _grouped(outputs.to(kind), groups)
+        found = Sums.of(rows, right - (rows @ weight + bias), right)
+        total = found if total is None else total + found
+    assert total is not None
+    return total
 
 
-def windows(module: Any, x: Tensor, places: Tensor) -> Tensor:
+def _inputs(module: Any, x: Tensor, places: Tensor | None) -> Tensor:
+    """What is multiplied with the weights, ``(groups, n, d)``."""
+    if spatial(module):
+        return windows(module, x, places)
+    return _grouped(x if places is None else x[:, places], 1)
+
+
+def _grouped(t: Tensor, groups: int) -> Tensor:
+    """``(samples, places, channels)`` as ``(groups, n, channels of a group)``."""
+    return t.flatten(0, 1).unflatten(1, (groups, t.shape[-1] // groups)).movedim(1, 0)
+
+
+def spatial(module: Any) -> int:
+    """How many dimensions a convolution goes along; 0 for a linear layer."""
+    return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+
+
+def windows(module: Any, x: Tensor, places: Tensor | None = None) -> Tensor:
     """What a convolution multiplies with its weights at some places: (groups, n, channels of a group * kernel)."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     for dim, (size, step, apart) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):
         x = x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
-    spatial = len(module.kernel_size)
-    at: tuple[Any, ...] = torch.unravel_index(places, x.shape[2 : 2 + spatial])
-    x = x[(slice(None), slice(None), *at)]  # (b, channels, places, *kernel)
+    last = 2 + spatial(module)
+    if places is None:
+        x = x.flatten(2, last - 1)
+    else:
+        at: tuple[Any, ...] = torch.unravel_index(places, x.shape[2:last])
+        x = x[(slice(None), slice(None), *at)]  # (b, channels, places, *kernel)
     rows: Tensor = x.unflatten(1, (module.groups, -1)).movedim(1, 0).movedim(3, 2).flatten(3).flatten(1, 2)
     return rows
 
 
-def _whole(t: Tensor, spatial: int) -> Tensor:
-    """``(b, c, *s)`` of a convolution, ``(b, s, c)`` of a linear layer, whatever comes before."""
-    if spatial:
-        return t.reshape(-1, *t.shape[t.dim() - spatial - 1 :])
-    return t.reshape(len(t) if t.dim() > 1 else 1, -1, t.shape[-1])
-
-
-def _outputs(t: Tensor, spatial: int, groups: int) -> Tensor:
-    """Outputs as ``(groups, n, outputs of a group)``."""
-    t = t.flatten(t.dim() - spatial).movedim(-2, -1) if spatial else t
-    return t.reshape(1, -1, groups, t.shape[-1] // groups)[0].movedim(1, 0)
-
-
-def _places(sizes: Any, generator: torch.Generator) -> Tensor:
-    """Which positions are looked at, as numbers of a row-major order."""
-    count = prod(sizes)
-    if count <= _POSITIONS:
-        return torch.arange(count)
-    return torch.randperm(count, generator=generator)[:_POSITIONS].sort().values
+def _whole(module: Any, t: Tensor) -> Tensor:
+    """``(samples, c, *s)`` of a convolution, ``(samples, s, c)`` of a linear layer."""
+    dims = spatial(module)
+    shape = (-1, *t.shape[t.dim() - dims - 1 :]) if dims else (len(t) if t.dim() > 1 else 1, -1, t.shape[-1])
+    return t.reshape(shape)

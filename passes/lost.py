@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.least_squares import Sums, rows_of
+from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
 from netsurgery.passes.readers import Reader
 from netsurgery.passes.samples import Samples
 from netsurgery.passes.waiting import waiting
@@ -23,6 +23,8 @@ from netsurgery.randomness import seeded
 from netsurgery.tracing import RAISED_BY_MODELS, Inputs, home, tensors_in
 
 __all__ = ["Lost"]
+
+Listener = Callable[[Reader, Tensor, Tensor], Tensor | None]  # given the inputs and outputs of a layer
 
 _LARGEST = 1 << 25  # bytes of a tensor: larger ones cost more time for pages of memory than for sums
 _PARTS = 5  # of the samples one in five is held back
@@ -34,17 +36,31 @@ class Lost:
 
     Args:
         edit: the removal.
-        small: what it leaves; its tensors are changed for a comparison, and changed back.
+        small: what it leaves; other values are put into its tensors for a while.
         drawn: the samples.
+
+    Attributes:
+        tensors: of the smaller network, by name.
+        name: of the network.
+        largest: bytes of the largest tensor that a sample makes.
     """
 
     def __init__(self, edit: Edit, small: nn.Module, drawn: Samples):
         self.model, self.small, self.drawn = edit.network.model, small, drawn
-        self.device = home(self.model)
+        self.name = edit.network.model_name
+        self.tensors, self.device = dict(named_tensors(small)), home(self.model)
         nodes = [node for node in edit.network.ir.nodes if isinstance(node.meta.get("shape"), torch.Size)]
-        rows = next((node.meta["shape"][0] for node in nodes if node.op == "placeholder" and node.meta["shape"]), 1)
-        largest = 4 * max((prod(node.meta["shape"]) for node in nodes if node.op == "call_function"), default=1)
-        self.size = max(1, min(_LARGEST * rows // max(1, largest), -(-drawn.count // _PARTS)))
+        inputs = [node.meta["shape"] for node in nodes if node.op == "placeholder" and node.meta["shape"]]
+        whole = max((4 * prod(node.meta["shape"]) for node in nodes if node.op == "call_function"), default=1)
+        self.largest = max(
+            (4 * prod(node.meta["shape"]) // rows for node in nodes if node.op == "call_function"), default=1
+        )
+        self.size = max(1, min(_LARGEST // self.largest, -(-drawn.count // _PARTS)))
+
+    @property
+    def count(self) -> int:
+        """How many batches there are."""
+        return -(-self.drawn.count // self.size)
 
     def batches(self) -> Iterator[tuple[bool, Inputs]]:
         """Whether a batch is held back, and its inputs."""
@@ -52,33 +68,51 @@ class Lost:
         for index, (inputs, _) in enumerate(self.drawn.batches(self.size, self.device)):
             yield index % every == every - 1, inputs
 
-    @property
-    def count(self) -> int:
-        """How many batches there are."""
-        return -(-self.drawn.count // self.size)
-
     def sums(self, readers: Sequence[Reader]) -> list[tuple[Sums | None, Sums | None]]:
-        """For each layer the sums over batches that are not held back, and over those that are; None where none is."""
-        found: list[list[Sums | None]] = [[None] * len(readers), [None] * len(readers)]
-        generator = torch.Generator().manual_seed(0)
-        with waiting("compensation", self.count) as step:
-            for held, inputs in self.batches():
-                with self.listening(readers, found[held], generator):
-                    self.run(self.model, inputs)
-                step()
-        return list(zip(*found, strict=True))
+        """For each layer the sums over batches that are not held back, and over those that are; None where none is.
 
-    @contextlib.contextmanager
-    def listening(
-        self, readers: Sequence[Reader], sums: list[Sums | None], generator: torch.Generator
-    ) -> Iterator[None]:
-        """Add what each layer lacks to its sums whenever it runs in the original."""
-        with contextlib.ExitStack() as hooks:
-            for index, reader in enumerate(readers):
-                listener = _listener(self.small.get_submodule(reader.path), reader, generator, sums, index)
-                layer = self.model.get_submodule(reader.path)
-                hooks.callback(layer.register_forward_hook(listener, with_kwargs=True, prepend=True).remove)
-            yield
+        Inputs are those of the original, less what is removed.
+        """
+        fitted: dict[str, Sums] = {}
+        kept_back: dict[str, Sums] = {}
+        part = fitted
+        generator = torch.Generator().manual_seed(0)
+
+        def add(reader: Reader, x: Tensor, out: Tensor) -> None:
+            module, refit = self.layer(reader), reader.weight is not None
+            x, out = (_stay(module, t, at) for t, at in ((x, reader.inputs), (out, reader.kept)))
+            places = places_of(module, out, generator) if refit else None
+            some = sums_of(module, x, outputs_at(module, out, places), places, refit)
+            part[reader.path] = part[reader.path] + some if reader.path in part else some
+
+        with waiting("compensation", self.count) as step, self.listening(self.model, readers, add):
+            for held, inputs in self.batches():
+                part = kept_back if held else fitted
+                self.run(self.model, inputs)
+                step()
+        return [(fitted.get(reader.path), kept_back.get(reader.path)) for reader in readers]
+
+    def targets(self, readers: Sequence[Reader]) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
+        """What each layer should return at some places, and which places these are, each time it runs."""
+        found: dict[str, list[tuple[Tensor, Tensor | None]]] = {reader.path: [] for reader in readers}
+        places: dict[str, Tensor | None] = {}
+        generator = torch.Generator().manual_seed(0)
+
+        def keep(reader: Reader, _: Tensor, out: Tensor) -> None:
+            module = self.layer(reader)
+            out = _stay(module, out, reader.kept)
+            if reader.path not in places:
+                places[reader.path] = places_of(module, out, generator)
+            found[reader.path].append((outputs_at(module, out, places[reader.path]).clone(), places[reader.path]))
+
+        with self.listening(self.model, readers, keep):
+            for _, inputs in self.batches():
+                self.run(self.model, inputs)
+        return found
+
+    def layer(self, reader: Reader) -> Any:
+        """The layer of the smaller network."""
+        return self.small.get_submodule(reader.path)
 
     def gaps(self, values: Sequence[Mapping[str, Tensor]]) -> list[float]:
         """How far the smaller network's outputs are from the original's on samples that are held back.
@@ -90,19 +124,43 @@ class Lost:
             For each of these the mean square of the difference, relative to the mean square of the outputs; NaN where
             outputs are no numbers or have other shapes.
         """
-        tensors = dict(named_tensors(self.small))
-        own = {name: tensors[name].clone() for one in values for name in one}
-        sums: list[list[tuple[float, float]]] = [[] for _ in values]
+        squares: list[list[tuple[float, float]]] = [[] for _ in values]
         held = (inputs for which, inputs in self.batches() if which)
         for inputs in itertools.islice(held, -(-_COMPARED // self.size)):
             wanted = self.run(self.model, inputs)
-            for one, found in zip(values, sums, strict=True):
-                for name, old in own.items():
-                    tensors[name].copy_(one.get(name, old))
-                found.append(_squares(self.run(self.small, inputs), wanted))
-        for name, old in own.items():
-            tensors[name].copy_(old)
-        return [_relative(found) for found in sums]
+            for one, found in zip(values, squares, strict=True):
+                with self.holding(one):
+                    found.append(_squares(self.run(self.small, inputs), wanted))
+        return [_relative(found) for found in squares]
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in the smaller network's tensors."""
+        own = {name: self.tensors[name].clone() for name in values}
+        try:
+            for name, value in values.items():
+                self.tensors[name].copy_(value)
+            yield
+        finally:
+            for name, value in own.items():
+                self.tensors[name].copy_(value)
+
+    @contextlib.contextmanager
+    def listening(self, network: nn.Module, readers: Sequence[Reader], listener: Listener) -> Iterator[None]:
+        """Tell of the inputs and outputs of layers whenever they run in a network."""
+
+        def hook(reader: Reader) -> Any:
+            @torch.no_grad()  # also where the code turns gradients on
+            def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+                return listener(reader, args[0] if args else kwargs["input"], out)
+
+            return tell
+
+        with contextlib.ExitStack() as hooks:
+            for reader in readers:
+                layer = network.get_submodule(reader.path)
+                hooks.callback(layer.register_forward_hook(hook(reader), with_kwargs=True, prepend=True).remove)
+            yield
 
     def run(self, network: nn.Module, inputs: Inputs) -> Any:
         """The outputs of a network."""
@@ -113,22 +171,9 @@ class Lost:
             raise InputError(f"{type(self.model).__name__} does not run on the data: {error}") from error
 
 
-def _listener(module: Any, reader: Reader, generator: torch.Generator, sums: list[Sums | None], index: int) -> Any:
-    """A hook on a layer of the original: adds what the smaller one's outputs lack for the inputs that stay."""
-    dim = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)
-
-    @torch.no_grad()  # also where the code turns gradients on
-    def listener(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        x, wanted = args[0] if args else kwargs["input"], out
-        if reader.inputs is not None:
-            x = x.index_select(dim, reader.inputs.to(x.device))
-        if reader.kept is not None:
-            wanted = wanted.index_select(dim, reader.kept.to(out.device))
-        for some in rows_of(module, x, wanted, reader.weight is not None, generator):
-            before = sums[index]
-            sums[index] = some if before is None else before + some
-
-    return listener
+def _stay(module: Any, t: Tensor, positions: Tensor | None) -> Tensor:
+    """Inputs or outputs of a layer without the channels that are removed."""
+    return t if positions is None else t.index_select(-1 - spatial(module), positions.to(t.device))
 
 
 def _squares(found: Any, wanted: Any) -> tuple[float, float]:
@@ -137,11 +182,8 @@ def _squares(found: Any, wanted: Any) -> tuple[float, float]:
     if any(one is None or other is None or one.shape != other.shape for one, other in pairs):
         return math.nan, math.nan
     floats = [(one.double(), other.double()) for one, other in pairs if one.is_floating_point()]
-    off, whole = (
-        sum(float(t.square().sum()) for t in some)
-        for some in ([one - other for one, other in floats], [other for _, other in floats])
-    )
-    return off, whole
+    off = sum(float((one - other).square().sum()) for one, other in floats)
+    return off, sum(float(other.square().sum()) for _, other in floats)
 
 
 def _relative(found: Sequence[tuple[float, float]]) -> float:

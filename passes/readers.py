@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -12,6 +13,7 @@ from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
 from netsurgery.network import Network
 from netsurgery.notation import Op
+from netsurgery.passes.least_squares import Change
 from netsurgery.passes.scores import BATCH_NORMS
 
 __all__ = ["CONVOLUTIONS", "Reader", "readers_of"]
@@ -38,6 +40,22 @@ class Reader:
     kept: Tensor | None
     weight: str | None
     shift: tuple[str, int] | None
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that may change."""
+        return [name for name in (self.weight, self.shift and self.shift[0]) if name]
+
+    def changed(self, tensors: Mapping[str, Tensor], change: Change) -> dict[str, Tensor]:
+        """New values of the smaller network's tensors, by name."""
+        found = {}
+        if change.weights is not None and self.weight:
+            old = tensors[self.weight]
+            found[self.weight] = (old.double() + change.weights.mT.reshape(old.shape)).to(old.dtype)
+        if change.constant is not None and self.shift:
+            name, sign = self.shift
+            found[name] = (tensors[name].double() + sign * change.constant.flatten()).to(tensors[name].dtype)
+        return found
 
 
 def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
