@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from netsurgery.adapting import Adaptation
 from netsurgery.arguments import expect
+from netsurgery.compensated import Compensation
 from netsurgery.computed_weights import scaled
 from netsurgery.costs import Cost
 from netsurgery.cutting import Positions
@@ -69,6 +70,7 @@ class Edit:
         values: new values of tensors of the model by name, at full size, that what stays is cut from: what a removal
             loses may be made up for by them. They are for this network's model, and no part of the JSON.
         uncompensated: weights (or groups) whose loss was to be made up for and is not, and why.
+        compensations: of each removal that was made up for, how far outputs are from the original's before and after.
         outcomes: of each pass that led here, what it was asked for and what came of it.
         measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
 
@@ -91,6 +93,7 @@ class Edit:
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     uncompensated: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     outcomes: tuple[Outcome, ...] = field(default=(), repr=False, compare=False)
+    compensations: tuple[Compensation, ...] = field(default=(), repr=False, compare=False)
     measured: Measured | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -189,6 +192,7 @@ class Edit:
 
         A line, with loss and agreement before and after where they are measured; then one for each of these groups.
 
+        A line for each compensation says what it gained: ``print(edit.compensations[0].table())`` shows layers.
         A last line names numbers of modules (``block.width=16``) that no forward needs and whose meaning is not clear:
         they stay as they are, though dimensions of that size change.
         """
@@ -197,6 +201,7 @@ class Edit:
         for outcome in self.outcomes:
             lines.extend(f"  {name}: {why}" for name, why in outcome.short.items())
             lines.extend(f"  {name}: few units stay, {count}" for name, count in outcome.few.items())
+        lines.extend(f"  {one}" for one in self.compensations)
         if stays := dict(self.adaptation.stays) if self.adaptation else {}:
             first, more = list(stays.items())[:_LISTED], len(stays) - _LISTED
             listed = "; ".join(f"{name} ({why})" for name, why in first) + (f"; and {more} more" if more > 0 else "")
@@ -227,7 +232,10 @@ class Edit:
             values[name] = places.put(full, self.network.axes[name], value)
         uncompensated = {**self.uncompensated, **later.uncompensated}
         outcomes = (*self.outcomes, *later.outcomes)
-        return Edit(self.network, keep, values=values, uncompensated=uncompensated, outcomes=outcomes)
+        gains = (*self.compensations, *later.compensations)
+        return Edit(
+            self.network, keep, values=values, uncompensated=uncompensated, outcomes=outcomes, compensations=gains
+        )
 
     def names_in(self, later: Network) -> dict[str, str]:
         """For each group of the network that this edit leads to, its name here: they occur in the same places."""

@@ -20,7 +20,8 @@ import netsurgery
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation
-from netsurgery.passes.compensation import _windows, compensate
+from netsurgery.passes.compensation import compensate
+from netsurgery.passes.least_squares import windows
 from oracles import RandomKeep, snapshot
 from random_networks import Program, build, example, programs
 
@@ -225,7 +226,7 @@ def test_units_made_of_others_are_no_loss(name: str) -> None:
 def test_windows_are_what_a_convolution_multiplies(dims: int, options: dict) -> None:
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 8, tuple(range(2, 2 + dims)), bias=False, **options).double()
     x = torch.randn(3, 4, *range(7, 7 + dims), dtype=torch.float64)
-    rows = _windows(conv, x, conv.groups)  # (groups, n, d)
+    rows = windows(conv, x, torch.arange(conv(x)[0, 0].numel()))  # (groups, n, d)
     weights = conv.weight.reshape(conv.groups, 8 // conv.groups, -1)
     wanted = conv(x)
     found = (rows @ weights.mT).unflatten(1, (3, -1)).permute(1, 0, 3, 2).reshape(wanted.shape)

@@ -1,0 +1,84 @@
+"""How far outputs are from the original's before and after a compensation: a value, in a line and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from netsurgery.report import columns
+
+__all__ = ["Compensation", "LayerError", "Taken"]
+
+Taken = Literal["weights", "constant", "nothing"]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What the outputs of one layer lack on samples that were held back, its inputs being the original's that stay.
+
+    Attributes:
+        layer: path of the module.
+        before: mean square of what is lacking, relative to the variance of the outputs; without compensation.
+        after: the same with it.
+        taken: what was changed.
+        ridge: of the refit, where weights were.
+    """
+
+    layer: str
+    before: float
+    after: float
+    taken: Taken
+    ridge: float | None = None
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What was made up for, layer by layer and in the network.
+
+    Attributes:
+        layers: every layer that reads removed units and can take up something, in the order in which they run.
+        taken: the most that the network as a whole was found to gain by.
+        before: mean square of the difference of the cut network's outputs from the original's on samples that were held
+            back, relative to the mean square of these; NaN where outputs cannot be compared.
+        after: the same with compensation.
+        samples: how many samples everything was measured on.
+        in_order: whether layers were then fitted one after the other, to inputs of the smaller network.
+
+    Example:
+        >>> from netsurgery.compensated import Compensation, LayerError
+        >>> layers = LayerError("2", 0.5, 0.1, "weights", 0.01), LayerError("4", 0.3, 0.3, "nothing")
+        >>> found = Compensation(layers, "weights", 0.4, 0.05, 512)
+        >>> print(found)
+        compensated 1 of 2 layers on 512 samples; outputs differ by 22.4% (before: 63.2%)
+        >>> print(found.table())
+        layer  before  after  taken    ridge
+        2       70.7%  31.6%  weights   0.01
+        4       54.8%  54.8%  nothing
+    """
+
+    layers: tuple[LayerError, ...]
+    taken: Taken
+    before: float
+    after: float
+    samples: int
+    in_order: bool = False
+
+    def __str__(self) -> str:
+        done = sum(one.taken != "nothing" for one in self.layers)
+        order = ", one after the other," if self.in_order else ""
+        line = f"compensated {done} of {len(self.layers)} layers{order} on {self.samples:,} samples"
+        if self.before != self.before:
+            return f"{line}; outputs of the network were not compared"
+        return f"{line}; outputs differ by {_share(self.after)} (before: {_share(self.before)})"
+
+    def table(self) -> str:
+        """A row for each layer: what its outputs lack, as a share of how much they vary (roots of mean squares)."""
+        rows = [("layer", "before", "after", "taken", "ridge")]
+        for one in self.layers:
+            ridge = "" if one.ridge is None else f"{one.ridge:g}"
+            rows.append((one.layer, _share(one.before), _share(one.after), one.taken, ridge))
+        return columns(rows, right=(1, 2, 4))
+
+
+def _share(squares: float) -> str:
+    return f"{100 * squares**0.5:.1f}%"

@@ -1,0 +1,69 @@
+"""Layers fitted one after the other, each to what the smaller network gives it once those before are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from netsurgery.passes.least_squares import outputs_at, sums_of
+from netsurgery.passes.lost import Lost
+from netsurgery.passes.readers import Reader
+
+__all__ = ["InOrder"]
+
+
+class InOrder:
+    """All samples at once, so that every layer is fitted when it runs.
+
+    Args:
+        lost: both networks and the samples.
+        readers: the layers, each with the ridge of its refit, None for a constant alone.
+    """
+
+    def __init__(self, lost: Lost, readers: Mapping[str, tuple[Reader, float | None]]):
+        self.lost, self.readers = lost, readers
+        held = [held for held, _ in lost.batches()]
+        self.fitted = [index for index, which in enumerate(held) if not which]
+        self.all = list(range(len(held)))
+        found = lost.targets([reader for reader, _ in readers.values()])
+        self.targets = {path: runs for path, runs in found.items() if len(runs) == len(held)}  # runs once in each
+
+    def fit(self, values: Mapping[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor]:
+        """New values of the smaller network's tensors, by name.
+
+        Args:
+            values: those that are begun with.
+            batches: numbers of those that are fitted to.
+        """
+        lost, size = self.lost, self.lost.size
+        rows = torch.cat([torch.arange(n * size, min((n + 1) * size, lost.drawn.count)) for n in batches])
+        inputs, _ = lost.drawn.rows(rows, lost.device)
+        names = {name for reader, _ in self.readers.values() for name in reader.names}
+        begin = {name: values.get(name, lost.tensors[name]).clone() for name in names}
+        own = {name: lost.tensors[name].clone() for name in names}
+
+        def mend(reader: Reader, x: Tensor, out: Tensor) -> Tensor | None:
+            if reader.path not in self.targets:
+                return None
+            module, runs = lost.layer(reader), [self.targets[reader.path][n] for n in batches]
+            wanted, places = torch.cat([run for run, _ in runs]), runs[0][1]
+            if reader.shift and reader.shift[1] < 0:  # it has taken a constant already
+                wanted = wanted - (own[reader.shift[0]] - lost.tensors[reader.shift[0]]).to(wanted.dtype)
+            if outputs_at(module, out, places).shape != wanted.shape:
+                return None
+            sums = sums_of(module, x, wanted, places, reader.weight is not None)
+            if not sums.finite:
+                return None
+            ridge = self.readers[reader.path][1]
+            change = sums.constant() if ridge is None else sums.refit(ridge, reader.shift is not None)
+            for name, value in reader.changed(lost.tensors, change).items():
+                lost.tensors[name].copy_(value)
+            mended: Tensor = module.forward(x)
+            return mended
+
+        readers = [reader for reader, _ in self.readers.values()]
+        with lost.holding(begin), lost.listening(lost.small, readers, mend):
+            lost.run(lost.small, inputs)
+            return {name: lost.tensors[name].clone() for name in names}

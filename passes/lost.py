@@ -1,0 +1,191 @@
+"""What a removal loses on data: layer by layer, in one run of the original, and in the outputs of the network."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netsurgery.copying import named_tensors
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError
+from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
+from netsurgery.passes.readers import Reader
+from netsurgery.passes.samples import Samples
+from netsurgery.passes.waiting import waiting
+from netsurgery.randomness import seeded
+from netsurgery.tracing import RAISED_BY_MODELS, Inputs, home, tensors_in
+
+__all__ = ["Lost"]
+
+Listener = Callable[[Reader, Tensor, Tensor], Tensor | None]  # given the inputs and outputs of a layer
+
+_LARGEST = 1 << 25  # bytes of a tensor: larger ones cost more time for pages of memory than for sums
+_PARTS = 5  # of the samples one in five is held back
+_COMPARED = 64  # samples that the network as a whole is compared on, or a batch more
+
+
+class Lost:
+    """A network, what a removal leaves of it, and samples in batches, of which every fifth is held back.
+
+    Args:
+        edit: the removal.
+        small: what it leaves; other values are put into its tensors for a while.
+        drawn: the samples.
+
+    Attributes:
+        tensors: of the smaller network, by name.
+        name: of the network.
+        largest: bytes of the largest tensor that a sample makes.
+    """
+
+    def __init__(self, edit: Edit, small: nn.Module, drawn: Samples):
+        self.model, self.small, self.drawn = edit.network.model, small, drawn
+        self.name = edit.network.model_name
+        self.tensors, self.device = dict(named_tensors(small)), home(self.model)
+        nodes = [node for node in edit.network.ir.nodes if isinstance(node.meta.get("shape"), torch.Size)]
+        inputs = [node.meta["shape"] for node in nodes if node.op == "placeholder" and node.meta["shape"]]
+        whole = max((4 * prod(node.meta["shape"]) for node in nodes if node.op == "call_function"), default=1)
+        self.largest = max(
+            (4 * prod(node.meta["shape"]) // rows for node in nodes if node.op == "call_function"), default=1
+        )
+        self.size = max(1, min(_LARGEST // self.largest, -(-drawn.count // _PARTS)))
+
+    @property
+    def count(self) -> int:
+        """How many batches there are."""
+        return -(-self.drawn.count // self.size)
+
+    def batches(self) -> Iterator[tuple[bool, Inputs]]:
+        """Whether a batch is held back, and its inputs."""
+        every = min(_PARTS, self.count)
+        for index, (inputs, _) in enumerate(self.drawn.batches(self.size, self.device)):
+            yield index % every == every - 1, inputs
+
+    def sums(self, readers: Sequence[Reader]) -> list[tuple[Sums | None, Sums | None]]:
+        """For each layer the sums over batches that are not held back, and over those that are; None where none is.
+
+        Inputs are those of the original, less what is removed.
+        """
+        fitted: dict[str, Sums] = {}
+        kept_back: dict[str, Sums] = {}
+        part = fitted
+        generator = torch.Generator().manual_seed(0)
+
+        def add(reader: Reader, x: Tensor, out: Tensor) -> None:
+            module, refit = self.layer(reader), reader.weight is not None
+            x, out = (_stay(module, t, at) for t, at in ((x, reader.inputs), (out, reader.kept)))
+            places = places_of(module, out, generator) if refit else None
+            some = sums_of(module, x, outputs_at(module, out, places), places, refit)
+            part[reader.path] = part[reader.path] + some if reader.path in part else some
+
+        with waiting("compensation", self.count) as step, self.listening(self.model, readers, add):
+            for held, inputs in self.batches():
+                part = kept_back if held else fitted
+                self.run(self.model, inputs)
+                step()
+        return [(fitted.get(reader.path), kept_back.get(reader.path)) for reader in readers]
+
+    def targets(self, readers: Sequence[Reader]) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
+        """What each layer should return at some places, and which places these are, each time it runs."""
+        found: dict[str, list[tuple[Tensor, Tensor | None]]] = {reader.path: [] for reader in readers}
+        places: dict[str, Tensor | None] = {}
+        generator = torch.Generator().manual_seed(0)
+
+        def keep(reader: Reader, _: Tensor, out: Tensor) -> None:
+            module = self.layer(reader)
+            out = _stay(module, out, reader.kept)
+            if reader.path not in places:
+                places[reader.path] = places_of(module, out, generator)
+            found[reader.path].append((outputs_at(module, out, places[reader.path]).clone(), places[reader.path]))
+
+        with self.listening(self.model, readers, keep):
+            for _, inputs in self.batches():
+                self.run(self.model, inputs)
+        return found
+
+    def layer(self, reader: Reader) -> Any:
+        """The layer of the smaller network."""
+        return self.small.get_submodule(reader.path)
+
+    def gaps(self, values: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """How far the smaller network's outputs are from the original's on samples that are held back.
+
+        Args:
+            values: of its tensors, by name; those that are not named stay as they are.
+
+        Returns:
+            For each of these the mean square of the difference, relative to the mean square of the outputs; NaN where
+            outputs are no numbers or have other shapes.
+        """
+        squares: list[list[tuple[float, float]]] = [[] for _ in values]
+        held = (inputs for which, inputs in self.batches() if which)
+        for inputs in itertools.islice(held, -(-_COMPARED // self.size)):
+            wanted = self.run(self.model, inputs)
+            for one, found in zip(values, squares, strict=True):
+                with self.holding(one):
+                    found.append(_squares(self.run(self.small, inputs), wanted))
+        return [_relative(found) for found in squares]
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in the smaller network's tensors."""
+        own = {name: self.tensors[name].clone() for name in values}
+        try:
+            for name, value in values.items():
+                self.tensors[name].copy_(value)
+            yield
+        finally:
+            for name, value in own.items():
+                self.tensors[name].copy_(value)
+
+    @contextlib.contextmanager
+    def listening(self, network: nn.Module, readers: Sequence[Reader], listener: Listener) -> Iterator[None]:
+        """Tell of the inputs and outputs of layers whenever they run in a network."""
+
+        def hook(reader: Reader) -> Any:
+            @torch.no_grad()  # also where the code turns gradients on
+            def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+                return listener(reader, args[0] if args else kwargs["input"], out)
+
+            return tell
+
+        with contextlib.ExitStack() as hooks:
+            for reader in readers:
+                layer = network.get_submodule(reader.path)
+                hooks.callback(layer.register_forward_hook(hook(reader), with_kwargs=True, prepend=True).remove)
+            yield
+
+    def run(self, network: nn.Module, inputs: Inputs) -> Any:
+        """The outputs of a network."""
+        try:
+            with seeded(0, self.device):
+                return network(*inputs[0], **inputs[1])
+        except RAISED_BY_MODELS as error:
+            raise InputError(f"{type(self.model).__name__} does not run on the data: {error}") from error
+
+
+def _stay(module: Any, t: Tensor, positions: Tensor | None) -> Tensor:
+    """Inputs or outputs of a layer without the channels that are removed."""
+    return t if positions is None else t.index_select(-1 - spatial(module), positions.to(t.device))
+
+
+def _squares(found: Any, wanted: Any) -> tuple[float, float]:
+    """Squares of the difference of two networks' outputs, and of the outputs; NaN where there is none."""
+    pairs = list(itertools.zip_longest(tensors_in(found), tensors_in(wanted)))
+    if any(one is None or other is None or one.shape != other.shape for one, other in pairs):
+        return math.nan, math.nan
+    floats = [(one.double(), other.double()) for one, other in pairs if one.is_floating_point()]
+    off = sum(float((one - other).square().sum()) for one, other in floats)
+    return off, sum(float(other.square().sum()) for _, other in floats)
+
+
+def _relative(found: Sequence[tuple[float, float]]) -> float:
+    off, whole = (sum(column) for column in zip(*found, strict=True)) if found else (math.nan, math.nan)
+    return off / whole if whole > 0 else math.nan
