@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from netsurgery.randomness import seeded
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import RAISED_BY_MODELS, Inputs, home, tensors_in
 
-__all__ = ["MOST", "compared", "measure", "reported"]
+__all__ = ["MOST", "answers", "compared", "measure", "reported"]
 
 _log = logging.getLogger("netsurgery")
 MOST = 512  # samples that a plan reports on
@@ -68,22 +68,39 @@ def measure(
     return compared(model, small, drawn, loss)
 
 
-def compared(model: nn.Module, small: nn.Module, drawn: Samples, loss: Loss | None = None) -> Measured:
-    """As ``measure``, on samples that are drawn already; without targets no loss."""
+def answers(model: nn.Module, drawn: Samples) -> Iterator[Any]:
+    """What a model returns for samples in eval mode, batch by batch."""
+    device = home(model)
+    with in_eval_mode(model), torch.no_grad():
+        for inputs, _ in drawn.batches(_rows(drawn), device):
+            yield _seeded(model, inputs, device)
+
+
+def compared(
+    model: nn.Module,
+    small: nn.Module,
+    drawn: Samples,
+    loss: Loss | None = None,
+    before: Sequence[Any] | None = None,
+) -> Measured:
+    """As ``measure``, on samples that are drawn already; without targets no loss.
+
+    Args:
+        before: what ``answers`` gives for the model, if that is known.
+    """
     if any(tensor.is_meta for one in (model, small) for tensor in one.parameters()):
         raise InputError(f"{type(model).__name__} has no weights, it is on the meta device")
     sums, device = _Sums(drawn, loss), home(model)
     with in_eval_mode(model), in_eval_mode(small), torch.no_grad():
-        for inputs, targets in drawn.batches(_rows(drawn), device):
-            with seeded(0, device):
-                before = _outputs(model, inputs)
-            with seeded(0, device):
-                after = _outputs(small, inputs)
-            sums.add(before, after, targets)
+        for index, (inputs, targets) in enumerate(drawn.batches(_rows(drawn), device)):
+            own = _seeded(model, inputs, device) if before is None else before[index]
+            sums.add(own, _seeded(small, inputs, device), targets)
     return sums.measured()
 
 
-def reported(model: nn.Module, edit: Edit, drawn: Samples, loss: Loss | None = None) -> Measured:
+def reported(
+    model: nn.Module, edit: Edit, drawn: Samples, loss: Loss | None = None, before: Sequence[Any] | None = None
+) -> Measured:
     """As ``compared``, of a model and what an edit leaves of it."""
     level = _log.level
     _log.setLevel(logging.ERROR)  # what is cut only to be measured is nothing to be told of
@@ -91,7 +108,7 @@ def reported(model: nn.Module, edit: Edit, drawn: Samples, loss: Loss | None = N
         small = rewrite(model, edit)
     finally:
         _log.setLevel(level)
-    return compared(model, small, drawn, loss)
+    return compared(model, small, drawn, loss, before)
 
 
 def _rows(drawn: Samples) -> int:
@@ -101,9 +118,10 @@ def _rows(drawn: Samples) -> int:
     return int(min(max(_NUMBERS / largest, _ROWS[0]), _ROWS[1]))
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> Any:
+def _seeded(model: nn.Module, inputs: Inputs, device: torch.device) -> Any:
     try:
-        return model(*inputs[0], **inputs[1])
+        with seeded(0, device):
+            return model(*inputs[0], **inputs[1])
     except RAISED_BY_MODELS as error:
         raise InputError(f"{type(model).__name__} does not run on the data: {error}") from error
 

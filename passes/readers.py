@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from netsurgery.axes import resolve
+from netsurgery.axes import Axis, resolve
 from netsurgery.copying import named_modules
 from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
@@ -28,6 +28,7 @@ class Reader:
 
     Attributes:
         path: of its module.
+        axis: the dimension of its inputs that is summed over.
         inputs: which of its inputs stay, or None for all.
         kept: which of its outputs stay, or None for all.
         weight: the name of its weight, if that may be refitted.
@@ -36,6 +37,7 @@ class Reader:
     """
 
     path: str
+    axis: Axis
     inputs: Tensor | None
     kept: Tensor | None
     weight: str | None
@@ -97,8 +99,8 @@ def _reader(network: Network, path: str, nodes: list[fx.Node], places: Positions
     mine = [node for node in nodes if node.meta["module"] == path]
     dim = -1 if isinstance(named_modules(network.model)[path], nn.Linear) else 1
     given = next(node for node in mine[0].all_input_nodes if "params" not in node.meta and node.op != "get_attr")
-    inputs, kept = (places(resolve(node.meta["dims"][dim], {})) for node in (given, mine[0]))
-    return Reader(path, inputs, kept, weight, _shift(network, path, mine))
+    axis, out = (resolve(node.meta["dims"][dim], {}) for node in (given, mine[0]))
+    return Reader(path, axis, places(axis), places(out), weight, _shift(network, path, mine))
 
 
 def _uses(network: Network, name: str) -> list[fx.Node]:

@@ -1,0 +1,403 @@
+"""How well layers do without units of their inputs, once their weights are refitted; and how much that matters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from netsurgery.check import adapt
+from netsurgery.copying import named_modules
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
+from netsurgery.network import Group, Network
+from netsurgery.passes.agreement import answers, reported
+from netsurgery.passes.layers import units_of
+from netsurgery.passes.least_squares import POSITIONS, spatial
+from netsurgery.passes.readers import Reader, readers_of
+from netsurgery.passes.samples import Samples, draw_inputs
+from netsurgery.passes.scores import MagnitudeScore
+from netsurgery.passes.waiting import waiting
+from netsurgery.pipeline import Pass
+
+__all__ = ["ReconstructionScore"]
+
+_PARTS = 5  # one in five samples is held back
+_STEPS = 64  # a step of the elimination takes this part of the units that are left
+
+
+@dataclass(frozen=True)
+class ReconstructionScore(Pass):
+    """How far outputs move when units go and the layers that read them are refitted: of all scores here the one to try.
+
+    Units are eliminated from each group one after the other (a 64th of what is left at a time), always those without
+    which its readers, least squares refitted, lack least: with inputs X, ``H = cov(X) + ridge * mean(var(X)) * I`` and
+    weights W, unit u costs ``|W_u|^2 / (H^-1)_uu``, relative to the variance of the reader's outputs, summed over
+    readers; then W and H^-1 are those of what is left. So of units that say the same all but one are free. How much a
+    group matters is measured: shares of it are removed (``probes``), its readers refitted, and the Kullback-Leibler
+    divergence of the network's classes from the original's (where outputs are no logits ``(n, classes)``: the squared
+    relative difference) on samples that are held back is dealt to these units in proportion to their costs. Scores of
+    different groups are compared as they are. No labels, no loss and no gradients are needed.
+
+    Use it with ``PruneChannels(macs=..., scope="global", compensate="least-squares", data=...)``, which refits.
+
+    Args:
+        data: inputs, as for ``netsurgery.passes.samples.draw_inputs``; labels play no part.
+        samples: how many are drawn; a fifth of them is held back.
+        ridge: relative to the mean variance of a reader's inputs.
+        probes: the shares of each group that are removed to measure how much it matters.
+        seed: fixes the samples.
+
+    Raises:
+        InputError: no samples, the model does not run on them, or what it computes there is not finite.
+
+    Units that no linear layer or convolution reads (as where attention is a function) go in the order of their
+    weights' norms. Of a convolution larger than one position the inputs are taken position by position.
+
+    Source: the elimination is Optimal Brain Surgeon's (Hassibi and Stork, 1993) on the least squares of each layer, as
+    in Frantar and Alistarh, "Optimal Brain Compression", arXiv 2208.11580, and for structures in Kurtic et al.,
+    "ZipLM", arXiv 2302.04089. Whole units of several readers, relative errors, and the measured share are our choice.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import PruneChannels, ReconstructionScore
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> model[0].weight.data[5], model[0].bias.data[5] = model[0].weight.data[0], model[0].bias.data[0]
+        >>> scores = ReconstructionScore(torch.randn(64, 4)).run(netsurgery.trace(model)).scores["0"]
+        >>> int(scores.argmin()) in (0, 5)  # they say the same: one of them is free
+        True
+    """
+
+    data: Any = field(repr=False, compare=False)
+    samples: int = 256
+    ridge: float = 1e-2
+    probes: Sequence[float] = (0.15, 0.3, 0.6)
+    seed: int = 0
+
+    gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or not self.ridge > 0 or not all(0 < one < 1 for one in self.probes or [0]):
+            raise InputError("ReconstructionScore: samples is at least 2, ridge is positive, probes are in (0, 1)")
+
+    def run(self, network: Network) -> Network:
+        """Lay the scores on the network."""
+        if not network.prunable:
+            return network
+        network.require_weights(self)
+        drawn = draw_inputs(self.data, self.samples, self.seed)
+        held = max(1, drawn.count // _PARTS)
+        fitted, rest = (_part(drawn, some) for some in (slice(held, None), slice(held)))
+        sections = _sections(network)
+        _listen(network, sections, fitted)
+        orders = {g.name: _eliminated(network, g, sections[g.name], self.ridge, self.probes) for g in network.prunable}
+        return _weighed(network, orders, rest)
+
+    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
+        """How far what an edit leaves is from the model on the samples."""
+        return reported(model, edit, draw_inputs(self.data, self.samples, self.seed))
+
+
+def _part(drawn: Samples, which: slice) -> Samples:
+    every = torch.arange(drawn.count)[which] if drawn.count > 1 else torch.arange(1)
+    inputs, _ = drawn.rows(every, torch.device("cpu"))
+    return Samples(inputs, None, len(every))
+
+
+# What layers are given ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Section:
+    """The part of a layer's inputs that a group is.
+
+    Attributes:
+        reader: the layer.
+        module: likewise.
+        at: the channels of the inputs that each unit is, ``(units, r)``.
+        gram: ``X'X`` over rows, each of the r channels of a unit a row of its own, ``(units, units)`` float64.
+        sums: of each of these channels, ``(units, r)``.
+        rows: how many positions of samples there are.
+        spread: sums of the layer's outputs and of their squares, ``(2, outputs)``.
+    """
+
+    reader: Reader
+    module: Any
+    at: Tensor
+    gram: Tensor
+    sums: Tensor
+    rows: int = 0
+    spread: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        """Inputs ``(n, channels)`` and outputs ``(n, outputs)`` of the layer."""
+        rows = x[:, self.at]  # (n, units, r)
+        self.sums = self.sums + rows.sum(0, dtype=torch.float64).cpu()
+        flat = rows.movedim(2, 1).flatten(0, 1)
+        self.gram = self.gram + (flat.mT @ flat).double().cpu()
+        self.rows += len(x)
+        self.spread = self.spread + torch.stack([out.sum(0, dtype=torch.float64), out.double().square().sum(0)]).cpu()
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution."""
+        return getattr(self.module, "groups", 1)
+
+    def place(self) -> tuple[Tensor, Tensor]:
+        """For each of the channels ``(units, r)`` its group in the layer, and its number in that."""
+        width = self.module.weight.shape[1]
+        return self.at // width, self.at % width
+
+    @property
+    def deviation(self) -> float:
+        """The root of the variances of the layer's outputs, summed."""
+        sums, squares = self.spread / self.rows
+        return float((squares - sums.square()).clamp_min(0).sum().sqrt()) or 1.0
+
+    def weight(self) -> Tensor:
+        """The layer's weights, ``(groups, channels of a group, outputs of a group, *kernel)`` float64."""
+        own = self.module.weight.detach().to("cpu", torch.float64, copy=True)
+        found: Tensor = own.reshape(self.groups, -1, *own.shape[1:]).movedim(2, 1)
+        return found
+
+    def columns(self) -> Tensor:
+        """The weights of each unit relative to the outputs' deviation, ``(r * outputs of a group * kernel, units)``."""
+        return self.weight()[self.place()].flatten(1).mT / self.deviation
+
+    def curvature(self, ridge: float) -> Tensor:
+        """How the inputs go together, ``(units, units)``: their covariance, where the layer takes a constant."""
+        count = self.rows * self.at.shape[1]
+        found = self.gram / count
+        if self.reader.shift is not None:
+            means = self.sums.sum(1) / count
+            found = found - torch.outer(means, means)
+        which, _ = self.place()
+        found = torch.where(which[:, :1] == which[:, 0], found, 0.0)  # weights of other groups cannot take over
+        scale = found.diagonal().mean().clamp_min(1e-30)
+        return found + ridge * scale * torch.eye(len(found), dtype=torch.float64)
+
+    def changes(self, columns: Tensor, gone: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What is added to the model's tensors, by name, so that the layer does without units.
+
+        Args:
+            columns: those that an elimination has left, as ``columns`` gives them.
+            gone: which units are no more, bool.
+        """
+        before, after, place = self.weight(), self.weight(), self.place()
+        if self.reader.weight is not None:
+            after[place] = (columns * self.deviation).mT.reshape(after[place].shape)
+            own = self.module.weight
+            yield self.reader.weight, (after - before).movedim(1, 2).reshape(own.shape)
+        after[place[0][gone], place[1][gone]] = 0.0
+        if self.reader.shift is not None:
+            name, sign = self.reader.shift
+            means = torch.zeros(before.shape[:2], dtype=torch.float64)
+            means[place] = self.sums / self.rows
+            lost = (before - after).reshape(*before.shape[:3], -1).sum(3) * means[..., None]
+            yield name, sign * lost.sum(1).flatten()
+
+
+def _sections(network: Network) -> dict[str, list[_Section]]:
+    """For each group that may lose units, the layers that read it."""
+    some = Edit(network, {group.name: tuple(range(1, group.size)) for group in network.prunable})
+    readers, _ = readers_of(some, refit=True)  # whatever goes
+    modules = named_modules(network.model)
+    found: dict[str, list[_Section]] = {group.name: [] for group in network.prunable}
+    by_channel = {network[name].channel: name for name in found}
+    for reader in readers:
+        listed = units_of(reader.axis)
+        for channel in dict.fromkeys(leaf for leaf, _ in listed if leaf in by_channel):
+            places = [_places(units, channel.size) for leaf, units in listed if leaf is channel]
+            at = torch.cat(places, 1)
+            nothing = torch.zeros(len(at), len(at), dtype=torch.float64)
+            section = _Section(reader, modules[reader.path], at, nothing, torch.zeros_like(at).double())
+            found[by_channel[channel]].append(section)
+    return found
+
+
+def _places(units: Tensor, size: int) -> Tensor:
+    """Positions of each unit, ``(units, r)``, given the unit at each position."""
+    held = (units >= 0).nonzero().flatten()
+    return held[units[held].argsort(stable=True)].reshape(size, -1)
+
+
+def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Samples) -> None:
+    """Run the network on samples and add up what layers are given."""
+    by_path: dict[str, list[_Section]] = {}
+    for section in [section for some in sections.values() for section in some]:
+        by_path.setdefault(section.reader.path, []).append(section)
+    generator = torch.Generator().manual_seed(0)
+
+    def add(path: str, x: Tensor, out: Tensor) -> None:
+        module = by_path[path][0].module
+        x, out = (_rows(module, t, generator) for t in (x, out))
+        if not bool(x.isfinite().all()):
+            raise InputError(f"what '{path}' of {network.model_name} is given on the data is not finite")
+        for section in by_path[path]:
+            section.add(x, out)
+
+    with contextlib.ExitStack() as hooks:
+        for path, some in by_path.items():
+            hook = functools.partial(_tell, functools.partial(add, path))
+            hooks.callback(some[0].module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+        for _ in answers(network.model, drawn):
+            pass
+
+
+def _tell(
+    add: Callable[[Tensor, Tensor], None], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> None:
+    add((args[0] if args else kwargs["input"]).detach(), out.detach())
+
+
+def _rows(module: Any, t: Tensor, generator: torch.Generator) -> Tensor:
+    """Inputs or outputs of a layer at some places, ``(n, channels)``."""
+    if not spatial(module):
+        return t.reshape(-1, t.shape[-1])
+    t = t.reshape(-1, *t.shape[-1 - spatial(module) :]).flatten(2).mT
+    if t.shape[1] > POSITIONS:
+        t = t[:, torch.randperm(t.shape[1], generator=generator)[:POSITIONS].to(t.device)]
+    return t.flatten(0, 1)
+
+
+# Elimination -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Eliminated:
+    """Units of a group in the order in which they go, and what their readers lack after each.
+
+    Attributes:
+        order: units.
+        costs: of each, in this order.
+        counts: how many are gone where the group is measured.
+        changes: what is then added to tensors of the model, by name, for each of these.
+    """
+
+    order: Tensor
+    costs: Tensor
+    counts: list[int]
+    changes: list[list[tuple[str, Tensor]]]
+
+    def scores(self, effects: Sequence[float]) -> Tensor:
+        """Each unit's part of how far the network's outputs move, given that at the counts.
+
+        Parts grow along the order: stretches on which they would fall are taken together.
+        """
+        stretches: list[list[float]] = []  # how many units, and their effect
+        done, before = 0, 0.0
+        for count, effect in zip(self.counts, effects, strict=True):
+            stretches.append([count - done, max(0.0, effect - before)])
+            done, before = count, max(before, effect)
+            while len(stretches) > 1 and stretches[-1][1] * stretches[-2][0] < stretches[-2][1] * stretches[-1][0]:
+                units, more = stretches.pop()
+                stretches[-1] = [stretches[-1][0] + units, stretches[-1][1] + more]
+        stretches[-1][0] += len(self.order) - done  # beyond the last count the last stretch goes on
+        found, start = torch.empty_like(self.costs), 0
+        for units, effect in stretches:
+            stop = start + int(units)
+            costs = self.costs[start:stop]
+            measured = float(costs[: min(stop, done) - start].sum())
+            found[start:stop] = costs * (effect / measured if measured > 0 else 0.0)
+            start = stop
+        scores = torch.empty_like(found)
+        scores[self.order] = found.cummax(0).values
+        return scores
+
+
+def _eliminated(
+    network: Network, group: Group, sections: list[_Section], ridge: float, probes: Sequence[float]
+) -> _Eliminated:
+    """The order in which a group's units go."""
+    counts = sorted({min(max(1, round(probe * group.size)), group.size - 1) for probe in probes})
+    if not sections:
+        norms = MagnitudeScore().run(network).scores[group.name].double().square().sort(stable=True)
+        return _Eliminated(norms.indices, norms.values, counts, [[] for _ in counts])
+    inverses = [torch.linalg.inv(section.curvature(ridge)) for section in sections]
+    columns = [section.columns() for section in sections]
+    gone = torch.zeros(group.size, dtype=torch.bool)
+    order, costs = list[Tensor](), list[Tensor]()
+    changes: list[list[tuple[str, Tensor]]] = []
+    done = 0
+    while done < group.size:
+        each = torch.zeros(group.size, dtype=torch.float64)
+        for inverse, weights in zip(inverses, columns, strict=True):
+            each += weights.square().sum(0) / inverse.diagonal()
+        each[gone] = math.inf
+        until = next((count for count in counts if count > done), group.size)
+        some = each.topk(min(until - done, max(1, (group.size - done) // _STEPS)), largest=False).indices
+        for inverse, weights in zip(inverses, columns, strict=True):
+            _eliminate(inverse, weights, some)
+        gone[some] = True
+        order.append(some)
+        costs.append(each[some])
+        done += len(some)
+        if done in counts:
+            pairs = zip(sections, columns, strict=True)
+            changes.append([change for section, weights in pairs for change in section.changes(weights, gone)])
+    return _Eliminated(torch.cat(order), torch.cat(costs), counts, changes)
+
+
+def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
+    """Let weights ``(rows, units)`` and an inverse ``(units, units)`` be those without some units."""
+    rows = inverse[some]
+    share = torch.linalg.solve(rows[:, some], rows)
+    weights -= weights[:, some] @ share
+    inverse -= rows.mT @ share
+    weights[:, some] = 0.0
+    inverse[some, some] = 1.0
+
+
+# How much groups matter --------------------------------------------------------------------------------------------
+
+
+def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples) -> Network:
+    """Scores: how far parts of each group move the network's outputs, dealt to units in proportion to their costs."""
+    before = list(answers(network.model, held))
+    scores: dict[str, Tensor] = {}
+    refused: dict[str, str] = {}
+    with waiting("reconstruction: groups", len(found)) as step:
+        for name in found:
+            step()
+            if name in scores or name in refused:
+                continue
+            together = {other: found[other] for other in network.tied_to(name) if other in found}
+            effects = []
+            for place in range(len(found[name].counts)):
+                effect, why = _effect(network, together, place, held, before)
+                refused.update(why)
+                effects.append(effect / len(together))
+            scores.update((other, one.scores(effects)) for other, one in together.items())
+    scored = network.with_scores(scores, comparable=True)
+    return scored.with_frozen(refused) if refused else scored
+
+
+def _effect(
+    network: Network, gone: Mapping[str, _Eliminated], place: int, held: Samples, before: Sequence[Any]
+) -> tuple[float, dict[str, str]]:
+    """How far the network's outputs move without some units; or groups whose sizes its code does not follow."""
+    keep = {name: tuple(sorted(one.order[one.counts[place] :].tolist())) for name, one in gone.items()}
+    edit = Edit(network, keep)
+    adaptation, refused = adapt(network.model, network, edit.counts)
+    if refused:
+        return 0.0, refused
+    values: dict[str, Tensor] = {}
+    for name, change in [change for one in gone.values() for change in one.changes[place]]:
+        own = network.tensors[name].detach()
+        values[name] = values.get(name, own.double()) + change.to(own.device)
+    values = {name: value.to(network.tensors[name].dtype) for name, value in values.items()}
+    edit = replace(edit, adaptation=adaptation, values=values)
+    found = reported(network.model, edit, held, before=before)
+    if found.kl is not None:
+        return found.kl, {}
+    if found.error is None:
+        raise InputError(f"the outputs of {network.model_name} cannot be compared: {found.why}")
+    return found.error**2, {}
