@@ -59,7 +59,7 @@ def measure(
         >>> from netsurgery.passes import measure
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> print(measure(model, model, torch.randn(64, 4)))
-        on 64 samples: agreement with the original 100.0% (KL 0), outputs differ by 0%
+        on 64 samples: agreement with the original 100.0% (KL 0.00), outputs differ by 0%
     """
     try:
         drawn = draw(data, samples, seed, ignored_by(loss))
