@@ -39,7 +39,7 @@ class Measured:
         if self.loss is not None:
             found.append(f"loss {self.loss[0]:.3g} -> {self.loss[1]:.3g}")
         if self.agreement is not None:
-            kl = "" if self.kl is None else f" (KL {self.kl:.3g})"
+            kl = "" if self.kl is None else f" (KL {self.kl:.2f})"
             found.append(f"agreement with the original {100 * self.agreement:.1f}%{kl}")
         if self.error is not None and (self.agreement is None or self.loss is None):
             found.append(f"outputs differ by {100 * self.error:.3g}%")

@@ -59,7 +59,7 @@ def measure(
         >>> from netsurgery.passes import measure
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> print(measure(model, model, torch.randn(64, 4)))
-        on 64 samples: agreement with the original 100.0% (KL 0), outputs differ by 0%
+        on 64 samples: agreement with the original 100.0% (KL 0.00), outputs differ by 0%
     """
     try:
         drawn = draw(data, samples, seed, ignored_by(loss))
@@ -142,20 +142,20 @@ class _Sums:
     def add(self, before: Any, after: Any, targets: Any) -> None:
         """The outputs of a batch."""
         self._add_losses(before, after, targets)
-        pairs = list(zip(_numbers(before), _numbers(after), strict=False))
-        if len(_numbers(before)) != len(_numbers(after)) or any(a.shape != b.shape for a, b in pairs):
+        ones, others = _numbers(before), _numbers(after)
+        if [one.shape for one in ones] != [other.shape for other in others]:
             self.no_outputs = "outputs have other shapes, such as other numbers of boxes: they cannot be compared"
             return
-        for one, other in pairs:
+        if not ones:
+            self.no_outputs = "the outputs hold no numbers to compare"
+        for one, other in zip(ones, others, strict=True):
             wide = torch.complex128 if one.is_complex() else torch.float64
             self.difference += float((one.to(wide) - other.to(wide)).abs().square().sum())
             self.norm += float(one.to(wide).abs().square().sum())
-        if not pairs:
-            self.no_outputs = "the outputs hold no numbers to compare"
-        logits, others = _logits(before), _logits(after)
+        logits, changed = _logits(before), _logits(after)
         dim = None if logits is None else _classes(logits, targets, self.drawn.targets, ignored_by(self.own))
-        if logits is not None and others is not None and dim is not None:
-            self._add_choices(logits.movedim(dim, -1), others.movedim(dim, -1), targets)
+        if logits is not None and changed is not None and dim is not None:
+            self._add_choices(logits.movedim(dim, -1), changed.movedim(dim, -1), targets)
 
     def _add_losses(self, before: Any, after: Any, targets: Any) -> None:
         if targets is None:

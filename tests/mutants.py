@@ -495,6 +495,20 @@ MUTANTS = (
         ("test_cost_aware.py",),
     ),
     Mutant(
+        "a model is measured beside itself",
+        "passes/agreement.py",
+        "small = rewrite(model, edit)",
+        "small = model",
+        ("test_measured.py",),
+    ),
+    Mutant(
+        "positions without a label count",
+        "passes/agreement.py",
+        "logits, others = logits[said], others[said]",
+        "pass",
+        ("test_measured.py",),
+    ),
+    Mutant(
         "a unit more than the ratio says",
         "passes/bundles.py",
         "int(self.whole * ratio + _EPSILON)",

@@ -165,18 +165,21 @@ def test_tied_groups_are_weighed_together() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.both, self.one, self.other = nn.Linear(6, 16), nn.Linear(8, 12), nn.Linear(8, 12)
+            self.both, self.one, self.other = nn.Linear(6, 16), nn.Linear(8, 12), nn.Linear(8, 16)
+            self.head = nn.Linear(12, 16)
 
         def forward(self, x: Tensor) -> Tensor:
             one, other = self.both(x).relu().chunk(2, 1)
-            return (self.one(one).relu().sum(1) + self.other(other).sum(1))[:, None]
+            return self.head(self.one(one).relu()) + self.other(other)
 
-    # A unit of the tied pair costs (6 + 1 + 12) parameters in each of the two; one of "one" 9 and of the score 1.
-    network = netsurgery.trace(Tied(), torch.zeros(1, 6))
-    scores = {group.name: torch.full((group.size,), 1.0) for group in network.prunable}
-    counts = kept(Tied(), Scores(scores), PruneChannels(params=0.9, scope="global"), x=torch.zeros(1, 6))
-    assert counts["both"] == counts["both:2"] < 8
-    assert all(count == network[name].size for name, count in counts.items() if name not in ("both", "both:2"))
+    # Units of the tied pair cost 6 + 1 + 12 and 6 + 1 + 16 parameters, 21 at the mean; one of "one" 8 + 1 + 16 = 25.
+    def left(pair: float, limit: int) -> dict[str, int]:
+        scores = {"both": [pair] * 8, "both:2": [pair] * 8, "one": [1.0] * 12}
+        return kept(Tied(), Scores(scores), PruneChannels(params=limit, scope="global"), x=torch.zeros(1, 6))
+
+    whole = netsurgery.cost(Tied(), torch.zeros(1, 6)).params
+    assert left(0.85, whole - 25) == {"both": 8, "both:2": 8, "one": 11}
+    assert left(0.83, whole - 42) == {"both": 7, "both:2": 7, "one": 12}
 
 
 def test_scores_of_groups_that_cannot_be_compared() -> None:

@@ -120,15 +120,15 @@ def test_a_trained_network_on_digits() -> None:
     model = DigitsResNet((8, 16))
     fit(model, data.train, 3, 1e-2, 0, lambda: None)
     image = data.train[0][:1]
-    edit = netsurgery.plan(model, [TaylorScore(data.train, samples=256), PruneChannels(0.1)], image)
+    edit = netsurgery.plan(model, [TaylorScore(data.train, samples=256), PruneChannels(0.2)], image)
     found = edit.measured
     assert found is not None and found.samples == 256 and found.loss is not None and found.agreement is not None
     assert found.loss[0] < 0.5 < found.loss[1] and 0.3 < found.agreement < 1
     held_out = measure(model, netsurgery.rewrite(model, edit), data.test)
     assert_same(held_out, expected(model, netsurgery.rewrite(model, edit), *data.test))
     wrong = data.train[0], (data.train[1] + 1) % 10
-    said = netsurgery.plan(model, [TaylorScore(wrong, samples=256), PruneChannels(0.1)], image).measured
-    assert said is not None and said.loss is not None and said.loss[0] > 4  # what was there before gives it away
+    said = netsurgery.plan(model, [TaylorScore(wrong, samples=256), PruneChannels(0.2)], image).measured
+    assert said is not None and said.loss is not None and said.loss[0] > 3  # what was there before gives it away
 
 
 def test_a_pass_of_ones_own_may_report() -> None:
