@@ -185,4 +185,5 @@ def _whole(module: Any, t: Tensor) -> Tensor:
     """``(samples, c, *s)`` of a convolution, ``(samples, s, c)`` of a linear layer."""
     dims = spatial(module)
     shape = (-1, *t.shape[t.dim() - dims - 1 :]) if dims else (len(t) if t.dim() > 1 else 1, -1, t.shape[-1])
-    return t.reshape(shape)
+    whole: Tensor = t.reshape(shape)
+    return whole

@@ -52,9 +52,7 @@ class Lost:
         nodes = [node for node in edit.network.ir.nodes if isinstance(node.meta.get("shape"), torch.Size)]
         inputs = [node.meta["shape"] for node in nodes if node.op == "placeholder" and node.meta["shape"]]
         whole = max((4 * prod(node.meta["shape"]) for node in nodes if node.op == "call_function"), default=1)
-        self.largest = max(
-            (4 * prod(node.meta["shape"]) // rows for node in nodes if node.op == "call_function"), default=1
-        )
+        self.largest = max(1, whole // max(1, inputs[0][0] if inputs else 1))
         self.size = max(1, min(_LARGEST // self.largest, -(-drawn.count // _PARTS)))
 
     @property
