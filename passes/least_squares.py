@@ -157,7 +157,8 @@ def _inputs(module: Any, x: Tensor, places: Tensor | None) -> Tensor:
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
     """``(samples, places, channels)`` as ``(groups, n, channels of a group)``."""
-    return t.flatten(0, 1).unflatten(1, (groups, t.shape[-1] // groups)).movedim(1, 0)
+    rows: Tensor = t.flatten(0, 1).unflatten(1, (groups, t.shape[-1] // groups)).movedim(1, 0)
+    return rows
 
 
 def spatial(module: Any) -> int:
