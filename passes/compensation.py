@@ -137,7 +137,7 @@ def _best(
     taken = min(levels, key=lambda level: gaps[level]) if known else levels[-1]
     after, in_order = gaps[taken], False
     values = _values(lost, [fit.final[fit.level(taken)] for fit in fits], fits)
-    if known and taken != "nothing" and _bytes(lost, fits) <= memory:
+    if known and taken != "nothing" and lost.count > 1 and _bytes(lost, fits) <= memory:
         chosen = {fit.reader.path: fit.chosen(taken) for fit in fits if fit.level(taken) != "nothing"}
         order = InOrder(lost, chosen)
         trial = order.fit(trials[taken], order.fitted)

@@ -34,29 +34,28 @@ class InOrder:
         """New values of the smaller network's tensors, by name.
 
         Args:
-            values: those that are begun with.
+            values: those of layers that cannot be fitted in order, because they run more or less than once.
             batches: numbers of those that are fitted to.
         """
         lost, size = self.lost, self.lost.size
         rows = torch.cat([torch.arange(n * size, min((n + 1) * size, lost.drawn.count)) for n in batches])
         inputs, _ = lost.drawn.rows(rows, lost.device)
-        names = {name for reader, _ in self.readers.values() for name in reader.names}
-        begin = {name: values.get(name, lost.tensors[name]).clone() for name in names}
-        own = {name: lost.tensors[name].clone() for name in names}
+        begin = {}
+        for path, (reader, _) in self.readers.items():
+            known = {} if path in self.targets else values
+            begin.update({name: known.get(name, lost.tensors[name]).clone() for name in reader.names})
 
         def mend(reader: Reader, x: Tensor, out: Tensor) -> Tensor | None:
             if reader.path not in self.targets:
                 return None
-            module, runs = lost.layer(reader), [self.targets[reader.path][n] for n in batches]
+            module, ridge = lost.layer(reader), self.readers[reader.path][1]
+            runs = [self.targets[reader.path][n] for n in batches]
             wanted, places = torch.cat([run for run, _ in runs]), runs[0][1]
-            if reader.shift and reader.shift[1] < 0:  # it has taken a constant already
-                wanted = wanted - (own[reader.shift[0]] - lost.tensors[reader.shift[0]]).to(wanted.dtype)
             if outputs_at(module, out, places).shape != wanted.shape:
                 return None
             sums = sums_of(module, x, wanted, places, reader.weight is not None)
             if not sums.finite:
                 return None
-            ridge = self.readers[reader.path][1]
             change = sums.constant() if ridge is None else sums.refit(ridge, reader.shift is not None)
             for name, value in reader.changed(lost.tensors, change).items():
                 lost.tensors[name].copy_(value)
@@ -66,4 +65,4 @@ class InOrder:
         readers = [reader for reader, _ in self.readers.values()]
         with lost.holding(begin), lost.listening(lost.small, readers, mend):
             lost.run(lost.small, inputs)
-            return {name: lost.tensors[name].clone() for name in names}
+            return {name: lost.tensors[name].clone() for name in begin}

@@ -157,7 +157,8 @@ def _inputs(module: Any, x: Tensor, places: Tensor | None) -> Tensor:
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
     """``(samples, places, channels)`` as ``(groups, n, channels of a group)``."""
-    return t.flatten(0, 1).unflatten(1, (groups, t.shape[-1] // groups)).movedim(1, 0)
+    rows: Tensor = t.flatten(0, 1).unflatten(1, (groups, t.shape[-1] // groups)).movedim(1, 0)
+    return rows
 
 
 def spatial(module: Any) -> int:
@@ -185,4 +186,5 @@ def _whole(module: Any, t: Tensor) -> Tensor:
     """``(samples, c, *s)`` of a convolution, ``(samples, s, c)`` of a linear layer."""
     dims = spatial(module)
     shape = (-1, *t.shape[t.dim() - dims - 1 :]) if dims else (len(t) if t.dim() > 1 else 1, -1, t.shape[-1])
-    return t.reshape(shape)
+    whole: Tensor = t.reshape(shape)
+    return whole

@@ -50,10 +50,9 @@ class Lost:
         self.name = edit.network.model_name
         self.tensors, self.device = dict(named_tensors(small)), home(self.model)
         nodes = [node for node in edit.network.ir.nodes if isinstance(node.meta.get("shape"), torch.Size)]
-        self.largest = max(
-            (4 * prod(n.meta["shape"]) // max(1, *n.meta["shape"][:1], 1) for n in nodes if n.op == "call_function"),
-            default=1,
-        )
+        inputs = [node.meta["shape"] for node in nodes if node.op == "placeholder" and node.meta["shape"]]
+        whole = max((4 * prod(node.meta["shape"]) for node in nodes if node.op == "call_function"), default=1)
+        self.largest = max(1, whole // max(1, inputs[0][0] if inputs else 1))
         self.size = max(1, min(_LARGEST // self.largest, -(-drawn.count // _PARTS)))
 
     @property

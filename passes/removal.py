@@ -62,13 +62,15 @@ class PruneChannels(Pass):
             "max" or "sum" of their sizes in the group, or "none"; "auto" is "none" for scores that are comparable as
             they are (rises of the loss, Taylor, Fisher, LAMP), else "sum" where they are ranked for their cost (a share
             of the group's importance for a share of its cost), else "mean".
-        compensate: make up for what the removal loses in the layers that read it: "bias" lets their outputs keep their
-            mean over the data; "least-squares" also refits their weights so that the outputs stay as near as they can.
+        compensate: make up for what the removal loses in the layers that read it: "bias" by a constant for each output;
+            "least-squares" also refits their weights so that the outputs stay as near as they can. What does not help
+            on samples that are held back is left alone: see ``netsurgery.passes.compensation.compensate``.
         data: what this is measured on, in eval mode: a DataLoader, Dataset, tensor or pair of tensors, as for
             ``netsurgery.passes.samples.draw_inputs``; it needs no labels. ``edit.measured`` is measured on it too.
         samples: how many samples of it, drawn at random whatever their classes.
         ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
-            the data says little.
+            the data says little; ten and a hundred times as much are tried too.
+        memory: bytes that the sums for the refit take at most.
 
     Budgets are met within one unit of the last group touched (one ``multiple_of`` step), priced from the expressions.
     ``edit.summary()`` says what was asked and what was removed, and which groups lost less or are locked, and why.
@@ -109,6 +111,7 @@ class PruneChannels(Pass):
     data: Any = field(default=None, repr=False, compare=False)
     samples: int = 512
     ridge: float = 1e-2
+    memory: int = 1 << 30
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
@@ -191,7 +194,7 @@ class PruneChannels(Pass):
         edit = choice.edit(self._removed(choice))
         if self.compensate is None:
             return edit
-        return compensate(edit, self.compensate, self.data, self.samples, self.ridge)
+        return compensate(edit, self.compensate, self.data, self.samples, self.ridge, memory=self.memory)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
         """How far what an edit leaves is from the model on the inputs that its loss is made up for on, if any."""

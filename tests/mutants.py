@@ -189,25 +189,25 @@ MUTANTS = (
     # compensation
     Mutant(
         "the running mean moves the wrong way",
-        "passes/compensation.py",
+        "passes/readers.py",
         "return (name, -1) if alone else None",
         "return (name, 1) if alone else None",
     ),
     Mutant(
-        "layers are compensated from the last to the first",
-        "passes/compensation.py",
+        "layers are listed from the last to the first",
+        "passes/readers.py",
         "key=lambda reader: order.get(reader.path, -1))",
         "key=lambda reader: -order.get(reader.path, -1))",
     ),
     Mutant(
         "the ridge pulls the constant too",
-        "passes/compensation.py",
+        "passes/least_squares.py",
         "diagonal = gram.diagonal(dim1=1, dim2=2)[:, :width]",
         "diagonal = gram.diagonal(dim1=1, dim2=2)",
     ),
     Mutant(
         "dilation forgotten in the refit",
-        "passes/compensation.py",
+        "passes/least_squares.py",
         "x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]",
         "x.unfold(dim, apart * (size - 1) + 1, step)[..., :size]",
     ),
