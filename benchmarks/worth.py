@@ -4,13 +4,13 @@
     python benchmarks/worth.py lite0 --seeds 3 --out lite0.jsonl
     python benchmarks/worth.py --read lite0.jsonl --picture lite0.png
 
-Each row is one removal to a share of the multiply-accumulates, without fine-tuning: agreement with the original's first
-class (or accuracy where there are labels) and KL(original || pruned) on data that no choice has seen, seconds (of all
-steps: score, choice, compensation) and the growth of the peak of the resident memory. A seed deals the pictures, or the
-training data, anew. Rows that a file holds are not made again. torch-pruning takes a share of the channels: it is
-halved until the MACs, counted by us, are within 0.5% (or as near as twelve tries come), and its seconds are those of
-one try. ``--finetune STEPS``
-trains what is left by distillation from the original on the calibration data, both tools alike.
+Each row is one removal to a share of the multiply-accumulates (or parameters, ``--of params``), without fine-tuning:
+agreement with the original's first class (or accuracy where there are labels) and KL(original || pruned) on data that
+no choice has seen, seconds (of all steps: score, choice, compensation) and the growth of the peak of the resident
+memory. A seed deals the pictures, or the training data, anew. Rows that a file holds are not made again. torch-pruning
+takes a share of the channels: it is halved until the MACs, counted by us, are within 0.5% (or as near as twelve tries
+come), and its seconds are those of one try. ``--finetune STEPS`` trains what is left by distillation from the original
+on the calibration data, ``--epochs N`` on the labelled data the network was trained on; both tools alike.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from netsurgery.demo import fit
 from netsurgery.models import DigitsResNet
 
 SCORES: dict[str, Callable[[Rows], netsurgery.Pass]] = {
+    "reconstruction": lambda data: P.ReconstructionScore(data[0]),
     "Taylor": P.TaylorScore,
     "Taylor, second order": lambda data: P.TaylorScore(data, order=2),
     "Fisher": P.FisherScore,
@@ -62,7 +63,7 @@ class Task:
     model: nn.Module
     calibration: Rows
     report: Rows
-    labelled: bool  # whether the targets are labels of the data; otherwise they are the original's own first class
+    train: Rows | None = None  # what the network was trained on; without it targets are its own first class
 
     @functools.cached_property
     def before(self) -> Tensor:
@@ -74,19 +75,24 @@ class Task:
         """A batch of one, as MACs are counted."""
         return self.report[0][:1]
 
+    @functools.cached_property
+    def cost(self) -> netsurgery.Cost:
+        """Of the original."""
+        return netsurgery.cost(self.model, self.example)
+
     def figures(self, small: nn.Module) -> dict[str, float]:
         """Agreement and accuracy in percent, KL in nats."""
         after = logits(small, self.report[0])
         same, divergence = agreement(self.before, after)
         right = 100 * float((after.argmax(1) == self.report[1]).float().mean())
-        return {"agreement": same, "KL": divergence} | ({"accuracy": right} if self.labelled else {})
+        return {"agreement": same, "KL": divergence} | ({"accuracy": right} if self.train else {})
 
 
 def of_lite0(seed: int) -> Task:
     """EfficientNet-Lite0: 8 crops each of 25 pictures to choose by, of 13 others to report on."""
     model, (some, others) = lite0(), dealt(seed)
     x, y = crops(some, 8, 2 * seed), crops(others, 8, 2 * seed + 1)
-    return Task(model, (x, logits(model, x).argmax(1)), (y, logits(model, y).argmax(1)), labelled=False)
+    return Task(model, (x, logits(model, x).argmax(1)), (y, logits(model, y).argmax(1)))
 
 
 def of_mnist(seed: int) -> Task:
@@ -95,7 +101,7 @@ def of_mnist(seed: int) -> Task:
     torch.manual_seed(seed)
     model = LeNet()
     fit(model, train, 10, 2e-3, seed, lambda: None)
-    return Task(model.eval(), (train[0][:1024], train[1][:1024]), test, labelled=True)
+    return Task(model.eval(), (train[0][:1024], train[1][:1024]), test, train)
 
 
 def of_digits(seed: int) -> Task:
@@ -104,7 +110,7 @@ def of_digits(seed: int) -> Task:
     torch.manual_seed(seed)
     model = DigitsResNet()
     fit(model, data.train, 15, 3e-3, seed, lambda: None)
-    return Task(model.eval(), data.train, data.test, labelled=True)
+    return Task(model.eval(), data.train, data.test, data.train)
 
 
 TASKS = {"lite0": of_lite0, "mnist": of_mnist, "digits": of_digits}
@@ -113,10 +119,10 @@ TASKS = {"lite0": of_lite0, "mnist": of_mnist, "digits": of_digits}
 # Removals ----------------------------------------------------------------------------------------------------------
 
 
-def ours(task: Task, score: netsurgery.Pass, macs: float, scope: str, compensate: str | None) -> nn.Module:
-    """The network with a share of its MACs."""
+def ours(task: Task, score: netsurgery.Pass, what: str, share: float, scope: str, compensate: str | None) -> nn.Module:
+    """The network with a share of its MACs or parameters."""
     kept: dict[str, Any] = {"compensate": compensate, "data": task.calibration} if compensate else {}
-    removal = P.PruneChannels(macs=macs, scope=scope, **kept)  # type: ignore[arg-type]
+    removal = P.PruneChannels(**{what: share}, scope=scope, **kept)  # type: ignore[arg-type]
     return netsurgery.apply(task.model, [score, removal], task.example)
 
 
@@ -179,18 +185,18 @@ def peer(task: Task, which: str, share: float) -> nn.Module:
     return model.eval()
 
 
-def peer_at(task: Task, which: str, macs: float) -> tuple[nn.Module, float]:
-    """The peer's network at a share of the MACs, found by halving; and the seconds of the last try."""
-    whole = netsurgery.cost(task.model, task.example).macs
+def peer_at(task: Task, which: str, what: str, wanted: float) -> tuple[nn.Module, float]:
+    """The peer's network at a share of the MACs or parameters, found by halving; and the seconds of its try."""
+    whole = getattr(netsurgery.cost(task.model, task.example), what)
     low, high = 0.0, 0.95
     tries: list[tuple[float, nn.Module, float]] = []
     while len(tries) < 12 and (not tries or min(tries, key=itemgetter(0))[0] > 0.005):
         share, start = (low + high) / 2, time.perf_counter()
         small = peer(task, which, share)
         seconds = time.perf_counter() - start
-        left = netsurgery.cost(small, task.example).macs / whole
-        tries.append((abs(left - macs), small, seconds))
-        low, high = (share, high) if left > macs else (low, share)
+        left = getattr(netsurgery.cost(small, task.example), what) / whole
+        tries.append((abs(left - wanted), small, seconds))
+        low, high = (share, high) if left > wanted else (low, share)
     return min(tries, key=itemgetter(0))[1:]
 
 
@@ -224,17 +230,20 @@ def rows(task: Task, args: argparse.Namespace, done: set[tuple[Any, ...]]) -> It
         scoring, known = time.perf_counter() - start, Known(scored.scores, scored.comparable)
         for key in wanted:
             if key not in done:
-                run = functools.partial(ours, task, known, key[3], key[1], None if key[2] == "None" else key[2])
-                yield measured(task, "netsurgery", key, lambda run=run, extra=scoring: (run(), extra), args.finetune)
+                made = None if key[2] == "None" else key[2]
+                run = functools.partial(ours, task, known, args.of, key[3], key[1], made)
+                yield measured(task, "netsurgery", key, lambda run=run, extra=scoring: (run(), extra), args)
     for name in args.peers:
         for budget in args.budgets:
             key = (f"torch-pruning {name}", "its own", "None", budget)
             if key not in done:
-                find = functools.partial(peer_at, task, name, budget)
-                yield measured(task, "torch-pruning", key, find, args.finetune)
+                find = functools.partial(peer_at, task, name, args.of, budget)
+                yield measured(task, "torch-pruning", key, find, args)
 
 
-def measured(task: Task, tool: str, key: tuple[Any, ...], make: Callable[[], Any], steps: int) -> dict[str, Any]:
+def measured(
+    task: Task, tool: str, key: tuple[Any, ...], make: Callable[[], Any], args: argparse.Namespace
+) -> dict[str, Any]:
     """Figures of one removal."""
     reset_peak()
     before, start = resident_mb("VmRSS"), time.perf_counter()
@@ -243,14 +252,19 @@ def measured(task: Task, tool: str, key: tuple[Any, ...], make: Callable[[], Any
     found = {
         **dict(zip(("score", "scope", "compensation", "budget"), key, strict=True)),
         "tool": tool,
-        "macs": netsurgery.cost(small, task.example).macs / netsurgery.cost(task.model, task.example).macs,
+        "of": args.of,
+        "left": getattr(netsurgery.cost(small, task.example), args.of) / getattr(task.cost, args.of),
         "seconds": taken,
         "MiB": resident_mb("VmHWM") - before,
         **task.figures(small),
     }
-    if steps:
-        tuned = task.figures(distilled(task, small, steps))
-        found |= {f"{name} after {steps} steps": value for name, value in tuned.items()}
+    if args.finetune:
+        tuned = task.figures(distilled(task, small, args.finetune))
+        found |= {f"{name} after {args.finetune} steps": value for name, value in tuned.items()}
+    elif args.epochs and task.train:
+        fit(small, task.train, args.epochs, 1e-3, 0, lambda: None)
+        tuned = task.figures(small)
+        found |= {f"{name} after {args.epochs} epochs": value for name, value in tuned.items()}
     return found
 
 
@@ -273,7 +287,7 @@ def print_rows(found: list[dict[str, Any]]) -> None:
                 digits = 2 if name.startswith("KL") else 0 if name in ("seconds", "MiB") else 1
                 cells.append(f"{mean(values):.{digits}f}{spread}" if values else "")
             lines.append(cells)
-        print_table(("MACs", "score", "scope", "compensation", *figures, "seconds", "MiB"), lines)
+        print_table(("budget", "score", "scope", "compensation", *figures, "seconds", "MiB"), lines)
 
 
 def draw(found: list[dict[str, Any]], file: Path) -> None:
@@ -295,7 +309,7 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
             budgets = sorted(line, reverse=True)
             style = "--" if tool == "torch-pruning" else "-"
             axis.plot(budgets, [line[b] for b in budgets], style, marker="o", markersize=3, label=score)
-        axis.set(title=network, xlabel="share of the MACs that stays", ylabel="agreement with the original, %")
+        axis.set(title=network, xlabel="share that stays", ylabel="agreement with the original, %")
         axis.invert_xaxis()
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -313,6 +327,8 @@ def main() -> None:
     parser.add_argument("--scopes", nargs="+", default=["layer", "global"])
     parser.add_argument("--compensations", nargs="+", default=[*map(str, COMPENSATIONS)])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
+    parser.add_argument("--of", choices=["macs", "params"], default="macs", help="what budgets are shares of")
+    parser.add_argument("--epochs", type=int, default=0, help="train what is left on the labelled data")
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
     parser.add_argument("--out", type=Path, default=Path("worth.jsonl"))
     parser.add_argument("--read", type=Path, nargs="+", help="only print what these files hold")
