@@ -50,7 +50,10 @@ class ReconstructionScore(Pass):
 
     Args:
         data: inputs, as for ``netsurgery.passes.samples.draw_inputs``; labels play no part.
-        samples: how many are drawn; a fifth of them is held back.
+        held_back: inputs that groups are measured on, likewise. By default a fifth of the samples. Pass some where
+            samples belong together, such as crops of the same pictures: of those that are like the others, units seem
+            free that are not.
+        samples: how many are drawn.
         ridge: relative to the mean variance of a reader's inputs.
         probes: the shares of each group that are removed to measure how much it matters.
         seed: fixes the samples.
@@ -77,6 +80,7 @@ class ReconstructionScore(Pass):
     """
 
     data: Any = field(repr=False, compare=False)
+    held_back: Any = field(default=None, repr=False, compare=False)
     samples: int = 256
     ridge: float = 1e-2
     probes: Sequence[float] = (0.15, 0.3, 0.6)
@@ -93,9 +97,11 @@ class ReconstructionScore(Pass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        drawn = draw_inputs(self.data, self.samples, self.seed)
-        held = max(1, drawn.count // _PARTS)
-        fitted, rest = (_part(drawn, some) for some in (slice(held, None), slice(held)))
+        fitted = draw_inputs(self.data, self.samples, self.seed)
+        if self.held_back is None:
+            fitted, rest = _apart(fitted)
+        else:
+            rest = draw_inputs(self.held_back, self.samples, self.seed)
         sections = _sections(network)
         _listen(network, sections, fitted)
         orders = {g.name: _eliminated(network, g, sections[g.name], self.ridge, self.probes) for g in network.prunable}
@@ -106,10 +112,16 @@ class ReconstructionScore(Pass):
         return reported(model, edit, draw_inputs(self.data, self.samples, self.seed))
 
 
-def _part(drawn: Samples, which: slice) -> Samples:
-    every = torch.arange(drawn.count)[which] if drawn.count > 1 else torch.arange(1)
-    inputs, _ = drawn.rows(every, torch.device("cpu"))
-    return Samples(inputs, None, len(every))
+def _apart(drawn: Samples) -> tuple[Samples, Samples]:
+    """Four fifths of some samples, and the fifth that is held back."""
+    if drawn.count < 2:
+        raise InputError("ReconstructionScore: one sample is not enough, as some are held back: pass more data")
+    order, held = torch.arange(drawn.count), max(1, drawn.count // _PARTS)
+    parts = (drawn.rows(some, torch.device("cpu"))[0] for some in (order[held:], order[:held]))
+    fitted, rest = (
+        Samples(inputs, None, count) for inputs, count in zip(parts, (drawn.count - held, held), strict=True)
+    )
+    return fitted, rest
 
 
 # What layers are given ---------------------------------------------------------------------------------------------

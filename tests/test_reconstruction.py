@@ -206,6 +206,17 @@ def test_units_that_no_layer_reads_go_by_their_weights() -> None:
     assert float(network.scores["a"].sum()) > 0
 
 
+def test_groups_are_measured_on_what_is_held_back() -> None:
+    """Of inputs that are all the same every unit seems free; of others it is not."""
+    model, x = seeded(linear)
+    same = x[:1].expand(60, -1)
+    alike = score(model, same, ridge=1e-6).scores["0"]
+    others = score(model, same, held_back=x, ridge=1e-6).scores["0"]
+    assert float(alike.sum()) < 1e-6 * float(others.sum())
+    with pytest.raises(InputError, match="one sample is not enough"):
+        score(model, x[:1])
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
