@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from netsurgery.network import Network
 from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.loss_increase import LossIncreaseScore
 from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.samples import draw
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
@@ -40,8 +42,9 @@ class _GateScore(Pass):
         samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
         trials = Trials(LossIncreaseScore(None, self.loss, rows=self.rows), network, samples)
         trials.check()
-        slopes = gate_slopes(trials)
-        return network.with_scores({name: self.score(slope) for name, slope in slopes.items()}, comparable=True)
+        scores = {name: self.score(slope) for name, slope in gate_slopes(trials).items()}
+        self.report(scores)
+        return network.with_scores(scores, comparable=True)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
         """How far what an edit leaves is from the model on the samples."""
@@ -52,13 +55,16 @@ class _GateScore(Pass):
         """Scores ``(units,)`` from the slopes ``(samples, units)``."""
         raise NotImplementedError
 
+    def report(self, scores: Mapping[str, Tensor]) -> None:
+        """Say what is to be known of some scores."""
+
 
 @dataclass(frozen=True)
 class TaylorScore(_GateScore):
-    """The rise of the loss on removal as a Taylor expansion predicts it, from one backward pass.
+    """The change of the loss on removal as a Taylor expansion predicts it, from one backward pass.
 
     A gate multiplies each unit wherever it is read; a_n is the derivative of the loss of sample n by it. First order:
-    mean_n |a_n|. Second order: mean_n (a_n²/2 - a_n), the predicted rise itself, which may be negative.
+    mean_n |a_n|. Second order: mean_n |a_n²/2 - a_n|.
 
     Args:
         data: as for ``LossIncreaseScore``.
@@ -67,14 +73,25 @@ class TaylorScore(_GateScore):
         seed: likewise.
         rows: likewise.
         order: 1 or 2.
+        by: "effect": how much the loss of each sample changes, up or down. "rise", of second order: mean_n (a_n²/2 -
+            a_n), in which the changes of samples cancel: units of large effect may have a small or negative rise and go
+            first (see ``LossIncreaseScore``). The logger ``netsurgery`` warns where more than a tenth of a group's are
+            negative. Of first order there is no rise: its mean vanishes where the loss is at a minimum.
+
+    Raises:
+        InputError: as ``LossIncreaseScore`` does; the first order by the rise; or a network that cannot be run in
+            parts.
 
     Source: Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", arXiv 1611.06440
     (first order), and "Importance Estimation for Neural Network Pruning", arXiv 1906.10771 (second order). Our choice,
     where these do otherwise: the gate on coupled units at all their readers. First order: the first paper averages
     activation times gradient over the positions of a feature map, a gate's slope is their sum; and it divides scores
     by the L2 norm of those of their layer, here they stay rises of the loss (``PruneChannels(normalize=...)`` divides).
-    Second order: the Fisher information a_n² stands for the second derivative, and the predicted rise keeps its sign,
-    which the second paper squares.
+    Second order: the Fisher information a_n² stands for the second derivative. The second paper squares the change of a
+    minibatch's loss, of either order, and averages the squares over minibatches (its experiments with single samples
+    for minibatches too); that is the effect, but for the root: the mean absolute change of samples did better than the
+    mean square, and far better than the absolute value or the square of the mean over all samples
+    (``benchmarks/RESULTS.md``).
 
     Example:
         >>> import torch, netsurgery
@@ -86,14 +103,26 @@ class TaylorScore(_GateScore):
     """
 
     order: Literal[1, 2] = 1
+    by: Reading = "effect"
+    _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
             raise InputError(f"TaylorScore(order={self.order!r}): 1 or 2")
+        if self.by not in ("effect", "rise"):
+            raise InputError(f"TaylorScore(by={self.by!r}): 'effect' or 'rise'")
+        if self.by == "rise" and self.order == 1:
+            raise InputError("TaylorScore(by='rise') goes with order=2: of first order it vanishes at a minimum")
 
     def score(self, slopes: Tensor) -> Tensor:
         """Scores ``(units,)`` from the slopes ``(samples, units)``."""
-        return slopes.abs().mean(0) if self.order == 1 else (slopes.square() / 2 - slopes).mean(0)
+        changes = -slopes if self.order == 1 else slopes.square() / 2 - slopes
+        return (changes.abs() if self.by == "effect" else changes).mean(0)
+
+    def report(self, scores: Mapping[str, Tensor]) -> None:
+        """Say once where many rises are negative."""
+        if self.by == "rise":
+            warn_of_falls("TaylorScore(order=2, by='rise')", scores, self._said)
 
 
 @dataclass(frozen=True)

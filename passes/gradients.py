@@ -31,7 +31,8 @@ class GradientScore(Pass):
     Call it where a step of training has its gradients: after ``backward`` (of one batch or several, under AMP after
     ``scaler.unscale_``), before ``zero_grad``. A factor that all gradients share does not matter. Where the loss is
     at a minimum in the weights, their gradients over all of the data vanish, and so does this score: use some batches,
-    not all, or ``TaylorScore``, which takes the absolute value sample by sample.
+    not all, or ``TaylorScore``, which takes the absolute value sample by sample. In ``.grad`` the slopes of samples
+    were summed before the absolute value is taken: they cancel, as they do in ``LossIncreaseScore(by="rise")``.
 
     Args:
         kind: "taylor", ``|sum w g|``: the change of the loss on removal, to first order; "squares", ``sum (w g)²``, of

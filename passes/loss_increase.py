@@ -1,4 +1,4 @@
-"""By how much the loss on some samples rises when a unit, and all that is coupled to it, is removed."""
+"""By how much the loss on some samples changes when a unit, and all that is coupled to it, is removed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, ignored_by
 from netsurgery.passes.prefixes import cumulative, per_group
 from netsurgery.passes.racing import race
+from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.samples import draw
-from netsurgery.passes.trials import Trials
+from netsurgery.passes.trials import Terms, Trials
 from netsurgery.pipeline import Pass
 
 __all__ = ["LossIncreaseScore"]
@@ -28,13 +29,13 @@ __all__ = ["LossIncreaseScore"]
 
 @dataclass(frozen=True)
 class LossIncreaseScore(Pass):
-    """The exact rise of the loss when a unit and everything coupled to it is removed, on a fixed set of samples.
+    """The exact change of the loss when a unit and everything coupled to it is removed, on a fixed set of samples.
 
-    Score of unit u: ``L(S; without u) - L(S)``, the network in eval mode. A unit that is removed contributes nothing to
-    any consumer, batch norm's shift included, just as when it is cut out. Scores of different groups are compared as
-    they are. Of groups that the code splits into equal parts one loses a unit alone; a network that cannot be run in
-    parts, as its code looks at values, loses the unit of this number in each. What depends on other samples of a batch
-    depends on ``rows``.
+    Score of unit u: the mean over the samples n of ``|L(n; without u) - L(n)|``, the network in eval mode. A unit that
+    is removed contributes nothing to any consumer, batch norm's shift included, just as when it is cut out. Scores of
+    different groups are compared as they are. Of groups that the code splits into equal parts one loses a unit alone; a
+    network that cannot be run in parts, as its code looks at values, loses the unit of this number in each. What
+    depends on other samples of a batch depends on ``rows``.
 
     Args:
         data: a DataLoader, a Dataset, or a pair of tensors, without augmentation: what
@@ -56,10 +57,10 @@ class LossIncreaseScore(Pass):
             ``PruneChannels(threshold=tolerance)``: what it may not take, by its ``unit``, ``include``, ``multiple_of``,
             ``max_ratio`` and so on, is not tried. The tolerance holds for the removal that is given here.
         racing: try units on growing sets of samples, and stop with those that clearly are, or clearly are not, among
-            the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise on
-            what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact selection is
-            expected to be found, under a normal approximation with standard errors doubled. The loss must return one
-            number for each sample. It pays where running the network takes long, not for the smallest.
+            the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise, or
+            the effect, on what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact
+            selection is expected to be found, under a normal approximation with standard errors doubled. The loss must
+            return one number for each sample. It pays where running the network takes long, not for the smallest.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.
@@ -70,6 +71,15 @@ class LossIncreaseScore(Pass):
             else, and the loss, are in the model's own. By default everything is.
         file: what is known is kept there (safetensors), every few seconds and when interrupted, and is gone on from.
         progress: show a bar with the time left on the terminal.
+        by: "effect", the default of mode "score": how much the loss of each sample changes, up or down. If the loss is
+            a mean, each sample goes through alone, which takes longer than a loss of one number for each.
+            "rise": the mean of the changes, ``L(S; without u) - L(S)``, in which they cancel. A unit of large effect
+            may have a small or a negative rise; it goes first, and with others of its kind its removal may wreck the
+            network. The logger ``netsurgery`` warns where the loss falls without more than a tenth of a group's units.
+            Modes "cumulative" and "per-group" hold the rise of the loss against the tolerance: "rise" alone goes with
+            them. After "effect", ``PruneChannels(threshold=t)`` removes each unit that alone changes the loss of a
+            sample by at most t in the mean, so the loss by no more; after "rise", each without which the loss rises by
+            at most t, or falls by whatever it may.
 
     Raises:
         InputError: no samples, a loss of another shape or that is not finite, a file that was made for another model,
@@ -77,8 +87,10 @@ class LossIncreaseScore(Pass):
 
     Source: the selection of Mitsuno and Kurita, "Filter Pruning using Hierarchical Group Sparse Regularization for Deep
     Convolutional Neural Networks", arXiv 2011.02389: "the increase of the classification loss on randomly selected
-    training samples". Not given by the source, and our choice: 1,000 samples, class-balanced, no augmentation, eval
-    mode, a unit removed as if cut out, the two modes, racing.
+    training samples", which is the rise. Not given by the source, and our choice: 1,000 samples, class-balanced, no
+    augmentation, eval mode, a unit removed as if cut out, the modes, racing. The effect is the default by what was
+    measured on five trained networks (``benchmarks/RESULTS.md``); Molchanov et al., "Importance Estimation for Neural
+    Network Pruning", arXiv 1906.10771, square the change of the loss likewise.
 
     Example:
         >>> import torch, netsurgery
@@ -105,13 +117,22 @@ class LossIncreaseScore(Pass):
     autocast: torch.dtype | None = None
     file: str | Path | None = None
     progress: bool = True
+    by: Reading | None = None
     _known: dict[str, Ledger] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def __post_init__(self) -> None:
         if self.mode not in ("score", "cumulative", "per-group"):
             raise InputError(f"LossIncreaseScore(mode={self.mode!r}): 'score', 'cumulative' or 'per-group'")
+        if self.by not in (None, "effect", "rise"):
+            raise InputError(f"LossIncreaseScore(by={self.by!r}): 'effect' or 'rise'")
+        if self.by == "effect" and self.mode != "score":
+            raise InputError(
+                f"LossIncreaseScore(by='effect') goes with mode='score': mode={self.mode!r} holds the rise of the loss "
+                "against the tolerance"
+            )
         if self.racing and self.mode != "score":
             raise InputError("LossIncreaseScore(racing=True) goes with mode='score'")
         for name in ("share", "confidence"):
@@ -135,6 +156,11 @@ class LossIncreaseScore(Pass):
                 f"threshold of at most the tolerance, PruneChannels(threshold={self.tolerance!r}, ...)"
             )
 
+    @property
+    def reading(self) -> Reading:
+        """What is scored by: the effect, or the rise."""
+        return self.by or ("effect" if self.mode == "score" else "rise")
+
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         if not network.prunable:
@@ -142,8 +168,10 @@ class LossIncreaseScore(Pass):
         network.require_weights(self)
         samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
         trials = Trials(self, network, samples)
+        if self.reading == "effect" and _is_mean(self.loss, trials):
+            trials.block = 1  # the rise of each sample is asked for
         trials.check()
-        key = trials.fingerprint()
+        key = f"{self.reading} {trials.fingerprint()}"
         ledger = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
         if ledger is None:
             ledger = Ledger(key, Path(self.file) if self.file is not None else None)
@@ -160,6 +188,8 @@ class LossIncreaseScore(Pass):
                 scores = per_group(trials, ledger, self.tolerance)
             else:
                 scores = self._exact(trials, ledger)
+        if self.mode == "score" and self.reading == "rise":
+            warn_of_falls("LossIncreaseScore(by='rise')", scores, self._said)
         return network.with_scores(scores, comparable=True)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
@@ -169,5 +199,20 @@ class LossIncreaseScore(Pass):
 
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
         trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)
-        trials.extend(ledger, trials.everything(), trials.samples.count)
+        trials.extend(ledger, trials.everything(), trials.samples.count, _SUMS[self.reading])
         return {group.name: ledger.means(group.name) for group in trials.network.prunable}
+
+
+_SUMS: dict[Reading, Terms] = {
+    "effect": lambda name, units, rises, start: rises.abs().sum(1)[None],
+    "rise": lambda name, units, rises, start: rises.sum(1)[None],
+}
+
+
+def _is_mean(loss: Loss | None, trials: Trials) -> bool:
+    """Whether a loss returns one number for several samples."""
+    if loss is None or trials.samples.count < 2:
+        return False
+    inputs, targets = trials.batch(0, 2, 1)
+    found = trials.own_loss(trials.outputs(trials.model, inputs), targets)
+    return isinstance(found, Tensor) and found.dim() == 0

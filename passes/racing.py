@@ -1,8 +1,8 @@
-"""Racing: units are tried on growing sets of samples until it is clear enough which have the lowest rises.
+"""Racing: units are tried on growing sets of samples until it is clear enough which have the lowest scores.
 
 Three things make few samples enough. The samples that matter most to any unit, by the slopes of gates, are all tried.
-On the others the rise is regressed on what these slopes predict, whose mean over all samples is known. And only units
-whose side of the border is still open go on.
+On the others the rise is regressed on what these slopes predict, whose mean over all samples is known; or its absolute
+value, where that is scored by. And only units whose side of the border is still open go on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
 
 
 def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dict[str, Tensor]:
-    """Rises of the loss by group: estimates, exact for units whose side stays open to the end."""
+    """Rises of the loss, or effects on it, by group: estimates, exact for units whose side stays open to the end."""
     runner = _Race(trials, ledger, share, confidence)
     trials.begin(None)
     active, count = trials.everything(), trials.samples.count
@@ -64,10 +64,14 @@ class _Race:
         order = torch.cat([top, rest.nonzero().flatten()])
         trials.reorder(order)
         ahead = {name: slope[order].T for name, slope in slopes.items()}  # (units, samples)
-        self.predictions = {name: torch.stack([-a, a.square() / 2], 2) for name, a in ahead.items()}
+        self.read = torch.abs if self.trials.settings.reading == "effect" else torch.Tensor.clone
+        self.predictions = {
+            name: torch.stack([self.read(a.square() / 2 - a), a.square() / 2], 2) for name, a in ahead.items()
+        }
 
     def terms(self, name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
-        """Sums over rises y: of y in the head; of y, y², and y times each prediction in the rest."""
+        """Sums over rises or effects y: of y in the head; of y, y², and y times each prediction in the rest."""
+        rises = self.read(rises)
         if start < self.head:
             return torch.cat([rises.sum(1)[None], torch.zeros(4, len(units), dtype=torch.float64)])
         x = self.predictions[name][units, start : start + rises.shape[1]]
@@ -75,7 +79,7 @@ class _Race:
         return torch.cat([torch.zeros(1, len(units)), rises.sum(1)[None], rises.square().sum(1)[None], products])
 
     def estimates(self, name: str) -> tuple[Tensor, Tensor]:
-        """Mean rises over all samples, and their standard errors."""
+        """Means over all samples, and their standard errors."""
         sums, seen = self.ledger.entries[name]
         count, predictions = self.trials.samples.count, self.predictions[name]
         left = count - self.head

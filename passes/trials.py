@@ -36,7 +36,7 @@ from netsurgery.verification import look_up_constants, silenced
 if TYPE_CHECKING:
     from netsurgery.passes.loss_increase import LossIncreaseScore
 
-__all__ = ["Loss", "Trials"]
+__all__ = ["Loss", "Terms", "Trials"]
 
 _log = logging.getLogger("netsurgery")
 
@@ -134,7 +134,7 @@ class Trials:
         known = {n for name, units in wanted.items() for n in ledger.entries[name][1][units].tolist()}
         edges = sorted({n for n in known if n < count} | {count})
         for low, high in itertools.pairwise(edges):
-            step = min(self.chunk(), self.block or self.chunk())
+            step = self.step()
             for start in range(low, high, step):
                 stop = min(start + step, high)
                 seen = {name: ledger.entries[name][1].tolist() for name in wanted}
@@ -143,6 +143,10 @@ class Trials:
                     ledger.add(name, units, terms(name, units, rises, start), stop - start)
                     ledger.save_now_and_then()
                     self.advance(len(units) * (stop - start))
+
+    def step(self) -> int:
+        """Samples that go through at once, each several times over where these are fewer than rows may be."""
+        return min(self.chunk(), self.block or self.chunk())
 
     def chunk(self) -> int:
         """Rows that go through at once."""
@@ -461,7 +465,7 @@ class Trials:
             with seeded(0, self.device):
                 one, two = (float(own(_filled(once, _scaled(t, factor)), y).double().mean()) for t, y in pairs)
             if not self.random_loss:
-                check_mean(one, two, several=self.samples.count > self.chunk())
+                check_mean(one, two, several=self.samples.count > self.step())
 
 
 def _finite(losses: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ from netsurgery.models import resnet20
 from netsurgery.passes import LossIncreaseScore
 from netsurgery.passes.trials import Loss, Trials
 from test_loss_increase import (
+    READINGS,
     AcrossSamples,
     ByPlace,
     Contrasted,
-    by_surgery,
+    changes,
     contrasts,
     data_for,
     drawn,
-    loss_of,
     randomised,
 )
 from test_prefixes import ALL, CUT
@@ -82,11 +82,10 @@ def test_samples_that_meet_others_go_through_by_themselves(name: str, are_dear: 
     network = netsurgery.trace(model, data[0][:3])
     scores = LossIncreaseScore(data, samples=8, rows=64).run(network).scores
     x, y = drawn(data, 8)
-    base = loss_of(model, x, y)
     for group, score in scores.items():
         for unit in range(len(score)):
-            rise = by_surgery(model, network, group, {unit}, x, y) - base
-            assert float(score[unit]) == pytest.approx(rise, rel=1e-6, abs=1e-12), (group, unit)
+            wanted = READINGS["effect"](changes(model, network, group, unit, x, y))
+            assert float(score[unit]) == pytest.approx(wanted, rel=1e-6, abs=1e-12), (group, unit)
 
 
 def beside_others(outputs: Tensor, y: Tensor) -> Tensor:

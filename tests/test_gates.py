@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
+from netsurgery.passes.readings import Reading
 from netsurgery.passes.samples import draw
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
@@ -112,21 +113,23 @@ def test_scores_are_means_over_the_samples() -> None:
     for name, a in found.items():
         for one, expected in (
             (TaylorScore(data, samples=12), a.abs().mean(0)),
-            (TaylorScore(data, samples=12, order=2), (a**2 / 2 - a).mean(0)),
+            (TaylorScore(data, samples=12, order=2), (a**2 / 2 - a).abs().mean(0)),
+            (TaylorScore(data, samples=12, order=2, by="rise"), (a**2 / 2 - a).mean(0)),
             (FisherScore(data, samples=12, rows=5), (a**2).mean(0) / 2),
         ):
             torch.testing.assert_close(one.run(network).scores[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_slopes_predict_small_removals() -> None:
-    """Units that matter little: the second order predicts the rise of the loss, to a third of it."""
+@pytest.mark.parametrize("by", ["effect", "rise"])
+def test_slopes_predict_small_removals(by: Reading) -> None:
+    """Units that matter little: the second order predicts the change of the loss, to a third of it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
     model[2].weight.data *= 0.02
     data = torch.randn(200, 6).double(), torch.randint(3, (200,))
     network = netsurgery.trace(model, data[0][:2])
-    exact = LossIncreaseScore(data, samples=200).run(network).scores["0"]
-    predicted = TaylorScore(data, samples=200, order=2).run(network).scores["0"]
+    exact = LossIncreaseScore(data, samples=200, by=by).run(network).scores["0"]
+    predicted = TaylorScore(data, samples=200, order=2, by=by).run(network).scores["0"]
     assert float((exact - predicted).abs().max()) < float(exact.abs().max()) / 3
 
 

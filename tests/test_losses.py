@@ -117,7 +117,9 @@ def test_a_loss_that_depends_on_how_many_go_through() -> None:
     for loss, rows in ((divided, None), (contrasted, 16)):
         with pytest.raises(InputError, match="so it depends on how many go through at once: return the mean, or one"):
             LossIncreaseScore((X, Y), loss, rows=rows).run(traced)
-    LossIncreaseScore((X, Y), contrasted, rows=70).run(traced)  # all at once: it is what it is
+    LossIncreaseScore((X, Y), contrasted, rows=70, by="rise").run(traced)  # all at once: it is what it is
+    with pytest.raises(InputError, match="so it depends on how many go through at once: return the mean, or one"):
+        LossIncreaseScore((X, Y), contrasted, rows=70).run(traced)  # of single samples it is nothing
 
 
 @pytest.mark.parametrize("rows", [16, 17, 70])

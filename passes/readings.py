@@ -1,0 +1,42 @@
+"""Two readings of what a removal does to the loss: how much it rises, and how much it changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from netsurgery.report import first_of
+
+__all__ = ["Reading", "warn_of_falls"]
+
+Reading = Literal["effect", "rise"]
+
+_log = logging.getLogger("netsurgery")
+_MANY = 0.1  # of the units of a group: LeNet on MNIST loses by the rise from a sixth on
+_ROUNDING = 1e-6  # of the largest rise of a group
+
+
+def warn_of_falls(who: str, rises: Mapping[str, Tensor], said: set[str]) -> None:
+    """Say, in one line, when the loss falls without many units of a group: ranked by the rise they go first.
+
+    Args:
+        who: the pass that scores by the rise.
+        rises: the rise of the loss without each unit, ``(units,)`` for each group.
+        said: what was said before and is not repeated: a plan may run its passes several times.
+    """
+    falls = {name: int((rise < -_ROUNDING * rise.abs().max()).sum()) for name, rise in rises.items() if len(rise)}
+    many = [name for name, count in falls.items() if count > _MANY * len(rises[name])]
+    if not many:
+        return
+    count, units = sum(falls[name] for name in many), sum(len(rises[name]) for name in many)
+    line = (
+        f"{who}: the loss falls without {count} of {units} units ({count / units:.0%}) in {len(many)} of "
+        f"{len(rises)} groups ({first_of(map(repr, many), 2)}): they go first, and together they may raise the loss "
+        "by much; by='effect' ranks units by how much they change the loss of each sample, up or down"
+    )
+    if line not in said:
+        said.add(line)
+        _log.warning("%s", line)
