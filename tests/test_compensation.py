@@ -624,7 +624,7 @@ def test_little_memory_means_several_passes(monkeypatch: pytest.MonkeyPatch) -> 
     passes = []
     sums = lost.Lost.sums
     monkeypatch.setattr(lost.Lost, "sums", lambda self, readers: passes.append(len(readers)) or sums(self, readers))
-    parts = compensate(plain, "least-squares", data, memory=1 << 16)
+    parts = compensate(plain, "least-squares", data, memory=1 << 17)
     assert len(passes) > 1 and sum(passes) == len(whole.compensations[0].layers)
     torch.testing.assert_close(parts.values, whole.values)
     assert not parts.uncompensated
