@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -15,6 +16,7 @@ from netsurgery.check import adapt
 from netsurgery.compensated import Compensation
 from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
+from netsurgery.errors import InputError
 from netsurgery.passes.fits import LEVELS, Fit
 from netsurgery.passes.in_order import InOrder
 from netsurgery.passes.least_squares import POSITIONS, Change, Sums, bytes_of
@@ -139,10 +141,11 @@ def _best(
     values = _values(lost, [fit.final[fit.level(taken)] for fit in fits], fits)
     if known and taken != "nothing" and lost.count > 1 and _bytes(lost, fits) <= memory:
         chosen = {fit.reader.path: fit.chosen(taken) for fit in fits if fit.level(taken) != "nothing"}
-        order = InOrder(lost, chosen)
-        trial = order.fit(trials[taken], order.fitted)
-        if (gap := lost.gaps([{**trials[taken], **trial}])[0]) < after:
-            values, after, in_order = {**values, **order.fit(values, order.all)}, gap, True
+        with contextlib.suppress(InputError):  # not every model takes all samples at once
+            order = InOrder(lost, chosen)
+            gap = lost.gaps([{**trials[taken], **order.fit(trials[taken], order.fitted)}])[0]
+            if gap < after:
+                values, after, in_order = {**values, **order.fit(values, order.all)}, gap, True
     if taken != levels[-1]:
         only = "nothing was changed" if taken == "nothing" else "only constants were compensated"
         left[lost.name] = f"its outputs are no nearer to the original's on samples that were held back: {only}"

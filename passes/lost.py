@@ -179,9 +179,13 @@ def _squares(found: Any, wanted: Any) -> tuple[float, float]:
     pairs = list(itertools.zip_longest(tensors_in(found), tensors_in(wanted)))
     if any(one is None or other is None or one.shape != other.shape for one, other in pairs):
         return math.nan, math.nan
-    floats = [(one.double(), other.double()) for one, other in pairs if one.is_floating_point()]
-    off = sum(float((one - other).square().sum()) for one, other in floats)
-    return off, sum(float(other.square().sum()) for _, other in floats)
+    off = whole = 0.0
+    for one, other in pairs:
+        if one.is_floating_point():
+            meant = other.isfinite()  # a mask of infinities is none
+            off += float((one - other)[meant].double().square().sum())
+            whole += float(other[meant].double().square().sum())
+    return math.inf if math.isnan(off) else off, whole
 
 
 def _relative(found: Sequence[tuple[float, float]]) -> float:

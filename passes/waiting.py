@@ -29,8 +29,9 @@ def waiting(what: str, total: int) -> Iterator[Callable[[], None]]:
     """
     started, done = time.monotonic(), itertools.count(1)
     said = started
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as bar:
-        bar.disable = not bar.console.is_terminal
+    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+    bar.disable = not bar.console.is_terminal
+    with bar:
         task = bar.add_task("", total=total)
 
         def step() -> None:

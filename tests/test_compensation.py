@@ -616,6 +616,22 @@ def test_the_original_runs_once_over_the_data(monkeypatch: pytest.MonkeyPatch) -
     assert len(batches) == 5 + 4  # of the one that is held back the outputs too: the original's, and with three values
 
 
+class Narrow(Reads):
+    """Takes no more than eight samples at once, and masks an output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 8:
+            raise ValueError("too many samples")
+        return super().forward(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+
+def test_a_model_that_does_not_take_all_samples_at_once_and_outputs_that_are_infinite() -> None:
+    model = Narrow()
+    plain = netsurgery.Edit(netsurgery.trace(model, (ROWS[:2],)), {"a": (0, 1, 4, 6, 7)})
+    (found,) = (edit := compensate(plain, "least-squares", ROWS)).compensations
+    assert not found.in_order and found.after < found.before and not edit.uncompensated
+
+
 def test_little_memory_means_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, data = digits_net()
     monkeypatch.setattr(compensation, "_bytes", lambda *args: 1 << 40)  # too much for layers one after the other
@@ -624,7 +640,7 @@ def test_little_memory_means_several_passes(monkeypatch: pytest.MonkeyPatch) -> 
     passes = []
     sums = lost.Lost.sums
     monkeypatch.setattr(lost.Lost, "sums", lambda self, readers: passes.append(len(readers)) or sums(self, readers))
-    parts = compensate(plain, "least-squares", data, memory=1 << 16)
+    parts = compensate(plain, "least-squares", data, memory=1 << 17)
     assert len(passes) > 1 and sum(passes) == len(whole.compensations[0].layers)
     torch.testing.assert_close(parts.values, whole.values)
     assert not parts.uncompensated
