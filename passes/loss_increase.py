@@ -11,12 +11,15 @@ from torch import Tensor
 
 from netsurgery.errors import InputError
 from netsurgery.network import Network
+from netsurgery.passes.forecast import foretold
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.prefixes import cumulative, per_group
 from netsurgery.passes.racing import race
 from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.samples import draw
+from netsurgery.passes.scope import scoped
 from netsurgery.passes.trials import Trials
 from netsurgery.pipeline import Pass
 
@@ -49,9 +52,10 @@ class LossIncreaseScore(Pass):
             may rise by many times that.
         tolerance: the rise of the loss that is allowed, in all (mode "cumulative") or in each group ("per-group"). A
             unit's score is the highest rise up to it; beyond the tolerance scores only keep the order.
-        removal: in mode "cumulative", the removal that is to follow, where it is another than
-            ``PruneChannels(threshold=tolerance)``: what it may not take, by its ``unit``, ``include``, ``multiple_of``,
-            ``max_ratio`` and so on, is not tried. The tolerance holds for the removal that is given here.
+        removal: the removal that is to follow: groups that it may not take, by its ``unit``, ``include``, ``protect``
+            and so on, are not scored. In mode "cumulative" what its ``multiple_of``, ``max_ratio`` and so on forbid is
+            not tried either; there it has a threshold, and the tolerance holds for the removal that is given here
+            (by default ``PruneChannels(threshold=tolerance)``).
         racing: try units on growing sets of samples, and stop with those that clearly are, or clearly are not, among
             the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise on
             what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact selection is
@@ -63,10 +67,14 @@ class LossIncreaseScore(Pass):
         rows: rows that go through the network at once; by default as many as suit the caches of a CPU, or the memory
             of a GPU, where the largest result takes a 32nd of it.
         memory: bytes of results that may be kept of a run; what does not fit is computed again.
+        include: modules, as for ``PruneChannels``: only groups whose units these alone produce are scored. Others have
+            no scores, and a removal that is to take some of them says so.
+        exclude: likewise; no group is scored that a matching module produces or carries.
         autocast: the type in which convolutions and matrix products are computed, such as ``torch.bfloat16``; all
             else, and the loss, are in the model's own. By default everything is.
         file: what is known is kept there (safetensors), every few seconds and when interrupted, and is gone on from.
-        progress: show a bar with the time left on the terminal.
+        progress: say before it starts how long the work will take, after a few trials, and then how far it is: by a bar
+            on a terminal, by lines of the logger ``netsurgery`` elsewhere.
 
     Raises:
         InputError: no samples, a loss of another shape or that is not finite, a file that was made for another model,
@@ -99,6 +107,8 @@ class LossIncreaseScore(Pass):
     seed: int = 0
     rows: int | None = None
     memory: int = 2 << 30
+    include: Modules = ()
+    exclude: Modules = ()
     autocast: torch.dtype | None = None
     file: str | Path | None = None
     progress: bool = True
@@ -117,14 +127,14 @@ class LossIncreaseScore(Pass):
         if not self.tolerance >= 0:
             raise InputError(f"LossIncreaseScore(tolerance={self.tolerance!r}): must not be negative")
         self._check_removal()
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, as_patterns(getattr(self, name)))
         if (self.rows is not None and self.rows < 1) or self.memory < 1 or self.samples < 1:
             raise InputError("LossIncreaseScore: samples, rows and memory are at least 1")
 
     def _check_removal(self) -> None:
-        if self.removal is None:
+        if self.removal is None or self.mode != "cumulative":
             return
-        if self.mode != "cumulative":
-            raise InputError("LossIncreaseScore(removal=...) goes with mode='cumulative'")
         threshold = self.removal.threshold
         if threshold is None or threshold > self.tolerance:
             raise InputError(
@@ -138,7 +148,7 @@ class LossIncreaseScore(Pass):
             return network
         network.require_weights(self)
         samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
-        trials = Trials(self, network, samples)
+        trials = Trials(self, self._scoped(network), samples)
         trials.check()
         key = trials.fingerprint()
         ledger = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
@@ -147,7 +157,9 @@ class LossIncreaseScore(Pass):
             ledger.load()
             self._known.clear()
             self._known[key] = ledger
-        with trials.bar() as trials.advance, ledger.kept():
+        with trials.report.running(), ledger.kept():
+            if self.mode != "score" and self.progress:
+                foretold(trials, trials.rows_left(ledger, trials.everything()))
             if self.racing:
                 scores = race(trials, ledger, self.share, self.confidence)
             elif self.mode == "cumulative":
@@ -159,7 +171,17 @@ class LossIncreaseScore(Pass):
                 scores = self._exact(trials, ledger)
         return network.with_scores(scores, comparable=True)
 
+    def _scoped(self, network: Network) -> Network:
+        """The network with all groups locked that are not to be scored."""
+        include: Any = self.include  # tuples since they were checked
+        exclude: Any = self.exclude
+        return scoped(network, include, exclude, self.removal)
+
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
-        trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)
+        left = trials.rows_left(ledger, trials.everything())
+        forecast = foretold(trials, left) if self.progress else None
+        if forecast is not None:
+            trials.report.rate = forecast.rate
+        trials.report.begin("every unit", left)
         trials.extend(ledger, trials.everything(), trials.samples.count)
         return {group.name: ledger.means(group.name) for group in trials.network.prunable}
