@@ -158,7 +158,7 @@ class LossIncreaseScore(Pass):
             self._known.clear()
             self._known[key] = ledger
         with trials.report.running(), ledger.kept():
-            if self.mode != "score" and self.progress:
+            if self.mode != "score" and self.progress and not ledger.entries:
                 foretold(trials, trials.rows_left(ledger, trials.everything()))
             if self.racing:
                 scores = race(trials, ledger, self.share, self.confidence)

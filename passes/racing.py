@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from netsurgery.passes.forecast import Forecast, foretold
+from netsurgery.passes.forecast import foretold
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.progress import span
-from netsurgery.passes.sieve import Draw, Fit, Sieve, drawn, sift
+from netsurgery.passes.sieve import Fit, Sieve, drawn
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
 
@@ -31,23 +31,19 @@ _WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
 def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dict[str, Tensor]:
     """Rises of the loss by group: estimates, exact for units whose side stays open to the end."""
     runner = _Race(trials, ledger, share, confidence)
-    count = trials.samples.count
-    more = max(64, count // 10)
-    if trials.dear:  # all goes through in batches of one size, which is traced once
-        trials.block, more = runner.head, runner.head * math.ceil(more / runner.head)
-    seen = min(count, runner.head + more)
-    active = runner.sieved(runner.foretold())
-    if seen == count and active == trials.everything():
-        _log.info("racing saves nothing here: every unit is tried on all %d samples, which are few", count)
-    trials.report.begin("racing", trials.rows_left(ledger, active) if seen == count else None)
-    trials.extend(ledger, active, runner.head, runner.terms, 5)
-    while active:
-        trials.extend(ledger, active, seen, runner.terms, 5)
-        if seen == count:
-            break
-        active = {name: runner.undecided(name, units) for name, units in active.items()}
-        active = {name: units for name, units in active.items() if units}
-        seen = min(count, runner.head + 2 * (seen - runner.head))
+    runner.foretell()
+    sieve = runner.sieve()
+    if sieve is None:
+        runner.go(trials.everything())
+    else:
+        while units := sieve.more():
+            runner.say(sieve)
+            runner.go(units)
+            for name, some in units.items():
+                sieve.fits[name].learn(some, runner.estimates(name)[0][some])
+        runner.say(sieve)
+    if all(bool((seen == trials.samples.count).all()) for _, seen in ledger.entries.values()):
+        _log.info("racing has saved nothing: every unit was tried on all %d samples", trials.samples.count)
     return {group.name: runner.estimates(group.name)[0] for group in trials.network.prunable}
 
 
@@ -77,22 +73,21 @@ class _Race:
         ahead = {name: slope[order].T for name, slope in slopes.items()}  # (units, samples)
         self.predictions = {name: torch.stack([-a, a.square() / 2], 2) for name, a in ahead.items()}
 
-    def foretold(self) -> Forecast | None:
-        """Say how long all trials would take; what is known of that."""
+    def foretell(self) -> None:
+        """Say how long all trials would take."""
         trials = self.trials
         rows = trials.rows_left(self.ledger, trials.everything())
-        forecast = foretold(trials, rows) if trials.settings.progress else None
-        if forecast is not None:
-            trials.report.rate = forecast.rate
-        return forecast
+        self.forecast = foretold(trials, rows) if trials.settings.progress else None
+        if self.forecast is not None:
+            trials.report.rate = self.forecast.rate
 
-    def sieved(self, forecast: Forecast | None) -> dict[str, list[int]]:
-        """The units to race, where slopes decide for the others; all of them where they cannot."""
+    def sieve(self) -> Sieve | None:
+        """Try units at random, and fit to them what slopes predict; None where slopes cannot decide anything."""
         trials = self.trials
         sizes = {group.name: group.size for group in trials.network.prunable}
         draw = drawn(sizes, self.confidence, trials.settings.seed) if self.predicted else None
         if draw is None:
-            return trials.everything()
+            return None
         trials.report.begin("units drawn at random", trials.rows_left(self.ledger, draw.units))
         for stop in (self.head, trials.samples.count):
             trials.extend(self.ledger, draw.units, stop, self.terms, 5)
@@ -100,23 +95,38 @@ class _Race:
         for name, units in draw.units.items():
             rises = self.ledger.entries[name][0][:2, units].sum(0) / trials.samples.count
             fits[name] = Fit(self.predictions[name].mean(1), units, rises)
-        selected = {name: int(size * self.share + 1e-9) for name, size in sizes.items()}
-        sieve = sift(fits, draw, selected, self.confidence)
-        self.guesses = sieve.estimates
-        self.tell(sieve, draw, forecast)
-        return dict(sieve.tried)
+        self.guesses = {name: fit.estimates for name, fit in fits.items()}
+        return Sieve(fits, draw, {name: int(size * self.share + 1e-9) for name, size in sizes.items()}, self.confidence)
 
-    def tell(self, sieve: Sieve, draw: Draw, forecast: Forecast | None) -> None:
-        """Say what the sieve has decided, what that may cost, and how long the rest will take."""
-        trials, groups = self.trials, self.trials.network.prunable
-        left = trials.rows_left(self.ledger, sieve.tried)
-        _log.info(
-            "sieve: slopes decide for %s of %s units, %s drawn at random were tried; at most %.1f%% of the selection "
-            "is wrong by that, with a chance of 95%%%s",
-            f"{sum(g.size - len(sieve.tried[g.name]) for g in groups):,}", f"{sum(g.size for g in groups):,}",
-            f"{sum(map(len, draw.units.values())):,}", 100 * sieve.missed,
-            f"; trying the others takes at most about {span(forecast.total(left))}" if forecast is not None else "",
-        )  # fmt: skip
+    def say(self, sieve: Sieve) -> None:
+        """Say what slopes decide, and how long the rest will take or, at the end, how much may be wrong."""
+        sizes = [group.size for group in self.trials.network.prunable]
+        left = self.trials.rows_left(self.ledger, sieve.tried)
+        if sieve.missed <= 1 - sieve.confidence:
+            more = f"at most {100 * sieve.missed:.1f}% of the selection is wrong by that, with a chance of 95%"
+        elif self.forecast is not None:
+            more = f"trying the others takes at most about {span(self.forecast.total(left))}"
+        else:
+            more = "the others are tried"
+        decided = sum(sizes) - sum(map(len, sieve.tried.values()))
+        _log.info("sieve: slopes decide for %s of %s units; %s", f"{decided:,}", f"{sum(sizes):,}", more)
+
+    def go(self, active: dict[str, list[int]]) -> None:
+        """Try some units on growing sets of samples."""
+        trials, count = self.trials, self.trials.samples.count
+        more = max(64, count // 10)
+        if trials.dear:  # all goes through in batches of one size, which is traced once
+            trials.block, more = self.head, self.head * math.ceil(more / self.head)
+        seen = min(count, self.head + more)
+        trials.report.begin("racing", trials.rows_left(self.ledger, active) if seen == count else None)
+        trials.extend(self.ledger, active, self.head, self.terms, 5)
+        while active:
+            trials.extend(self.ledger, active, seen, self.terms, 5)
+            if seen == count:
+                break
+            active = {name: self.undecided(name, units) for name, units in active.items()}
+            active = {name: units for name, units in active.items() if units}
+            seen = min(count, self.head + 2 * (seen - self.head))
 
     def terms(self, name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
         """Sums over rises y: of y in the head; of y, y², and y times each prediction in the rest."""
