@@ -62,7 +62,8 @@ def foretold(trials: Trials, rows: Mapping[str, int]) -> Forecast | None:
 def _work(trials: Trials, name: str) -> float:
     """Numbers that are computed for a row without units of a group."""
     rows = min(trials.chunk(), trials.samples.count)
-    engine = trials.engine(rows, 1)
+    copies = max(1, trials.chunk() // rows)
+    engine = trials.engine(rows, copies)
     if engine is None:
         operations = trials.network.programs[0].operations
         shapes = [node.meta["shape"] for node in operations]
@@ -71,13 +72,14 @@ def _work(trials: Trials, name: str) -> float:
     each: Iterable[tuple[Axis, ...] | None] = itertools.chain.from_iterable(
         [run.step.dims] if isinstance(run.step.dims, tuple) else run.step.dims for run in runs
     )
-    return 1.0 + sum(math.prod(axis.size for axis in dims) for dims in each if dims) / rows
+    return 1.0 + sum(math.prod(axis.size for axis in dims) for dims in each if dims) / (rows * copies)
 
 
 def _measured(trials: Trials, names: list[str]) -> dict[str, float]:
     """Seconds that the last of a few trials took a row, for each of some groups."""
     rows = min(trials.chunk(), trials.samples.count)
-    units = 2 * max(1, trials.chunk() // rows) if trials.engine(rows, 1) is not None else 2
+    copies = max(1, trials.chunk() // rows)
+    units = 2 * copies if trials.engine(rows, copies) is not None else 2
     wanted = {name: [*range(min(units, trials.series[name].size))] for name in names}
     found: dict[str, float] = {}
     last = time.perf_counter()

@@ -56,11 +56,15 @@ class LossIncreaseScore(Pass):
             and so on, are not scored. In mode "cumulative" what its ``multiple_of``, ``max_ratio`` and so on forbid is
             not tried either; there it has a threshold, and the tolerance holds for the removal that is given here
             (by default ``PruneChannels(threshold=tolerance)``).
-        racing: try units on growing sets of samples, and stop with those that clearly are, or clearly are not, among
-            the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise on
-            what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact selection is
-            expected to be found, under a normal approximation with standard errors doubled. The loss must return one
-            number for each sample. It pays where running the network takes long, not for the smallest.
+        racing: try only units, and only on so many samples, as it takes to tell which are among the ``share`` of their
+            group with the lowest scores: others keep an estimate. In large networks slopes of gates (see
+            ``TaylorScore``) are the sieve: some units of each group, drawn at random, are tried, what slopes predict is
+            fitted to them, and units near the border are tried; the same units bound what that may miss, and more are
+            tried until the bound, which is logged, is good enough. What is tried goes through growing sets of samples,
+            as long as it is open on which side of the border it is. At least ``confidence`` of the exact selection is
+            expected to be found: by Clopper and Pearson's bound at 95% for what slopes decide (on each side of the
+            border, groups taken together), under a normal approximation with standard errors doubled for what samples
+            decide. The loss must return one number for each sample. It pays where running the network takes long.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.

@@ -147,6 +147,17 @@ def test_predictions_that_say_nothing_decide_little() -> None:
             assert {*draw.units[name]} <= {*units}
 
 
+def test_the_border_is_where_what_is_known_has_it() -> None:
+    told = torch.arange(100, dtype=torch.float64)[:, None].expand(100, 2)
+    fit = Fit(told, list(range(0, 100, 5)), 2.0 * torch.arange(0, 100, 5, dtype=torch.float64))
+    before = fit.border(30, 1.0)
+    assert float((fit.means < before).sum()) == pytest.approx(30, abs=2)
+    fit.learn(list(range(1, 100, 5)), torch.full((20,), 1e3, dtype=torch.float64))  # higher than they were told
+    assert float((fit.known.nan_to_num(nan=math.inf) < fit.border(30, 1.0)).sum()) + float(
+        (fit.known.isnan() & (fit.means < fit.border(30, 1.0))).sum()
+    ) == pytest.approx(30, abs=2)
+
+
 def test_a_bound_holds_as_often_as_it_says() -> None:
     assert at_most(0, 30, 0.05) == pytest.approx(1 - 0.05 ** (1 / 30))
     assert at_most(30, 30) == 1.0
@@ -269,7 +280,9 @@ def test_a_network_that_is_cut_for_each_unit_is_foretold(
     data = data_for(model)
     with caplog.at_level(logging.INFO, "netsurgery"):
         LossIncreaseScore(data, samples=8).run(netsurgery.trace(model, data[0][:3]))
-    assert any("11 units in 2 groups on 8 samples will take about 0 s" in message for message in caplog.messages)
+    cut, *foretold = caplog.messages
+    assert cut == "each unit is cut out in turn, which is slow: its code decides by values"
+    assert any("11 units in 2 groups on 8 samples will take about " in message for message in foretold)
 
 
 def test_a_forecast_scales_what_it_has_measured() -> None:
