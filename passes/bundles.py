@@ -289,6 +289,11 @@ class Choice:
 
 def _checked(network: Network, group: Group) -> Tensor:
     score = network.scores.get(group.name)
+    if score is None and network.scores:
+        raise InputError(
+            f"group '{group.name}' has no scores, which other groups have: let the scoring pass score it too "
+            f"(its include, exclude and removal), or keep the removal from it, PruneChannels(exclude='{group.name}')"
+        )
     if not isinstance(score, Tensor) or score.shape != (group.size,):
         found = "none" if score is None else f"shape {tuple(torch.as_tensor(score).shape)}, {type(score).__name__}"
         raise InputError(

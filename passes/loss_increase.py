@@ -14,13 +14,16 @@ from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.network import Network
 from netsurgery.passes.agreement import MOST, reported
+from netsurgery.passes.forecast import foretold
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.prefixes import cumulative, per_group
 from netsurgery.passes.racing import race
 from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.samples import draw
+from netsurgery.passes.scope import scoped
 from netsurgery.passes.trials import Terms, Trials
 from netsurgery.pipeline import Pass
 
@@ -53,24 +56,34 @@ class LossIncreaseScore(Pass):
             may rise by many times that.
         tolerance: the rise of the loss that is allowed, in all (mode "cumulative") or in each group ("per-group"). A
             unit's score is the highest rise up to it; beyond the tolerance scores only keep the order.
-        removal: in mode "cumulative", the removal that is to follow, where it is another than
-            ``PruneChannels(threshold=tolerance)``: what it may not take, by its ``unit``, ``include``, ``multiple_of``,
-            ``max_ratio`` and so on, is not tried. The tolerance holds for the removal that is given here.
-        racing: try units on growing sets of samples, and stop with those that clearly are, or clearly are not, among
-            the ``share`` of their group with the lowest scores: they keep an estimate. Estimates regress the rise, or
-            the effect, on what the slopes of gates predict (see ``TaylorScore``). At least ``confidence`` of the exact
-            selection is expected to be found, under a normal approximation with standard errors doubled. The loss must
-            return one number for each sample. It pays where running the network takes long, not for the smallest.
+        removal: the removal that is to follow: groups that it may not take, by its ``unit``, ``include``, ``protect``
+            and so on, are not scored. In mode "cumulative" what its ``multiple_of``, ``max_ratio`` and so on forbid is
+            not tried either; there it has a threshold, and the tolerance holds for the removal that is given here
+            (by default ``PruneChannels(threshold=tolerance)``).
+        racing: try only units, and only on so many samples, as it takes to tell which are among the ``share`` of their
+            group with the lowest scores: others keep an estimate. In large networks slopes of gates (see
+            ``TaylorScore``) are the sieve: some units of each group, drawn at random, are tried, what slopes predict is
+            fitted to them, and units near the border are tried; the same units bound what that may miss, and more are
+            tried until the bound, which is logged, is good enough. What is tried goes through growing sets of samples,
+            as long as it is open on which side of the border it is: estimates regress the rise, or the effect, on what
+            slopes predict. At least ``confidence`` of the exact selection is
+            expected to be found: by Clopper and Pearson's bound at 95% for what slopes decide (on each side of the
+            border, groups taken together), under a normal approximation with standard errors doubled for what samples
+            decide. The loss must return one number for each sample. It pays where running the network takes long.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.
         rows: rows that go through the network at once; by default as many as suit the caches of a CPU, or the memory
             of a GPU, where the largest result takes a 32nd of it.
         memory: bytes of results that may be kept of a run; what does not fit is computed again.
+        include: modules, as for ``PruneChannels``: only groups whose units these alone produce are scored. Others have
+            no scores, and a removal that is to take some of them says so.
+        exclude: likewise; no group is scored that a matching module produces or carries.
         autocast: the type in which convolutions and matrix products are computed, such as ``torch.bfloat16``; all
             else, and the loss, are in the model's own. By default everything is.
         file: what is known is kept there (safetensors), every few seconds and when interrupted, and is gone on from.
-        progress: show a bar with the time left on the terminal.
+        progress: say before it starts how long the work will take, after a few trials, and then how far it is: by a bar
+            on a terminal, by lines of the logger ``netsurgery`` elsewhere.
         by: "effect", the default of mode "score": how much the loss of each sample changes, up or down. If the loss is
             a mean, each sample goes through alone, which takes longer than a loss of one number for each.
             "rise": the mean of the changes, ``L(S; without u) - L(S)``, in which they cancel. A unit of large effect
@@ -114,6 +127,8 @@ class LossIncreaseScore(Pass):
     seed: int = 0
     rows: int | None = None
     memory: int = 2 << 30
+    include: Modules = ()
+    exclude: Modules = ()
     autocast: torch.dtype | None = None
     file: str | Path | None = None
     progress: bool = True
@@ -141,14 +156,14 @@ class LossIncreaseScore(Pass):
         if not self.tolerance >= 0:
             raise InputError(f"LossIncreaseScore(tolerance={self.tolerance!r}): must not be negative")
         self._check_removal()
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, as_patterns(getattr(self, name)))
         if (self.rows is not None and self.rows < 1) or self.memory < 1 or self.samples < 1:
             raise InputError("LossIncreaseScore: samples, rows and memory are at least 1")
 
     def _check_removal(self) -> None:
-        if self.removal is None:
+        if self.removal is None or self.mode != "cumulative":
             return
-        if self.mode != "cumulative":
-            raise InputError("LossIncreaseScore(removal=...) goes with mode='cumulative'")
         threshold = self.removal.threshold
         if threshold is None or threshold > self.tolerance:
             raise InputError(
@@ -167,7 +182,7 @@ class LossIncreaseScore(Pass):
             return network
         network.require_weights(self)
         samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
-        trials = Trials(self, network, samples)
+        trials = Trials(self, self._scoped(network), samples)
         if self.reading == "effect" and _is_mean(self.loss, trials):
             trials.block = 1  # the rise of each sample is asked for
         trials.check()
@@ -178,7 +193,9 @@ class LossIncreaseScore(Pass):
             ledger.load()
             self._known.clear()
             self._known[key] = ledger
-        with trials.bar() as trials.advance, ledger.kept():
+        with trials.report.running(), ledger.kept():
+            if self.mode != "score" and self.progress and not ledger.entries:
+                foretold(trials, trials.rows_left(ledger, trials.everything()))
             if self.racing:
                 scores = race(trials, ledger, self.share, self.confidence)
             elif self.mode == "cumulative":
@@ -197,8 +214,18 @@ class LossIncreaseScore(Pass):
         drawn = draw(self.data, min(self.samples, MOST), self.seed, ignored_by(self.loss))
         return reported(model, edit, drawn, self.loss)
 
+    def _scoped(self, network: Network) -> Network:
+        """The network with all groups locked that are not to be scored."""
+        include: Any = self.include  # tuples since they were checked
+        exclude: Any = self.exclude
+        return scoped(network, include, exclude, self.removal)
+
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
-        trials.begin(sum(group.size for group in trials.network.prunable) * trials.samples.count)
+        left = trials.rows_left(ledger, trials.everything())
+        forecast = foretold(trials, left) if self.progress else None
+        if forecast is not None:
+            trials.report.rate = forecast.rate
+        trials.report.begin("every unit", left)
         trials.extend(ledger, trials.everything(), trials.samples.count, _SUMS[self.reading])
         return {group.name: ledger.means(group.name) for group in trials.network.prunable}
 

@@ -34,7 +34,7 @@ def per_group(trials: Trials, ledger: Ledger, tolerance: float) -> dict[str, Ten
     """The highest rise up to each unit of a group, where every other group is whole."""
     orders = _by_norm(trials.network)
     trials.series = {name: Series({name: order[:-1]}, prefixes=True) for name, order in orders.items()}
-    trials.begin(None)
+    trials.report.begin("one unit after the other")
     open_ = {name: 0 for name, series in trials.series.items() if series.size}  # prefixes tried so far
     width = _WIDTH
     while open_:
@@ -66,7 +66,7 @@ def cumulative(trials: Trials, ledger: Ledger, removal: PruneChannels, tolerance
     network, orders = trials.network, _by_norm(trials.network)
     ranks = {name: torch.tensor(order).argsort().double() for name, order in orders.items()}
     way = _Way(trials, ledger, Choice(removal, network.with_scores(ranks)).bundles)
-    trials.begin(None)
+    trials.report.begin("one unit after the other")
     way.go(tolerance)
     accepted = {group.name: n for n, bundle in enumerate(way.bundles) for group in bundle.groups}
     return {

@@ -2,43 +2,49 @@
 
 Three things make few samples enough. The samples that matter most to any unit, by the slopes of gates, are all tried.
 On the others the rise is regressed on what these slopes predict, whose mean over all samples is known; or its absolute
-value, where that is scored by. And only units whose side of the border is still open go on.
+value, where that is scored by. And only units whose side of the border is still open go on: of large
+networks the slopes alone decide for many (see ``sieve``).
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from netsurgery.passes.forecast import foretold
 from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.progress import span
+from netsurgery.passes.sieve import Fit, Sieve, drawn
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
 
 __all__ = ["race"]
 
+_log = logging.getLogger("netsurgery")
 _WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
 
 
 def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dict[str, Tensor]:
     """Rises of the loss, or effects on it, by group: estimates, exact for units whose side stays open to the end."""
     runner = _Race(trials, ledger, share, confidence)
-    trials.begin(None)
-    active, count = trials.everything(), trials.samples.count
-    more = max(64, count // 10)
-    if trials.dear:  # all goes through in batches of one size, which is traced once
-        trials.block, more = runner.head, runner.head * math.ceil(more / runner.head)
-    seen = min(count, runner.head + more)
-    trials.extend(ledger, active, runner.head, runner.terms, 5)
-    while active:
-        trials.extend(ledger, active, seen, runner.terms, 5)
-        if seen == count:
-            break
-        active = {name: runner.undecided(name, units) for name, units in active.items()}
-        active = {name: units for name, units in active.items() if units}
-        seen = min(count, runner.head + 2 * (seen - runner.head))
+    runner.foretell()
+    sieve = runner.sieve()
+    if sieve is None:
+        runner.go(trials.everything())
+    else:
+        while units := sieve.more():
+            runner.say(sieve)
+            runner.go(units)
+            for name, some in units.items():
+                sieve.fits[name].learn(some, runner.estimates(name)[0][some])
+        runner.say(sieve)
+    if all(bool((seen == trials.samples.count).all()) for _, seen in ledger.entries.values()):
+        _log.info("racing has saved nothing: every unit was tried on all %d samples", trials.samples.count)
     return {group.name: runner.estimates(group.name)[0] for group in trials.network.prunable}
 
 
@@ -48,10 +54,12 @@ class _Race:
     ledger: Ledger
     share: float
     confidence: float
+    guesses: Mapping[str, Tensor] = field(default_factory=dict)  # rises of units that are not tried
 
     def __post_init__(self) -> None:
         trials, count = self.trials, self.trials.samples.count
-        if trials.engine(min(trials.chunk(), count), 1) is not None:
+        self.predicted = trials.engine(min(trials.chunk(), count), 1) is not None
+        if self.predicted:
             slopes = gate_slopes(trials)
         else:  # nothing is predicted
             slopes = {g.name: torch.zeros(count, g.size, dtype=torch.float64) for g in trials.network.prunable}
@@ -69,6 +77,61 @@ class _Race:
             name: torch.stack([self.read(a.square() / 2 - a), a.square() / 2], 2) for name, a in ahead.items()
         }
 
+    def foretell(self) -> None:
+        """Say how long all trials would take."""
+        trials = self.trials
+        rows = trials.rows_left(self.ledger, trials.everything())
+        self.forecast = foretold(trials, rows) if trials.settings.progress else None
+        if self.forecast is not None:
+            trials.report.rate = self.forecast.rate
+
+    def sieve(self) -> Sieve | None:
+        """Try units at random, and fit to them what slopes predict; None where slopes cannot decide anything."""
+        trials = self.trials
+        sizes = {group.name: group.size for group in trials.network.prunable}
+        draw = drawn(sizes, self.confidence, trials.settings.seed) if self.predicted else None
+        if draw is None:
+            return None
+        trials.report.begin("units drawn at random", trials.rows_left(self.ledger, draw.units))
+        for stop in (self.head, trials.samples.count):
+            trials.extend(self.ledger, draw.units, stop, self.terms, 5)
+        fits = {}
+        for name, units in draw.units.items():
+            rises = self.ledger.entries[name][0][:2, units].sum(0) / trials.samples.count
+            fits[name] = Fit(self.predictions[name].mean(1), units, rises)
+        self.guesses = {name: fit.estimates for name, fit in fits.items()}
+        return Sieve(fits, draw, {name: int(size * self.share + 1e-9) for name, size in sizes.items()}, self.confidence)
+
+    def say(self, sieve: Sieve) -> None:
+        """Say what slopes decide, and how long the rest will take or, at the end, how much may be wrong."""
+        sizes = [group.size for group in self.trials.network.prunable]
+        left = self.trials.rows_left(self.ledger, sieve.tried)
+        if sieve.missed <= 1 - sieve.confidence:
+            more = f"at most {100 * sieve.missed:.1f}% of the selection is wrong by that, with a chance of 95%"
+        elif self.forecast is not None:
+            more = f"trying the others takes at most about {span(self.forecast.total(left))}"
+        else:
+            more = "the others are tried"
+        decided = sum(sizes) - sum(map(len, sieve.tried.values()))
+        _log.info("sieve: slopes decide for %s of %s units; %s", f"{decided:,}", f"{sum(sizes):,}", more)
+
+    def go(self, active: dict[str, list[int]]) -> None:
+        """Try some units on growing sets of samples."""
+        trials, count = self.trials, self.trials.samples.count
+        more = max(64, count // 10)
+        if trials.dear:  # all goes through in batches of one size, which is traced once
+            trials.block, more = self.head, self.head * math.ceil(more / self.head)
+        seen = min(count, self.head + more)
+        trials.report.begin("racing", trials.rows_left(self.ledger, active) if seen == count else None)
+        trials.extend(self.ledger, active, self.head, self.terms, 5)
+        while active:
+            trials.extend(self.ledger, active, seen, self.terms, 5)
+            if seen == count:
+                break
+            active = {name: self.undecided(name, units) for name, units in active.items()}
+            active = {name: units for name, units in active.items() if units}
+            seen = min(count, self.head + 2 * (seen - self.head))
+
     def terms(self, name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
         """Sums over rises or effects y: of y in the head; of y, y², and y times each prediction in the rest."""
         rises = self.read(rises)
@@ -82,12 +145,13 @@ class _Race:
         """Means over all samples, and their standard errors."""
         sums, seen = self.ledger.entries[name]
         count, predictions = self.trials.samples.count, self.predictions[name]
-        left = count - self.head
+        left, known = count - self.head, seen > 0
+        guesses = self.guesses[name] if name in self.guesses else torch.zeros_like(sums[0])
         if not left:
-            return sums[0] / count, torch.zeros_like(sums[0])
-        means, variances = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+            return torch.where(known, sums[0] / count, guesses), torch.zeros_like(sums[0])
+        means, variances = guesses.clone(), torch.zeros_like(sums[0])
         overall = predictions[:, self.head :].mean(1)
-        for rows in seen.unique().tolist():
+        for rows in seen[known].unique().tolist():
             units = (seen == rows).nonzero().flatten()
             n = rows - self.head
             x = predictions[units, self.head : rows]
@@ -100,8 +164,9 @@ class _Race:
             means[units] = (sums[0, units] + left * (y + ((overall[units] - centre) * weights).sum(1))) / count
             variances[units] = squares.clamp_min(0) / max(1, n - 3)
         n = (seen - self.head).double()
-        variances = (variances * n + variances.mean()) / (n + 1)  # a unit that was never needed yet may be
-        return means, (variances / n * (1 - n / left)).clamp_min(0).sqrt() * left / count
+        variances = (variances * n + variances[known].mean()) / (n + 1)  # a unit that was never needed yet may be
+        errors = (variances / n * (1 - n / left)).clamp_min(0).sqrt() * left / count
+        return means, torch.where(known, errors, 0.0)  # where slopes have decided, nothing is open
 
     def undecided(self, name: str, active: list[int]) -> list[int]:
         """The units whose side is still open, given what has been seen.

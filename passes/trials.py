@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -24,6 +23,7 @@ from netsurgery.network import Network
 from netsurgery.passes.draws import drawn_at
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
+from netsurgery.passes.progress import Report
 from netsurgery.passes.samples import Samples, in_eval_mode
 from netsurgery.passes.series import Series
 from netsurgery.passes.suffixes import Removal, Suffixes, Unsuited
@@ -81,17 +81,24 @@ class Trials:
         self.block: int | None = None  # at most so many samples go through, several times over
         self.by_sample: bool | None = None  # whether the loss of a sample is the same whatever goes through beside it
         self.unsuited = ""  # why the network cannot be run in parts
-        self.advance: Callable[[int], None] = lambda n: None
-        self.begin: Callable[[int | None], None] = lambda n: None
+        self.report = Report(settings.progress)
 
     def everything(self) -> dict[str, list[int]]:
         """Every unit of every group that may lose some."""
         return {group.name: list(range(group.size)) for group in self.network.prunable}
 
+    def rows_left(self, ledger: Ledger, wanted: Active) -> dict[str, int]:
+        """Rows that the wanted removals were not tried on yet, in all, by series."""
+        found = {}
+        for name, units in wanted.items():
+            seen = ledger.entries[name][1][units] if name in ledger.entries else torch.zeros(len(units))
+            found[name] = int((self.samples.count - seen).clamp_min(0).sum())
+        return {name: rows for name, rows in found.items() if rows}
+
     def fingerprint(self) -> str:
         """A digest of all that the scores depend on."""
         s = self.settings
-        race = (s.share, s.confidence) if s.racing else None
+        race = (s.share, s.confidence, [*self.everything()]) if s.racing else None
         steps = s.tolerance if s.mode != "score" else None
         said = repr((self.network.model_name, s.mode, race, steps, s.autocast, self.told_losses()))
         digest = hashlib.sha256(said.encode())
@@ -113,16 +120,6 @@ class Trials:
                 found.append(f"{float(self.loss(filled, targets).mean()):.4g}")
         return found
 
-    @contextlib.contextmanager
-    def bar(self) -> Iterator[Callable[[int], None]]:
-        """A progress bar, where there is a terminal to show it on."""
-        columns = (TextColumn("loss increase"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True, disable=not self.settings.progress) as progress:
-            progress.disable = progress.disable or not progress.console.is_terminal
-            task = progress.add_task("", total=None)
-            self.begin = lambda total: progress.update(task, total=total)
-            yield lambda n: progress.advance(task, n)
-
     def extend(self, ledger: Ledger, wanted: Active, count: int, terms: Terms = _sums, sums: int = 1) -> None:
         """Try the wanted removals on the samples up to ``count`` that they were not tried on.
 
@@ -142,7 +139,7 @@ class Trials:
                 for name, units, rises in self.rises({n: units for n, units in due.items() if units}, start, stop):
                     ledger.add(name, units, terms(name, units, rises, start), stop - start)
                     ledger.save_now_and_then()
-                    self.advance(len(units) * (stop - start))
+                    self.report.advance(name, len(units), stop - start)
 
     def step(self) -> int:
         """Samples that go through at once, each several times over where these are fewer than rows may be."""

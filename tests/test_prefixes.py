@@ -192,8 +192,6 @@ def test_a_removal_that_the_tolerance_does_not_hold_for() -> None:
             InputError, match=r"the removal needs a threshold of at most the tolerance, PruneChannels\(t"
         ):
             LossIncreaseScore(None, mode="cumulative", tolerance=0.1, removal=removal)
-    with pytest.raises(InputError, match=r"LossIncreaseScore\(removal=...\) goes with mode='cumulative'"):
-        LossIncreaseScore(None, removal=PruneChannels(threshold=0.01))
 
 
 class Noisy(nn.Module):

@@ -139,7 +139,7 @@ def test_scores_are_checked() -> None:
             r"scores of group '0' are NaN or infinite at units \[1, 3, 5, 7, 9\]: look at 0.weight",
         ),
         ((1.0,) * 15, r"has 16 units but scores of shape \(15,\), Tensor"),
-        (None, "has 16 units but scores of none"),
+        (None, r"group '0' has no scores, which other groups have: let the scoring pass score it too \(its include,"),
     ):
         scores = {**good, **({"0": bad} if bad else {})}
         with pytest.raises(InputError, match=message):

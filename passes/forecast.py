@@ -1,0 +1,103 @@
+"""How long trials will take, foretold from a few of them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Size
+
+from netsurgery.axes import Axis
+from netsurgery.passes.progress import span
+from netsurgery.passes.trials import Trials
+
+__all__ = ["Forecast", "foretold"]
+
+_log = logging.getLogger("netsurgery")
+_MEASURED = 4  # groups that are tried
+_WORTH = 5e9  # numbers to compute from which on it is worth while
+_LONG = 600.0  # seconds from which on it is said what is cheaper
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a trial takes.
+
+    Attributes:
+        works: numbers that are computed for a row of a trial, by group.
+        seconds: seconds for a row, of groups that were measured; of others in proportion to the next one's numbers.
+    """
+
+    works: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    def rate(self, name: str) -> float:
+        """Seconds for a row of a trial."""
+        if name in self.seconds:
+            return self.seconds[name]
+        near = min(self.seconds, key=lambda other: abs(self.works[other] - self.works[name]))
+        return self.seconds[near] * self.works[name] / self.works[near]
+
+    def total(self, rows: Mapping[str, int]) -> float:
+        """Seconds for so many rows of trials of each group."""
+        return sum(n * self.rate(name) for name, n in rows.items())
+
+
+def foretold(trials: Trials, rows: Mapping[str, int]) -> Forecast | None:
+    """Measure a few trials and say how long so many rows of each group's will take; None where that is little."""
+    works = {name: _work(trials, name) for name in rows}
+    if not works or sum(rows[name] * work for name, work in works.items()) < _WORTH:
+        return None
+    ordered = sorted(works, key=works.__getitem__)
+    picked = dict.fromkeys(ordered[i * (len(ordered) - 1) // (_MEASURED - 1)] for i in range(_MEASURED))
+    forecast = Forecast(works, _measured(trials, [*picked]))
+    _say(trials, rows, forecast.total(rows), len(picked))
+    return forecast
+
+
+def _work(trials: Trials, name: str) -> float:
+    """Numbers that are computed for a row without units of a group."""
+    rows = min(trials.chunk(), trials.samples.count)
+    copies = max(1, trials.chunk() // rows)
+    engine = trials.engine(rows, copies)
+    if engine is None:
+        operations = trials.network.programs[0].operations
+        shapes = [node.meta["shape"] for node in operations]
+        return float(sum(math.prod(shape) for shape in shapes if isinstance(shape, Size)))
+    runs = trials.series[name].suffix(engine).runs
+    each: Iterable[tuple[Axis, ...] | None] = itertools.chain.from_iterable(
+        [run.step.dims] if isinstance(run.step.dims, tuple) else run.step.dims for run in runs
+    )
+    return 1.0 + sum(math.prod(axis.size for axis in dims) for dims in each if dims) / (rows * copies)
+
+
+def _measured(trials: Trials, names: list[str]) -> dict[str, float]:
+    """Seconds that the last of a few trials took a row, for each of some groups."""
+    rows = min(trials.chunk(), trials.samples.count)
+    copies = max(1, trials.chunk() // rows)
+    units = 2 * copies if trials.engine(rows, copies) is not None else 2
+    wanted = {name: [*range(min(units, trials.series[name].size))] for name in names}
+    found: dict[str, float] = {}
+    last = time.perf_counter()
+    for name, tried, _ in trials.rises(wanted, 0, rows):
+        now = time.perf_counter()
+        found[name], last = (now - last) / (len(tried) * rows), now
+    return found
+
+
+def _say(trials: Trials, rows: Mapping[str, int], seconds: float, measured: int) -> None:
+    settings = trials.settings
+    most = "" if settings.mode == "score" and not settings.racing else "at most "
+    advice = []
+    if seconds > _LONG:
+        racing = [] if settings.racing or settings.mode != "score" else ["racing=True"]
+        advice = [*racing, "fewer samples", "include, exclude or removal where not every group will be cut"]
+    _log.info(
+        "LossIncreaseScore: %s units in %d groups on %d samples will take %sabout %s, by trials of %d groups%s",
+        f"{sum(trials.series[name].size for name in rows):,}", len(rows), trials.samples.count, most, span(seconds),
+        measured, f"; cheaper: {', '.join(advice)}" if advice else "",
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""How far trials are and how long they will take still: a bar on a terminal, lines on the logger elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["Report", "span"]
+
+_log = logging.getLogger("netsurgery")
+_EVERY = 30.0  # seconds between two lines
+
+
+def span(seconds: float) -> str:
+    """A time in words, such as ``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class Report:
+    """Says how far trials are.
+
+    Args:
+        shown: whether anything is said.
+
+    Attributes:
+        rate: what a row of a trial of each series costs, in any unit: of equal worth where that is not known.
+    """
+
+    def __init__(self, shown: bool):
+        self.shown = shown
+        self.rate: Callable[[str], float] = lambda name: 1.0
+        self.draw: Callable[[], None] = self.line
+        self.begin("trials")
+
+    def begin(self, what: str, rows: Mapping[str, int] | None = None) -> None:
+        """A part of the work begins.
+
+        Args:
+            what: its name.
+            rows: how many rows are to go through, by series; None where it is not known.
+        """
+        self.what, self.tried, self.done = what, 0, 0.0
+        self.total = None if rows is None else sum(n * self.rate(name) for name, n in rows.items())
+        self.started = self.said = time.monotonic()
+
+    def advance(self, name: str, units: int, rows: int) -> None:
+        """Some units were tried on some rows."""
+        self.tried += units
+        self.done += units * rows * self.rate(name)
+        self.draw()
+
+    def line(self) -> None:
+        """Say how far the work is, if that was last said a while ago."""
+        now = time.monotonic()
+        if not self.shown or now - self.said < _EVERY:
+            return
+        self.said, taken = now, now - self.started
+        if self.total:
+            share = min(1.0, self.done / self.total)
+            left = f"{share:.0%} done, about {span(taken * (1 - share) / share)} left"
+        else:
+            left = f"{self.tried:,} trials done"
+        _log.info("loss increase, %s: %s after %s", self.what, left, span(taken))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Show a bar while the work goes on, where there is a terminal to show it on."""
+        columns = TextColumn("loss increase, {task.description}"), BarColumn(), TimeRemainingColumn()
+        with Progress(*columns, transient=True, disable=not self.shown) as bar:
+            bar.disable = bar.disable or not bar.console.is_terminal
+            task = bar.add_task(self.what, total=None)
+            if not bar.disable:
+                self.draw = lambda: bar.update(
+                    task, description=self.what, total=self.total, completed=self.done, refresh=False
+                )
+            yield
