@@ -205,6 +205,20 @@ MUTANTS = (
         "key=lambda reader: -order.get(reader.path, -1))",
     ),
     Mutant(
+        "a layer is changed whatever samples say that were held back",
+        "passes/fits.py",
+        "return min(allowed, key=lambda level: self.errors[level])",
+        "return allowed[-1]",
+        ("test_compensation.py",),
+    ),
+    Mutant(
+        "layers are fitted one after the other whatever comes of it",
+        "passes/compensation.py",
+        "if gap < after:",
+        "if True:",
+        ("test_compensation.py",),
+    ),
+    Mutant(
         "the ridge pulls the constant too",
         "passes/least_squares.py",
         "diagonal = gram.diagonal(dim1=1, dim2=2)[:, :width]",
