@@ -40,18 +40,6 @@ from netsurgery.demo import digits as digit_rows
 from netsurgery.demo import fit
 from netsurgery.models import DigitsResNet
 
-SCORES: dict[str, Callable[[Rows], netsurgery.Pass]] = {
-    "reconstruction": lambda data: P.ReconstructionScore(data[0]),
-    "Taylor": P.TaylorScore,
-    "Taylor, second order": lambda data: P.TaylorScore(data, order=2),
-    "Fisher": P.FisherScore,
-    "magnitude": lambda data: P.MagnitudeScore(),
-    "LAMP": lambda data: P.MagnitudeScore(lamp=True),
-    "batch norm": lambda data: P.BatchNormScore(),
-    "geometric median": lambda data: P.GeometricMedianScore(),
-    "HGSR": lambda data: P.HGSRScore(),
-    "random": lambda data: P.RandomScore(),
-}
 PEERS = ("Taylor", "magnitude", "LAMP", "FPGM", "OBD-C", "Taylor, isomorphic")
 COMPENSATIONS = (None, "bias", "least-squares")
 
@@ -63,12 +51,32 @@ class Task:
     model: nn.Module
     calibration: Rows
     report: Rows
+    apart: int = 0  # of the calibration data, so many at the end are other pictures than those before
+    gradients: int = 1000  # samples of the calibration data, evenly spread, that scores by gradients take
     train: Rows | None = None  # what the network was trained on; without it targets are its own first class
 
     @functools.cached_property
     def before(self) -> Tensor:
         """Logits of the original on the data to report on."""
         return logits(self.model, self.report[0])
+
+    @property
+    def fitted(self) -> Tensor:
+        """Inputs to reconstruct."""
+        x = self.calibration[0]
+        return x[: len(x) - self.apart]
+
+    @property
+    def held_back(self) -> Tensor | None:
+        """Inputs to measure groups on, where these are apart from those."""
+        return self.calibration[0][-self.apart :] if self.apart else None
+
+    @property
+    def few(self) -> Rows:
+        """Samples for scores by gradients."""
+        x, y = self.calibration
+        step = max(1, len(x) // self.gradients)
+        return x[::step], y[::step]
 
     @property
     def example(self) -> Tensor:
@@ -88,11 +96,30 @@ class Task:
         return {"agreement": same, "KL": divergence} | ({"accuracy": right} if self.train else {})
 
 
+SCORES: dict[str, Callable[[Task], netsurgery.Pass]] = {
+    "reconstruction": lambda task: P.ReconstructionScore(task.fitted, held_back=task.held_back, samples=1000),
+    "Taylor": lambda task: P.TaylorScore(task.few),
+    "Taylor, second order": lambda task: P.TaylorScore(task.few, order=2),
+    "Fisher": lambda task: P.FisherScore(task.few),
+    "magnitude": lambda task: P.MagnitudeScore(),
+    "LAMP": lambda task: P.MagnitudeScore(lamp=True),
+    "batch norm": lambda task: P.BatchNormScore(),
+    "geometric median": lambda task: P.GeometricMedianScore(),
+    "HGSR": lambda task: P.HGSRScore(),
+    "random": lambda task: P.RandomScore(),
+}
+
+
 def of_lite0(seed: int) -> Task:
-    """EfficientNet-Lite0: 8 crops each of 25 pictures to choose by, of 13 others to report on."""
+    """EfficientNet-Lite0: crops of 25 pictures to choose by, 8 each of 13 others to report on.
+
+    32 crops each of 18 pictures and 8 each of 7 others; scores by gradients take every fourth.
+    """
     model, (some, others) = lite0(), dealt(seed)
-    x, y = crops(some, 8, 2 * seed), crops(others, 8, 2 * seed + 1)
-    return Task(model, (x, logits(model, x).argmax(1)), (y, logits(model, y).argmax(1)))
+    x = torch.cat([crops(some[:18], 32, 3 * seed), crops(some[18:], 8, 3 * seed + 1)])
+    y = crops(others, 8, 3 * seed + 2)
+    targets = [logits(model, part).argmax(1) for part in (x, y)]
+    return Task(model, (x, targets[0]), (y, targets[1]), apart=7 * 8, gradients=len(x) // 4)
 
 
 def of_mnist(seed: int) -> Task:
@@ -101,7 +128,7 @@ def of_mnist(seed: int) -> Task:
     torch.manual_seed(seed)
     model = LeNet()
     fit(model, train, 10, 2e-3, seed, lambda: None)
-    return Task(model.eval(), (train[0][:1024], train[1][:1024]), test, train)
+    return Task(model.eval(), (train[0][:1024], train[1][:1024]), test, train=train)
 
 
 def of_digits(seed: int) -> Task:
@@ -110,7 +137,7 @@ def of_digits(seed: int) -> Task:
     torch.manual_seed(seed)
     model = DigitsResNet()
     fit(model, data.train, 15, 3e-3, seed, lambda: None)
-    return Task(model.eval(), data.train, data.test, data.train)
+    return Task(model.eval(), data.train, data.test, train=data.train)
 
 
 TASKS = {"lite0": of_lite0, "mnist": of_mnist, "digits": of_digits}
@@ -121,7 +148,9 @@ TASKS = {"lite0": of_lite0, "mnist": of_mnist, "digits": of_digits}
 
 def ours(task: Task, score: netsurgery.Pass, what: str, share: float, scope: str, compensate: str | None) -> nn.Module:
     """The network with a share of its MACs or parameters."""
-    kept: dict[str, Any] = {"compensate": compensate, "data": task.calibration} if compensate else {}
+    kept: dict[str, Any] = (
+        {"compensate": compensate, "data": task.calibration[0], "samples": 1000} if compensate else {}
+    )
     removal = P.PruneChannels(**{what: share}, scope=scope, **kept)  # type: ignore[arg-type]
     return netsurgery.apply(task.model, [score, removal], task.example)
 
@@ -146,7 +175,7 @@ def peer(task: Task, which: str, share: float) -> nn.Module:
     model = copy.deepcopy(task.model).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    x, y = task.calibration
+    x, y = task.few
     name, _, isomorphic = which.partition(", ")
     kinds: dict[str, Callable[[], Any]] = {
         "Taylor": tp.importance.GroupTaylorImportance,
@@ -226,7 +255,7 @@ def rows(task: Task, args: argparse.Namespace, done: set[tuple[Any, ...]]) -> It
         if not [key for key in wanted if key not in done]:
             continue
         start = time.perf_counter()
-        scored = SCORES[name](task.calibration).run(netsurgery.trace(task.model, task.example))
+        scored = SCORES[name](task).run(netsurgery.trace(task.model, task.example))
         scoring, known = time.perf_counter() - start, Known(scored.scores, scored.comparable)
         for key in wanted:
             if key not in done:

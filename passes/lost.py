@@ -16,9 +16,9 @@ from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
+from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader
 from netsurgery.passes.samples import Samples
-from netsurgery.passes.waiting import waiting
 from netsurgery.randomness import seeded
 from netsurgery.tracing import RAISED_BY_MODELS, Inputs, home, tensors_in
 

@@ -1,4 +1,4 @@
-"""How far trials are and how long they will take still: a bar on a terminal, lines on the logger elsewhere."""
+"""How far work is and how long it will take still: a bar on a terminal, lines on the logger elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Report", "span"]
+__all__ = ["Report", "span", "waiting"]
 
 _log = logging.getLogger("netsurgery")
 _EVERY = 30.0  # seconds between two lines
@@ -23,17 +23,18 @@ def span(seconds: float) -> str:
 
 
 class Report:
-    """Says how far trials are.
+    """Says how far work is.
 
     Args:
         shown: whether anything is said.
+        who: the work.
 
     Attributes:
         rate: what a row of a trial of each series costs, in any unit: of equal worth where that is not known.
     """
 
-    def __init__(self, shown: bool):
-        self.shown = shown
+    def __init__(self, shown: bool, who: str = "loss increase"):
+        self.shown, self.who = shown, who
         self.rate: Callable[[str], float] = lambda name: 1.0
         self.draw: Callable[[], None] = self.line
         self.begin("trials")
@@ -66,17 +67,31 @@ class Report:
             left = f"{share:.0%} done, about {span(taken * (1 - share) / share)} left"
         else:
             left = f"{self.tried:,} trials done"
-        _log.info("loss increase, %s: %s after %s", self.what, left, span(taken))
+        _log.info("%s: %s after %s", self.name, left, span(taken))
+
+    @property
+    def name(self) -> str:
+        """The work, and the part of it that goes on."""
+        return ", ".join(filter(None, (self.who, self.what)))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Show a bar while the work goes on, where there is a terminal to show it on."""
-        columns = TextColumn("loss increase, {task.description}"), BarColumn(), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Progress(*columns, transient=True, disable=not self.shown) as bar:
             bar.disable = bar.disable or not bar.console.is_terminal
-            task = bar.add_task(self.what, total=None)
+            task = bar.add_task(self.name, total=None)
             if not bar.disable:
                 self.draw = lambda: bar.update(
-                    task, description=self.what, total=self.total, completed=self.done, refresh=False
+                    task, description=self.name, total=self.total, completed=self.done, refresh=False
                 )
             yield
+
+
+@contextlib.contextmanager
+def waiting(who: str, total: int) -> Iterator[Callable[[], None]]:
+    """Say how far some work of equal steps is; what is given is called after each of them."""
+    report = Report(True, who)
+    report.begin("", {"": total})
+    with report.running():
+        yield lambda: report.advance("", 1, 1)

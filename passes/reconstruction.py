@@ -21,10 +21,10 @@ from netsurgery.network import Group, Network
 from netsurgery.passes.agreement import answers, reported
 from netsurgery.passes.layers import units_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
+from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, readers_of
 from netsurgery.passes.samples import Samples, draw_inputs
 from netsurgery.passes.scores import MagnitudeScore
-from netsurgery.passes.waiting import waiting
 from netsurgery.pipeline import Pass
 
 __all__ = ["ReconstructionScore"]
@@ -94,7 +94,7 @@ class ReconstructionScore(Pass):
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
-        if not network.prunable:
+        if not (groups := network.prunable):
             return network
         network.require_weights(self)
         fitted = draw_inputs(self.data, self.samples, self.seed)
@@ -102,9 +102,9 @@ class ReconstructionScore(Pass):
             fitted, rest = _apart(fitted)
         else:
             rest = draw_inputs(self.held_back, self.samples, self.seed)
-        sections = _sections(network)
+        sections = _sections(network, groups)
         _listen(network, sections, fitted)
-        orders = {g.name: _eliminated(network, g, sections[g.name], self.ridge, self.probes) for g in network.prunable}
+        orders = {g.name: _eliminated(network, g, sections[g.name], self.ridge, self.probes) for g in groups}
         return _weighed(network, orders, rest)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
@@ -138,7 +138,7 @@ class _Section:
         gram: ``X'X`` over rows, each of the r channels of a unit a row of its own, ``(units, units)`` float64.
         sums: of each of these channels, ``(units, r)``.
         rows: how many positions of samples there are.
-        spread: sums of the layer's outputs and of their squares, ``(2, outputs)``.
+        spread: how many outputs, their sums and those of their squares, ``(3, outputs)``.
     """
 
     reader: Reader
@@ -156,7 +156,8 @@ class _Section:
         flat = rows.movedim(2, 1).flatten(0, 1)
         self.gram = self.gram + (flat.mT @ flat).double().cpu()
         self.rows += len(x)
-        self.spread = self.spread + torch.stack([out.sum(0, dtype=torch.float64), out.double().square().sum(0)]).cpu()
+        out = out.double()
+        self.spread = self.spread + torch.stack([torch.ones_like(out).sum(0), out.sum(0), out.square().sum(0)]).cpu()
 
     @property
     def groups(self) -> int:
@@ -171,8 +172,8 @@ class _Section:
     @property
     def deviation(self) -> float:
         """The root of the variances of the layer's outputs, summed."""
-        sums, squares = self.spread / self.rows
-        return float((squares - sums.square()).clamp_min(0).sum().sqrt()) or 1.0
+        count, sums, squares = self.spread
+        return float((squares / count - (sums / count).square()).clamp_min(0).sum().sqrt()) or 1.0
 
     def weight(self) -> Tensor:
         """The layer's weights, ``(groups, channels of a group, outputs of a group, *kernel)`` float64."""
@@ -217,12 +218,12 @@ class _Section:
             yield name, sign * lost.sum(1).flatten()
 
 
-def _sections(network: Network) -> dict[str, list[_Section]]:
-    """For each group that may lose units, the layers that read it."""
-    some = Edit(network, {group.name: tuple(range(1, group.size)) for group in network.prunable})
+def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Section]]:
+    """For each group the layers that read it."""
+    some = Edit(network, {group.name: tuple(range(1, group.size)) for group in groups})
     readers, _ = readers_of(some, refit=True)  # whatever goes
     modules = named_modules(network.model)
-    found: dict[str, list[_Section]] = {group.name: [] for group in network.prunable}
+    found: dict[str, list[_Section]] = {group.name: [] for group in groups}
     by_channel = {network[name].channel: name for name in found}
     for reader in readers:
         listed = units_of(reader.axis)

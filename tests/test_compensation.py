@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import netsurgery
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.models import DigitsResNet
-from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation, least_squares, lost, waiting
+from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation, least_squares, lost, progress
 from netsurgery.passes.compensation import compensate
 from netsurgery.passes.least_squares import windows
 from netsurgery.passes.samples import draw_inputs
@@ -687,12 +687,12 @@ def test_half_precision_and_single_precision_agree_with_double() -> None:
 
 
 def test_how_far_it_is_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "_EVERY", -1.0)
-    with caplog.at_level(logging.INFO, "netsurgery"), waiting.waiting("compensation", 4) as step:
+    monkeypatch.setattr(progress, "_EVERY", -1.0)
+    with caplog.at_level(logging.INFO, "netsurgery"), progress.waiting("compensation", 4) as step:
         for _ in range(4):
             step()
     assert [message.partition(",")[0] for message in caplog.messages] == [
-        f"compensation: {n} of 4 batches" for n in (1, 2, 3, 4)
+        f"compensation: {n}% done" for n in (25, 50, 75, 100)
     ]
 
 

@@ -115,7 +115,7 @@ def test_what_is_changed_to_measure_a_group_is_the_least_squares(make: Callable[
     """Linear readers alone: the change that an elimination leaves is what a regression on what stays gives."""
     model, x = seeded(make)
     network = netsurgery.trace(model, x[:2])
-    sections = reconstruction._sections(network)
+    sections = reconstruction._sections(network, network.prunable)
     reconstruction._listen(network, sections, draw_inputs(x, len(x), 0))
     name = "b" if isinstance(model, Joined) else "0"
     one = next(section for section in sections[name] if section.groups == 1)
