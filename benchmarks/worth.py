@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from models import machine, print_table, reset_peak, resident_mb
-from showcase import LeNet, Rows, agreement, crops, dealt, lite0, logits, mnist
+from showcase import LeNet, Rows, Subject, agreement, crops, dealt, lite0, logits, minilm, mnist, shapes
 from torch import Tensor, nn
 
 import netsurgery
@@ -140,7 +140,20 @@ def of_digits(seed: int) -> Task:
     return Task(model.eval(), data.train, data.test, train=data.train)
 
 
-TASKS = {"lite0": of_lite0, "mnist": of_mnist, "digits": of_digits}
+def of_subject(make: Callable[[], Subject], seed: int) -> Task:
+    """A network of ``showcase.py``; the seed draws its calibration data."""
+    model, (x, y), held_out = make()
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:1000]
+    return Task(model, (x[some], y[some]), held_out, train=(x, y))
+
+
+TASKS: dict[str, Callable[[int], Task]] = {
+    "shapes": functools.partial(of_subject, shapes),
+    "minilm": functools.partial(of_subject, minilm),
+    "lite0": of_lite0,
+    "mnist": of_mnist,
+    "digits": of_digits,
+}
 
 
 # Removals ----------------------------------------------------------------------------------------------------------
