@@ -97,7 +97,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
     Returns:
         An Edit that the model's own code is known to follow. A group whose size turns out to be hard-coded is frozen
         and the passes are run again. Where a pass holds data, ``measured`` says how far the smaller network is from
-        the original on up to 512 of its samples.
+        the original on up to 512 of its samples (132 pictures of 224 pixels).
 
     Raises:
         PassError: the order of passes cannot work, or a pass returned something else.

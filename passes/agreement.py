@@ -25,6 +25,8 @@ __all__ = ["MOST", "answers", "compared", "measure", "reported"]
 
 _log = logging.getLogger("netsurgery")
 MOST = 512  # samples that a plan reports on
+_ALL = 20_000_000  # numbers of inputs that a plan reports on: 132 pictures of 224 pixels
+_LEAST = 64  # samples that it reports on however large they are
 _NUMBERS = 1 << 20  # of inputs that go through at once
 _ROWS = 8, 32  # that go through at once, at least and at most
 
@@ -101,21 +103,31 @@ def compared(
 def reported(
     model: nn.Module, edit: Edit, drawn: Samples, loss: Loss | None = None, before: Sequence[Any] | None = None
 ) -> Measured:
-    """As ``compared``, of a model and what an edit leaves of it."""
+    """As ``compared``, of a model and what an edit leaves of it; where samples are large, on the first of them."""
     level = _log.level
     _log.setLevel(logging.ERROR)  # what is cut only to be measured is nothing to be told of
     try:
         small = rewrite(model, edit)
     finally:
         _log.setLevel(level)
-    return compared(model, small, drawn, loss, before)
+    return compared(model, small, _first(drawn) if before is None else drawn, loss, before)
+
+
+def _first(drawn: Samples) -> Samples:
+    """As many samples as a report is worth."""
+    count = min(drawn.count, max(_LEAST, int(_ALL / _numbers_in(drawn))))
+    return Samples(*drawn.rows(slice(count), torch.device("cpu")), count)
 
 
 def _rows(drawn: Samples) -> int:
     """Samples that go through at once: few where they are large, for the caches of a CPU."""
+    return int(min(max(_NUMBERS / _numbers_in(drawn), _ROWS[0]), _ROWS[1]))
+
+
+def _numbers_in(drawn: Samples) -> float:
+    """How many numbers the largest input of a sample is."""
     given = [t for t in pytree.tree_leaves(drawn.inputs) if isinstance(t, Tensor)]
-    largest = max((t.numel() for t in given), default=1) / drawn.count
-    return int(min(max(_NUMBERS / largest, _ROWS[0]), _ROWS[1]))
+    return max((t.numel() for t in given), default=1) / drawn.count
 
 
 def _seeded(model: nn.Module, inputs: Inputs, device: torch.device) -> Any:

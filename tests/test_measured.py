@@ -16,7 +16,15 @@ import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.models import DigitsResNet
-from netsurgery.passes import FisherScore, LossIncreaseScore, MagnitudeScore, PruneChannels, TaylorScore, measure
+from netsurgery.passes import (
+    FisherScore,
+    LossIncreaseScore,
+    MagnitudeScore,
+    PruneChannels,
+    TaylorScore,
+    agreement,
+    measure,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -352,3 +360,17 @@ def test_language_models() -> None:
         bare, [MagnitudeScore(), PruneChannels(0.5, data={"input_ids": ids})], {"input_ids": ids[:2]}
     )
     assert "on 40 samples: outputs differ by " in half.summary()
+
+
+def test_large_samples_are_reported_on_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_ALL", 700)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(100, 10)
+    passes = [MagnitudeScore(), PruneChannels(0.5, compensate="bias", data=x)]
+    measured = netsurgery.plan(model, passes, x[:1]).measured
+    assert measured is not None
+    assert measured.samples == 70
+    monkeypatch.setattr(agreement, "_ALL", 7)
+    measured = netsurgery.plan(model, passes, x[:1]).measured
+    assert measured is not None
+    assert measured.samples == 64
