@@ -272,7 +272,8 @@ def _tell(
 
 
 def _rows(module: Any, t: Tensor, generator: torch.Generator) -> Tensor:
-    """Inputs or outputs of a layer at some places, ``(n, channels)``."""
+    """Inputs or outputs of a layer at some places, ``(n, channels)``, 32 bits or more."""
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
     if not spatial(module):
         return t.reshape(-1, t.shape[-1])
     t = t.reshape(-1, *t.shape[-1 - spatial(module) :]).flatten(2).mT

@@ -188,6 +188,13 @@ def test_outputs_that_are_no_classes_are_compared_by_their_difference() -> None:
     assert bool((found > 0).all())
 
 
+def test_short_types_are_summed_in_longer_ones() -> None:
+    model, x = seeded(linear)
+    wanted = score(model, x).scores["0"]
+    found = score(model.bfloat16(), x.bfloat16()).scores["0"]
+    assert float(torch.corrcoef(torch.stack([wanted, found]))[0, 1]) > 0.95
+
+
 def test_units_that_no_layer_reads_go_by_their_weights() -> None:
     class Summed(nn.Module):
         def __init__(self) -> None:
