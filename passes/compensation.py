@@ -42,7 +42,8 @@ def compensate(
 ) -> Edit:
     """An edit with new values (made anew, if it has some) for the layers that read what it removes.
 
-    The original network runs over the data once, in eval mode. For each of these layers, X are those of its inputs that
+    One run of the original network over the data, in eval mode, serves all layers (a few more of both networks compare
+    their outputs, and fit layers in order). For each of these layers, X are those of its inputs that
     stay and R is what its outputs lack without the others, in the original.
 
     Args:

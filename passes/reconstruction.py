@@ -18,7 +18,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.network import Group, Network
-from netsurgery.passes.agreement import answers, reported
+from netsurgery.passes.agreement import MOST, answers, reported
 from netsurgery.passes.layers import units_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
 from netsurgery.passes.progress import waiting
@@ -30,6 +30,7 @@ from netsurgery.pipeline import Pass
 __all__ = ["ReconstructionScore"]
 
 _PARTS = 5  # one in five samples is held back
+_LITTLE = 0.01  # of what groups do to the outputs
 _STEPS = 64  # a step of the elimination takes this part of the units that are left
 
 
@@ -55,13 +56,17 @@ class ReconstructionScore(Pass):
             free that are not.
         samples: how many are drawn.
         ridge: relative to the mean variance of a reader's inputs.
-        probes: the shares of each group that are removed to measure how much it matters.
+        probes: the shares of each group that may be removed to measure how much it matters: the first of each; of
+            groups that matter less than a hundredth of the median there, the others too.
+        classes: whether outputs ``(n, d)`` are logits of d classes. Pass False where they are other numbers, such as
+            those of a regression or an embedding: they are compared by their relative difference.
         seed: fixes the samples.
 
     Raises:
         InputError: no samples, the model does not run on them, or what it computes there is not finite.
 
-    Units that no linear layer or convolution reads (as where attention is a function) go in the order of their
+    For each layer that reads a group a float64 matrix ``(units, units)`` is held. Units that no linear layer or
+    convolution reads (as where attention is a function, or the convolution a transposed one) go in the order of their
     weights' norms. Of a convolution larger than one position the inputs are taken position by position.
 
     Source: the elimination is Optimal Brain Surgeon's (Hassibi and Stork, 1993) on the least squares of each layer, as
@@ -83,7 +88,8 @@ class ReconstructionScore(Pass):
     held_back: Any = field(default=None, repr=False, compare=False)
     samples: int = 256
     ridge: float = 1e-2
-    probes: Sequence[float] = (0.3,)
+    probes: Sequence[float] = (0.3, 0.6, 0.9)
+    classes: bool = True
     seed: int = 0
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
@@ -105,11 +111,11 @@ class ReconstructionScore(Pass):
         sections = _sections(network, groups)
         _listen(network, sections, fitted)
         orders = {g.name: _eliminated(network, g, sections[g.name], self.ridge, self.probes) for g in groups}
-        return _weighed(network, orders, rest)
+        return _weighed(network, orders, rest, self.classes)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
         """How far what an edit leaves is from the model on the samples."""
-        return reported(model, edit, draw_inputs(self.data, self.samples, self.seed))
+        return reported(model, edit, draw_inputs(self.data, min(self.samples, MOST), self.seed))
 
 
 def _apart(drawn: Samples) -> tuple[Samples, Samples]:
@@ -308,7 +314,7 @@ class _Eliminated:
         """
         stretches: list[list[float]] = []  # how many units, and their effect
         done, before = 0, 0.0
-        for count, effect in zip(self.counts, effects, strict=True):
+        for count, effect in zip(self.counts, effects, strict=False):  # the others were not measured
             stretches.append([count - done, max(0.0, effect - before)])
             done, before = count, max(before, effect)
             while len(stretches) > 1 and stretches[-1][1] * stretches[-2][0] < stretches[-2][1] * stretches[-1][0]:
@@ -374,29 +380,37 @@ def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
 # How much groups matter --------------------------------------------------------------------------------------------
 
 
-def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples) -> Network:
+def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, classes: bool) -> Network:
     """Scores: how far parts of each group move the network's outputs, dealt to units in proportion to their costs."""
     before = list(answers(network.model, held))
-    scores: dict[str, Tensor] = {}
+    bundles = {network.tied_to(name): {o: found[o] for o in network.tied_to(name) if o in found} for name in found}
+    effects: dict[tuple[str, ...], list[float]] = {}
     refused: dict[str, str] = {}
-    with waiting("reconstruction: groups", len(found)) as step:
-        for name in found:
+    with waiting("reconstruction: groups", len(bundles)) as step:
+        for names, together in bundles.items():
+            effect, why = _effect(network, together, 0, held, before, classes)
+            refused.update(why)
+            effects[names] = [effect]
             step()
-            if name in scores or name in refused:
-                continue
-            together = {other: found[other] for other in network.tied_to(name) if other in found}
-            effects = []
-            for place in range(len(found[name].counts)):
-                effect, why = _effect(network, together, place, held, before)
-                refused.update(why)
-                effects.append(effect / len(together))
-            scores.update((other, one.scores(effects)) for other, one in together.items())
+    median = sorted(first for first, *_ in effects.values())[len(effects) // 2]
+    scores: dict[str, Tensor] = {}
+    for names, together in bundles.items():
+        known = effects[names]
+        if known[0] <= _LITTLE * median:  # what is free says nothing of what comes after it
+            counts = range(1, len(next(iter(together.values())).counts))
+            known += [_effect(network, together, place, held, before, classes)[0] for place in counts]
+        scores.update((name, one.scores([each / len(together) for each in known])) for name, one in together.items())
     scored = network.with_scores(scores, comparable=True)
     return scored.with_frozen(refused) if refused else scored
 
 
 def _effect(
-    network: Network, gone: Mapping[str, _Eliminated], place: int, held: Samples, before: Sequence[Any]
+    network: Network,
+    gone: Mapping[str, _Eliminated],
+    place: int,
+    held: Samples,
+    before: Sequence[Any],
+    classes: bool,
 ) -> tuple[float, dict[str, str]]:
     """How far the network's outputs move without some units; or groups whose sizes its code does not follow."""
     keep = {name: tuple(sorted(one.order[one.counts[place] :].tolist())) for name, one in gone.items()}
@@ -411,7 +425,7 @@ def _effect(
     values = {name: value.to(network.tensors[name].dtype) for name, value in values.items()}
     edit = replace(edit, adaptation=adaptation, values=values)
     found = reported(network.model, edit, held, before=before)
-    if found.kl is not None:
+    if found.kl is not None and classes:
         return found.kl, {}
     if found.error is None:
         raise InputError(f"the outputs of {network.model_name} cannot be compared: {found.why}")

@@ -7,7 +7,6 @@ how many of them it would have put on the wrong side, had they not been tried.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from torch import Tensor
 
 __all__ = ["Draw", "Fit", "Sieve", "at_most", "drawn"]
 
-_log = logging.getLogger("netsurgery")
 _LEAST = 12  # units of a group that are drawn
 _SHARE = 0.05  # of every group, at least
 _ENOUGH = 16.0  # units drawn, times the share that may be wrong: twice what a bound needs where none is wrong

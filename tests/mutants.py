@@ -970,8 +970,8 @@ MUTANTS = (
     Mutant(
         "every group weighs the same",
         "passes/reconstruction.py",
-        "effects.append(effect / len(together))",
-        "effects.append(1.0)",
+        "effects[names] = [effect]",
+        "effects[names] = [1.0]",
     ),
     Mutant(
         "groups are measured on what they were fitted to",

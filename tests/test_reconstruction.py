@@ -188,6 +188,26 @@ def test_outputs_that_are_no_classes_are_compared_by_their_difference() -> None:
     assert bool((found > 0).all())
 
 
+def test_a_part_that_is_free_says_nothing_of_the_rest() -> None:
+    """Of twenty units twelve are silent: 30% of them cost nothing, the eight others do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5))
+    with torch.no_grad():
+        model[0].bias[8:] = -100  # type: ignore[index]
+    scores = score(model, torch.randn(200, 8)).scores["0"]
+    assert float(scores[:8].min()) > 1e3 * float(scores[8:].max())
+
+
+def test_numbers_that_are_no_classes() -> None:
+    """Two outputs that move together are equal classes, and other numbers."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 2)), torch.randn(64, 6)
+    with torch.no_grad():
+        model[2].weight[1], model[2].bias[1] = model[2].weight[0], model[2].bias[0]  # type: ignore[index]
+    assert float(score(model, x).scores["0"].sum()) < 1e-9
+    assert float(score(model, x, classes=False).scores["0"].sum()) > 1e-3
+
+
 def test_short_types_are_summed_in_longer_ones() -> None:
     model, x = seeded(linear)
     wanted = score(model, x).scores["0"]
