@@ -357,7 +357,11 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
             budgets = sorted(line, reverse=True)
             style = "--" if tool == "torch-pruning" else "-"
             axis.plot(budgets, [line[b] for b in budgets], style, marker="o", markersize=3, label=score)
-        axis.set(title=network, xlabel="share that stays", ylabel="agreement with the original, %")
+        axis.set(
+            title=f"{network}; ours: scope global, least squares",
+            xlabel="share that stays",
+            ylabel="agreement with the original, %",
+        )
         axis.invert_xaxis()
         axis.legend(fontsize=7)
     figure.tight_layout()
