@@ -117,11 +117,9 @@ def _own(model: nn.Module) -> list[str]:
 
 def _seen_by(model: nn.Module) -> list[Names]:
     """What the code of a model's parts calls global: a class made by a function may have other code than its module."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    methods = [value for kind in classes for value in vars(kind).values() if isinstance(value, FunctionType)]
-    methods += [
-        value for module in model.modules() for value in vars(module).values() if isinstance(value, FunctionType)
-    ]
+    owners: list[Any] = list(model.modules())  # a module may have a forward of its own
+    owners += dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
+    methods = [value for owner in owners for value in vars(owner).values() if isinstance(value, FunctionType)]
     return [vars(sys.modules[name]) for name in _own(model)] + [method.__globals__ for method in methods]
 
 

@@ -16,10 +16,9 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by
-from netsurgery.passes.samples import Samples, draw, draw_inputs, in_eval_mode
-from netsurgery.randomness import seeded
+from netsurgery.passes.samples import Samples, draw, draw_inputs, in_eval_mode, outputs_of
 from netsurgery.rewriting import rewrite
-from netsurgery.tracing import RAISED_BY_MODELS, Inputs, home, tensors_in
+from netsurgery.tracing import home, tensors_in
 
 __all__ = ["MOST", "answers", "compared", "measure", "reported"]
 
@@ -75,7 +74,7 @@ def answers(model: nn.Module, drawn: Samples) -> Iterator[Any]:
     device = home(model)
     with in_eval_mode(model), torch.no_grad():
         for inputs, _ in drawn.batches(_rows(drawn), device):
-            yield _seeded(model, inputs, device)
+            yield outputs_of(model, inputs, device)
 
 
 def compared(
@@ -95,8 +94,8 @@ def compared(
     sums, device = _Sums(drawn, loss), home(model)
     with in_eval_mode(model), in_eval_mode(small), torch.no_grad():
         for index, (inputs, targets) in enumerate(drawn.batches(_rows(drawn), device)):
-            own = _seeded(model, inputs, device) if before is None else before[index]
-            sums.add(own, _seeded(small, inputs, device), targets)
+            own = outputs_of(model, inputs, device) if before is None else before[index]
+            sums.add(own, outputs_of(small, inputs, device), targets)
     return sums.measured()
 
 
@@ -128,14 +127,6 @@ def _numbers_in(drawn: Samples) -> float:
     """How many numbers the largest input of a sample is."""
     given = [t for t in pytree.tree_leaves(drawn.inputs) if isinstance(t, Tensor)]
     return max((t.numel() for t in given), default=1) / drawn.count
-
-
-def _seeded(model: nn.Module, inputs: Inputs, device: torch.device) -> Any:
-    try:
-        with seeded(0, device):
-            return model(*inputs[0], **inputs[1])
-    except RAISED_BY_MODELS as error:
-        raise InputError(f"{type(model).__name__} does not run on the data: {error}") from error
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from netsurgery.passes.least_squares import outputs_at, sums_of
 from netsurgery.passes.lost import Lost
-from netsurgery.passes.readers import Reader
+from netsurgery.passes.readers import Reader, listening
 
 __all__ = ["InOrder"]
 
@@ -63,6 +63,6 @@ class InOrder:
             return mended
 
         readers = [reader for reader, _ in self.readers.values()]
-        with lost.holding(begin), lost.listening(lost.small, readers, mend):
+        with lost.holding(begin), listening(lost.small, readers, mend):
             lost.run(lost.small, inputs)
             return {name: lost.tensors[name].clone() for name in begin}

@@ -267,6 +267,15 @@ def units_of(axis: Axis) -> list[tuple[Axis, Tensor]]:
     return found
 
 
+def positions_of(axis: Axis, channel: Axis) -> list[Tensor]:
+    """For each time a channel occurs in an axis, the positions of its units: ``(units, positions of each)``."""
+    return [
+        (units >= 0).nonzero().flatten()[units[units >= 0].argsort(stable=True)].reshape(channel.size, -1)
+        for leaf, units in units_of(axis)
+        if leaf is channel
+    ]
+
+
 def check_choice(who: str, criterion: str, grouping: str) -> None:
     """Make sure that there are such a criterion and such a grouping.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -14,20 +14,15 @@ from torch import Tensor, nn
 
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
-from netsurgery.errors import InputError
 from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
 from netsurgery.passes.progress import waiting
-from netsurgery.passes.readers import Reader
-from netsurgery.passes.samples import Samples
-from netsurgery.randomness import seeded
-from netsurgery.tracing import RAISED_BY_MODELS, Inputs, home, tensors_in
+from netsurgery.passes.readers import Reader, listening
+from netsurgery.passes.samples import HELD_BACK, Samples, outputs_of
+from netsurgery.tracing import Inputs, home, tensors_in
 
 __all__ = ["Lost"]
 
-Listener = Callable[[Reader, Tensor, Tensor], Tensor | None]  # given the inputs and outputs of a layer
-
 _LARGEST = 1 << 25  # bytes of a tensor: larger ones cost more time for pages of memory than for sums
-_PARTS = 5  # of the samples one in five is held back
 _COMPARED = 64  # samples that the network as a whole is compared on, or a batch more
 
 
@@ -53,7 +48,7 @@ class Lost:
         inputs = [node.meta["shape"] for node in nodes if node.op == "placeholder" and node.meta["shape"]]
         whole = max((4 * prod(node.meta["shape"]) for node in nodes if node.op == "call_function"), default=1)
         self.largest = max(1, whole // max(1, inputs[0][0] if inputs else 1))
-        self.size = max(1, min(_LARGEST // self.largest, -(-drawn.count // _PARTS)))
+        self.size = max(1, min(_LARGEST // self.largest, -(-drawn.count // HELD_BACK)))
 
     @property
     def count(self) -> int:
@@ -62,7 +57,7 @@ class Lost:
 
     def batches(self) -> Iterator[tuple[bool, Inputs]]:
         """Whether a batch is held back, and its inputs."""
-        every = min(_PARTS, self.count)
+        every = min(HELD_BACK, self.count)
         for index, (inputs, _) in enumerate(self.drawn.batches(self.size, self.device)):
             yield index % every == every - 1, inputs
 
@@ -83,7 +78,7 @@ class Lost:
             some = sums_of(module, x, outputs_at(module, out, places), places, refit)
             part[reader.path] = part[reader.path] + some if reader.path in part else some
 
-        with waiting("compensation", self.count) as step, self.listening(self.model, readers, add):
+        with waiting("compensation", self.count) as step, listening(self.model, readers, add):
             for held, inputs in self.batches():
                 part = kept_back if held else fitted
                 self.run(self.model, inputs)
@@ -103,7 +98,7 @@ class Lost:
                 places[reader.path] = places_of(module, out, generator)
             found[reader.path].append((outputs_at(module, out, places[reader.path]).clone(), places[reader.path]))
 
-        with self.listening(self.model, readers, keep):
+        with listening(self.model, readers, keep):
             for _, inputs in self.batches():
                 self.run(self.model, inputs)
         return found
@@ -143,30 +138,9 @@ class Lost:
             for name, value in own.items():
                 self.tensors[name].copy_(value)
 
-    @contextlib.contextmanager
-    def listening(self, network: nn.Module, readers: Sequence[Reader], listener: Listener) -> Iterator[None]:
-        """Tell of the inputs and outputs of layers whenever they run in a network."""
-
-        def hook(reader: Reader) -> Any:
-            @torch.no_grad()  # also where the code turns gradients on
-            def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
-                return listener(reader, args[0] if args else kwargs["input"], out)
-
-            return tell
-
-        with contextlib.ExitStack() as hooks:
-            for reader in readers:
-                layer = network.get_submodule(reader.path)
-                hooks.callback(layer.register_forward_hook(hook(reader), with_kwargs=True, prepend=True).remove)
-            yield
-
     def run(self, network: nn.Module, inputs: Inputs) -> Any:
         """The outputs of a network."""
-        try:
-            with seeded(0, self.device):
-                return network(*inputs[0], **inputs[1])
-        except RAISED_BY_MODELS as error:
-            raise InputError(f"{type(self.model).__name__} does not run on the data: {error}") from error
+        return outputs_of(network, inputs, self.device)
 
 
 def _stay(module: Any, t: Tensor, positions: Tensor | None) -> Tensor:

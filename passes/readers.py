@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from netsurgery.axes import Axis, resolve
@@ -16,7 +19,7 @@ from netsurgery.notation import Op
 from netsurgery.passes.least_squares import Change
 from netsurgery.passes.scores import BATCH_NORMS
 
-__all__ = ["CONVOLUTIONS", "Reader", "readers_of"]
+__all__ = ["CONVOLUTIONS", "Reader", "listening", "readers_of"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {kind.forward for kind in (nn.Linear, *CONVOLUTIONS)}
@@ -93,6 +96,26 @@ def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
                         left[place] = "it is shared or computed from others: only a bias was compensated"
     order = {call.path: call.begin for call in reversed(network.programs[0].calls)}
     return sorted(readers.values(), key=lambda reader: order.get(reader.path, -1)), left
+
+
+@contextlib.contextmanager
+def listening(
+    network: nn.Module, readers: Sequence[Reader], listener: Callable[[Reader, Tensor, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Tell of the inputs and outputs of layers whenever they run in a network; what is returned takes their place."""
+
+    def hook(reader: Reader) -> Any:
+        @torch.no_grad()  # also where the code turns gradients on
+        def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+            return listener(reader, args[0] if args else kwargs["input"], out)
+
+        return tell
+
+    with contextlib.ExitStack() as hooks:
+        for reader in readers:
+            layer = network.get_submodule(reader.path)
+            hooks.callback(layer.register_forward_hook(hook(reader), with_kwargs=True, prepend=True).remove)
+        yield
 
 
 def _reader(network: Network, path: str, nodes: list[fx.Node], places: Positions, weight: str | None) -> Reader:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from netsurgery.axes import leaves
 from netsurgery.check import adapt
 from netsurgery.copying import named_modules
 from netsurgery.edit import Edit
@@ -19,17 +18,16 @@ from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.network import Group, Network
 from netsurgery.passes.agreement import MOST, answers, reported
-from netsurgery.passes.layers import units_of
+from netsurgery.passes.layers import positions_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
 from netsurgery.passes.progress import waiting
-from netsurgery.passes.readers import Reader, readers_of
-from netsurgery.passes.samples import Samples, draw_inputs
+from netsurgery.passes.readers import Reader, listening, readers_of
+from netsurgery.passes.samples import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.scores import MagnitudeScore
 from netsurgery.pipeline import Pass
 
 __all__ = ["ReconstructionScore"]
 
-_PARTS = 5  # one in five samples is held back
 _LITTLE = 0.01  # of what groups do to the outputs
 _STEPS = 64  # a step of the elimination takes this part of the units that are left
 
@@ -110,7 +108,11 @@ class ReconstructionScore(Pass):
             rest = draw_inputs(self.held_back, self.samples, self.seed)
         sections = _sections(network, groups)
         _listen(network, sections, fitted)
-        orders = {g.name: _eliminated(network, g, sections[g.name], self.ridge, self.probes) for g in groups}
+        norms = {} if all(sections.values()) else MagnitudeScore().run(network).scores
+        orders = {}
+        for name, some in sections.items():
+            counts = _counts(network[name].size, self.probes)
+            orders[name] = _eliminated(some, self.ridge, counts) if some else _by_norm(norms[name], counts)
         return _weighed(network, orders, rest, self.classes)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
@@ -122,7 +124,7 @@ def _apart(drawn: Samples) -> tuple[Samples, Samples]:
     """Four fifths of some samples, and the fifth that is held back."""
     if drawn.count < 2:
         raise InputError("ReconstructionScore: one sample is not enough, as some are held back: pass more data")
-    order, held = torch.arange(drawn.count), max(1, drawn.count // _PARTS)
+    order, held = torch.arange(drawn.count), max(1, drawn.count // HELD_BACK)
     parts = (drawn.rows(some, torch.device("cpu"))[0] for some in (order[held:], order[:held]))
     fitted, rest = (
         Samples(inputs, None, count) for inputs, count in zip(parts, (drawn.count - held, held), strict=True)
@@ -232,20 +234,12 @@ def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Sect
     found: dict[str, list[_Section]] = {group.name: [] for group in groups}
     by_channel = {network[name].channel: name for name in found}
     for reader in readers:
-        listed = units_of(reader.axis)
-        for channel in dict.fromkeys(leaf for leaf, _ in listed if leaf in by_channel):
-            places = [_places(units, channel.size) for leaf, units in listed if leaf is channel]
-            at = torch.cat(places, 1)
+        for channel in dict.fromkeys(leaf for leaf in leaves(reader.axis) if leaf in by_channel):
+            at = torch.cat(positions_of(reader.axis, channel), 1)
             nothing = torch.zeros(len(at), len(at), dtype=torch.float64)
             section = _Section(reader, modules[reader.path], at, nothing, torch.zeros_like(at).double())
             found[by_channel[channel]].append(section)
     return found
-
-
-def _places(units: Tensor, size: int) -> Tensor:
-    """Positions of each unit, ``(units, r)``, given the unit at each position."""
-    held = (units >= 0).nonzero().flatten()
-    return held[units[held].argsort(stable=True)].reshape(size, -1)
 
 
 def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Samples) -> None:
@@ -255,26 +249,17 @@ def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Sam
         by_path.setdefault(section.reader.path, []).append(section)
     generator = torch.Generator().manual_seed(0)
 
-    def add(path: str, x: Tensor, out: Tensor) -> None:
-        module = by_path[path][0].module
+    def add(reader: Reader, x: Tensor, out: Tensor) -> None:
+        path, module = reader.path, by_path[reader.path][0].module
         x, out = (_rows(module, t, generator) for t in (x, out))
         if not bool(x.isfinite().all()):
             raise InputError(f"what '{path}' of {network.model_name} is given on the data is not finite")
         for section in by_path[path]:
             section.add(x, out)
 
-    with contextlib.ExitStack() as hooks:
-        for path, some in by_path.items():
-            hook = functools.partial(_tell, functools.partial(add, path))
-            hooks.callback(some[0].module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+    with listening(network.model, [some[0].reader for some in by_path.values()], add):
         for _ in answers(network.model, drawn):
             pass
-
-
-def _tell(
-    add: Callable[[Tensor, Tensor], None], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-) -> None:
-    add((args[0] if args else kwargs["input"]).detach(), out.detach())
 
 
 def _rows(module: Any, t: Tensor, generator: torch.Generator) -> Tensor:
@@ -334,27 +319,33 @@ class _Eliminated:
         return scores
 
 
-def _eliminated(
-    network: Network, group: Group, sections: list[_Section], ridge: float, probes: Sequence[float]
-) -> _Eliminated:
-    """The order in which a group's units go."""
-    counts = sorted({min(max(1, round(probe * group.size)), group.size - 1) for probe in probes})
-    if not sections:
-        norms = MagnitudeScore().run(network).scores[group.name].double().square().sort(stable=True)
-        return _Eliminated(norms.indices, norms.values, counts, [[] for _ in counts])
+def _counts(size: int, shares: Sequence[float]) -> list[int]:
+    """How many of a group's units shares of it are, at least one, and not all."""
+    return sorted({min(max(1, round(share * size)), size - 1) for share in shares})
+
+
+def _by_norm(norms: Tensor, counts: list[int]) -> _Eliminated:
+    """The order in which units go that no layer reads."""
+    squares = norms.double().square().sort(stable=True)
+    return _Eliminated(squares.indices, squares.values, counts, [[] for _ in counts])
+
+
+def _eliminated(sections: list[_Section], ridge: float, counts: list[int]) -> _Eliminated:
+    """The order in which the units go that some layers read."""
+    size = len(sections[0].at)
     inverses = [torch.linalg.inv(section.curvature(ridge)) for section in sections]
     columns = [section.columns() for section in sections]
-    gone = torch.zeros(group.size, dtype=torch.bool)
+    gone = torch.zeros(size, dtype=torch.bool)
     order, costs = list[Tensor](), list[Tensor]()
     changes: list[list[tuple[str, Tensor]]] = []
     done = 0
-    while done < group.size:
-        each = torch.zeros(group.size, dtype=torch.float64)
+    while done < size:
+        each = torch.zeros(size, dtype=torch.float64)
         for inverse, weights in zip(inverses, columns, strict=True):
             each += weights.square().sum(0) / inverse.diagonal()
         each[gone] = math.inf
-        until = next((count for count in counts if count > done), group.size)
-        some = each.topk(min(until - done, max(1, (group.size - done) // _STEPS)), largest=False).indices
+        until = next((count for count in counts if count > done), size)
+        some = each.topk(min(until - done, max(1, (size - done) // _STEPS)), largest=False).indices
         for inverse, weights in zip(inverses, columns, strict=True):
             _eliminate(inverse, weights, some)
         gone[some] = True

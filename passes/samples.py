@@ -22,10 +22,12 @@ from torch.utils.data import (
 )
 
 from netsurgery.errors import InputError
-from netsurgery.tracing import Inputs, as_inputs
+from netsurgery.randomness import seeded
+from netsurgery.tracing import RAISED_BY_MODELS, Inputs, as_inputs
 
-__all__ = ["IGNORED", "Samples", "draw", "draw_inputs", "in_eval_mode"]
+__all__ = ["HELD_BACK", "IGNORED", "Samples", "draw", "draw_inputs", "in_eval_mode", "outputs_of"]
 
+HELD_BACK = 5  # of samples one in five is held back, where something is fitted to them
 IGNORED = -100  # the label that PyTorch's losses leave out (``ignore_index``)
 _LABELS = ("labels", "label", "targets", "target")
 _FORMS = "(inputs, targets), or a dictionary with 'labels'"
@@ -296,3 +298,16 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def outputs_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Any:
+    """What a model returns, the random numbers that it draws being the same each time.
+
+    Raises:
+        InputError: it does not run on these inputs.
+    """
+    try:
+        with seeded(0, device):
+            return model(*inputs[0], **inputs[1])
+    except RAISED_BY_MODELS as error:
+        raise InputError(f"{type(model).__name__} does not run on the data: {error}") from error

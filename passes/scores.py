@@ -19,7 +19,7 @@ from netsurgery.kernels.criteria import Name
 from netsurgery.kernels.sparsity import outer_terms
 from netsurgery.network import Group, Network, Role
 from netsurgery.passes.entries import accumulated, in_roles, per_unit, unit_sums
-from netsurgery.passes.layers import Grouping, check_choice, outer_groups, scored_layers, units_of
+from netsurgery.passes.layers import Grouping, check_choice, outer_groups, positions_of, scored_layers
 from netsurgery.pipeline import Pass
 from netsurgery.weights import Use, Weight, computed_weights, is_computed, uses
 
@@ -219,7 +219,7 @@ class GeometricMedianScore(Pass):
             for use in _making(found[group.name]):
                 weight = accumulated(use.weight.value)
                 flat = weight.movedim(use.axis, 0).reshape(weight.shape[use.axis], -1)
-                for rows in _rows_of(use.weight.axes[use.axis], group.channel):
+                for rows in positions_of(use.weight.axes[use.axis], group.channel):
                     vectors = flat[rows.to(flat.device)].flatten(1)
                     squares = squares.to(vectors) + _distances(vectors).square()
             scores[group.name] = squares.sqrt().sum(1)
@@ -232,15 +232,6 @@ def _distances(vectors: Tensor) -> Tensor:
     found = vectors.new_zeros(len(vectors), len(vectors))
     found[pairs[0], pairs[1]] = torch.pdist(vectors)
     return found + found.T
-
-
-def _rows_of(axis: Axis, channel: Axis) -> list[Tensor]:
-    """For each time a channel occurs in an axis, the positions of its units: ``(units, positions of each)``."""
-    return [
-        (units >= 0).nonzero().flatten()[units[units >= 0].argsort(stable=True)].reshape(channel.size, -1)
-        for leaf, units in units_of(axis)
-        if leaf is channel
-    ]
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_what_is_changed_to_measure_a_group_is_the_least_squares(make: Callable[
     reconstruction._listen(network, sections, draw_inputs(x, len(x), 0))
     name = "b" if isinstance(model, Joined) else "0"
     one = next(section for section in sections[name] if section.groups == 1)
-    found = reconstruction._eliminated(network, network[name], [one], 1e-9, [0.5])
+    found = reconstruction._eliminated([one], 1e-9, reconstruction._counts(network[name].size, [0.5]))
     changes, stay = dict(found.changes[0]), found.order[found.counts[0] :].sort().values
     gone = found.order[: found.counts[0]].sort().values
     gram = one.gram / one.rows - torch.outer(one.sums[:, 0], one.sums[:, 0]) / one.rows**2
