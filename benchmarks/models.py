@@ -2,8 +2,9 @@
 
 import os
 import platform
+import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -105,3 +106,22 @@ def machine() -> str:
     cpu = f"{cpus[0] if cpus else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
     load = f"load average {os.getloadavg()[0]:.1f} at the start"
     return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}, {load}"
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process so far, user and system time of all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+class Known(netsurgery.Pass):
+    """Scores that were worked out before, so that several removals share them."""
+
+    gives = frozenset({"scores"})
+
+    def __init__(self, scores: Mapping[str, Tensor], comparable: bool = True) -> None:
+        self.scores, self.comparable = scores, comparable
+
+    def run(self, network: netsurgery.Network) -> netsurgery.Network:
+        """Lay the scores on the network."""
+        return network.with_scores(self.scores, comparable=self.comparable)

@@ -100,6 +100,20 @@ def pictures() -> list[Path]:
     return _checked(_PICTURES, *found)
 
 
+#: The order in which some benchmarks dealt scikit-image's pictures when they were measured.
+DEALT_BY = (
+    "astronaut camera chelsea coffee rocket motorcycle_left grass gravel brick coins clock_motion hubble_deep_field "
+    "ihc retina moon color"
+)
+
+
+def pictures_in_order(names: str) -> list[Path]:
+    """ImageNet's pictures, those of scikit-image with these names, and the two of scikit-learn."""
+    found = {file.stem: file for file in pictures()}
+    labelled = [name for name in found if name.startswith("imagenet")]
+    return [found[name] for name in (*labelled, *names.split(), "china", "flower")]
+
+
 def dealt(seed: int, report: int = 13) -> tuple[list[Path], list[Path]]:
     """Pictures to calibrate on, and pictures to report on."""
     files = pictures()

@@ -62,17 +62,9 @@ def mnist() -> Subject:
     return showcase.fitted(model, x[:4000], y[:4000], 8, 2e-3, 64), (x[:4000], y[:4000]), (x[4000:], y[4000:])
 
 
-PICTURES = (
-    "astronaut camera chelsea coffee rocket motorcycle_left grass gravel brick coins clock_motion hubble_deep_field "
-    "ihc retina moon color"
-)
-
-
 def lite0() -> Subject:
     """EfficientNet-Lite0 trained on ImageNet, on crops of pictures that packages hold; 13 pictures are held out."""
-    model, found = showcase.lite0(), {file.stem: file for file in showcase.pictures()}
-    labelled = sorted(name for name in found if name.startswith("imagenet"))
-    files = [found[name] for name in (*labelled, *PICTURES.split(), "china", "flower")]
+    model, files = showcase.lite0(), showcase.pictures_in_order(showcase.DEALT_BY)
     random.Random(0).shuffle(files)
     x, held_out = (
         showcase.crops(files[13:], 6, 0),

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import machine, print_table, reset_peak, resident_mb
+from models import Known, machine, print_table, reset_peak, resident_mb
 from showcase import LeNet, Rows, Subject, agreement, crops, dealt, lite0, logits, minilm, mnist, shapes
 from torch import Tensor, nn
 
@@ -166,19 +166,6 @@ def ours(task: Task, score: netsurgery.Pass, what: str, share: float, scope: str
     )
     removal = P.PruneChannels(**{what: share}, scope=scope, **kept)  # type: ignore[arg-type]
     return netsurgery.apply(task.model, [score, removal], task.example)
-
-
-class Known(netsurgery.Pass):
-    """Scores that were worked out before, so that several removals share them."""
-
-    gives = frozenset({"scores"})
-
-    def __init__(self, scores: dict[str, Tensor], comparable: bool):
-        self.scores, self.comparable = scores, comparable
-
-    def run(self, network: netsurgery.Network) -> netsurgery.Network:
-        """Lay the scores on the network."""
-        return network.with_scores(self.scores, comparable=self.comparable)
 
 
 def peer(task: Task, which: str, share: float) -> nn.Module:
