@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, leaves
+from netsurgery.positions import positions
 
 if TYPE_CHECKING:
     from netsurgery.edit import Edit
@@ -24,8 +25,13 @@ class Positions:
 
     def __call__(self, axis: Axis) -> Tensor | None:
         if axis not in self.memo:
-            self.memo[axis] = self._compound(axis)
+            lost = any(self.memo.get(leaf) is not None for leaf in leaves(axis))
+            self.memo[axis] = positions(axis, self._units) if lost else None
         return self.memo[axis]
+
+    def _units(self, channel: Axis) -> Tensor:
+        units = self.memo.get(channel)
+        return torch.arange(channel.size) if units is None else units
 
     def changes(self, axes: tuple[Axis, ...]) -> bool:
         """Whether a tensor of these dimensions loses anything."""
@@ -56,16 +62,3 @@ class Positions:
         grid = [torch.arange(axis.size) if at is None else at for axis, at in zip(axes, found, strict=True)]
         new[torch.meshgrid([at.to(new.device) for at in grid], indexing="ij")] = part.detach().to(new)
         return new
-
-    def _compound(self, axis: Axis) -> Tensor | None:
-        terms = [self(term) for term in axis.terms]
-        if all(term is None for term in terms):
-            return None
-        full = [torch.arange(part.size) if term is None else term for part, term in zip(axis.terms, terms, strict=True)]
-        if axis.op == "concat":
-            starts = torch.tensor([0, *(part.size for part in axis.terms[:-1])]).cumsum(0)
-            return torch.cat([start + part for start, part in zip(starts, full, strict=True)])
-        out = full[0]
-        for part, places in zip(axis.terms[1:], full[1:], strict=True):
-            out = (out[:, None] * part.size + places).flatten()
-        return out

@@ -11,7 +11,7 @@ from netsurgery.axes import Axis
 from netsurgery.computed_weights import places, scaled
 from netsurgery.errors import RewriteError
 from netsurgery.network import Network
-from netsurgery.values import spread
+from netsurgery.positions import positions
 from netsurgery.verification import entries, silenced
 from netsurgery.weights import nowhere, part
 
@@ -68,7 +68,7 @@ def _kept(node: fx.Node, wanted: Tensor, left: Tensor, units: Mapping[Axis, Tens
 
 def _positions(axis: Axis, units: Mapping[Axis, Tensor]) -> Tensor:
     stays = torch.zeros(axis.size, dtype=torch.bool)
-    stays[spread(axis, lambda leaf: units[leaf] if leaf in units else torch.arange(leaf.size))] = True
+    stays[positions(axis, lambda leaf: units[leaf] if leaf in units else torch.arange(leaf.size))] = True
     return stays
 
 

@@ -541,24 +541,7 @@ def _between_empty(dims: Iterable[Axis]) -> list[list[Axis]]:
 
 def _viewed(op: Op, dims: list[Axis], shape: list[int]) -> list[Axis]:
     out = [channel(n) for n in shape]
-    i = j = 0
-    while i < len(dims) or j < len(out):
-        block_in, block_out = [i, i], [j, j]
-        size_in = size_out = 1
-        while size_in != size_out or block_in[1] == i or block_out[1] == j:
-            if size_in <= size_out and block_in[1] < len(dims):
-                size_in *= dims[block_in[1]].size
-                block_in[1] += 1
-            elif block_out[1] < len(out):
-                size_out *= out[block_out[1]].size
-                block_out[1] += 1
-            elif block_in[1] < len(dims):
-                size_in *= dims[block_in[1]].size
-                block_in[1] += 1
-            else:
-                break
-        i, j = block_in[1], block_out[1]
-        op.unify(product(dims[slice(*block_in)]), product(out[slice(*block_out)]))
+    op.unify(product(dims), product(out))
     return out
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from netsurgery.axes import Axis, find
+from netsurgery.axes import Axis
+from netsurgery.positions import positions
 from netsurgery.shapes import infer
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "laid_out",
     "needs_values",
     "select",
-    "spread",
     "told",
 ]
 
@@ -94,21 +94,6 @@ def draw(inputs: Any, device: torch.device) -> Any:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
 
     return pytree.tree_map_only(Tensor, fill, inputs)
-
-
-def spread(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
-    """The old position for each new position along an axis, when ``units`` lists those of each channel."""
-    axis = find(axis)
-    if not axis.op:
-        return units(axis)
-    parts = [spread(term, units) for term in axis.terms]
-    if axis.op == "concat":
-        old = torch.arange(axis.size).split([term.size for term in axis.terms])
-        return torch.cat([block[part] for block, part in zip(old, parts, strict=True)])
-    grid = torch.arange(axis.size).reshape([term.size for term in axis.terms])
-    for dim, part in enumerate(parts):
-        grid = grid.index_select(dim, part)
-    return grid.flatten()
 
 
 def flat(value: Any) -> Iterator[Any]:
@@ -178,7 +163,7 @@ def told(node: fx.Node, units: Callable[[Axis], Tensor]) -> Any:
 def select(tensor: Tensor, dims: tuple[Axis, ...], units: Callable[[Axis], Tensor]) -> Tensor:
     """A copy of a tensor with the units of each dimension as ``units`` lists them."""
     for dim, axis in enumerate(dims):
-        tensor = tensor.index_select(dim, spread(axis, units).to(tensor.device))
+        tensor = tensor.index_select(dim, positions(axis, units).to(tensor.device))
     return tensor.clone()
 
 

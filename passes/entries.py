@@ -14,7 +14,7 @@ from netsurgery.axes import Axis
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.network import Group, Member, Network, Role
-from netsurgery.passes.layers import units_of
+from netsurgery.positions import units_at
 from netsurgery.report import first_of
 from netsurgery.weights import Use, Weight
 
@@ -95,7 +95,7 @@ def unit_sums(
             key = use.weight.names, id(use.weight.value)
             held.setdefault(key, (use.weight, {}))[1].setdefault(name, set()).add(use.axis)
     sums: dict[str, Tensor] = {}
-    places = functools.cache(units_of)
+    places = functools.cache(units_at)
     for weight, groups in held.values():
         left: dict[tuple[int, ...], Tensor] = {}
         for name, axes in groups.items():
@@ -117,7 +117,7 @@ def _at_units(values: Tensor, places: list[list[tuple[Axis, Tensor]]], group: Gr
     """The sums of values over the units of a group that stand along their axes.
 
     Args:
-        places: for each axis, as ``units_of`` gives them.
+        places: for each axis, as ``units_at`` gives them.
     """
     sums = values.new_zeros(group.size)
     before: list[Tensor] = []
@@ -140,7 +140,7 @@ def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
         values: shape ``(axis.size,)``.
     """
     found: dict[Axis, Tensor] = {}
-    for channel, units in units_of(axis):
+    for channel, units in units_at(axis):
         units = units.to(values.device)
         sums = found.setdefault(channel, values.new_zeros(channel.size))
         sums.index_add_(0, units[units >= 0], values[units >= 0])

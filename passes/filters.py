@@ -16,7 +16,8 @@ from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.network import Group, Network
 from netsurgery.passes.entries import per_unit
-from netsurgery.passes.layers import Layer, contracted, layers, units_of
+from netsurgery.passes.layers import Layer, contracted, layers
+from netsurgery.positions import units_at
 from netsurgery.verification import verify
 from netsurgery.weights import uses
 
@@ -77,7 +78,7 @@ def filters_of_group(network: Network, group: Group) -> Filters:
             Place(member.parameter, member.axis, units)
             for member in group.members
             if member.role == role and _is_weight(network.tensors[member.parameter])
-            for channel, units in units_of(network.axes[member.parameter][member.axis])
+            for channel, units in units_at(network.axes[member.parameter][member.axis])
             if channel is group.channel
         )
 
@@ -210,7 +211,7 @@ def dead_units(network: Network, group: Group, gone: Mapping[tuple[str, int], Te
     for member in (m for m in group.members if m.role == "produces"):
         axis = network.axes[member.parameter][member.axis]
         alive = ~gone.get((member.parameter, member.axis), torch.zeros(axis.size, dtype=torch.bool))
-        for channel, units in units_of(axis):
+        for channel, units in units_at(axis):
             if channel is group.channel:
                 dead[units[alive & (units >= 0)]] = False
     return dead

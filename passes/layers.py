@@ -15,12 +15,13 @@ from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import CRITERIA, Reading, column_count
 from netsurgery.kernels.sparsity import Layout
 from netsurgery.network import Network
+from netsurgery.positions import units_at
 from netsurgery.tracing import Program
 from netsurgery.weights import Weight, computed_weights, used_directly
 
 __all__ = [
     "ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "check_choice", "contracted", "layers", "outer_groups",
-    "scored_layers", "units_of",
+    "scored_layers",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -243,35 +244,11 @@ def _role(node: fx.Node, last: bool, aside: bool) -> LayerRole:
     return "shortcut" if aside else "convolution"
 
 
-def units_of(axis: Axis) -> list[tuple[Axis, Tensor]]:
-    """Each channel of an axis, and which of its units stands at each position: int64, shape (axis.size,), or -1.
-
-    A channel that occurs twice is listed twice.
-    """
-    if not axis.op:
-        return [(axis, torch.arange(axis.size))]
-    found: list[tuple[Axis, Tensor]] = []
-    if axis.op == "concat":
-        start = 0
-        for term in axis.terms:
-            for channel, units in units_of(term):
-                padded = torch.full((axis.size,), -1)
-                padded[start : start + term.size] = units
-                found.append((channel, padded))
-            start += term.size
-        return found
-    sizes = [term.size for term in axis.terms]
-    for place, term in enumerate(axis.terms):
-        shape = [size if i == place else 1 for i, size in enumerate(sizes)]
-        found.extend((channel, units.view(shape).expand(sizes).reshape(-1)) for channel, units in units_of(term))
-    return found
-
-
 def positions_of(axis: Axis, channel: Axis) -> list[Tensor]:
     """For each time a channel occurs in an axis, the positions of its units: ``(units, positions of each)``."""
     return [
         (units >= 0).nonzero().flatten()[units[units >= 0].argsort(stable=True)].reshape(channel.size, -1)
-        for leaf, units in units_of(axis)
+        for leaf, units in units_at(axis)
         if leaf is channel
     ]
 
@@ -343,7 +320,7 @@ def _first_of(names: list[str]) -> tuple[bool, ...]:
 def _indices(network: Network, layer: Layer, units: Mapping[str, slice]) -> list[Tensor]:
     """The outer group of each input channel of a layer, -1 for none; several times where it belongs to several."""
     found = [torch.full((layer.input_axis.size,), -1)]
-    for channel, unit in units_of(layer.input_axis):
+    for channel, unit in units_at(layer.input_axis):
         group = network.by_channel.get(channel)
         if group is None or group.name not in units:
             continue

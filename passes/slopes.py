@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from netsurgery.axes import Axis, resolve
+from netsurgery.axes import Axis
 from netsurgery.errors import InputError
-from netsurgery.passes.layers import units_of
 from netsurgery.passes.suffixes import Step, Suffixes
 from netsurgery.passes.trials import Trials
+from netsurgery.positions import units_at
 from netsurgery.tracing import format_where, tensors_in
 
 __all__ = ["gate_slopes"]
@@ -104,7 +104,7 @@ def _spread(engine: Suffixes, node: fx.Node, channel: Axis, gate: Tensor) -> Ten
         raise _Mingled(format_where(node.meta["where"]))
     whole = gate.new_ones(())
     for at, axis in enumerate(dims):
-        for leaf, units in units_of(resolve(axis, {})):
+        for leaf, units in units_at(axis):
             if leaf is not channel:
                 continue
             sizes = [one.size if dim in (row, at) else 1 for dim, one in enumerate(dims)]
@@ -115,5 +115,5 @@ def _spread(engine: Suffixes, node: fx.Node, channel: Axis, gate: Tensor) -> Ten
 
 def _within(axis: Axis, rows: set[Axis]) -> Tensor | None:
     """Which row of the batch each position of an axis belongs to; an axis may hold the batch several times."""
-    found = [units for leaf, units in units_of(resolve(axis, {})) if leaf in rows]
+    found = [units for leaf, units in units_at(axis) if leaf in rows]
     return torch.stack(found).amax(0) if found else None

@@ -29,6 +29,7 @@ from torch import Tensor, fx
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.computed_weights import ancestors, worked_across, writers
 from netsurgery.network import Network
+from netsurgery.positions import masked
 from netsurgery.randomness import torch_seeded
 from netsurgery.tracing import Inputs, home, tensors_in
 from netsurgery.values import answer, laid_out
@@ -444,14 +445,7 @@ class Gone:
         """Which positions along an axis stay in each block: ``(blocks, size)``, ``(1, size)`` if in all the same."""
         axis = find(axis)
         if axis not in self.memo:
-            parts = [self.stays(term) for term in axis.terms]
-            if axis.op == "concat":
-                most = max(map(len, parts))
-                self.memo[axis] = torch.cat([part.expand(most, -1) for part in parts], 1)
-            elif axis.op:
-                self.memo[axis] = functools.reduce(lambda a, b: (a[:, :, None] & b[:, None]).flatten(1), parts)
-            else:
-                self.memo[axis] = self._stays(axis)
+            self.memo[axis] = masked(axis, self._stays)
         return self.memo[axis]
 
     def _stays(self, channel: Axis) -> Tensor:

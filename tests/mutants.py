@@ -654,8 +654,8 @@ MUTANTS = (
     Mutant(
         "decisions about units keep the units that are gone",
         "netsurgery/values.py",
-        "tensor = tensor.index_select(dim, spread(axis, units).to(tensor.device))",
-        "tensor = tensor.index_select(dim, torch.arange(len(spread(axis, units))).to(tensor.device))",
+        "tensor = tensor.index_select(dim, positions(axis, units).to(tensor.device))",
+        "tensor = tensor.index_select(dim, torch.arange(len(positions(axis, units))).to(tensor.device))",
     ),
     Mutant(
         "numbers that were chosen are not chosen anew",
