@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from netsurgery.axes import Axis, Edge, Fixed, channel, freeze, leaves, resolve, tie
+from netsurgery.axes import Axis, Edge, Fixed, channel, find, freeze, leaves, resolve, tie
 from netsurgery.computed_weights import freeze_normalised
 from netsurgery.copying import named_tensors
 from netsurgery.costs import Cost, Sizes, Term, total
@@ -212,6 +212,7 @@ class Network:
 
     def axis_expression(self, axis: Axis) -> str:
         """An axis in the words of the groups, such as ``conv1*7*7`` or ``conv1+conv2``."""
+        axis = find(axis)
         if axis.op:
             return {"product": "*", "concat": "+"}[axis.op].join(
                 f"({text})" if term.op == "concat" and axis.op == "product" else text
