@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +17,10 @@ from netsurgery.arguments import expect
 from netsurgery.compensated import Compensation
 from netsurgery.computed_weights import scaled
 from netsurgery.costs import Cost
-from netsurgery.cutting import Positions
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.network import Group, Network
+from netsurgery.positions import Positions
 from netsurgery.report import edit_html, edit_line, share
 from netsurgery.saved_inputs import described, made
 
@@ -148,6 +149,11 @@ class Edit:
         known = self.adaptation
         return known if known is not None and known.model is not None and known.model() is model else None
 
+    @functools.cached_property
+    def positions(self) -> Positions:
+        """Which positions of tensors stay."""
+        return Positions({self.network[name].channel: units for name, units in self.keep.items()})
+
     @property
     def before(self) -> Cost:
         """Cost of the network as it is."""
@@ -226,7 +232,7 @@ class Edit:
                 raise InputError(f"group '{name}' of the later edit is none that this edit leaves")
             left = keep.get(names[name], tuple(range(self.network[names[name]].size)))
             keep[names[name]] = tuple(left[unit] for unit in units)
-        values, places = dict(self.values), Positions(self)
+        values, places = dict(self.values), self.positions
         for name, value in later.values.items():
             full = values.get(name, self.network.tensors[name])
             values[name] = places.put(full, self.network.axes[name], value)

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from netsurgery.axes import Axis
 from netsurgery.copying import named_tensors
-from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.tracing import tensors_in
@@ -90,7 +89,7 @@ class OptimizerStates:
         edit: Edit,
         moved: bool,
     ):
-        self.axes, self.places, self.values = edit.network.axes, Positions(edit), edit.values
+        self.axes, self.places, self.values = edit.network.axes, edit.positions, edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.lists: list[list[Tensor]] = []
         self.states: list[MutableMapping[Any, Any]] = []

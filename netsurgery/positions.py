@@ -1,20 +1,21 @@
-"""Which positions along an axis hold which units of its channels: the one evaluator of axis expressions.
+"""Which positions along an axis hold which units of its channels, and tensors of these alone.
 
-The oracle (``verification.py``) has another of its own, on purpose: it must not share a mistake.
+This is the one evaluator of axis expressions. The oracle (``netsurgery.verification``) has another, on purpose: it
+must not share a mistake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from netsurgery.axes import Axis, find
+from netsurgery.axes import Axis, find, leaves
 
-__all__ = ["masked", "positions", "units_at"]
+__all__ = ["Positions", "masked", "positions", "units_at"]
 
 
 def positions(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
@@ -77,3 +78,54 @@ def units_at(axis: Axis) -> list[tuple[Axis, Tensor]]:
 def _starts(axis: Axis) -> list[int]:
     """Where the parts of a concatenation begin."""
     return list(accumulate((find(part).size for part in axis.terms[:-1]), initial=0))
+
+
+class Positions:
+    """Positions that stay along an axis when some channels keep only some units: int64, ascending, or None for all.
+
+    Args:
+        keep: by channel the units that stay, ascending; other channels keep all.
+    """
+
+    def __init__(self, keep: Mapping[Axis, Sequence[int]]):
+        self.memo: dict[Axis, Tensor | None] = {channel: torch.tensor(units) for channel, units in keep.items()}
+
+    def __call__(self, axis: Axis) -> Tensor | None:
+        if axis not in self.memo:
+            lost = any(self.memo.get(leaf) is not None for leaf in leaves(axis))
+            self.memo[axis] = positions(axis, self._units) if lost else None
+        return self.memo[axis]
+
+    def _units(self, channel: Axis) -> Tensor:
+        units = self.memo.get(channel)
+        return torch.arange(channel.size) if units is None else units
+
+    def changes(self, axes: tuple[Axis, ...]) -> bool:
+        """Whether a tensor of these dimensions loses anything."""
+        return any(self(axis) is not None for axis in axes)
+
+    def cut(self, tensor: Tensor, axes: tuple[Axis | None, ...]) -> Tensor:
+        """A new tensor with the positions that stay along every axis, in the memory format of the old one.
+
+        Args:
+            axes: what the dimensions are; None for one that loses nothing.
+        """
+        with torch.no_grad():
+            new = tensor.detach()
+            for dim, axis in enumerate(axes):
+                if axis is not None and (positions := self(axis)) is not None:
+                    new = new.index_select(dim, positions.to(tensor.device))
+            if tensor.layout != torch.strided:  # the gradient of a sparse embedding
+                return new.clone()
+            last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
+            if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+                new = new.contiguous(memory_format=last)
+            return new.clone() if new.data_ptr() == tensor.data_ptr() else new
+
+    def put(self, full: Tensor, axes: tuple[Axis, ...], part: Tensor) -> Tensor:
+        """A copy of a full-size tensor that holds ``part`` where it stays."""
+        new = full.detach().clone()
+        found = [self(axis) for axis in axes]
+        grid = [torch.arange(axis.size) if at is None else at for axis, at in zip(axes, found, strict=True)]
+        new[torch.meshgrid([at.to(new.device) for at in grid], indexing="ij")] = part.detach().to(new)
+        return new

@@ -16,11 +16,11 @@ from netsurgery.attributes import follow
 from netsurgery.axes import Axis
 from netsurgery.check import adapt, with_repeats
 from netsurgery.copying import copy_with, like, named_tensors
-from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
 from netsurgery.keeping import rescaled
 from netsurgery.optimizers import OptimizerStates, as_list, averaged
+from netsurgery.positions import Positions
 from netsurgery.report import first_of
 
 __all__ = ["rewrite"]
@@ -79,7 +79,7 @@ def rewrite(
         True
     """
     expect("rewrite(model, edit)", "a torch.nn.Module and its Edit", (model, nn.Module), (edit, Edit))
-    network, places = edit.network, Positions(edit)
+    network, places = edit.network, edit.positions
     shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
     tensors = _tensors(model, shapes)
     if edit.values:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from netsurgery.check import adapt
 from netsurgery.compensated import Compensation
-from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.fits import LEVELS, Fit
@@ -87,7 +86,7 @@ def compensate(
         values, gains = _best(lost, fits, left, memory) if fits else ({}, ())
     if left:
         _log.warning("not compensated: %s", "; ".join(f"{name}: {why}" for name, why in left.items()))
-    places = Positions(edit)
+    places = edit.positions
     values = {name: places.put(network.tensors[name], network.axes[name], value) for name, value in values.items()}
     return dataclasses.replace(edit, values=values, uncompensated=left, compensations=gains)
 

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from netsurgery.axes import Axis, resolve
 from netsurgery.copying import named_modules
-from netsurgery.cutting import Positions
 from netsurgery.edit import Edit
 from netsurgery.network import Network
 from netsurgery.notation import Op
 from netsurgery.passes.least_squares import Change
 from netsurgery.passes.scores import BATCH_NORMS
+from netsurgery.positions import Positions
 
 __all__ = ["CONVOLUTIONS", "Reader", "listening", "readers_of"]
 
@@ -69,7 +69,7 @@ def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
     Args:
         refit: whether weights may change, not constants alone.
     """
-    network, places = edit.network, Positions(edit)
+    network, places = edit.network, edit.positions
     modules = named_modules(network.model)
     readers: dict[str, Reader] = {}
     left: dict[str, str] = {}

@@ -115,25 +115,25 @@ MUTANTS = (
     # rewriting: which positions stay
     Mutant(
         "the last n inputs instead of the chosen ones",
-        "netsurgery/cutting.py",
+        "netsurgery/positions.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions if dim != 1 else torch.arange(axis.size)[-len(positions) :])",
     ),
     Mutant(
         "the first n units in norms and biases",
-        "netsurgery/cutting.py",
+        "netsurgery/positions.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions if tensor.dim() > 1 else torch.arange(len(positions)))",
     ),
     Mutant(
         "a bias one unit off",
-        "netsurgery/cutting.py",
+        "netsurgery/positions.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions if tensor.dim() > 1 else (positions + 1) % axis.size)",
     ),
     Mutant(
         "the wrong depthwise filters",
-        "netsurgery/cutting.py",
+        "netsurgery/positions.py",
         "new = new.index_select(dim, positions.to(tensor.device))",
         "new = new.index_select(dim, positions.flip(0) if dim == 0 and new.dim() == 4 == 3 + new.shape[1] else positions)",
     ),
@@ -145,21 +145,21 @@ MUTANTS = (
     ),
     Mutant(
         "concatenations one position off",
-        "netsurgery/cutting.py",
-        "torch.cat([start + part for start, part in zip(starts, full, strict=True)])",
-        "torch.cat([start + part - int(start > 0) for start, part in zip(starts, full, strict=True)])",
+        "netsurgery/positions.py",
+        "torch.cat([start + part for start, part in zip(_starts(axis), parts, strict=True)])",
+        "torch.cat([start + part - int(start > 0) for start, part in zip(_starts(axis), parts, strict=True)])",
     ),
     Mutant(
         "the stride of a flattened map",
-        "netsurgery/cutting.py",
-        "out = (out[:, None] * part.size + places).flatten()",
-        "out = (out[:, None] * len(places) + places).flatten()",
+        "netsurgery/positions.py",
+        "found = (found[:, None] * find(term).size + part).flatten()",
+        "found = (found[:, None] * len(part) + part).flatten()",
     ),
     Mutant(
         "products in the wrong order",
-        "netsurgery/cutting.py",
-        "out = (out[:, None] * part.size + places).flatten()",
-        "out = (out[:, None] * part.size + places).T.flatten()",
+        "netsurgery/positions.py",
+        "found = (found[:, None] * find(term).size + part).flatten()",
+        "found = (found[:, None] * find(term).size + part).T.flatten()",
     ),
     Mutant(
         "gradients left uncut",
@@ -640,7 +640,7 @@ MUTANTS = (
     ),
     Mutant(
         "scores of a product summed along the wrong factor",
-        "passes/layers.py",
+        "netsurgery/positions.py",
         "for place, term in enumerate(axis.terms):",
         "for place, term in enumerate(reversed(axis.terms)):",
     ),
@@ -813,9 +813,9 @@ MUTANTS = (
     ),
     Mutant(
         "a unit's group only in the first part of a concatenation",
-        "passes/layers.py",
-        "            start += term.size\n        return found",
-        "        return found",
+        "netsurgery/positions.py",
+        "padded[start : start + len(units)] = units",
+        "padded[: len(units)] = units",
     ),
     Mutant(
         "shortcuts are convolutions like others",

@@ -157,7 +157,7 @@ def test_every_output_keeps_its_mean(method: str) -> None:
     assert not edit.uncompensated
     torch.testing.assert_close(small(x).mean(0), model(x).mean(0), rtol=0, atol=1e-10)
     norm = model.stages[0][1].bn1
-    taken = netsurgery.cutting.Positions(edit)(edit.network.axes["stages.0.1.bn1.bias"][0])
+    taken = edit.positions(edit.network.axes["stages.0.1.bn1.bias"][0])
     outputs = []
     for network in (model, small):
         network.stages[0][1].bn1.register_forward_hook(lambda *args: outputs.append(args[2].detach().mean((0, 2, 3))))

@@ -21,7 +21,6 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import netsurgery
-from netsurgery.cutting import Positions
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import MagnitudeScore, PruneChannels
 from oracles import RandomKeep
@@ -92,7 +91,7 @@ class Masked:
         with torch.no_grad():
             for tensor in marked.parameters():
                 tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
-        cut, axes = Positions(edit).cut, edit.network.axes
+        cut, axes = edit.positions.cut, edit.network.axes
         places = {name: cut(tensor, axes[name]).long() for name, tensor in marked.named_parameters()}
         self.kept = places
         self.masks = {}

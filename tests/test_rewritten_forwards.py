@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint as saving
 
 import netsurgery
 import oracles
-from netsurgery.cutting import Positions
 from netsurgery.effects import Effects
 from netsurgery.passes import PruneChannels, RandomScore
 from test_hard_coded import Net
@@ -168,7 +167,7 @@ def build(between: Callable[[Any, Tensor], Tensor]) -> Net:
 
 def silenced(model: nn.Module, edit: netsurgery.Edit) -> nn.Module:
     """The model with zeros for all that the edit takes away."""
-    silent, places = copy.deepcopy(model), Positions(edit)
+    silent, places = copy.deepcopy(model), edit.positions
     for name, parameter in silent.named_parameters():
         stays = places.cut(torch.arange(parameter.numel()).view(parameter.shape), edit.network.axes[name])
         mask = torch.zeros(parameter.numel()).index_fill_(0, stays.flatten(), 1).view(parameter.shape)
@@ -191,7 +190,7 @@ def check(between: Callable[[Any, Tensor], Tensor]) -> netsurgery.Edit:
     """Remove half of everything; the rest must be trained as it is where all that went is zero."""
     model = build(between)
     edit = netsurgery.plan(model, [oracles.RandomKeep(0, 0.5)], X)
-    small, silent, places = netsurgery.rewrite(model, edit), silenced(model, edit), Positions(edit)
+    small, silent, places = netsurgery.rewrite(model, edit), silenced(model, edit), edit.positions
     names = [name for name, _ in model.named_parameters()]
     for training, low in itertools.product((False, True), (False, True)):
         (out, grads), (wanted, full) = (trained(one, training, low) for one in (small, silent))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import netsurgery
 import zoo
-from netsurgery.cutting import Positions
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.network import Group, Network
 from netsurgery.passes import MagnitudeScore, PruneChannels, unit_scores
@@ -48,7 +47,7 @@ def rewritten(network: Network, model: nn.Module, keep: Mapping[str, tuple[int, 
 
 def cut(network: Network, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Likewise, of those tensors alone that lose any."""
-    places = Positions(netsurgery.Edit(dataclasses.replace(network, ties=()), keep))
+    places = netsurgery.Edit(dataclasses.replace(network, ties=()), keep).positions
     changed = {name: axes for name, axes in network.axes.items() if places.changes(axes)}
     shapes = {name: network.tensors[name].shape for name in changed}
     return {
