@@ -7,31 +7,27 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.fidelity import Measured
 from netsurgery.network import Network
-from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.forecast import foretold
 from netsurgery.passes.ledger import Ledger
-from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.losses import Loss
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.prefixes import cumulative, per_group
 from netsurgery.passes.racing import race
 from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.removal import PruneChannels
-from netsurgery.passes.samples import draw
+from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.scope import scoped
 from netsurgery.passes.trials import Terms, Trials
-from netsurgery.pipeline import Pass
 
 __all__ = ["LossIncreaseScore"]
 
 
 @dataclass(frozen=True)
-class LossIncreaseScore(Pass):
+class LossIncreaseScore(DataPass):
     """The exact change of the loss when a unit and everything coupled to it is removed, on a fixed set of samples.
 
     Score of unit u: the mean over the samples n of ``|L(n; without u) - L(n)|``, the network in eval mode. A unit that
@@ -137,6 +133,7 @@ class LossIncreaseScore(Pass):
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+    labelled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.mode not in ("score", "cumulative", "per-group"):
@@ -181,8 +178,7 @@ class LossIncreaseScore(Pass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
-        trials = Trials(self, self._scoped(network), samples)
+        trials = Trials(self, self._scoped(network), self.drawn())
         if self.reading == "effect" and _is_mean(self.loss, trials):
             trials.block = 1  # the rise of each sample is asked for
         trials.check()
@@ -208,11 +204,6 @@ class LossIncreaseScore(Pass):
         if self.mode == "score" and self.reading == "rise":
             warn_of_falls("LossIncreaseScore(by='rise')", scores, self._said)
         return network.with_scores(scores, comparable=True)
-
-    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the samples."""
-        drawn = draw(self.data, min(self.samples, MOST), self.seed, ignored_by(self.loss))
-        return reported(model, edit, drawn, self.loss)
 
     def _scoped(self, network: Network) -> Network:
         """The network with all groups locked that are not to be scored."""

@@ -8,23 +8,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netsurgery.axes import leaves
 from netsurgery.check import adapt
 from netsurgery.copying import named_modules
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.fidelity import Measured
 from netsurgery.network import Group, Network
-from netsurgery.passes.agreement import MOST, answers, reported
+from netsurgery.passes.agreement import answers, reported
 from netsurgery.passes.layers import positions_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, listening, readers_of
+from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.samples import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.scores import MagnitudeScore
-from netsurgery.pipeline import Pass
 
 __all__ = ["ReconstructionScore"]
 
@@ -33,7 +32,7 @@ _STEPS = 64  # a step of the elimination takes this part of the units that are l
 
 
 @dataclass(frozen=True)
-class ReconstructionScore(Pass):
+class ReconstructionScore(DataPass):
     """How far outputs move when units go and the layers that read them are refitted: of all scores here the one to try.
 
     Units are eliminated from each group one after the other (a 64th of what is left at a time), always those without
@@ -101,7 +100,7 @@ class ReconstructionScore(Pass):
         if not (groups := network.prunable):
             return network
         network.require_weights(self)
-        fitted = draw_inputs(self.data, self.samples, self.seed)
+        fitted = self.drawn()
         if self.held_back is None:
             fitted, rest = _apart(fitted)
         else:
@@ -114,10 +113,6 @@ class ReconstructionScore(Pass):
             counts = _counts(network[name].size, self.probes)
             orders[name] = _eliminated(some, self.ridge, counts) if some else _by_norm(norms[name], counts)
         return _weighed(network, orders, rest, self.classes)
-
-    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the samples."""
-        return reported(model, edit, draw_inputs(self.data, min(self.samples, MOST), self.seed))
 
 
 def _apart(drawn: Samples) -> tuple[Samples, Samples]:

@@ -8,18 +8,13 @@ from math import inf
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
-from torch import nn
-
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.fidelity import Measured
 from netsurgery.network import Network, Unit
-from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
 from netsurgery.passes.compensation import Method, compensate
 from netsurgery.passes.patterns import Modules, as_patterns
-from netsurgery.passes.samples import draw_inputs
-from netsurgery.pipeline import Pass
+from netsurgery.passes.reporting import DataPass
 
 __all__ = ["PruneChannels"]
 
@@ -27,7 +22,7 @@ Event = tuple[float, int, int]  # score of the unit, its bundle, and how many of
 
 
 @dataclass(frozen=True, repr=False)
-class PruneChannels(Pass):
+class PruneChannels(DataPass):
     """Remove the units with the lowest scores.
 
     Args:
@@ -195,12 +190,6 @@ class PruneChannels(Pass):
         if self.compensate is None:
             return edit
         return compensate(edit, self.compensate, self.data, self.samples, self.ridge, memory=self.memory)
-
-    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the inputs that its loss is made up for on, if any."""
-        if self.data is None:
-            return None
-        return reported(model, edit, draw_inputs(self.data, min(self.samples, MOST)))
 
     def by_cost(self, network: Network) -> bool:
         """Whether units are ranked by score for what they cost."""

@@ -24,6 +24,7 @@ from netsurgery.passes import (
     TaylorScore,
     agreement,
     measure,
+    reporting,
 )
 
 
@@ -152,6 +153,26 @@ def test_a_pass_of_ones_own_may_report() -> None:
 
     edit = netsurgery.plan(net(), [Own(), PruneChannels(0.5)])
     assert edit.summary().partition("; ")[2].startswith("on 100 samples: loss ")
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_pass_of_ones_own_with_data_reports_by_itself(labelled: bool) -> None:
+    @dataclass(frozen=True)
+    class Own(reporting.DataPass):
+        data: Any
+        samples: int = 1000
+        gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+        def run(self, network: netsurgery.Network) -> netsurgery.Network:
+            return MagnitudeScore().run(network)
+
+    Own.labelled = labelled
+    model = net()
+    edit = netsurgery.plan(model, [Own((X, Y)), PruneChannels(0.5)])
+    assert_same(edit.measured, expected(model, netsurgery.rewrite(model, edit), X, Y if labelled else None))
+    few = netsurgery.plan(model, [Own((X, Y), samples=20), PruneChannels(0.5)]).measured
+    assert few is not None and few.samples == 20
+    assert netsurgery.plan(model, [Own(None), PruneChannels(0.5)]).measured is None
 
 
 def test_what_cannot_be_measured_is_said() -> None:
