@@ -16,7 +16,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by
-from netsurgery.passes.samples import Samples, draw, draw_inputs, in_eval_mode, outputs_of
+from netsurgery.passes.samples import Samples, draw_with_or_without_targets, in_eval_mode, outputs_of
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import home, tensors_in
 
@@ -62,10 +62,7 @@ def measure(
         >>> print(measure(model, model, torch.randn(64, 4)))
         on 64 samples: agreement with the original 100.0% (KL 0.00), outputs differ by 0%
     """
-    try:
-        drawn = draw(data, samples, seed, ignored_by(loss))
-    except InputError:  # without labels
-        drawn = draw_inputs(data, samples, seed)
+    drawn = draw_with_or_without_targets(data, samples, seed, ignored_by(loss))
     return compared(model, small, drawn, loss)
 
 

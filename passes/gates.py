@@ -98,6 +98,7 @@ class TaylorScore(_GateScore):
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order not in (1, 2):
             raise InputError(f"TaylorScore(order={self.order!r}): 1 or 2")
         if self.by not in ("effect", "rise"):

@@ -91,8 +91,8 @@ class LossIncreaseScore(DataPass):
             at most t, or falls by whatever it may.
 
     Raises:
-        InputError: no samples, a loss of another shape or that is not finite, a file that was made for another model,
-            other samples or other settings.
+        InputError: no samples, data that can be read once, a loss of another shape or that is not finite, a file that
+            was made for another model, other samples or other settings.
 
     Source: the selection of Mitsuno and Kurita, "Filter Pruning using Hierarchical Group Sparse Regularization for Deep
     Convolutional Neural Networks", arXiv 2011.02389: "the increase of the classification loss on randomly selected
@@ -136,6 +136,7 @@ class LossIncreaseScore(DataPass):
     labelled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mode not in ("score", "cumulative", "per-group"):
             raise InputError(f"LossIncreaseScore(mode={self.mode!r}): 'score', 'cumulative' or 'per-group'")
         if self.by not in (None, "effect", "rise"):

@@ -60,7 +60,8 @@ class ReconstructionScore(DataPass):
         seed: fixes the samples.
 
     Raises:
-        InputError: no samples, the model does not run on them, or what it computes there is not finite.
+        InputError: no samples, data that can be read once, the model does not run on it, or what it computes there is
+            not finite.
 
     For each layer that reads a group a float64 matrix ``(units, units)`` is held. Units that no linear layer or
     convolution reads (as where attention is a function, or the convolution a transposed one) go in the order of their
@@ -92,6 +93,8 @@ class ReconstructionScore(DataPass):
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rereadable("held_back")
         if self.samples < 2 or not self.ridge > 0 or not all(0 < one < 1 for one in self.probes or [0]):
             raise InputError("ReconstructionScore: samples is at least 2, ridge is positive, probes are in (0, 1)")
 

@@ -76,8 +76,9 @@ class PruneChannels(DataPass):
     prices half-way to the target chose no better networks.
 
     Raises:
-        InputError: a number out of range, both or neither of ratio and budget, a pattern that matches no module, scores
-            that are not finite, nothing that can be pruned, a budget that cannot be met, or another original.
+        InputError: a number out of range, data that can be read once, both or neither of ratio and budget, a pattern
+            that matches no module, scores that are not finite, nothing that can be pruned, a budget that cannot be met,
+            or another original.
 
     Example:
         >>> import torch, netsurgery
@@ -116,6 +117,7 @@ class PruneChannels(DataPass):
         return f"PruneChannels({', '.join(f'{one.name}={brief(getattr(self, one.name))}' for one in given)})"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in ("ratio", "params", "macs", "threshold") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from netsurgery.edit import Edit
+from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.losses import Loss, ignored_by
-from netsurgery.passes.samples import Samples, draw, draw_inputs
+from netsurgery.passes.samples import Samples, draw, draw_inputs, reads_once
 from netsurgery.pipeline import Pass
 
 __all__ = ["DataPass"]
@@ -20,7 +21,7 @@ class DataPass(Pass):
     """A pass that holds data, which plans are measured on. Derive a frozen dataclass with these fields.
 
     Attributes:
-        data: what samples are drawn from; None: nothing is measured.
+        data: what samples are drawn from, several times; None: nothing is measured.
         samples: how many are drawn.
         seed: fixes the samples.
         loss: as for ``netsurgery.passes.measure``.
@@ -32,6 +33,21 @@ class DataPass(Pass):
     seed: int = 0
     loss: Loss | None = None
     labelled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.check_rereadable("data")
+
+    def check_rereadable(self, name: str) -> None:
+        """Make sure that what a field holds gives the same samples whenever it is read.
+
+        Raises:
+            InputError: it is an iterator, or what gives the same one each time.
+        """
+        if reads_once(data := getattr(self, name)):
+            raise InputError(
+                f"{type(self).__name__}({name}=...): {type(data).__name__} can be read once, and a plan reads it "
+                "several times: pass a list of its batches, or the DataLoader or Dataset that it comes from"
+            )
 
     def drawn(self, most: int | None = None) -> Samples:
         """The samples, or the first of as many as are drawn at most."""

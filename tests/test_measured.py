@@ -180,7 +180,7 @@ def test_what_cannot_be_measured_is_said() -> None:
     for data, why in (
         (drawn(10, 5), "not measured: Sequential does not run on the data: "),
         ([], "not measured: the data holds no samples"),
-        (iter([X]), "on 100 samples: "),
+        ([(X,)], "on 100 samples: "),
     ):
         edit = netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.5, data=data)])
         assert edit.summary().partition("; ")[2].startswith(why)
