@@ -414,8 +414,13 @@ def _effect(
     values = {name: value.to(network.tensors[name].dtype) for name, value in values.items()}
     edit = replace(edit, adaptation=adaptation, values=values)
     found = reported(network.model, edit, held, before=before)
-    if found.kl is not None and classes:
-        return found.kl, {}
     if found.error is None:
         raise InputError(f"the outputs of {network.model_name} cannot be compared: {found.why}")
-    return found.error**2, {}
+    effect = found.kl if found.kl is not None and classes else found.error**2
+    if not math.isfinite(effect):
+        raise InputError(
+            f"the outputs of {network.model_name} are infinite without units of '{next(iter(gone))}' where they were "
+            "finite, as if other classes were masked: how much units matter cannot be told; let the model return "
+            "logits before they are masked"
+        )
+    return effect, {}

@@ -341,6 +341,68 @@ def test_outputs_that_are_not_finite_or_no_numbers() -> None:
         assert str(measure(Changed(change), Changed(change), X)) == f"not measured: {why}"
 
 
+class Masked(nn.Module):
+    """Logits of which some are -inf, as constants or as the sample has it."""
+
+    def __init__(self, body: nn.Module, mask: Any) -> None:
+        super().__init__()
+        self.body, self.mask = body, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).masked_fill(self.mask(x), -torch.inf)
+
+
+def constant(*classes: int) -> Any:
+    return lambda x: torch.zeros(5).index_fill(0, torch.tensor(classes), 1.0).bool()
+
+
+def test_masked_classes_play_no_part() -> None:
+    model = net(outputs=5)
+    small = cut(model)
+    rest = nn.Sequential(*model), nn.Sequential(*small)
+    for one in rest:
+        one.append(nn.Linear(5, 3, bias=False))
+        one[-1].weight.data = torch.eye(5)[[0, 2, 4]]
+    found = measure(Masked(model, constant(1, 3)), Masked(small, constant(1, 3)), X)
+    assert_same(found, expected(*rest, X, None))
+    labelled = measure(Masked(model, constant(1, 3)), Masked(small, constant(1, 3)), (X, 2 * (Y % 3)))
+    assert_same(labelled, expected(*rest, X, Y % 3))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda x: x[:, :5] > 1,  # other classes for each sample
+        lambda x: (x[:, :1] > 0).expand(-1, 5),  # all classes of some samples
+        lambda x: torch.arange(5) > (x[:, :1] * 10).int() % 5,
+    ],
+)
+def test_classes_that_are_masked_for_some_samples(mask: Any) -> None:
+    model = net(outputs=5)
+    small = cut(model)
+    with torch.no_grad():
+        a, b = (Masked(one.eval(), mask)(X).double() for one in (model, small))
+    rows = [(p[p.isfinite()], q[p.isfinite()]) for p, q in zip(a, b, strict=True) if bool(p.isfinite().any())]
+    kl = sum(float((p.softmax(0) * (p.log_softmax(0) - q.log_softmax(0))).sum()) for p, q in rows) / len(rows)
+    off = sum(float((p - q).square().sum()) for p, q in rows) / sum(float(p.square().sum()) for p, _ in rows)
+    found = measure(Masked(model, mask), Masked(small, mask), X)
+    assert found.agreement == pytest.approx(sum(float(p.argmax() == q.argmax()) for p, q in rows) / len(rows))
+    assert (found.kl, found.error) == (pytest.approx(kl, rel=1e-5), pytest.approx(off**0.5, rel=1e-5))
+
+
+def test_classes_that_one_network_alone_masks() -> None:
+    model = net(outputs=5)
+    more = measure(Masked(model, constant(1)), Masked(model, constant(1, 3)), X)
+    assert (more.kl, more.error) == (float("inf"), float("inf")) and "KL inf" in str(more)
+    fewer = measure(Masked(model, constant(1, 3)), Masked(model, constant(1)), X)
+    with torch.no_grad():
+        y = model.eval()(X).double()
+    away = y[:, [0, 2, 3, 4]].logsumexp(1) - y[:, [0, 2, 4]].logsumexp(1)  # what goes to the class that was masked
+    assert (fewer.kl, fewer.error) == (pytest.approx(float(away.mean()), rel=1e-5), 0)
+    broken = measure(model, Masked(model, lambda x: torch.ones(5, dtype=torch.bool)), X)
+    assert (broken.agreement, broken.kl, broken.error) == (0, float("inf"), float("inf"))
+
+
 def test_random_numbers_are_the_same_for_both() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -350,8 +412,9 @@ def test_random_numbers_are_the_same_for_both() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x + torch.randn_like(x))
 
+    model, same = Noisy(), Noisy()
     state = torch.random.get_rng_state()
-    assert measure(Noisy(), Noisy(), X).error == 0
+    assert measure(model, same, X).error == 0
     assert torch.equal(state, torch.random.get_rng_state())
 
 

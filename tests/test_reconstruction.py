@@ -208,6 +208,36 @@ def test_numbers_that_are_no_classes() -> None:
     assert float(score(model, x, classes=False).scores["0"].sum()) > 1e-3
 
 
+@pytest.mark.parametrize("hidden", [(1,), (0, 2)])
+def test_masked_classes_play_no_part(hidden: tuple[int, ...]) -> None:
+    class Masked(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).index_fill(1, torch.tensor(hidden), -torch.inf)
+
+    torch.manual_seed(0)
+    layers, x = [nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)], torch.randn(64, 6)
+    masked, rest = Masked(*layers), nn.Sequential(*layers, nn.Linear(4, 4 - len(hidden), bias=False))
+    rest[3].weight.data = torch.eye(4)[[one for one in range(4) if one not in hidden]]  # type: ignore[assignment]
+    wanted = score(rest, x).scores["0"]
+    torch.testing.assert_close(score(masked, x).scores["0"], wanted, rtol=1e-4, atol=1e-9)
+    squares = [score(one, x, classes=False).scores["0"] for one in (masked, rest)]
+    torch.testing.assert_close(*squares, rtol=1e-4, atol=1e-9)
+
+
+def test_other_classes_masked_without_units() -> None:
+    class Best(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y.masked_fill(y < y.median(1, keepdim=True).values, -torch.inf)
+
+    torch.manual_seed(0)
+    model = Best(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5))
+    with pytest.raises(
+        InputError, match=r"the outputs of Best are infinite without units of '0' where they were finite"
+    ):
+        score(model, torch.randn(64, 6), probes=(0.9,))
+
+
 def test_short_types_are_summed_in_longer_ones() -> None:
     model, x = seeded(linear)
     wanted = score(model, x).scores["0"]
