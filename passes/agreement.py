@@ -31,7 +31,13 @@ _ROWS = 8, 32  # that go through at once, at least and at most
 
 
 def measure(
-    model: nn.Module, small: nn.Module, data: Any, loss: Loss | None = None, samples: int = MOST, seed: int = 0
+    model: nn.Module,
+    small: nn.Module,
+    data: Any,
+    loss: Loss | None = None,
+    samples: int = MOST,
+    seed: int = 0,
+    classes: bool = True,
 ) -> Measured:
     """Run a model and the smaller one on the same samples, in eval mode: how far are they apart?
 
@@ -46,6 +52,8 @@ def measure(
             cross-entropy of logits ``(n, classes, ...)``, where the targets fit these.
         samples: how many are drawn, class-balanced where there are classes; two forward passes over them.
         seed: fixes the samples, and the random numbers that the models draw.
+        classes: whether outputs may be logits. Pass False where they are other numbers, such as those of a regression
+            or an embedding: then their relative difference is reported, and a loss where one is given.
 
     Returns:
         The mean losses; agreement and KL where outputs are logits: a tensor or an entry ``logits``, of which the labels
@@ -65,7 +73,7 @@ def measure(
         on 64 samples: agreement with the original 100.0% (KL 0.00), outputs differ by 0%
     """
     drawn = draw_with_or_without_targets(data, samples, seed, ignored_by(loss))
-    return compared(model, small, drawn, loss)
+    return compared(model, small, drawn, loss, classes=classes)
 
 
 def answers(model: nn.Module, drawn: Samples) -> Iterator[Any]:
@@ -82,6 +90,7 @@ def compared(
     drawn: Samples,
     loss: Loss | None = None,
     before: Sequence[Any] | None = None,
+    classes: bool = True,
 ) -> Measured:
     """As ``measure``, on samples that are drawn already; without targets no loss.
 
@@ -90,7 +99,7 @@ def compared(
     """
     if any(tensor.is_meta for one in (model, small) for tensor in one.parameters()):
         raise InputError(f"{type(model).__name__} has no weights, it is on the meta device")
-    sums, device = _Sums(drawn, loss), home(model)
+    sums, device = _Sums(drawn, loss, classes), home(model)
     with in_eval_mode(model), in_eval_mode(small), torch.no_grad():
         for index, (inputs, targets) in enumerate(drawn.batches(_rows(drawn), device)):
             own = outputs_of(model, inputs, device) if before is None else before[index]
@@ -99,7 +108,12 @@ def compared(
 
 
 def reported(
-    model: nn.Module, edit: Edit, drawn: Samples, loss: Loss | None = None, before: Sequence[Any] | None = None
+    model: nn.Module,
+    edit: Edit,
+    drawn: Samples,
+    loss: Loss | None = None,
+    before: Sequence[Any] | None = None,
+    classes: bool = True,
 ) -> Measured:
     """As ``compared``, of a model and what an edit leaves of it; where samples are large, on the first of them."""
     level = _log.level
@@ -108,7 +122,7 @@ def reported(
         small = rewrite(model, edit)
     finally:
         _log.setLevel(level)
-    return compared(model, small, _first(drawn) if before is None else drawn, loss, before)
+    return compared(model, small, _first(drawn) if before is None else drawn, loss, before, classes)
 
 
 def _first(drawn: Samples) -> Samples:
@@ -134,6 +148,7 @@ class _Sums:
 
     drawn: Samples
     own: Loss | None
+    classes: bool
 
     def __post_init__(self) -> None:
         self.losses = [0.0, 0.0]
@@ -153,13 +168,13 @@ class _Sums:
         self.numbers += sum(t.numel() for t in numbers)
         self.finite += sum(int(t.isfinite().sum()) for t in numbers)
         self.broken = self.broken or any(bool(t.isnan().any()) for t in numbers)
-        logits, changed = _logits(before), _logits(after)
+        logits, changed = (_logits(before), _logits(after)) if self.classes else (None, None)
         dim = None if logits is None else _classes(logits, targets, self.drawn.targets, ignored_by(self.own))
         if logits is not None and changed is not None and dim is not None:
             self._add_choices(logits.movedim(dim, -1), changed.movedim(dim, -1), targets)
 
     def _add_losses(self, before: Any, after: Any, targets: Any) -> None:
-        if targets is None:
+        if targets is None or not (self.own or self.classes):
             return
         if self.own is None:
             try:
@@ -193,7 +208,7 @@ class _Sums:
     def measured(self) -> Measured:
         """What there is to report."""
         count, loss = self.drawn.count, None
-        if self.drawn.targets is not None and not self.no_loss:
+        if self.drawn.targets is not None and (self.own or self.classes) and not self.no_loss:
             loss = self.losses[0] / count, self.losses[1] / count
         if not self.no_outputs and not self.numbers:
             self.no_outputs = "the outputs hold no numbers to compare"

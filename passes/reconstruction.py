@@ -56,7 +56,7 @@ class ReconstructionScore(DataPass):
         probes: the shares of each group that may be removed to measure how much it matters: the first of each; of
             groups that matter less than a hundredth of the median there, the others too.
         classes: whether outputs ``(n, d)`` are logits of d classes. Pass False where they are other numbers, such as
-            those of a regression or an embedding: they are compared by their relative difference.
+            those of a regression or an embedding: they are compared by their relative difference, by ``plan`` too.
         seed: fixes the samples.
 
     Raises:
@@ -413,10 +413,10 @@ def _effect(
         values[name] = values.get(name, own.double()) + change.to(own.device)
     values = {name: value.to(network.tensors[name].dtype) for name, value in values.items()}
     edit = replace(edit, adaptation=adaptation, values=values)
-    found = reported(network.model, edit, held, before=before)
+    found = reported(network.model, edit, held, before=before, classes=classes)
     if found.error is None:
         raise InputError(f"the outputs of {network.model_name} cannot be compared: {found.why}")
-    effect = found.kl if found.kl is not None and classes else found.error**2
+    effect = found.error**2 if found.kl is None else found.kl
     if not math.isfinite(effect):
         raise InputError(
             f"the outputs of {network.model_name} are infinite without units of '{next(iter(gone))}' where they were "

@@ -25,6 +25,7 @@ class DataPass(Pass):
         samples: how many are drawn.
         seed: fixes the samples.
         loss: as for ``netsurgery.passes.measure``.
+        classes: likewise.
         labelled: whether samples are drawn with their labels, class-balanced.
     """
 
@@ -32,6 +33,7 @@ class DataPass(Pass):
     samples: int
     seed: int = 0
     loss: Loss | None = None
+    classes: bool = True
     labelled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -58,4 +60,6 @@ class DataPass(Pass):
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
         """How far what an edit leaves is from the model on the samples."""
-        return None if self.data is None else reported(model, edit, self.drawn(MOST), self.loss)
+        if self.data is None:
+            return None
+        return reported(model, edit, self.drawn(MOST), self.loss, classes=self.classes)

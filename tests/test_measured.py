@@ -21,6 +21,7 @@ from netsurgery.passes import (
     LossIncreaseScore,
     MagnitudeScore,
     PruneChannels,
+    ReconstructionScore,
     TaylorScore,
     agreement,
     measure,
@@ -228,6 +229,29 @@ def test_regression() -> None:
     one = net(outputs=1)
     assert measure(one, cut(one), X).agreement is None
     assert measure(one, cut(one), (X, goal[:, :1]), F.mse_loss).agreement is None
+
+
+def test_numbers_that_are_no_classes() -> None:
+    """Nobody but the user can tell an embedding from logits."""
+    model = net()
+    small, wanted = cut(model), expected(model, cut(model), X, None)
+    for data in (X, (X, None), (X, Y), {"input": X}, (X, drawn(100, 4, seed=1))):
+        found = measure(model, small, data, classes=False)
+        assert (found.loss, found.agreement, found.kl, found.why) == (None, None, None, "")
+        assert found.error == pytest.approx(wanted.error, rel=1e-5)
+    goal = drawn(100, 4, seed=1)
+    found = measure(model, small, (X, goal), F.mse_loss, classes=False)
+    assert found.loss is not None and found.agreement is None
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_plan_says_what_a_score_takes_outputs_for(classes: bool) -> None:
+    score = ReconstructionScore(X, classes=classes)
+    for passes in ([score, PruneChannels(0.5)], [score, PruneChannels(0.5, data=X, compensate="least-squares")]):
+        edit = netsurgery.plan(net(), passes)
+        assert edit.measured is not None and edit.measured.error is not None
+        assert (edit.measured.agreement is None, edit.measured.kl is None) == (not classes, not classes)
+        assert ("agreement" in edit.summary()) == classes and "outputs differ by" in edit.summary()
 
 
 def test_labels_that_do_not_fit() -> None:
