@@ -19,6 +19,7 @@ from netsurgery.network import Group, Network
 from netsurgery.passes.agreement import answers, reported
 from netsurgery.passes.layers import positions_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
+from netsurgery.passes.portions import portions
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, listening, readers_of
 from netsurgery.passes.reporting import DataPass
@@ -58,12 +59,14 @@ class ReconstructionScore(DataPass):
         classes: whether outputs ``(n, d)`` are logits of d classes. Pass False where they are other numbers, such as
             those of a regression or an embedding: they are compared by their relative difference, by ``plan`` too.
         seed: fixes the samples.
+        memory: bytes that the matrices of readers take at most; where those of all groups do not fit, the network runs
+            several times, for some of the groups each time.
 
     Raises:
         InputError: no samples, data that can be read once, the model does not run on it, or what it computes there is
-            not finite.
+            not finite; or the matrices of one group alone do not fit into the memory.
 
-    For each layer that reads a group a float64 matrix ``(units, units)`` is held. Units that no linear layer or
+    For each layer that reads a group two float64 matrices ``(units, units)`` are held. Units that no linear layer or
     convolution reads (as where attention is a function, or the convolution a transposed one) go in the order of their
     weights' norms. Of a convolution larger than one position the inputs are taken position by position.
 
@@ -89,6 +92,7 @@ class ReconstructionScore(DataPass):
     probes: Sequence[float] = (0.3, 0.6, 0.9)
     classes: bool = True
     seed: int = 0
+    memory: int = 1 << 30
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
@@ -97,6 +101,8 @@ class ReconstructionScore(DataPass):
         self.check_rereadable("held_back")
         if self.samples < 2 or not self.ridge > 0 or not all(0 < one < 1 for one in self.probes or [0]):
             raise InputError("ReconstructionScore: samples is at least 2, ridge is positive, probes are in (0, 1)")
+        if self.memory < 1:
+            raise InputError(f"ReconstructionScore(memory={self.memory}): bytes, at least 1")
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
@@ -109,13 +115,27 @@ class ReconstructionScore(DataPass):
         else:
             rest = draw_inputs(self.held_back, self.samples, self.seed)
         sections = _sections(network, groups)
-        _listen(network, sections, fitted)
-        norms = {} if all(sections.values()) else MagnitudeScore().run(network).scores
+        norms: Mapping[str, Tensor] = {}
         orders = {}
-        for name, some in sections.items():
-            counts = _counts(network[name].size, self.probes)
-            orders[name] = _eliminated(some, self.ridge, counts) if some else _by_norm(norms[name], counts)
+        for portion in portions([*self._sized(sections)], self.memory):
+            _listen(network, {name: sections[name] for name in portion}, fitted)
+            for name in portion:
+                counts = _counts(network[name].size, self.probes)
+                some = [section for section in sections.pop(name) if section.rows]  # others do not run as modules
+                norms = norms if some or norms else MagnitudeScore().run(network).scores
+                orders[name] = _eliminated(some, self.ridge, counts) if some else _by_norm(norms[name], counts)
         return _weighed(network, orders, rest, self.classes)
+
+    def _sized(self, sections: Mapping[str, list[_Section]]) -> Iterator[tuple[str, int]]:
+        """Groups, and the bytes of the matrices of their readers."""
+        for name, some in sections.items():
+            size = sum(section.bytes for section in some)
+            if size > self.memory:
+                raise InputError(
+                    f"ReconstructionScore(memory={self.memory:,}): the matrices of the layers that read group '{name}' "
+                    f"take {size:,} bytes: pass memory={size}, or score by TaylorScore(data)"
+                )
+            yield name, size
 
 
 def _apart(drawn: Samples) -> tuple[Samples, Samples]:
@@ -150,8 +170,8 @@ class _Section:
     reader: Reader
     module: Any
     at: Tensor
-    gram: Tensor
-    sums: Tensor
+    gram: Tensor = field(default_factory=lambda: torch.zeros(()))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(()))
     rows: int = 0
     spread: Tensor = field(default_factory=lambda: torch.zeros(()))
 
@@ -164,6 +184,11 @@ class _Section:
         self.rows += len(x)
         out = out.double()
         self.spread = self.spread + torch.stack([torch.ones_like(out).sum(0), out.sum(0), out.square().sum(0)]).cpu()
+
+    @property
+    def bytes(self) -> int:
+        """What the sums, and their inverse, take."""
+        return 2 * 8 * len(self.at) ** 2
 
     @property
     def groups(self) -> int:
@@ -234,9 +259,7 @@ def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Sect
     for reader in readers:
         for channel in dict.fromkeys(leaf for leaf in leaves(reader.axis) if leaf in by_channel):
             at = torch.cat(positions_of(reader.axis, channel), 1)
-            nothing = torch.zeros(len(at), len(at), dtype=torch.float64)
-            section = _Section(reader, modules[reader.path], at, nothing, torch.zeros_like(at).double())
-            found[by_channel[channel]].append(section)
+            found[by_channel[channel]].append(_Section(reader, modules[reader.path], at))
     return found
 
 
@@ -245,11 +268,13 @@ def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Sam
     by_path: dict[str, list[_Section]] = {}
     for section in [section for some in sections.values() for section in some]:
         by_path.setdefault(section.reader.path, []).append(section)
-    generator = torch.Generator().manual_seed(0)
+    generators = {path: torch.Generator().manual_seed(0) for path in by_path}  # whatever runs beside it
+    if not by_path:
+        return
 
     def add(reader: Reader, x: Tensor, out: Tensor) -> None:
         path, module = reader.path, by_path[reader.path][0].module
-        x, out = (_rows(module, t, generator) for t in (x, out))
+        x, out = (_rows(module, t, generators[path]) for t in (x, out))
         if not bool(x.isfinite().all()):
             raise InputError(f"what '{path}' of {network.model_name} is given on the data is not finite")
         for section in by_path[path]:

@@ -238,6 +238,42 @@ def test_other_classes_masked_without_units() -> None:
         score(model, torch.randn(64, 6), probes=(0.9,))
 
 
+@pytest.mark.parametrize("make", [linear, convolution, flattened, joined])
+def test_little_memory_means_several_runs(make: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = seeded(make)
+    monkeypatch.setattr(reconstruction, "POSITIONS", 20)
+    whole = score(model, x)
+    largest = max(2 * 8 * group.size**2 * (2 if group.name == "b" else 1) for group in whole.prunable)
+    runs, run = [], reconstruction.answers
+    monkeypatch.setattr(reconstruction, "answers", lambda *given: runs.append(1) or run(*given))
+    parts = score(model, x, memory=largest)
+    assert len(runs) == 1 + len(whole.prunable)  # one more for what the outputs are
+    assert whole.scores.keys() == parts.scores.keys()
+    for name, scores in whole.scores.items():
+        assert torch.equal(scores, parts.scores[name])
+
+
+@pytest.mark.parametrize(("name", "size"), [("a", 2 * 8 * 8 * 8), ("b", 2 * 2 * 8 * 12 * 12)])
+def test_a_group_that_needs_too_much_memory_is_refused(name: str, size: int) -> None:
+    model, x = seeded(joined)
+    says = (
+        rf"ReconstructionScore\(memory={size - 1:,}\): the matrices of the layers that read group '{name}' take "
+        rf"{size:,} bytes: pass memory={size}, or score by TaylorScore"
+    )
+    with pytest.raises(InputError, match=says):
+        score(model, x, memory=size - 1)
+    with pytest.raises(InputError, match=r"ReconstructionScore\(memory=0\): bytes, at least 1"):
+        ReconstructionScore(x, memory=0)
+
+
+def test_layers_that_do_not_run_as_modules_are_no_readers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model, x = nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 4, 3)).eval(), torch.randn(40, 4, 16)
+    found = score(model, x)
+    assert all(bool(one.isfinite().all()) and float(one.sum()) > 0 for one in found.scores.values())
+
+
 def test_short_types_are_summed_in_longer_ones() -> None:
     model, x = seeded(linear)
     wanted = score(model, x).scores["0"]
