@@ -36,7 +36,7 @@ class PruneChannels(DataPass):
         per: what the ranking of all units goes by: the score of a "unit", or its score for its "cost": divided by the
             parameters (``params=``) or multiply-accumulates (``macs=``) that go with one unit of its group from the
             network as it is, so that what matters least for what it saves goes first. "auto" is "cost" where the budget
-            is one of all layers and scores are comparable as they are.
+            is one of all layers and scores are comparable amounts; LAMP's, which only rank, go by the "unit".
         of: the original that ratio, budget and limits are shares of, where this is one of several rounds: the Edit that
             began with it (``first``, or ``first.then(second)``), or its Network. What rounding leaves in one round, the
             next removes. By default the network as it is.
@@ -196,7 +196,7 @@ class PruneChannels(DataPass):
     def by_cost(self, network: Network) -> bool:
         """Whether units are ranked by score for what they cost."""
         budget = self.scope == "global" and (self.params is not None or self.macs is not None)
-        return self.per == "cost" or (self.per == "auto" and budget and network.comparable)
+        return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
 
     def _removed(self, choice: Choice) -> list[int]:
         """Units to remove from each bundle."""
