@@ -117,7 +117,7 @@ def reported(
 ) -> Measured:
     """As ``compared``, of a model and what an edit leaves of it; where samples are large, on the first of them."""
     level = _log.level
-    _log.setLevel(logging.ERROR)  # what is cut only to be measured is nothing to be told of
+    _log.setLevel(logging.ERROR)  # a cut that only serves to measure logs nothing
     try:
         small = rewrite(model, edit)
     finally:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from netsurgery.errors import InputError
 from netsurgery.network import Network
-from netsurgery.passes.forecast import foretold
+from netsurgery.passes.forecast import time_trials
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss
 from netsurgery.passes.patterns import Modules, as_patterns
@@ -192,7 +192,7 @@ class LossIncreaseScore(DataPass):
             self._known[key] = ledger
         with trials.report.running(), ledger.kept():
             if self.mode != "score" and self.progress and not ledger.entries:
-                foretold(trials, trials.rows_left(ledger, trials.everything()))
+                time_trials(trials, trials.rows_left(ledger, trials.everything()))
             if self.racing:
                 scores = race(trials, ledger, self.share, self.confidence)
             elif self.mode == "cumulative":
@@ -214,7 +214,7 @@ class LossIncreaseScore(DataPass):
 
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
         left = trials.rows_left(ledger, trials.everything())
-        forecast = foretold(trials, left) if self.progress else None
+        forecast = time_trials(trials, left) if self.progress else None
         if forecast is not None:
             trials.report.rate = forecast.rate
         trials.report.begin("every unit", left)

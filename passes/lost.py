@@ -17,7 +17,7 @@ from netsurgery.edit import Edit
 from netsurgery.passes.agreement import squares
 from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
 from netsurgery.passes.progress import waiting
-from netsurgery.passes.readers import Reader, listening
+from netsurgery.passes.readers import Reader, hooked
 from netsurgery.passes.samples import HELD_BACK, Samples, outputs_of
 from netsurgery.tracing import Inputs, home
 
@@ -79,7 +79,7 @@ class Lost:
             some = sums_of(module, x, outputs_at(module, out, places), places, refit)
             part[reader.path] = part[reader.path] + some if reader.path in part else some
 
-        with waiting("compensation", self.count) as step, listening(self.model, readers, add):
+        with waiting("compensation", self.count) as step, hooked(self.model, readers, add):
             for held, inputs in self.batches():
                 part = kept_back if held else fitted
                 self.run(self.model, inputs)
@@ -99,7 +99,7 @@ class Lost:
                 places[reader.path] = places_of(module, out, generator)
             found[reader.path].append((outputs_at(module, out, places[reader.path]).clone(), places[reader.path]))
 
-        with listening(self.model, readers, keep):
+        with hooked(self.model, readers, keep):
             for _, inputs in self.batches():
                 self.run(self.model, inputs)
         return found

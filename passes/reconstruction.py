@@ -21,7 +21,7 @@ from netsurgery.passes.layers import positions_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
 from netsurgery.passes.portions import portions
 from netsurgery.passes.progress import waiting
-from netsurgery.passes.readers import Reader, listening, readers_of
+from netsurgery.passes.readers import Reader, hooked, readers_of
 from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.samples import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.scores import MagnitudeScore
@@ -280,7 +280,7 @@ def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Sam
         for section in by_path[path]:
             section.add(x, out)
 
-    with listening(network.model, [some[0].reader for some in by_path.values()], add):
+    with hooked(network.model, [some[0].reader for some in by_path.values()], add):
         for _ in answers(network.model, drawn):
             pass
 

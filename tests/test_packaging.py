@@ -101,6 +101,17 @@ def test_transformers_can_be_imported_from_the_root() -> None:
     assert (ran.returncode, ran.stdout) == (0, "GPT2Model\n"), ran.stderr
 
 
+def test_names_of_passes() -> None:
+    """No two public classes share a name, and functions are named by the field's words."""
+    classes: dict[str, str] = {}
+    for path in sorted((ROOT / "passes").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert classes.setdefault(node.name, path.name) == path.name
+            if isinstance(node, ast.FunctionDef):
+                assert not {*node.name.split("_")} & {"foretell", "foretold", "hear", "lend", "mend", "tell", "told"}
+
+
 def test_kernels_import_nothing_of_the_core() -> None:
     for path in modules("kernels"):
         names = within(imported(path, "netsurgery.kernels"), "netsurgery")
