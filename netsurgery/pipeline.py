@@ -165,7 +165,8 @@ def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
         for new, old in names.items()
         if isinstance(before.scores.get(old), Tensor) and len(before.scores[old]) == before[old].size
     }
-    return dataclasses.replace(network.with_frozen(locks).with_scores(scores, before.comparable), original=model)
+    scored = network.with_frozen(locks).with_scores(scores, before.comparable, before.ordinal)
+    return dataclasses.replace(scored, original=model)
 
 
 def check_order(passes: Sequence[Pass]) -> None:

@@ -16,11 +16,11 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by
-from netsurgery.passes.samples import Samples, draw, draw_inputs, in_eval_mode, outputs_of
+from netsurgery.passes.samples import Samples, draw_with_or_without_targets, in_eval_mode, outputs_of
 from netsurgery.rewriting import rewrite
 from netsurgery.tracing import home, tensors_in
 
-__all__ = ["MOST", "answers", "compared", "measure", "reported"]
+__all__ = ["MOST", "answers", "compared", "measure", "reported", "squares"]
 
 _log = logging.getLogger("netsurgery")
 MOST = 512  # samples that a plan reports on
@@ -31,7 +31,13 @@ _ROWS = 8, 32  # that go through at once, at least and at most
 
 
 def measure(
-    model: nn.Module, small: nn.Module, data: Any, loss: Loss | None = None, samples: int = MOST, seed: int = 0
+    model: nn.Module,
+    small: nn.Module,
+    data: Any,
+    loss: Loss | None = None,
+    samples: int = MOST,
+    seed: int = 0,
+    classes: bool = True,
 ) -> Measured:
     """Run a model and the smaller one on the same samples, in eval mode: how far are they apart?
 
@@ -46,10 +52,14 @@ def measure(
             cross-entropy of logits ``(n, classes, ...)``, where the targets fit these.
         samples: how many are drawn, class-balanced where there are classes; two forward passes over them.
         seed: fixes the samples, and the random numbers that the models draw.
+        classes: whether outputs may be logits. Pass False where they are other numbers, such as those of a regression
+            or an embedding: then their relative difference is reported, and a loss where one is given.
 
     Returns:
         The mean losses; agreement and KL where outputs are logits: a tensor or an entry ``logits``, of which the labels
-        are classes, or, without labels, ``(n, classes)``; and the relative difference of all outputs.
+        are classes, or, without labels, ``(n, classes)``; and the relative difference of all outputs. Classes that the
+        original masks (logits of -inf) have no weight in KL, nor in the difference of outputs, which is over numbers
+        that are finite in the original; what the smaller one alone masks makes both infinite.
 
     Raises:
         InputError: no samples, or none in one of these forms; a model does not run on them, or has no weights; or a
@@ -62,11 +72,8 @@ def measure(
         >>> print(measure(model, model, torch.randn(64, 4)))
         on 64 samples: agreement with the original 100.0% (KL 0.00), outputs differ by 0%
     """
-    try:
-        drawn = draw(data, samples, seed, ignored_by(loss))
-    except InputError:  # without labels
-        drawn = draw_inputs(data, samples, seed)
-    return compared(model, small, drawn, loss)
+    drawn = draw_with_or_without_targets(data, samples, seed, ignored_by(loss))
+    return compared(model, small, drawn, loss, classes=classes)
 
 
 def answers(model: nn.Module, drawn: Samples) -> Iterator[Any]:
@@ -83,6 +90,7 @@ def compared(
     drawn: Samples,
     loss: Loss | None = None,
     before: Sequence[Any] | None = None,
+    classes: bool = True,
 ) -> Measured:
     """As ``measure``, on samples that are drawn already; without targets no loss.
 
@@ -91,7 +99,7 @@ def compared(
     """
     if any(tensor.is_meta for one in (model, small) for tensor in one.parameters()):
         raise InputError(f"{type(model).__name__} has no weights, it is on the meta device")
-    sums, device = _Sums(drawn, loss), home(model)
+    sums, device = _Sums(drawn, loss, classes), home(model)
     with in_eval_mode(model), in_eval_mode(small), torch.no_grad():
         for index, (inputs, targets) in enumerate(drawn.batches(_rows(drawn), device)):
             own = outputs_of(model, inputs, device) if before is None else before[index]
@@ -100,16 +108,21 @@ def compared(
 
 
 def reported(
-    model: nn.Module, edit: Edit, drawn: Samples, loss: Loss | None = None, before: Sequence[Any] | None = None
+    model: nn.Module,
+    edit: Edit,
+    drawn: Samples,
+    loss: Loss | None = None,
+    before: Sequence[Any] | None = None,
+    classes: bool = True,
 ) -> Measured:
     """As ``compared``, of a model and what an edit leaves of it; where samples are large, on the first of them."""
     level = _log.level
-    _log.setLevel(logging.ERROR)  # what is cut only to be measured is nothing to be told of
+    _log.setLevel(logging.ERROR)  # a cut that only serves to measure logs nothing
     try:
         small = rewrite(model, edit)
     finally:
         _log.setLevel(level)
-    return compared(model, small, _first(drawn) if before is None else drawn, loss, before)
+    return compared(model, small, _first(drawn) if before is None else drawn, loss, before, classes)
 
 
 def _first(drawn: Samples) -> Samples:
@@ -135,33 +148,33 @@ class _Sums:
 
     drawn: Samples
     own: Loss | None
+    classes: bool
 
     def __post_init__(self) -> None:
         self.losses = [0.0, 0.0]
-        self.positions = self.same = 0
+        self.positions = self.same = self.numbers = self.finite = 0
+        self.broken = False  # the original's outputs hold a NaN
         self.divergence = self.difference = self.norm = 0.0
         self.no_loss = self.no_outputs = ""  # why there is none to compare
 
     def add(self, before: Any, after: Any, targets: Any) -> None:
         """The outputs of a batch."""
         self._add_losses(before, after, targets)
-        ones, others = _numbers(before), _numbers(after)
-        if [one.shape for one in ones] != [other.shape for other in others]:
+        found, numbers = squares(before, after), _numbers(before)
+        if found is None:
             self.no_outputs = "outputs have other shapes, such as other numbers of boxes: they cannot be compared"
             return
-        if not ones:
-            self.no_outputs = "the outputs hold no numbers to compare"
-        for one, other in zip(ones, others, strict=True):
-            wide = torch.complex128 if one.is_complex() else torch.float64
-            self.difference += float((one.to(wide) - other.to(wide)).abs().square().sum())
-            self.norm += float(one.to(wide).abs().square().sum())
-        logits, changed = _logits(before), _logits(after)
+        self.difference, self.norm = self.difference + found[0], self.norm + found[1]
+        self.numbers += sum(t.numel() for t in numbers)
+        self.finite += sum(int(t.isfinite().sum()) for t in numbers)
+        self.broken = self.broken or any(bool(t.isnan().any()) for t in numbers)
+        logits, changed = (_logits(before), _logits(after)) if self.classes else (None, None)
         dim = None if logits is None else _classes(logits, targets, self.drawn.targets, ignored_by(self.own))
         if logits is not None and changed is not None and dim is not None:
             self._add_choices(logits.movedim(dim, -1), changed.movedim(dim, -1), targets)
 
     def _add_losses(self, before: Any, after: Any, targets: Any) -> None:
-        if targets is None:
+        if targets is None or not (self.own or self.classes):
             return
         if self.own is None:
             try:
@@ -183,16 +196,23 @@ class _Sums:
             said = (targets != ignored_by(self.own)).reshape(logits.shape[:-1])
             logits, others = logits[said], others[said]
         p, q = (t.double().log_softmax(-1).flatten(0, -2) for t in (logits, others))
+        known = ~p.isnan().any(-1)  # where every class is masked there is none to agree on
+        p, q = p[known], q[known]
+        none = q.isnan()
         self.positions += len(p)
-        self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        self.divergence += float((p.exp() * (p - q)).sum())
+        self.same += int(((p.argmax(-1) == q.argmax(-1)) & ~none.any(-1)).sum())
+        share = p.exp()
+        gap = torch.where(none, math.inf, p - q)
+        self.divergence += float(torch.where(share > 0, share * gap, 0.0).sum())  # masked classes are of no weight
 
     def measured(self) -> Measured:
         """What there is to report."""
         count, loss = self.drawn.count, None
-        if self.drawn.targets is not None and not self.no_loss:
+        if self.drawn.targets is not None and (self.own or self.classes) and not self.no_loss:
             loss = self.losses[0] / count, self.losses[1] / count
-        if not self.no_outputs and not math.isfinite(self.difference):
+        if not self.no_outputs and not self.numbers:
+            self.no_outputs = "the outputs hold no numbers to compare"
+        elif not self.no_outputs and (self.broken or not self.finite):
             self.no_outputs = "the outputs are not finite on the data"
         why = "; ".join(filter(None, (self.no_loss, self.no_outputs)))
         if self.no_outputs:
@@ -201,6 +221,25 @@ class _Sums:
         if not self.positions:
             return Measured(count, loss, error=error, why=why)
         return Measured(count, loss, self.same / self.positions, max(0.0, self.divergence / self.positions), error, why)
+
+
+def squares(before: Any, after: Any) -> tuple[float, float] | None:
+    """Squares of the difference of two networks' outputs, and of the original's; None where their shapes differ.
+
+    They are summed over entries that are finite in the original: masks are infinite. What is infinite or NaN in the
+    smaller network alone differs infinitely.
+    """
+    ones, others = _numbers(before), _numbers(after)
+    if [one.shape for one in ones] != [other.shape for other in others]:
+        return None
+    off = whole = 0.0
+    for one, other in zip(ones, others, strict=True):
+        wide = torch.complex128 if one.is_complex() else torch.float64
+        meant = one.isfinite()
+        own, found = one[meant].to(wide), other[meant].to(wide)
+        off += float((own - found).abs().square().sum())
+        whole += float(own.abs().square().sum())
+    return math.inf if math.isnan(off) else off, whole
 
 
 def _numbers(outputs: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ from netsurgery.passes.fits import LEVELS, Fit
 from netsurgery.passes.in_order import InOrder
 from netsurgery.passes.least_squares import POSITIONS, Change, Sums, bytes_of
 from netsurgery.passes.lost import Lost
+from netsurgery.passes.portions import portions
 from netsurgery.passes.readers import Reader, readers_of
 from netsurgery.passes.samples import draw_inputs, in_eval_mode
 from netsurgery.rewriting import rewrite
@@ -95,7 +96,7 @@ def _measured(
     lost: Lost, readers: list[Reader], left: dict[str, str], memory: int
 ) -> Iterable[tuple[Reader, tuple[Sums, Sums]]]:
     """The sums of each layer, by samples that are fitted to and held back; what has none is left, with the reason."""
-    for portion in _portions(lost, readers, left, memory):
+    for portion in portions(_sized(lost, readers, left, memory), memory):
         for reader, both in zip(portion, lost.sums(portion), strict=True):
             some = [one for one in both if one is not None]
             if not some:
@@ -106,10 +107,8 @@ def _measured(
                 yield reader, (some[0], some[-1])
 
 
-def _portions(lost: Lost, readers: list[Reader], left: dict[str, str], memory: int) -> Iterable[list[Reader]]:
-    """Layers whose sums fit into the memory together."""
-    portion: list[Reader] = []
-    used = 0
+def _sized(lost: Lost, readers: list[Reader], left: dict[str, str], memory: int) -> Iterable[tuple[Reader, int]]:
+    """Layers, and the bytes of their sums: where those of a refit do not fit, of a constant."""
     for reader in readers:
         module = lost.layer(reader)
         size = bytes_of(module, refit=reader.weight is not None)
@@ -119,13 +118,7 @@ def _portions(lost: Lost, readers: list[Reader], left: dict[str, str], memory: i
             if reader.shift is None:
                 continue
             reader, size = dataclasses.replace(reader, weight=None), bytes_of(module, refit=False)
-        if portion and used + size > memory:
-            yield portion
-            portion, used = [], 0
-        portion.append(reader)
-        used += size
-    if portion:
-        yield portion
+        yield reader, size
 
 
 def _best(

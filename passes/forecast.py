@@ -1,4 +1,4 @@
-"""How long trials will take, foretold from a few of them."""
+"""How long trials will take, a forecast from a few of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from netsurgery.axes import Axis
 from netsurgery.passes.progress import span
 from netsurgery.passes.trials import Trials
 
-__all__ = ["Forecast", "foretold"]
+__all__ = ["Forecast", "time_trials"]
 
 _log = logging.getLogger("netsurgery")
 _MEASURED = 4  # groups that are tried
@@ -47,7 +47,7 @@ class Forecast:
         return sum(n * self.rate(name) for name, n in rows.items())
 
 
-def foretold(trials: Trials, rows: Mapping[str, int]) -> Forecast | None:
+def time_trials(trials: Trials, rows: Mapping[str, int]) -> Forecast | None:
     """Measure a few trials and say how long so many rows of each group's will take; None where that is little."""
     works = {name: _work(trials, name) for name in rows}
     if not works or sum(rows[name] * work for name, work in works.items()) < _WORTH:

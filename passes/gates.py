@@ -6,26 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.fidelity import Measured
 from netsurgery.network import Network
-from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.loss_increase import LossIncreaseScore
-from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.losses import Loss
 from netsurgery.passes.readings import Reading, warn_of_falls
-from netsurgery.passes.samples import draw
+from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
-from netsurgery.pipeline import Pass
 
 __all__ = ["FisherScore", "TaylorScore"]
 
 
 @dataclass(frozen=True)
-class _GateScore(Pass):
+class _GateScore(DataPass):
     data: Any = field(repr=False, compare=False)
     loss: Loss | None = None
     samples: int = 1000
@@ -33,23 +29,18 @@ class _GateScore(Pass):
     rows: int | None = None
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+    labelled: ClassVar[bool] = True
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         if not network.prunable:
             return network
         network.require_weights(self)
-        samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
-        trials = Trials(LossIncreaseScore(None, self.loss, rows=self.rows), network, samples)
+        trials = Trials(LossIncreaseScore(None, self.loss, rows=self.rows), network, self.drawn())
         trials.check()
         scores = {name: self.score(slope) for name, slope in gate_slopes(trials).items()}
         self.report(scores)
         return network.with_scores(scores, comparable=True)
-
-    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the samples."""
-        drawn = draw(self.data, min(self.samples, MOST), self.seed, ignored_by(self.loss))
-        return reported(model, edit, drawn, self.loss)
 
     def score(self, slopes: Tensor) -> Tensor:
         """Scores ``(units,)`` from the slopes ``(samples, units)``."""
@@ -107,6 +98,7 @@ class TaylorScore(_GateScore):
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order not in (1, 2):
             raise InputError(f"TaylorScore(order={self.order!r}): 1 or 2")
         if self.by not in ("effect", "rise"):

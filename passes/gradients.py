@@ -99,7 +99,7 @@ class GradientScore(Pass):
     def _parameters(
         self, network: Network, group: Group, found: list[Use], gradients: Mapping[str, Tensor]
     ) -> list[Use]:
-        """The parameters that tell a group's scores, each axis once."""
+        """The parameters that a group is scored by, each axis once."""
         numbers = [use for use in found if use.weight.value.is_floating_point()]
         direct: dict[tuple[str, int], Use] = {}
         for use in in_roles(numbers, self.roles, ROLES):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from netsurgery.passes.least_squares import outputs_at, sums_of
 from netsurgery.passes.lost import Lost
-from netsurgery.passes.readers import Reader, listening
+from netsurgery.passes.readers import Reader, hooked
 
 __all__ = ["InOrder"]
 
@@ -45,7 +45,7 @@ class InOrder:
             known = {} if path in self.targets else values
             begin.update({name: known.get(name, lost.tensors[name]).clone() for name in reader.names})
 
-        def mend(reader: Reader, x: Tensor, out: Tensor) -> Tensor | None:
+        def correct(reader: Reader, x: Tensor, out: Tensor) -> Tensor | None:
             if reader.path not in self.targets:
                 return None
             module, ridge = lost.layer(reader), self.readers[reader.path][1]
@@ -59,10 +59,10 @@ class InOrder:
             change = sums.constant() if ridge is None else sums.refit(ridge, reader.shift is not None)
             for name, value in reader.changed(lost.tensors, change).items():
                 lost.tensors[name].copy_(value)
-            mended: Tensor = module.forward(x)
-            return mended
+            corrected: Tensor = module.forward(x)
+            return corrected
 
         readers = [reader for reader, _ in self.readers.values()]
-        with lost.holding(begin), listening(lost.small, readers, mend):
+        with lost.holding(begin), hooked(lost.small, readers, correct):
             lost.run(lost.small, inputs)
             return {name: lost.tensors[name].clone() for name in begin}

@@ -7,31 +7,27 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.fidelity import Measured
 from netsurgery.network import Network
-from netsurgery.passes.agreement import MOST, reported
-from netsurgery.passes.forecast import foretold
+from netsurgery.passes.forecast import time_trials
 from netsurgery.passes.ledger import Ledger
-from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.losses import Loss
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.prefixes import cumulative, per_group
 from netsurgery.passes.racing import race
 from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.removal import PruneChannels
-from netsurgery.passes.samples import draw
+from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.scope import scoped
 from netsurgery.passes.trials import Terms, Trials
-from netsurgery.pipeline import Pass
 
 __all__ = ["LossIncreaseScore"]
 
 
 @dataclass(frozen=True)
-class LossIncreaseScore(Pass):
+class LossIncreaseScore(DataPass):
     """The exact change of the loss when a unit and everything coupled to it is removed, on a fixed set of samples.
 
     Score of unit u: the mean over the samples n of ``|L(n; without u) - L(n)|``, the network in eval mode. A unit that
@@ -95,8 +91,8 @@ class LossIncreaseScore(Pass):
             at most t, or falls by whatever it may.
 
     Raises:
-        InputError: no samples, a loss of another shape or that is not finite, a file that was made for another model,
-            other samples or other settings.
+        InputError: no samples, data that can be read once, a loss of another shape or that is not finite, a file that
+            was made for another model, other samples or other settings.
 
     Source: the selection of Mitsuno and Kurita, "Filter Pruning using Hierarchical Group Sparse Regularization for Deep
     Convolutional Neural Networks", arXiv 2011.02389: "the increase of the classification loss on randomly selected
@@ -137,8 +133,10 @@ class LossIncreaseScore(Pass):
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+    labelled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mode not in ("score", "cumulative", "per-group"):
             raise InputError(f"LossIncreaseScore(mode={self.mode!r}): 'score', 'cumulative' or 'per-group'")
         if self.by not in (None, "effect", "rise"):
@@ -181,8 +179,7 @@ class LossIncreaseScore(Pass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        samples = draw(self.data, self.samples, self.seed, ignored_by(self.loss))
-        trials = Trials(self, self._scoped(network), samples)
+        trials = Trials(self, self._scoped(network), self.drawn())
         if self.reading == "effect" and _is_mean(self.loss, trials):
             trials.block = 1  # the rise of each sample is asked for
         trials.check()
@@ -195,7 +192,7 @@ class LossIncreaseScore(Pass):
             self._known[key] = ledger
         with trials.report.running(), ledger.kept():
             if self.mode != "score" and self.progress and not ledger.entries:
-                foretold(trials, trials.rows_left(ledger, trials.everything()))
+                time_trials(trials, trials.rows_left(ledger, trials.everything()))
             if self.racing:
                 scores = race(trials, ledger, self.share, self.confidence)
             elif self.mode == "cumulative":
@@ -209,11 +206,6 @@ class LossIncreaseScore(Pass):
             warn_of_falls("LossIncreaseScore(by='rise')", scores, self._said)
         return network.with_scores(scores, comparable=True)
 
-    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the samples."""
-        drawn = draw(self.data, min(self.samples, MOST), self.seed, ignored_by(self.loss))
-        return reported(model, edit, drawn, self.loss)
-
     def _scoped(self, network: Network) -> Network:
         """The network with all groups locked that are not to be scored."""
         include: Any = self.include  # tuples since they were checked
@@ -222,7 +214,7 @@ class LossIncreaseScore(Pass):
 
     def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
         left = trials.rows_left(ledger, trials.everything())
-        forecast = foretold(trials, left) if self.progress else None
+        forecast = time_trials(trials, left) if self.progress else None
         if forecast is not None:
             trials.report.rate = forecast.rate
         trials.report.begin("every unit", left)

@@ -90,7 +90,7 @@ def _ones(sums: Tensor) -> bool:
 
 
 def twice_over(once: Sequence[Tensor], twice: Sequence[Tensor]) -> list[Tensor] | None:
-    """The outputs of samples put beside themselves, told from those of a run on twice as many rows.
+    """The outputs of samples put beside themselves, worked out from those of a run on twice as many rows.
 
     None where a run on twice as many does not differ by rows alone.
     """

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from netsurgery.copying import named_tensors
 from netsurgery.edit import Edit
+from netsurgery.passes.agreement import squares
 from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
 from netsurgery.passes.progress import waiting
-from netsurgery.passes.readers import Reader, listening
+from netsurgery.passes.readers import Reader, hooked
 from netsurgery.passes.samples import HELD_BACK, Samples, outputs_of
-from netsurgery.tracing import Inputs, home, tensors_in
+from netsurgery.tracing import Inputs, home
 
 __all__ = ["Lost"]
 
@@ -78,7 +79,7 @@ class Lost:
             some = sums_of(module, x, outputs_at(module, out, places), places, refit)
             part[reader.path] = part[reader.path] + some if reader.path in part else some
 
-        with waiting("compensation", self.count) as step, listening(self.model, readers, add):
+        with waiting("compensation", self.count) as step, hooked(self.model, readers, add):
             for held, inputs in self.batches():
                 part = kept_back if held else fitted
                 self.run(self.model, inputs)
@@ -98,7 +99,7 @@ class Lost:
                 places[reader.path] = places_of(module, out, generator)
             found[reader.path].append((outputs_at(module, out, places[reader.path]).clone(), places[reader.path]))
 
-        with listening(self.model, readers, keep):
+        with hooked(self.model, readers, keep):
             for _, inputs in self.batches():
                 self.run(self.model, inputs)
         return found
@@ -117,14 +118,14 @@ class Lost:
             For each of these the mean square of the difference, relative to the mean square of the outputs; NaN where
             outputs are no numbers or have other shapes.
         """
-        squares: list[list[tuple[float, float]]] = [[] for _ in values]
+        gathered: list[list[tuple[float, float]]] = [[] for _ in values]
         held = (inputs for which, inputs in self.batches() if which)
         for inputs in itertools.islice(held, -(-_COMPARED // self.size)):
             wanted = self.run(self.model, inputs)
-            for one, found in zip(values, squares, strict=True):
+            for one, found in zip(values, gathered, strict=True):
                 with self.holding(one):
-                    found.append(_squares(self.run(self.small, inputs), wanted))
-        return [_relative(found) for found in squares]
+                    found.append(squares(wanted, self.run(self.small, inputs)) or (math.nan, math.nan))
+        return [_relative(found) for found in gathered]
 
     @contextlib.contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -146,20 +147,6 @@ class Lost:
 def _stay(module: Any, t: Tensor, positions: Tensor | None) -> Tensor:
     """Inputs or outputs of a layer without the channels that are removed."""
     return t if positions is None else t.index_select(-1 - spatial(module), positions.to(t.device))
-
-
-def _squares(found: Any, wanted: Any) -> tuple[float, float]:
-    """Squares of the difference of two networks' outputs, and of the outputs; NaN where there is none."""
-    pairs = list(itertools.zip_longest(tensors_in(found), tensors_in(wanted)))
-    if any(one is None or other is None or one.shape != other.shape for one, other in pairs):
-        return math.nan, math.nan
-    off = whole = 0.0
-    for one, other in pairs:
-        if one.is_floating_point():
-            meant = other.isfinite()  # a mask of infinities is none
-            off += float((one - other)[meant].double().square().sum())
-            whole += float(other[meant].double().square().sum())
-    return math.inf if math.isnan(off) else off, whole
 
 
 def _relative(found: Sequence[tuple[float, float]]) -> float:

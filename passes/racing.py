@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from netsurgery.passes.forecast import foretold
+from netsurgery.passes.forecast import time_trials
 from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.progress import span
-from netsurgery.passes.sieve import Fit, Sieve, drawn
+from netsurgery.passes.sieve import Regression, Sieve, drawn
 from netsurgery.passes.slopes import gate_slopes
 from netsurgery.passes.trials import Trials
 
@@ -32,7 +32,7 @@ _WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
 def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dict[str, Tensor]:
     """Rises of the loss, or effects on it, by group: estimates, exact for units whose side stays open to the end."""
     runner = _Race(trials, ledger, share, confidence)
-    runner.foretell()
+    runner.forecast_time()
     sieve = runner.sieve()
     if sieve is None:
         runner.go(trials.everything())
@@ -41,7 +41,7 @@ def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dic
             runner.say(sieve)
             runner.go(units)
             for name, some in units.items():
-                sieve.fits[name].learn(some, runner.estimates(name)[0][some])
+                sieve.regressions[name].learn(some, runner.estimates(name)[0][some])
         runner.say(sieve)
     if all(bool((seen == trials.samples.count).all()) for _, seen in ledger.entries.values()):
         _log.info("racing has saved nothing: every unit was tried on all %d samples", trials.samples.count)
@@ -77,11 +77,11 @@ class _Race:
             name: torch.stack([self.read(a.square() / 2 - a), a.square() / 2], 2) for name, a in ahead.items()
         }
 
-    def foretell(self) -> None:
+    def forecast_time(self) -> None:
         """Say how long all trials would take."""
         trials = self.trials
         rows = trials.rows_left(self.ledger, trials.everything())
-        self.forecast = foretold(trials, rows) if trials.settings.progress else None
+        self.forecast = time_trials(trials, rows) if trials.settings.progress else None
         if self.forecast is not None:
             trials.report.rate = self.forecast.rate
 
@@ -95,12 +95,14 @@ class _Race:
         trials.report.begin("units drawn at random", trials.rows_left(self.ledger, draw.units))
         for stop in (self.head, trials.samples.count):
             trials.extend(self.ledger, draw.units, stop, self.terms, 5)
-        fits = {}
+        regressions = {}
         for name, units in draw.units.items():
             rises = self.ledger.entries[name][0][:2, units].sum(0) / trials.samples.count
-            fits[name] = Fit(self.predictions[name].mean(1), units, rises)
-        self.guesses = {name: fit.estimates for name, fit in fits.items()}
-        return Sieve(fits, draw, {name: int(size * self.share + 1e-9) for name, size in sizes.items()}, self.confidence)
+            regressions[name] = Regression(self.predictions[name].mean(1), units, rises)
+        self.guesses = {name: one.estimates for name, one in regressions.items()}
+        return Sieve(
+            regressions, draw, {name: int(size * self.share + 1e-9) for name, size in sizes.items()}, self.confidence
+        )
 
     def say(self, sieve: Sieve) -> None:
         """Say what slopes decide, and how long the rest will take or, at the end, how much may be wrong."""

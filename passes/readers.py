@@ -19,7 +19,7 @@ from netsurgery.passes.least_squares import Change
 from netsurgery.passes.scores import BATCH_NORMS
 from netsurgery.positions import Positions
 
-__all__ = ["CONVOLUTIONS", "Reader", "listening", "readers_of"]
+__all__ = ["CONVOLUTIONS", "Reader", "hooked", "readers_of"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {kind.forward for kind in (nn.Linear, *CONVOLUTIONS)}
@@ -99,22 +99,22 @@ def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def listening(
-    network: nn.Module, readers: Sequence[Reader], listener: Callable[[Reader, Tensor, Tensor], Tensor | None]
+def hooked(
+    network: nn.Module, readers: Sequence[Reader], callback: Callable[[Reader, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Tell of the inputs and outputs of layers whenever they run in a network; what is returned takes their place."""
+    """Call back with the inputs and outputs of layers whenever they run; what is returned replaces the outputs."""
 
-    def hook(reader: Reader) -> Any:
+    def hook_of(reader: Reader) -> Any:
         @torch.no_grad()  # also where the code turns gradients on
-        def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
-            return listener(reader, args[0] if args else kwargs["input"], out)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+            return callback(reader, args[0] if args else kwargs["input"], out)
 
-        return tell
+        return hook
 
     with contextlib.ExitStack() as hooks:
         for reader in readers:
             layer = network.get_submodule(reader.path)
-            hooks.callback(layer.register_forward_hook(hook(reader), with_kwargs=True, prepend=True).remove)
+            hooks.callback(layer.register_forward_hook(hook_of(reader), with_kwargs=True, prepend=True).remove)
         yield
 
 

@@ -8,23 +8,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netsurgery.axes import leaves
 from netsurgery.check import adapt
 from netsurgery.copying import named_modules
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.fidelity import Measured
 from netsurgery.network import Group, Network
-from netsurgery.passes.agreement import MOST, answers, reported
+from netsurgery.passes.agreement import answers, reported
 from netsurgery.passes.layers import positions_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
+from netsurgery.passes.portions import portions
 from netsurgery.passes.progress import waiting
-from netsurgery.passes.readers import Reader, listening, readers_of
+from netsurgery.passes.readers import Reader, hooked, readers_of
+from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.samples import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.scores import MagnitudeScore
-from netsurgery.pipeline import Pass
 
 __all__ = ["ReconstructionScore"]
 
@@ -33,7 +33,7 @@ _STEPS = 64  # a step of the elimination takes this part of the units that are l
 
 
 @dataclass(frozen=True)
-class ReconstructionScore(Pass):
+class ReconstructionScore(DataPass):
     """How far outputs move when units go and the layers that read them are refitted: of all scores here the one to try.
 
     Units are eliminated from each group one after the other (a 64th of what is left at a time), always those without
@@ -57,13 +57,16 @@ class ReconstructionScore(Pass):
         probes: the shares of each group that may be removed to measure how much it matters: the first of each; of
             groups that matter less than a hundredth of the median there, the others too.
         classes: whether outputs ``(n, d)`` are logits of d classes. Pass False where they are other numbers, such as
-            those of a regression or an embedding: they are compared by their relative difference.
+            those of a regression or an embedding: they are compared by their relative difference, by ``plan`` too.
         seed: fixes the samples.
+        memory: bytes that the matrices of readers take at most; where those of all groups do not fit, the network runs
+            several times, for some of the groups each time.
 
     Raises:
-        InputError: no samples, the model does not run on them, or what it computes there is not finite.
+        InputError: no samples, data that can be read once, the model does not run on it, or what it computes there is
+            not finite; or the matrices of one group alone do not fit into the memory.
 
-    For each layer that reads a group a float64 matrix ``(units, units)`` is held. Units that no linear layer or
+    For each layer that reads a group two float64 matrices ``(units, units)`` are held. Units that no linear layer or
     convolution reads (as where attention is a function, or the convolution a transposed one) go in the order of their
     weights' norms. Of a convolution larger than one position the inputs are taken position by position.
 
@@ -89,35 +92,50 @@ class ReconstructionScore(Pass):
     probes: Sequence[float] = (0.3, 0.6, 0.9)
     classes: bool = True
     seed: int = 0
+    memory: int = 1 << 30
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rereadable("held_back")
         if self.samples < 2 or not self.ridge > 0 or not all(0 < one < 1 for one in self.probes or [0]):
             raise InputError("ReconstructionScore: samples is at least 2, ridge is positive, probes are in (0, 1)")
+        if self.memory < 1:
+            raise InputError(f"ReconstructionScore(memory={self.memory}): bytes, at least 1")
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         if not (groups := network.prunable):
             return network
         network.require_weights(self)
-        fitted = draw_inputs(self.data, self.samples, self.seed)
+        fitted = self.drawn()
         if self.held_back is None:
             fitted, rest = _apart(fitted)
         else:
             rest = draw_inputs(self.held_back, self.samples, self.seed)
         sections = _sections(network, groups)
-        _listen(network, sections, fitted)
-        norms = {} if all(sections.values()) else MagnitudeScore().run(network).scores
+        norms: Mapping[str, Tensor] = {}
         orders = {}
-        for name, some in sections.items():
-            counts = _counts(network[name].size, self.probes)
-            orders[name] = _eliminated(some, self.ridge, counts) if some else _by_norm(norms[name], counts)
+        for portion in portions([*self._sized(sections)], self.memory):
+            _listen(network, {name: sections[name] for name in portion}, fitted)
+            for name in portion:
+                counts = _counts(network[name].size, self.probes)
+                some = [section for section in sections.pop(name) if section.rows]  # others do not run as modules
+                norms = norms if some or norms else MagnitudeScore().run(network).scores
+                orders[name] = _eliminated(some, self.ridge, counts) if some else _by_norm(norms[name], counts)
         return _weighed(network, orders, rest, self.classes)
 
-    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the samples."""
-        return reported(model, edit, draw_inputs(self.data, min(self.samples, MOST), self.seed))
+    def _sized(self, sections: Mapping[str, list[_Section]]) -> Iterator[tuple[str, int]]:
+        """Groups, and the bytes of the matrices of their readers."""
+        for name, some in sections.items():
+            size = sum(section.bytes for section in some)
+            if size > self.memory:
+                raise InputError(
+                    f"ReconstructionScore(memory={self.memory:,}): the matrices of the layers that read group '{name}' "
+                    f"take {size:,} bytes: pass memory={size}, or score by TaylorScore(data)"
+                )
+            yield name, size
 
 
 def _apart(drawn: Samples) -> tuple[Samples, Samples]:
@@ -152,8 +170,8 @@ class _Section:
     reader: Reader
     module: Any
     at: Tensor
-    gram: Tensor
-    sums: Tensor
+    gram: Tensor = field(default_factory=lambda: torch.zeros(()))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(()))
     rows: int = 0
     spread: Tensor = field(default_factory=lambda: torch.zeros(()))
 
@@ -166,6 +184,11 @@ class _Section:
         self.rows += len(x)
         out = out.double()
         self.spread = self.spread + torch.stack([torch.ones_like(out).sum(0), out.sum(0), out.square().sum(0)]).cpu()
+
+    @property
+    def bytes(self) -> int:
+        """What the sums, and their inverse, take."""
+        return 2 * 8 * len(self.at) ** 2
 
     @property
     def groups(self) -> int:
@@ -236,9 +259,7 @@ def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Sect
     for reader in readers:
         for channel in dict.fromkeys(leaf for leaf in leaves(reader.axis) if leaf in by_channel):
             at = torch.cat(positions_of(reader.axis, channel), 1)
-            nothing = torch.zeros(len(at), len(at), dtype=torch.float64)
-            section = _Section(reader, modules[reader.path], at, nothing, torch.zeros_like(at).double())
-            found[by_channel[channel]].append(section)
+            found[by_channel[channel]].append(_Section(reader, modules[reader.path], at))
     return found
 
 
@@ -247,17 +268,19 @@ def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Sam
     by_path: dict[str, list[_Section]] = {}
     for section in [section for some in sections.values() for section in some]:
         by_path.setdefault(section.reader.path, []).append(section)
-    generator = torch.Generator().manual_seed(0)
+    generators = {path: torch.Generator().manual_seed(0) for path in by_path}  # whatever runs beside it
+    if not by_path:
+        return
 
     def add(reader: Reader, x: Tensor, out: Tensor) -> None:
         path, module = reader.path, by_path[reader.path][0].module
-        x, out = (_rows(module, t, generator) for t in (x, out))
+        x, out = (_rows(module, t, generators[path]) for t in (x, out))
         if not bool(x.isfinite().all()):
             raise InputError(f"what '{path}' of {network.model_name} is given on the data is not finite")
         for section in by_path[path]:
             section.add(x, out)
 
-    with listening(network.model, [some[0].reader for some in by_path.values()], add):
+    with hooked(network.model, [some[0].reader for some in by_path.values()], add):
         for _ in answers(network.model, drawn):
             pass
 
@@ -415,9 +438,14 @@ def _effect(
         values[name] = values.get(name, own.double()) + change.to(own.device)
     values = {name: value.to(network.tensors[name].dtype) for name, value in values.items()}
     edit = replace(edit, adaptation=adaptation, values=values)
-    found = reported(network.model, edit, held, before=before)
-    if found.kl is not None and classes:
-        return found.kl, {}
+    found = reported(network.model, edit, held, before=before, classes=classes)
     if found.error is None:
         raise InputError(f"the outputs of {network.model_name} cannot be compared: {found.why}")
-    return found.error**2, {}
+    effect = found.error**2 if found.kl is None else found.kl
+    if not math.isfinite(effect):
+        raise InputError(
+            f"the outputs of {network.model_name} are infinite without units of '{next(iter(gone))}' where they were "
+            "finite, as if other classes were masked: how much units matter cannot be told; let the model return "
+            "logits before they are masked"
+        )
+    return effect, {}

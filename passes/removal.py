@@ -8,18 +8,13 @@ from math import inf
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
-from torch import nn
-
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.fidelity import Measured
 from netsurgery.network import Network, Unit
-from netsurgery.passes.agreement import MOST, reported
 from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
 from netsurgery.passes.compensation import Method, compensate
 from netsurgery.passes.patterns import Modules, as_patterns
-from netsurgery.passes.samples import draw_inputs
-from netsurgery.pipeline import Pass
+from netsurgery.passes.reporting import DataPass
 
 __all__ = ["PruneChannels"]
 
@@ -27,7 +22,7 @@ Event = tuple[float, int, int]  # score of the unit, its bundle, and how many of
 
 
 @dataclass(frozen=True, repr=False)
-class PruneChannels(Pass):
+class PruneChannels(DataPass):
     """Remove the units with the lowest scores.
 
     Args:
@@ -41,7 +36,7 @@ class PruneChannels(Pass):
         per: what the ranking of all units goes by: the score of a "unit", or its score for its "cost": divided by the
             parameters (``params=``) or multiply-accumulates (``macs=``) that go with one unit of its group from the
             network as it is, so that what matters least for what it saves goes first. "auto" is "cost" where the budget
-            is one of all layers and scores are comparable as they are.
+            is one of all layers and scores are comparable amounts; LAMP's, which only rank, go by the "unit".
         of: the original that ratio, budget and limits are shares of, where this is one of several rounds: the Edit that
             began with it (``first``, or ``first.then(second)``), or its Network. What rounding leaves in one round, the
             next removes. By default the network as it is.
@@ -81,8 +76,9 @@ class PruneChannels(Pass):
     prices half-way to the target chose no better networks.
 
     Raises:
-        InputError: a number out of range, both or neither of ratio and budget, a pattern that matches no module, scores
-            that are not finite, nothing that can be pruned, a budget that cannot be met, or another original.
+        InputError: a number out of range, data that can be read once, both or neither of ratio and budget, a pattern
+            that matches no module, scores that are not finite, nothing that can be pruned, a budget that cannot be met,
+            or another original.
 
     Example:
         >>> import torch, netsurgery
@@ -121,6 +117,7 @@ class PruneChannels(Pass):
         return f"PruneChannels({', '.join(f'{one.name}={brief(getattr(self, one.name))}' for one in given)})"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in ("ratio", "params", "macs", "threshold") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(
@@ -196,16 +193,10 @@ class PruneChannels(Pass):
             return edit
         return compensate(edit, self.compensate, self.data, self.samples, self.ridge, memory=self.memory)
 
-    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the inputs that its loss is made up for on, if any."""
-        if self.data is None:
-            return None
-        return reported(model, edit, draw_inputs(self.data, min(self.samples, MOST)))
-
     def by_cost(self, network: Network) -> bool:
         """Whether units are ranked by score for what they cost."""
         budget = self.scope == "global" and (self.params is not None or self.macs is not None)
-        return self.per == "cost" or (self.per == "auto" and budget and network.comparable)
+        return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
 
     def _removed(self, choice: Choice) -> list[int]:
         """Units to remove from each bundle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from numbers import Number
@@ -25,7 +26,17 @@ from netsurgery.errors import InputError
 from netsurgery.randomness import seeded
 from netsurgery.tracing import RAISED_BY_MODELS, Inputs, as_inputs
 
-__all__ = ["HELD_BACK", "IGNORED", "Samples", "draw", "draw_inputs", "in_eval_mode", "outputs_of"]
+__all__ = [
+    "HELD_BACK",
+    "IGNORED",
+    "Samples",
+    "draw",
+    "draw_inputs",
+    "draw_with_or_without_targets",
+    "in_eval_mode",
+    "outputs_of",
+    "reads_once",
+]
 
 HELD_BACK = 5  # of samples one in five is held back, where something is fitted to them
 IGNORED = -100  # the label that PyTorch's losses leave out (``ignore_index``)
@@ -98,6 +109,23 @@ def draw_inputs(data: Any, count: int, seed: int = 0) -> Samples:
         InputError: no samples, or none in one of these forms.
     """
     return _Drawing(count, seed, _inputs_alone, None).draw(data)
+
+
+def draw_with_or_without_targets(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
+    """What ``draw`` draws, or else ``draw_inputs``: of an iterator the same batches are read for both."""
+    first, second = itertools.tee(data) if reads_once(data) else (data, data)
+    try:
+        return draw(first, count, seed, ignored)
+    except InputError:
+        return draw_inputs(second, count, seed)
+
+
+def reads_once(data: Any) -> bool:
+    """Whether data is an iterator, or gives the same one each time: a second look finds nothing, or other samples."""
+    source = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(source, Tensor | Mapping | list | tuple) or not isinstance(source, Iterable):
+        return False
+    return isinstance(source, Iterator) or iter(source) is iter(source)
 
 
 @dataclass

@@ -109,7 +109,10 @@ class MagnitudeScore(Pass):
     Args:
         p: 1 or 2 are usual; any positive number.
         lamp: divide the p-th power of each norm by the sum of those of its group that are not smaller (LAMP): these
-            are comparable across groups, ``PruneChannels(..., scope="global")``.
+            are comparable across groups, ``PruneChannels(..., scope="global")``. They are shares of what is left of
+            their group, made to be ranked: ``per="auto"`` does not divide them by costs. Divided, they kept 34 and 66%
+            of a small network's answers on digits (two seeds) at 75% of the multiply-accumulates, undivided 85 and 92%;
+            at 75% of the parameters either way 99%.
 
     Source: Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710 (p = 1); Lee et al., "Layer-Adaptive
     Sparsity for the Magnitude-based Pruning", arXiv 2010.07611 (LAMP, p = 2, of single weights). Over several producers
@@ -131,7 +134,7 @@ class MagnitudeScore(Pass):
         sums = _powers(network, network.prunable, self.p)
         if self.lamp:
             return network.with_scores(
-                {name: _layer_adaptive(powers) for name, powers in sums.items()}, comparable=True
+                {name: _layer_adaptive(powers) for name, powers in sums.items()}, comparable=True, ordinal=True
             )
         return network.with_scores({name: score.pow(1 / self.p) for name, score in sums.items()})
 

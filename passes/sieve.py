@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "Fit", "Sieve", "at_most", "drawn"]
+__all__ = ["Draw", "Regression", "Sieve", "at_most", "drawn"]
 
 _LEAST = 12  # units of a group that are drawn
 _SHARE = 0.05  # of every group, at least
@@ -77,7 +77,7 @@ def at_most(wrong: int, tried: int, level: float = _LEVEL) -> float:
     return high
 
 
-class Fit:
+class Regression:
     """Rises of a group's units as a regression on predictions has them, on a scale that tames the largest.
 
     Args:
@@ -142,14 +142,14 @@ class Sieve:
     """Decides which units to try, so many that the share of the selection that is wrong is small enough, by a bound.
 
     Attributes:
-        fits: what predictions say, by group.
+        regressions: what predictions say, by group.
         draw: the units that were tried at random.
         selected: how many units of each group are to be removed.
         tried: those that were tried.
         missed: share of the selection that is wrong, at most.
     """
 
-    fits: Mapping[str, Fit]
+    regressions: Mapping[str, Regression]
     draw: Draw
     selected: Mapping[str, int]
     confidence: float
@@ -171,7 +171,7 @@ class Sieve:
                 return {}
             self.looks += 1
         self.missed = 0.0
-        return self._trying({name: fit.untried() for name, fit in self.fits.items() if fit.untried()})
+        return self._trying({name: one.untried() for name, one in self.regressions.items() if one.untried()})
 
     def _trying(self, units: dict[str, list[int]]) -> dict[str, list[int]]:
         for name, some in units.items():
@@ -181,23 +181,23 @@ class Sieve:
     def _look(self, width: float) -> tuple[dict[str, list[int]], tuple[int, int]]:
         """Units that are open and were not tried; of an equal share, how many would be wrong above and below."""
         found, above, below = {}, 0, 0
-        for name, fit in self.fits.items():
+        for name, one in self.regressions.items():
             selected, equal = self.selected[name], self.draw.units[name][: self.draw.equal[name]]
-            if not 0 < selected < len(fit.means):
+            if not 0 < selected < len(one.means):
                 continue
-            border = fit.border(selected, width)
-            decided = fit.decided(border, (1 - self.confidence) * selected, width)
-            if units := (~decided & fit.known.isnan()).nonzero().flatten().tolist():
+            border = one.border(selected, width)
+            decided = one.decided(border, (1 - self.confidence) * selected, width)
+            if units := (~decided & one.known.isnan()).nonzero().flatten().tolist():
                 found[name] = units
-            low, high = fit.means[equal] < border, fit.known[equal] < border
+            low, high = one.means[equal] < border, one.known[equal] < border
             above += int((decided[equal] & low & ~high).sum())
             below += int((decided[equal] & ~low & high).sum())
         return found, (above, below)
 
     def _bound(self, wrong: tuple[int, int]) -> float:
         """The share of the selection that is wrong: no more than lie above the border, or than are left below it."""
-        units, number = sum(len(fit.means) for fit in self.fits.values()), sum(self.draw.equal.values())
-        if all(len(self.tried[name]) == len(fit.means) for name, fit in self.fits.items()):
+        units, number = sum(len(one.means) for one in self.regressions.values()), sum(self.draw.equal.values())
+        if all(len(self.tried[name]) == len(one.means) for name, one in self.regressions.items()):
             return 0.0
         share = max(at_most(errors, number, _LEVEL / (2 * len(_WIDTHS))) for errors in wrong)
         return share * units / max(1, sum(self.selected.values()))

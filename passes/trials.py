@@ -100,7 +100,7 @@ class Trials:
         s = self.settings
         race = (s.share, s.confidence, [*self.everything()]) if s.racing else None
         steps = s.tolerance if s.mode != "score" else None
-        said = repr((self.network.model_name, s.mode, race, steps, s.autocast, self.told_losses()))
+        said = repr((self.network.model_name, s.mode, race, steps, s.autocast, self.losses_as_text()))
         digest = hashlib.sha256(said.encode())
         tensors = [*named_tensors(self.model)]
         tensors += [(str(i), t) for i, t in enumerate(tensors_in((self.samples.inputs, self.samples.targets)))]
@@ -109,7 +109,7 @@ class Trials:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def told_losses(self) -> list[str]:
+    def losses_as_text(self) -> list[str]:
         """What tells a loss from others, whatever it is made of: its values at outputs of the model and near these."""
         inputs, targets = self.batch(0, min(16, self.samples.count), 1)
         outputs = self.outputs(self.model, inputs)
@@ -500,7 +500,7 @@ def _bytes(node: fx.Node) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What is cut out only to try it is nothing to be told of."""
+    """Cuts that only serve a trial log nothing."""
     level = _log.level
     _log.setLevel(logging.ERROR)
     try:

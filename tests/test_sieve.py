@@ -16,7 +16,7 @@ from netsurgery.demo import digits
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore, PruneChannels, forecast, progress
 from netsurgery.passes.ledger import Ledger
-from netsurgery.passes.sieve import Fit, Sieve, at_most, drawn
+from netsurgery.passes.sieve import Regression, Sieve, at_most, drawn
 from test_loss_increase import NETWORKS, Deciding, data_for, randomised, separable
 
 Data = tuple[Tensor, Tensor]
@@ -129,19 +129,19 @@ def test_predictions_that_say_nothing_decide_little() -> None:
     assert draw is not None and [len(units) for units in draw.units.values()] == [63, 94, 12]
     assert [*draw.equal.values()] == [63, 94, 5]
     for noise, least, most in ((3.0, 0.7, 1.0), (0.1, 0.15, 0.4)):
-        fits = {}
+        regressions = {}
         for name, units in draw.units.items():
             told = rises[name] + noise * torch.randn(sizes[name], dtype=torch.float64)
-            fits[name] = Fit(torch.stack([told, torch.zeros_like(told)], 1), units, rises[name][units])
-        sieve = Sieve(fits, draw, {name: size // 2 for name, size in sizes.items()}, 0.9)
+            regressions[name] = Regression(torch.stack([told, torch.zeros_like(told)], 1), units, rises[name][units])
+        sieve = Sieve(regressions, draw, {name: size // 2 for name, size in sizes.items()}, 0.9)
         while more := sieve.more():
             for name, units in more.items():
                 assert not {*units} & {*draw.units[name]}
-                fits[name].learn(units, rises[name][units])
+                regressions[name].learn(units, rises[name][units])
         assert least <= sum(map(len, sieve.tried.values())) / 1030 <= most
         assert sieve.missed <= 0.1
         for name, units in sieve.tried.items():
-            known = fits[name].estimates.clone()
+            known = regressions[name].estimates.clone()
             known[units] = rises[name][units]
             assert shared(known, rises[name]) >= 0.9
             assert {*draw.units[name]} <= {*units}
@@ -149,12 +149,12 @@ def test_predictions_that_say_nothing_decide_little() -> None:
 
 def test_the_border_is_where_what_is_known_has_it() -> None:
     told = torch.arange(100, dtype=torch.float64)[:, None].expand(100, 2)
-    fit = Fit(told, list(range(0, 100, 5)), 2.0 * torch.arange(0, 100, 5, dtype=torch.float64))
-    before = fit.border(30, 1.0)
-    assert float((fit.means < before).sum()) == pytest.approx(30, abs=2)
-    fit.learn(list(range(1, 100, 5)), torch.full((20,), 1e3, dtype=torch.float64))  # higher than they were told
-    assert float((fit.known.nan_to_num(nan=math.inf) < fit.border(30, 1.0)).sum()) + float(
-        (fit.known.isnan() & (fit.means < fit.border(30, 1.0))).sum()
+    regression = Regression(told, list(range(0, 100, 5)), 2.0 * torch.arange(0, 100, 5, dtype=torch.float64))
+    before = regression.border(30, 1.0)
+    assert float((regression.means < before).sum()) == pytest.approx(30, abs=2)
+    regression.learn(list(range(1, 100, 5)), torch.full((20,), 1e3, dtype=torch.float64))  # higher than they were told
+    assert float((regression.known.nan_to_num(nan=math.inf) < regression.border(30, 1.0)).sum()) + float(
+        (regression.known.isnan() & (regression.means < regression.border(30, 1.0))).sum()
     ) == pytest.approx(30, abs=2)
 
 
@@ -263,7 +263,7 @@ def test_how_long_it_will_take_is_said_before(
     assert re.fullmatch(r"loss increase, one unit after the other: \d+ trials done after \d+ s", lines[0])
 
 
-def test_what_is_known_already_is_not_foretold(
+def test_what_is_known_already_is_not_forecast(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecast, "_WORTH", 0.0)
@@ -272,7 +272,7 @@ def test_what_is_known_already_is_not_foretold(
     assert said(score, caplog) == []
 
 
-def test_a_network_that_is_cut_for_each_unit_is_foretold(
+def test_a_network_that_is_cut_for_each_unit_has_a_forecast(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecast, "_WORTH", 0.0)
@@ -280,9 +280,9 @@ def test_a_network_that_is_cut_for_each_unit_is_foretold(
     data = data_for(model)
     with caplog.at_level(logging.INFO, "netsurgery"):
         LossIncreaseScore(data, samples=8).run(netsurgery.trace(model, data[0][:3]))
-    cut, *foretold = caplog.messages
+    cut, *lines = caplog.messages
     assert cut == "each unit is cut out in turn, which is slow: its code decides by values"
-    assert any("11 units in 2 groups on 8 samples will take about " in message for message in foretold)
+    assert any("11 units in 2 groups on 8 samples will take about " in message for message in lines)
 
 
 def test_a_forecast_scales_what_it_has_measured() -> None:

@@ -1,0 +1,65 @@
+"""Passes that hold data: how it is drawn, and what a plan reports on it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError
+from netsurgery.fidelity import Measured
+from netsurgery.passes.agreement import MOST, reported
+from netsurgery.passes.losses import Loss, ignored_by
+from netsurgery.passes.samples import Samples, draw, draw_inputs, reads_once
+from netsurgery.pipeline import Pass
+
+__all__ = ["DataPass"]
+
+
+class DataPass(Pass):
+    """A pass that holds data, which plans are measured on. Derive a frozen dataclass with these fields.
+
+    Attributes:
+        data: what samples are drawn from, several times; None: nothing is measured.
+        samples: how many are drawn.
+        seed: fixes the samples.
+        loss: as for ``netsurgery.passes.measure``.
+        classes: likewise.
+        labelled: whether samples are drawn with their labels, class-balanced.
+    """
+
+    data: Any
+    samples: int
+    seed: int = 0
+    loss: Loss | None = None
+    classes: bool = True
+    labelled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.check_rereadable("data")
+
+    def check_rereadable(self, name: str) -> None:
+        """Make sure that what a field holds gives the same samples whenever it is read.
+
+        Raises:
+            InputError: it is an iterator, or what gives the same one each time.
+        """
+        if reads_once(data := getattr(self, name)):
+            raise InputError(
+                f"{type(self).__name__}({name}=...): {type(data).__name__} can be read once, and a plan reads it "
+                "several times: pass a list of its batches, or the DataLoader or Dataset that it comes from"
+            )
+
+    def drawn(self, most: int | None = None) -> Samples:
+        """The samples, or the first of as many as are drawn at most."""
+        count = self.samples if most is None else min(self.samples, most)
+        if self.labelled:
+            return draw(self.data, count, self.seed, ignored_by(self.loss))
+        return draw_inputs(self.data, count, self.seed)
+
+    def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
+        """How far what an edit leaves is from the model on the samples."""
+        if self.data is None:
+            return None
+        return reported(model, edit, self.drawn(MOST), self.loss, classes=self.classes)
