@@ -1,19 +1,23 @@
 """Plant one fault at a time in a copy of the package and see the tests turn red: `python tests/mutants.py [WORD ...]`
 
-Each fault is a replacement of text that must be there exactly once; with words, only the faults whose name has one of
-them are planted. The script fails if any fault survives, or if its text is not found.
+Each fault is a replacement of text that must be there exactly once: in its file or, where the code has moved since, in
+the whole package; line breaks and indentation may be others. With words, only the faults whose name has one of them
+are planted. The script fails if any fault survives, or if its text is not found.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("netsurgery", "passes", "kernels")
 
 #: The quickest first: pytest stops at the first failure.
 TESTS = (
@@ -79,7 +83,10 @@ TESTS_OF = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: in ``file``, ``old`` becomes ``new``; ``tests`` where these are others than for the file's faults."""
+    """A fault: in ``file``, ``old`` becomes ``new``; ``tests`` where these are others than for the file's faults.
+
+    ``file`` is where the code was when the fault was written. It need not follow the code, unless the tests must.
+    """
 
     name: str
     file: str
@@ -1312,19 +1319,46 @@ MUTANTS = (
 )
 
 
+def planted(mutant: Mutant, root: Path = ROOT) -> tuple[str, str]:
+    """The file that a fault goes into, and its text with the fault in it.
+
+    Raises:
+        LookupError: the text to replace does not stand there exactly once.
+    """
+    everywhere = [path.relative_to(root).as_posix() for name in CODE for path in sorted((root / name).rglob("*.py"))]
+    everywhere = [
+        file for file in everywhere if not file.startswith(("netsurgery/passes/", "netsurgery/kernels/"))
+    ]  # links
+    own = [mutant.file] if mutant.file in everywhere else []
+    tokens = re.findall(r"\w+|[^\w\s]", mutant.old)
+    exactly, laid_out_otherwise = re.escape(mutant.old), r"\s*".join(map(re.escape, tokens))
+    for files in (own, everywhere):
+        for pattern in (exactly, laid_out_otherwise):
+            found = [(file, hit) for file in files for hit in re.finditer(pattern, (root / file).read_text())]
+            if len(found) == 1:
+                ((file, hit),) = found
+                text, new = hit.string, mutant.new if pattern == exactly else _indented(mutant, hit)
+                return file, text[: hit.start()] + new + text[hit.end() :]
+    raise LookupError(f"{mutant.name}: its text stands {len(found)} times in the package, not once")
+
+
+def _indented(mutant: Mutant, hit: re.Match[str]) -> str:
+    """What a fault puts in place of text that has another indentation: the first line stands where the text does."""
+    line = hit.string[hit.string.rfind("\n", 0, hit.start()) + 1 : hit.start()]
+    before, _, more = textwrap.dedent(mutant.new).strip("\n").partition("\n")
+    return "\n".join([before or "pass", *(line + one for one in more.splitlines())]) if line.isspace() else mutant.new
+
+
 def package(into: Path, mutant: Mutant) -> None:
     """Copy the package and its tests, with one fault in it."""
-    for name in ("netsurgery", "passes", "kernels", "tests", "pyproject.toml"):
+    for name in (*CODE, "tests", "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, into / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, into / name)
-    file = into / mutant.file
-    text = file.read_text()
-    if text.count(mutant.old) != 1:
-        raise LookupError(f"{mutant.name}: {mutant.file} holds its text {text.count(mutant.old)} times, not once")
-    file.write_text(text.replace(mutant.old, mutant.new))
+    file, text = planted(mutant)
+    (into / file).write_text(text)
 
 
 def caught_by(mutant: Mutant) -> str | None:

@@ -478,8 +478,8 @@ def test_a_plan_that_runs_its_passes_again_tries_nothing_twice(monkeypatch: pyte
 SCRIPT = """
     import signal, sys, time, netsurgery
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
-    sys.path.insert(0, {root!r})
-    from tests.test_loss_increase import NETWORKS, data_for
+    sys.path.insert(0, {tests!r})
+    from test_loss_increase import NETWORKS, data_for
     from netsurgery.passes import LossIncreaseScore
     from netsurgery.passes import trials
     slow = trials.Trials.rises
@@ -497,11 +497,11 @@ SCRIPT = """
 
 
 def test_what_is_interrupted_goes_on_from_its_file(tmp_path: Path) -> None:
-    file, root = tmp_path / "deep" / "scores.safetensors", str(Path(__file__).parents[1])
-    script = textwrap.dedent(SCRIPT.format(root=root, file=str(file)))
+    file, tests = tmp_path / "deep" / "scores.safetensors", Path(__file__).parent
+    script = textwrap.dedent(SCRIPT.format(tests=str(tests), file=str(file)))
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": str(tests.parent)},
     )  # fmt: skip
     assert process.stdout is not None
     for _ in range(9):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,12 @@ def test_the_core_imports_nothing_of_passes() -> None:
         if path.relative_to(ROOT / "netsurgery").parts[0] not in ON_TOP:
             names = imported(path, "netsurgery")
             assert not within(names, "netsurgery.passes") | within(names, "passes"), path
+
+
+def test_tests_import_each_other_under_one_name() -> None:
+    """As ``oracles``, never as ``tests.oracles``: a module under two names is loaded twice."""
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.findall(r"^ *(?:from|import) tests\b.*", path.read_text(), re.MULTILINE), path
 
 
 def test_the_core_works_without_triton_and_loads_nothing_heavy() -> None:

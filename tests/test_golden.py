@@ -1,0 +1,355 @@
+"""The whole effect of each pass on one small network: the units that stay, and the text of ``edit.diff()``."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import netsurgery
+from netsurgery import passes
+from netsurgery.passes import (
+    BatchNormScore,
+    FisherScore,
+    GeometricMedianScore,
+    GradientScore,
+    HGSRScore,
+    LossIncreaseScore,
+    MagnitudeScore,
+    PruneChannels,
+    RandomScore,
+    ReconstructionScore,
+    SoftPruning,
+    TaylorScore,
+)
+
+Plan = Callable[[nn.Module], netsurgery.Edit]
+
+
+def waves(*shape: int, frequency: float = 1.7) -> Tensor:
+    """Numbers between -1 and 1 that no generator of random numbers has drawn."""
+    count = torch.Size(shape).numel()
+    return (frequency * torch.arange(1, count + 1, dtype=torch.float64) ** 1.1).sin().reshape(shape)
+
+
+X, Y = waves(12, 2, 4, 4, frequency=0.9), torch.arange(12) % 3
+
+
+def network() -> nn.Module:
+    """Two groups, of 6 and 4 units, in float64: no score is near another by rounding."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16, 3),
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(waves(*parameter.shape, frequency=1.1 + 0.3 * index))
+        model[1].running_mean.copy_(0.1 * waves(6))
+        model[1].running_var.copy_(1 + 0.5 * waves(6))
+    return model
+
+
+def planned(*scores_and_removal: netsurgery.Pass) -> Plan:
+    return lambda model: netsurgery.plan(model, scores_and_removal, (X[:2],))
+
+
+def ranked(score: netsurgery.Pass) -> Plan:
+    """Half of all units, by a score: which ones, and from which group, is the score's."""
+    return planned(score, PruneChannels(0.5, scope="global"))
+
+
+def with_gradients(model: nn.Module) -> netsurgery.Edit:
+    nn.functional.cross_entropy(model(X), Y).backward()
+    return ranked(GradientScore())(model)
+
+
+def softly(model: nn.Module) -> netsurgery.Edit:
+    pruning = SoftPruning(model, (X[:2],), method="sfp", ratio=0.5, epochs=1, grouping="coupled")
+    pruning.step(0)
+    return pruning.plan()
+
+
+#: A pass, how it is used, and its effect.
+GOLDEN: dict[str, tuple[Plan, str]] = {
+    "BatchNormScore": (
+        ranked(BatchNormScore()),
+        """\
+0 keeps 0, 2, 4
+3 keeps 1, 2
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "FisherScore": (
+        ranked(FisherScore((X, Y))),
+        """\
+0 keeps 2, 4
+3 keeps 1, 2, 3
+0.weight 6x2x3x3 -> 2x2x3x3
+1.weight 6 -> 2
+1.bias 6 -> 2
+1.running_mean 6 -> 2
+1.running_var 6 -> 2
+3.weight 4x6x3x3 -> 3x2x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 136 (34.8%)
+MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+    "GeometricMedianScore": (
+        ranked(GeometricMedianScore()),
+        """\
+0 keeps 0, 4
+3 keeps 1, 2, 3
+0.weight 6x2x3x3 -> 2x2x3x3
+1.weight 6 -> 2
+1.bias 6 -> 2
+1.running_mean 6 -> 2
+1.running_var 6 -> 2
+3.weight 4x6x3x3 -> 3x2x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 136 (34.8%)
+MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+    "GradientScore": (
+        with_gradients,
+        """\
+0 keeps 0, 4, 5
+3 keeps 2, 3
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "HGSRScore": (
+        ranked(HGSRScore()),
+        """\
+0 keeps 0, 1, 3
+3 keeps 2, 3
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "LossIncreaseScore": (
+        ranked(LossIncreaseScore((X, Y), progress=False)),
+        """\
+0 keeps 0, 2, 4
+3 keeps 2, 3
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "LossIncreaseScore: cumulative": (
+        ranked(LossIncreaseScore((X, Y), mode="cumulative", tolerance=0.2, progress=False)),
+        """\
+0 keeps 0, 4
+3 keeps 1, 2, 3
+0.weight 6x2x3x3 -> 2x2x3x3
+1.weight 6 -> 2
+1.bias 6 -> 2
+1.running_mean 6 -> 2
+1.running_var 6 -> 2
+3.weight 4x6x3x3 -> 3x2x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 136 (34.8%)
+MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+    "MagnitudeScore": (
+        ranked(MagnitudeScore()),
+        """\
+0 keeps 0, 4
+3 keeps 1, 2, 3
+0.weight 6x2x3x3 -> 2x2x3x3
+1.weight 6 -> 2
+1.bias 6 -> 2
+1.running_mean 6 -> 2
+1.running_var 6 -> 2
+3.weight 4x6x3x3 -> 3x2x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 136 (34.8%)
+MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+    "MagnitudeScore: lamp": (
+        ranked(MagnitudeScore(lamp=True)),
+        """\
+0 keeps 0, 2, 4
+3 keeps 1, 2
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "PruneChannels: a budget": (
+        planned(MagnitudeScore(), PruneChannels(params=0.6, scope="global", min_channels=2)),
+        """\
+0 keeps 0, 2, 3, 4
+3 keeps 1, 2, 3
+0.weight 6x2x3x3 -> 4x2x3x3
+1.weight 6 -> 4
+1.bias 6 -> 4
+1.running_mean 6 -> 4
+1.running_var 6 -> 4
+3.weight 4x6x3x3 -> 3x4x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 230 (58.8%)
+MACs 5,280 -> 3,240 (61.4%)""",
+    ),
+    "PruneChannels: each layer, compensated": (
+        planned(MagnitudeScore(), PruneChannels(0.5, compensate="least-squares", data=waves(200, 2, 4, 4))),
+        """\
+0 keeps 0, 2, 4
+3 keeps 1, 2
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+3.weight has new values
+3.bias has new values
+6.weight has new values
+6.bias has new values
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "PruneChannels: twice": (
+        planned(MagnitudeScore(), PruneChannels({"0": 0.5}), MagnitudeScore(), PruneChannels({"3": 0.25})),
+        """\
+0 keeps 0, 2, 4
+3 keeps 1, 2, 3
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 3x3x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 183 (46.8%)
+MACs 5,280 -> 2,448 (46.4%)""",
+    ),
+    "RandomScore": (
+        ranked(RandomScore(seed=3)),
+        """\
+0 keeps 2, 4
+3 keeps 0, 1, 3
+0.weight 6x2x3x3 -> 2x2x3x3
+1.weight 6 -> 2
+1.bias 6 -> 2
+1.running_mean 6 -> 2
+1.running_var 6 -> 2
+3.weight 4x6x3x3 -> 3x2x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 136 (34.8%)
+MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+    "ReconstructionScore": (
+        ranked(ReconstructionScore(X)),
+        """\
+0 keeps 2, 5
+3 keeps 0, 2, 3
+0.weight 6x2x3x3 -> 2x2x3x3
+1.weight 6 -> 2
+1.bias 6 -> 2
+1.running_mean 6 -> 2
+1.running_var 6 -> 2
+3.weight 4x6x3x3 -> 3x2x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 136 (34.8%)
+MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+    "SoftPruning": (
+        softly,
+        """\
+0 keeps 0, 2, 4
+3 keeps 1, 2
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "TaylorScore": (
+        ranked(TaylorScore((X, Y))),
+        """\
+0 keeps 2, 4
+3 keeps 1, 2, 3
+0.weight 6x2x3x3 -> 2x2x3x3
+1.weight 6 -> 2
+1.bias 6 -> 2
+1.running_mean 6 -> 2
+1.running_var 6 -> 2
+3.weight 4x6x3x3 -> 3x2x3x3
+3.bias 4 -> 3
+6.weight 3x16 -> 3x12
+parameters 391 -> 136 (34.8%)
+MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+}
+
+
+def effect(edit: netsurgery.Edit) -> str:
+    kept = [f"{name} keeps {', '.join(map(str, units))}" for name, units in edit.keep.items()]
+    return "\n".join([*kept, edit.diff()])
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_effect(name: str) -> None:
+    plan, text = GOLDEN[name]
+    model = network()
+    edit = plan(model)
+    assert effect(edit) == text
+    assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (X[:2],)) < 1e-12
+
+
+def test_every_pass_has_one() -> None:
+    public = {name for name, one in vars(passes).items() if inspect.isclass(one) and issubclass(one, netsurgery.Pass)}
+    assert public and {*public, "SoftPruning"} == {name.partition(":")[0] for name in GOLDEN}
