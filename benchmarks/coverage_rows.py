@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import netsurgery
+from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, inner
-from netsurgery.network import Network
+from netsurgery.capture.recorder import format_where, tensors_in
 from netsurgery.passes import PruneChannels, RandomScore
 from netsurgery.report import entries, prunable_share
-from netsurgery.tracing import format_where, tensors_in
 from netsurgery.verification import permuted_difference
 
 Row = dict[str, Any]

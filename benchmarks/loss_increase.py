@@ -36,7 +36,7 @@ import netsurgery
 from netsurgery.demo import digits
 from netsurgery.models import resnet20
 from netsurgery.passes import LossIncreaseScore, trials
-from netsurgery.passes.samples import draw
+from netsurgery.passes.calibration import draw
 
 
 def trained(side: int, epochs: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

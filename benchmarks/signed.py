@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.ledger import Ledger
-from netsurgery.passes.samples import draw
-from netsurgery.passes.slopes import gate_slopes
-from netsurgery.passes.trials import Trials
+from netsurgery.passes.ablation import Trials
+from netsurgery.passes.calibration import draw
+from netsurgery.passes.gate_gradients import gate_slopes
+from netsurgery.passes.score_checkpoint import Ledger
 
 Data = showcase.Rows
 Subject = showcase.Subject

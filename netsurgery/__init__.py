@@ -2,12 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from netsurgery.costs import Cost as Cost
+from netsurgery.analysis.costs import Cost as Cost
+from netsurgery.analysis.custom_rules import rule as rule
+from netsurgery.analysis.network import Group as Group
+from netsurgery.analysis.network import Member as Member
+from netsurgery.analysis.network import Network as Network
 from netsurgery.edit import Edit as Edit
 from netsurgery.errors import NetsurgeryError as NetsurgeryError
-from netsurgery.network import Group as Group
-from netsurgery.network import Member as Member
-from netsurgery.network import Network as Network
 from netsurgery.persistence import load as load
 from netsurgery.persistence import save as save
 from netsurgery.pipeline import Pass as Pass
@@ -15,9 +16,8 @@ from netsurgery.pipeline import apply as apply
 from netsurgery.pipeline import cost as cost
 from netsurgery.pipeline import plan as plan
 from netsurgery.pipeline import trace as trace
-from netsurgery.rewriting import rewrite as rewrite
-from netsurgery.teaching import rule as rule
-from netsurgery.verification import verify as verify
+from netsurgery.rewriting.surgery import rewrite as rewrite
+from netsurgery.verification.oracles import verify as verify
 
 try:
     __version__ = version("netsurgery")

@@ -100,7 +100,7 @@ def demo(seed: Seed = 0, out: Results = None) -> None:
 @app.command()
 def inspect(model: Model, shape: Shape = None) -> None:
     """Show what is coupled in a network, what is locked and why, and what it costs."""
-    from netsurgery.names import build, example
+    from netsurgery.model_lookup import build, example
 
     with console.status("tracing"):
         network = netsurgery.trace(build(model), example(shape) if shape else None)
@@ -131,7 +131,7 @@ def prune(
         raise InputError("say how much goes by exactly one of --ratio, --params and --macs")
     if dry_run and out:
         raise InputError("--dry-run writes nothing; leave one of --dry-run and --out out")
-    from netsurgery.names import example
+    from netsurgery.model_lookup import example
     from netsurgery.outputs import check_writable
     from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
     from netsurgery.weight_sources import prepared
@@ -179,7 +179,7 @@ def prune(
 @app.command()
 def rules() -> None:
     """List the operators that have a rule, and what the rule says."""
-    from netsurgery.rules import table
+    from netsurgery.analysis.rules import table
 
     view = Table("operator", "rule")
     for operator, rule in table():

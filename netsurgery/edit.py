@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netsurgery.adapting import Adaptation
+from netsurgery.adaptation.forwards import Adaptation
+from netsurgery.analysis.computed_weights import scaled
+from netsurgery.analysis.costs import Cost
+from netsurgery.analysis.network import Group, Network
 from netsurgery.arguments import expect
+from netsurgery.capture.saved_inputs import described, made
 from netsurgery.compensated import Compensation
-from netsurgery.computed_weights import scaled
-from netsurgery.costs import Cost
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
-from netsurgery.network import Group, Network
 from netsurgery.positions import Positions
 from netsurgery.report import edit_html, edit_line, share
-from netsurgery.saved_inputs import described, made
 
 __all__ = ["Edit", "Outcome", "counterparts"]
 

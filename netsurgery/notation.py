@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from netsurgery.axes import Axis, Fixed, channel, freeze, product, unify
-from netsurgery.tracing import format_where
+from netsurgery.capture.recorder import format_where
 
 __all__ = ["BY_POSITION", "Dims", "Misfit", "Op", "names_in", "parse", "relate", "results"]
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from netsurgery.arguments import expect
-from netsurgery.copying import named_tensors
+from netsurgery.capture.copies import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.pipeline import trace
 from netsurgery.report import first_of
-from netsurgery.rewriting import rewrite
+from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["load", "save"]
 

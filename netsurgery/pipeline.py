@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netsurgery.alone import settle_alone
-from netsurgery.check import adapt, with_repeats
-from netsurgery.costs import Cost
+from netsurgery.adaptation.fit_code import adapt, with_repeats
+from netsurgery.adaptation.one_by_one import settle_alone
+from netsurgery.analysis.costs import Cost
+from netsurgery.analysis.network import Network
+from netsurgery.analysis.tracing import few_collections, trace_untried
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
-from netsurgery.network import Network
-from netsurgery.rewriting import rewrite
-from netsurgery.untried import few_collections, trace_untried
+from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
 

@@ -12,9 +12,9 @@ from torch import nn
 from netsurgery.axes import Axis, find, inner, leaves
 
 if TYPE_CHECKING:
-    from netsurgery.costs import Cost
+    from netsurgery.analysis.costs import Cost
+    from netsurgery.analysis.network import Group, Network
     from netsurgery.edit import Edit
-    from netsurgery.network import Group, Network
 
 __all__ = [
     *("columns", "cost_html", "cost_table", "edit_html", "edit_line", "entries", "first_of", "network_html"),

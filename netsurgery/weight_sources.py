@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.errors import InputError
-from netsurgery.names import build
+from netsurgery.model_lookup import build
 from netsurgery.report import first_of
 
 __all__ = ["Draws", "fill", "prepared", "read_weights"]

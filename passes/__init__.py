@@ -3,8 +3,6 @@
 if __name__ == "netsurgery.passes":
     from netsurgery.passes.agreement import measure as measure
     from netsurgery.passes.entries import unit_scores as unit_scores
-    from netsurgery.passes.gates import FisherScore as FisherScore
-    from netsurgery.passes.gates import TaylorScore as TaylorScore
     from netsurgery.passes.gradients import GradientScore as GradientScore
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore
     from netsurgery.passes.penalty import HGSR as HGSR
@@ -16,6 +14,8 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.scores import MagnitudeScore as MagnitudeScore
     from netsurgery.passes.scores import RandomScore as RandomScore
     from netsurgery.passes.soft import SoftPruning as SoftPruning
+    from netsurgery.passes.taylor_fisher import FisherScore as FisherScore
+    from netsurgery.passes.taylor_fisher import TaylorScore as TaylorScore
 else:  # the repository's root is on sys.path, and somebody asks for a package of this name: hardly for this one
     from pathlib import Path
     from runpy import run_path

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from netsurgery.capture.recorder import home, tensors_in
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
+from netsurgery.passes.calibration import Samples, draw_with_or_without_targets, in_eval_mode, outputs_of
 from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by
-from netsurgery.passes.samples import Samples, draw_with_or_without_targets, in_eval_mode, outputs_of
-from netsurgery.rewriting import rewrite
-from netsurgery.tracing import home, tensors_in
+from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["MOST", "answers", "compared", "measure", "reported", "squares"]
 
@@ -47,7 +47,7 @@ def measure(
     Args:
         model: any module; it and the smaller one stay as they are.
         small: takes the same inputs and gives outputs of the same shapes.
-        data: with labels, as for ``netsurgery.passes.samples.draw``; or without, as for ``draw_inputs``.
+        data: with labels, as for ``netsurgery.passes.calibration.draw``; or without, as for ``draw_inputs``.
         loss: ``loss(outputs, targets)``, the mean over the samples, or one number for each ``(n,)``. By default the
             cross-entropy of logits ``(n, classes, ...)``, where the targets fit these.
         samples: how many are drawn, class-balanced where there are classes; two forward passes over them.

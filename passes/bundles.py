@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from netsurgery.analysis.network import Group, Network
 from netsurgery.edit import Edit, Outcome, counterparts
 from netsurgery.errors import InputError
-from netsurgery.network import Group, Network
 from netsurgery.passes.patterns import Chosen, Pattern, as_patterns
 from netsurgery.passes.selection import (
     ANY,

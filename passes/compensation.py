@@ -12,18 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from netsurgery.check import adapt
+from netsurgery.adaptation.fit_code import adapt
 from netsurgery.compensated import Compensation
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.passes.calibration import draw_inputs, in_eval_mode
 from netsurgery.passes.fits import LEVELS, Fit
 from netsurgery.passes.in_order import InOrder
 from netsurgery.passes.least_squares import POSITIONS, Change, Sums, bytes_of
 from netsurgery.passes.lost import Lost
 from netsurgery.passes.portions import portions
 from netsurgery.passes.readers import Reader, readers_of
-from netsurgery.passes.samples import draw_inputs, in_eval_mode
-from netsurgery.rewriting import rewrite
+from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["Method", "compensate"]
 
@@ -50,7 +50,7 @@ def compensate(
         method: "bias" adds the mean of R to every output of such a layer, by its bias or else by the running mean of
             the batch norm that follows. "least-squares" also refits its weights: the changes W' and b' minimise
             ``|R - X W' - b'|^2 + ridge * mean(X^2) * |W'|^2``, summed over the data.
-        data: as for ``netsurgery.passes.samples.draw_inputs``: inputs, with targets or without. They are drawn as they
+        data: as for ``netsurgery.passes.calibration.draw_inputs``: inputs, with targets or without. They are drawn as they
             come, not class-balanced: the means are those over the data.
         samples: how many are drawn.
         ridge: positive; keeps weights that the data says nothing of as they are.

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from netsurgery.network import Network
-from netsurgery.tracing import format_where, location, tensors_in
-from netsurgery.verification import draws
+from netsurgery.analysis.network import Network
+from netsurgery.analysis.replay import draws
+from netsurgery.capture.recorder import format_where, location, tensors_in
 
 __all__ = ["drawn_at"]
 

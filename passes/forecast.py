@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Size
 
 from netsurgery.axes import Axis
+from netsurgery.passes.ablation import Trials
 from netsurgery.passes.progress import span
-from netsurgery.passes.trials import Trials
 
 __all__ = ["Forecast", "time_trials"]
 

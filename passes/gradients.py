@@ -10,14 +10,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from netsurgery.analysis.network import Group, Network, Role
+from netsurgery.analysis.proportional import proportional_to
+from netsurgery.analysis.weights import Use, Weight, uses
 from netsurgery.axes import Axis, leaves
+from netsurgery.capture.recorder import format_where
 from netsurgery.errors import InputError
-from netsurgery.network import Group, Network, Role
 from netsurgery.passes.entries import ROLES, accumulated, as_roles, in_roles, listed, summed, unit_sums
 from netsurgery.pipeline import Pass
-from netsurgery.proportional import proportional_to
-from netsurgery.tracing import format_where
-from netsurgery.weights import Use, Weight, uses
 
 __all__ = ["GradientScore"]
 

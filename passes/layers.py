@@ -9,15 +9,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, fx
 
+from netsurgery.analysis.computed_weights import peeled
+from netsurgery.analysis.network import Network
+from netsurgery.analysis.weights import Weight, computed_weights, used_directly
 from netsurgery.axes import Axis, leaves, product, resolve
-from netsurgery.computed_weights import peeled
+from netsurgery.capture.recorder import Program
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import CRITERIA, Reading, column_count
 from netsurgery.kernels.sparsity import Layout
-from netsurgery.network import Network
 from netsurgery.positions import units_at
-from netsurgery.tracing import Program
-from netsurgery.weights import Weight, computed_weights, used_directly
 
 __all__ = [
     "ROLES", "Grouping", "Layer", "LayerRole", "OuterGroups", "check_choice", "contracted", "layers", "outer_groups",
@@ -83,7 +83,7 @@ def scored_layers(network: Network, grouping: Grouping) -> tuple[list[Layer], li
     Of a low-rank update, the matrix that has the units of the whole layer is none by itself.
 
     Raises:
-        InputError: as for ``netsurgery.weights.uses``.
+        InputError: as for ``netsurgery.analysis.weights.uses``.
     """
     computed = {one.node: one for one in computed_weights(network, network.tensors)}
     found: dict[tuple[Weight, Reading, Reading], Layer] = {}

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
-from netsurgery.network import Network
+from netsurgery.passes.ablation import Terms, Trials
 from netsurgery.passes.forecast import time_trials
-from netsurgery.passes.ledger import Ledger
 from netsurgery.passes.losses import Loss
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.prefixes import cumulative, per_group
@@ -21,7 +21,7 @@ from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.scope import scoped
-from netsurgery.passes.trials import Terms, Trials
+from netsurgery.passes.score_checkpoint import Ledger
 
 __all__ = ["LossIncreaseScore"]
 
@@ -38,7 +38,7 @@ class LossIncreaseScore(DataPass):
 
     Args:
         data: a DataLoader, a Dataset, or a pair of tensors, without augmentation: what
-            ``netsurgery.passes.samples.draw`` takes.
+            ``netsurgery.passes.calibration.draw`` takes.
         loss: ``loss(outputs, targets)``, the mean over the samples, or one number for each ``(n,)``. By default the
             cross-entropy of logits ``(n, classes, ...)``.
         samples: how many are drawn, class-balanced.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netsurgery.errors import InputError
-from netsurgery.passes.samples import IGNORED
+from netsurgery.passes.calibration import IGNORED
 
 __all__ = ["Loss", "check_mean", "check_targets", "cross_entropy", "ignored_by", "twice_over"]
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netsurgery.copying import named_tensors
+from netsurgery.capture.copies import named_tensors
+from netsurgery.capture.recorder import Inputs, home
 from netsurgery.edit import Edit
 from netsurgery.passes.agreement import squares
+from netsurgery.passes.calibration import HELD_BACK, Samples, outputs_of
 from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, hooked
-from netsurgery.passes.samples import HELD_BACK, Samples, outputs_of
-from netsurgery.tracing import Inputs, home
 
 __all__ = ["Lost"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from netsurgery.copying import named_modules, named_tensors
+from netsurgery.analysis.network import Network
+from netsurgery.capture.copies import named_modules, named_tensors
 from netsurgery.errors import InputError
-from netsurgery.network import Network
 
 __all__ = ["Chosen", "Modules", "Pattern", "as_patterns"]
 

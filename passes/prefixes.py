@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from netsurgery.network import Network
+from netsurgery.analysis.network import Network
+from netsurgery.passes.ablation import Trials
 from netsurgery.passes.bundles import Bundle, Choice
-from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.partial_replay import Removal
+from netsurgery.passes.score_checkpoint import Ledger
 from netsurgery.passes.scores import MagnitudeScore
 from netsurgery.passes.series import Series
-from netsurgery.passes.suffixes import Removal
-from netsurgery.passes.trials import Trials
 
 if TYPE_CHECKING:
     from netsurgery.passes.removal import PruneChannels

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from netsurgery.passes.ablation import Trials
 from netsurgery.passes.forecast import time_trials
-from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.gate_gradients import gate_slopes
 from netsurgery.passes.progress import span
+from netsurgery.passes.score_checkpoint import Ledger
 from netsurgery.passes.sieve import Regression, Sieve, drawn
-from netsurgery.passes.slopes import gate_slopes
-from netsurgery.passes.trials import Trials
 
 __all__ = ["race"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, resolve
-from netsurgery.copying import named_modules
+from netsurgery.capture.copies import named_modules
 from netsurgery.edit import Edit
-from netsurgery.network import Network
 from netsurgery.notation import Op
 from netsurgery.passes.least_squares import Change
 from netsurgery.passes.scores import BATCH_NORMS

@@ -10,20 +10,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from netsurgery.adaptation.fit_code import adapt
+from netsurgery.analysis.network import Group, Network
 from netsurgery.axes import leaves
-from netsurgery.check import adapt
-from netsurgery.copying import named_modules
+from netsurgery.capture.copies import named_modules
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.network import Group, Network
 from netsurgery.passes.agreement import answers, reported
+from netsurgery.passes.calibration import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.layers import positions_of
 from netsurgery.passes.least_squares import POSITIONS, spatial
 from netsurgery.passes.portions import portions
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, hooked, readers_of
 from netsurgery.passes.reporting import DataPass
-from netsurgery.passes.samples import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.scores import MagnitudeScore
 
 __all__ = ["ReconstructionScore"]
@@ -48,7 +48,7 @@ class ReconstructionScore(DataPass):
     Use it with ``PruneChannels(macs=..., scope="global", compensate="least-squares", data=...)``, which refits.
 
     Args:
-        data: inputs, as for ``netsurgery.passes.samples.draw_inputs``; labels play no part.
+        data: inputs, as for ``netsurgery.passes.calibration.draw_inputs``; labels play no part.
         held_back: inputs that groups are measured on, likewise. By default a fifth of the samples. Pass some where
             samples belong together, such as crops of the same pictures: of those that are like the others, units seem
             free that are not.

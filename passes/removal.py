@@ -8,9 +8,9 @@ from math import inf
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
+from netsurgery.analysis.network import Network, Unit
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.network import Network, Unit
 from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
 from netsurgery.passes.compensation import Method, compensate
 from netsurgery.passes.patterns import Modules, as_patterns
@@ -61,7 +61,7 @@ class PruneChannels(DataPass):
             "least-squares" also refits their weights so that the outputs stay as near as they can. What does not help
             on samples that are held back is left alone: see ``netsurgery.passes.compensation.compensate``.
         data: what this is measured on, in eval mode: a DataLoader, Dataset, tensor or pair of tensors, as for
-            ``netsurgery.passes.samples.draw_inputs``; it needs no labels. ``edit.measured`` is measured on it too.
+            ``netsurgery.passes.calibration.draw_inputs``; it needs no labels. ``edit.measured`` is measured on it too.
         samples: how many samples of it, drawn at random whatever their classes.
         ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
             the data says little; ten and a hundred times as much are tried too.

@@ -10,8 +10,8 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.agreement import MOST, reported
+from netsurgery.passes.calibration import Samples, draw, draw_inputs, reads_once
 from netsurgery.passes.losses import Loss, ignored_by
-from netsurgery.passes.samples import Samples, draw, draw_inputs, reads_once
 from netsurgery.pipeline import Pass
 
 __all__ = ["DataPass"]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
-from netsurgery.network import Network
 from netsurgery.passes.bundles import Choice
 from netsurgery.passes.patterns import Chosen, Pattern
 from netsurgery.passes.selection import belongs, is_touched

@@ -1,6 +1,6 @@
 """Importance of units by their weights: a non-negative number for each unit of each group. Lower goes first.
 
-The weights are those that layers use, masks, weight norms and low-rank updates carried out: ``netsurgery.weights``.
+The weights are those that layers use, masks, weight norms and low-rank updates carried out: ``netsurgery.analysis.weights``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from netsurgery.analysis.computed_weights import peeled
+from netsurgery.analysis.network import Group, Network, Role
+from netsurgery.analysis.weights import Use, Weight, computed_weights, is_computed, uses
 from netsurgery.axes import Axis, leaves
-from netsurgery.computed_weights import peeled
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import Name
 from netsurgery.kernels.sparsity import outer_terms
-from netsurgery.network import Group, Network, Role
 from netsurgery.passes.entries import accumulated, in_roles, per_unit, unit_sums
 from netsurgery.passes.layers import Grouping, check_choice, outer_groups, positions_of, scored_layers
 from netsurgery.pipeline import Pass
-from netsurgery.weights import Use, Weight, computed_weights, is_computed, uses
 
 __all__ = ["BatchNormScore", "GeometricMedianScore", "HGSRScore", "MagnitudeScore", "RandomScore"]
 

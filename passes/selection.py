@@ -12,8 +12,8 @@ from math import gcd, prod
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from netsurgery.analysis.network import Group, Network, Unit
 from netsurgery.axes import Axis, Fixed, leaves
-from netsurgery.network import Group, Network, Unit
 from netsurgery.passes.patterns import Chosen, Pattern
 from netsurgery.report import first_of
 

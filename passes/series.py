@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from netsurgery.passes.suffixes import NOTHING, Removal, Suffix, Suffixes
+from netsurgery.passes.partial_replay import NOTHING, Removal, Suffix, Suffixes
 
 __all__ = ["Series"]
 

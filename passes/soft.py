@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netsurgery.copying import named_tensors
+from netsurgery.analysis.network import Group, Network
+from netsurgery.capture.copies import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.network import Group, Network
-from netsurgery.passes.filters import (
+from netsurgery.passes.filter_positions import (
     Filters,
     computed_norms,
     dead_units,
@@ -34,7 +34,7 @@ from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
 from netsurgery.passes.selection import ANY, belongs, is_touched, one_of_each_product
 from netsurgery.pipeline import Pass, plan, trace
 from netsurgery.report import columns
-from netsurgery.rewriting import rewrite
+from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["SoftPruning", "hard_share", "pruned_share", "soft_factor"]
 

@@ -31,8 +31,8 @@ import netsurgery
 from netsurgery.kernels.hgsr_reference import reference
 from netsurgery.models import resnet20
 from netsurgery.passes import HGSR, LossIncreaseScore, MagnitudeScore, PruneChannels, SoftPruning
+from netsurgery.passes.calibration import draw
 from netsurgery.passes.compensation import compensate
-from netsurgery.passes.samples import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = [MagnitudeScore(), PruneChannels(0.5)]

@@ -1,6 +1,6 @@
 """Silencing written by hand: forward hooks in plain torch zero what removed units feed into each consumer.
 
-These networks share nothing with netsurgery.verification; they check it as much as the rewriting.
+These networks share nothing with netsurgery.verification.oracles; they check it as much as the rewriting.
 """
 
 from collections.abc import Callable

@@ -268,7 +268,7 @@ def test_the_proof_is_not_empty_where_the_head_starts_at_zero(monkeypatch: pytes
     assert passed(*command)
 
     def wrong(model: nn.Module, edit: netsurgery.Edit) -> nn.Module:
-        small = netsurgery.rewriting.rewrite(model, edit)
+        small = netsurgery.rewriting.surgery.rewrite(model, edit)
         small.conv2.bias.data += 1
         return small
 

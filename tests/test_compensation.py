@@ -21,9 +21,9 @@ import netsurgery
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation, least_squares, lost, progress
+from netsurgery.passes.calibration import draw_inputs
 from netsurgery.passes.compensation import compensate
 from netsurgery.passes.least_squares import windows
-from netsurgery.passes.samples import draw_inputs
 from oracles import RandomKeep, snapshot
 from random_networks import Program, build, example, programs
 

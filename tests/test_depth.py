@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery import check
+from netsurgery.adaptation import fit_code as check
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import netsurgery
+from netsurgery.capture.saved_inputs import described, made
 from netsurgery.errors import InputError
 from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore
-from netsurgery.saved_inputs import described, made
 
 HALF = [RandomScore(), PruneChannels(0.5)]
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import GradientScore, LossIncreaseScore, PruneChannels, TaylorScore, unit_scores
-from netsurgery.passes.samples import draw
-from netsurgery.passes.slopes import gate_slopes
-from netsurgery.passes.trials import Trials
+from netsurgery.passes.ablation import Trials
+from netsurgery.passes.calibration import draw
+from netsurgery.passes.gate_gradients import gate_slopes
 from test_language_models import MASKED, MODELS
 from test_loss_increase import NETWORKS, data_for, randomised
 

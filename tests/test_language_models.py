@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.samples import draw
-from netsurgery.passes.slopes import gate_slopes
-from netsurgery.passes.trials import Trials
+from netsurgery.passes.ablation import Trials
+from netsurgery.passes.calibration import draw
+from netsurgery.passes.gate_gradients import gate_slopes
 
 IDS = torch.randint(1, 64, (12, 8), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(8) < torch.where(torch.arange(12) < 6, 8, 5)[:, None]).long()

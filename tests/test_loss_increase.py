@@ -21,9 +21,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore
+from netsurgery.passes.ablation import Loss, Trials
+from netsurgery.passes.calibration import draw
 from netsurgery.passes.readings import Reading
-from netsurgery.passes.samples import draw
-from netsurgery.passes.trials import Loss, Trials
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -471,7 +471,7 @@ def test_a_plan_that_runs_its_passes_again_tries_nothing_twice(monkeypatch: pyte
     network = netsurgery.trace(model, data[0][:3])
     score = LossIncreaseScore(data, samples=8)
     first = score.run(network).scores
-    monkeypatch.setattr("netsurgery.passes.trials.Trials.rises", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr("netsurgery.passes.ablation.Trials.rises", lambda *_: pytest.fail("tried again"))
     assert torch.equal(score.run(network).scores["conv"], first["conv"])
 
 

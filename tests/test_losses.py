@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import FisherScore, LossIncreaseScore, TaylorScore
+from netsurgery.passes.ablation import Trials
+from netsurgery.passes.calibration import draw
 from netsurgery.passes.losses import Loss, cross_entropy
-from netsurgery.passes.samples import draw
-from netsurgery.passes.trials import Trials
 
 SCORES = (LossIncreaseScore, TaylorScore, FisherScore)
 X = torch.randn(70, 4, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.shapes import infer
+from netsurgery.capture.meta_shapes import infer
 from oracles import check
 
 Run = Callable[[Any, Tensor], Any]

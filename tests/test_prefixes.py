@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
-from netsurgery.passes.trials import Trials
+from netsurgery.passes.ablation import Trials
 from test_loss_increase import NETWORKS, Deciding, Normed, WritesIntoViews, by_surgery, data_for, loss_of, randomised
 
 
@@ -339,5 +339,5 @@ def test_trials_that_are_refused_from_some_number_on_count_once(mode: Any, monke
         return netsurgery.rewrite(model, edit)
 
     whole = scores()
-    monkeypatch.setattr("netsurgery.passes.trials.rewrite", refusing)
+    monkeypatch.setattr("netsurgery.passes.ablation.rewrite", refusing)
     torch.testing.assert_close(scores(), whole, rtol=1e-9, atol=1e-12)

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import netsurgery
+from netsurgery.analysis.replay import draws
+from netsurgery.capture.randomness import seeded
 from netsurgery.passes import LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.samples import draw
-from netsurgery.randomness import seeded
-from netsurgery.verification import draws
+from netsurgery.passes.calibration import draw
 
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(40) % 4
 CPU = torch.device("cpu")

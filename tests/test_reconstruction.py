@@ -14,7 +14,7 @@ import netsurgery
 import zoo
 from netsurgery.errors import InputError
 from netsurgery.passes import MagnitudeScore, PruneChannels, ReconstructionScore, reconstruction
-from netsurgery.passes.samples import draw_inputs
+from netsurgery.passes.calibration import draw_inputs
 
 Pair = tuple[nn.Module, Tensor]
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.copying import named_tensors
+from netsurgery.analysis.tracing import trace_untried
+from netsurgery.capture.copies import named_tensors
 from netsurgery.errors import RewriteError
 from netsurgery.passes import LossIncreaseScore, PruneChannels
-from netsurgery.passes.samples import draw
-from netsurgery.passes.trials import Trials
-from netsurgery.untried import trace_untried
-from netsurgery.verification import silenced
+from netsurgery.passes.ablation import Trials
+from netsurgery.passes.calibration import draw
+from netsurgery.verification.silencing import silenced
 from test_language_models import IDS, built
 
 TINY = {"hidden_size": 16, "intermediate_size": 6, "num_hidden_layers": 1, "use_cache": False}

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as saving
 
 import netsurgery
 import oracles
-from netsurgery.effects import Effects
+from netsurgery.capture.side_effects import Effects
 from netsurgery.passes import PruneChannels, RandomScore
 from test_hard_coded import Net
 

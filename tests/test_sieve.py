@@ -15,7 +15,7 @@ import netsurgery
 from netsurgery.demo import digits
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore, PruneChannels, forecast, progress
-from netsurgery.passes.ledger import Ledger
+from netsurgery.passes.score_checkpoint import Ledger
 from netsurgery.passes.sieve import Regression, Sieve, at_most, drawn
 from test_loss_increase import NETWORKS, Deciding, data_for, randomised, separable
 

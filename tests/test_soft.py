@@ -22,7 +22,7 @@ import zoo
 from netsurgery.errors import InputError
 from netsurgery.models import CifarResNet, resnet20, resnet32, resnet56, resnet110
 from netsurgery.passes import SoftPruning
-from netsurgery.passes.filters import filters_of_layers, norms, published_macs
+from netsurgery.passes.filter_positions import filters_of_layers, norms, published_macs
 from netsurgery.passes.soft import hard_share, pruned_share, soft_factor
 from zoo import randomise
 

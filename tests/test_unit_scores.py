@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import netsurgery
 import zoo
+from netsurgery.analysis.network import Group, Network
 from netsurgery.errors import InputError, RewriteError
-from netsurgery.network import Group, Network
 from netsurgery.passes import MagnitudeScore, PruneChannels, unit_scores
 from random_networks import Program, build, example, programs
 from test_language_models import MASKED, MODELS

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery import verification
 from netsurgery.errors import InputError
 from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore
+from netsurgery.verification import oracles as verification
 
 HALF = [RandomScore(), PruneChannels(0.5)]
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))

@@ -274,7 +274,7 @@ def test_torchvision_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         begun = fresh(Model("torchvision:squeezenet1_1@DEFAULT"), seed)
         assert begun.classifier[1].weight.equal(model.classifier[1].weight)
     with pytest.raises(InputError, match=r"^torchvision:squeezenet1_1@DEFAULT: .*num_classes"):
-        netsurgery.names.build("torchvision:squeezenet1_1@DEFAULT", num_classes=7)
+        netsurgery.model_lookup.build("torchvision:squeezenet1_1@DEFAULT", num_classes=7)
 
 
 def test_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.fc.weight.equal(model.fc.weight)
         assert said == f"published, timm:{name}"
     assert {str(where[0]) for where in asked} == {"timm/resnet10t.c3_in1k"}
-    head = netsurgery.names.build("timm:resnet10t@pretrained", num_classes=7)
+    head = netsurgery.model_lookup.build("timm:resnet10t@pretrained", num_classes=7)
     assert head.fc.weight.shape == (7, 512)
 
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from netsurgery.capture.recorder import RAISED_BY_MODELS
 from netsurgery.errors import InputError
 from netsurgery.passes import HGSR, SoftPruning
-from netsurgery.tracing import RAISED_BY_MODELS
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images, Pairs
 from netsurgery.training.recipe import OPTIMIZERS, Data, Engine, Stage

@@ -14,7 +14,7 @@ import netsurgery
 from netsurgery.demo import widths
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, NetsurgeryError
-from netsurgery.names import build
+from netsurgery.model_lookup import build
 from netsurgery.passes import HGSR, MagnitudeScore, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images

@@ -1,0 +1,407 @@
+"""Code that hard-codes a size is made to follow: by integer attributes of its module, or as a rewritten graph.
+
+``solve`` finds the attributes, ``rebuild`` writes the graph with the new sizes; an ``Adaptation`` is what a whole
+model needs. A module whose graph was rewritten stays the same object with the same parameters, submodules, hooks
+and attributes; its class becomes a subclass of its own class with another ``forward``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import linecache
+import operator
+import weakref
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import inf, nan, prod, sqrt
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from netsurgery.adaptation.input_guards import EXPECTATIONS
+from netsurgery.adaptation.module_tracer import Deaf, Worth
+from netsurgery.adaptation.repeated_sizes import Repeat
+from netsurgery.analysis.costs import Sizes
+from netsurgery.axes import Axis, leaves
+
+__all__ = ["Adaptation", "Rewritten", "by_mode", "compiled", "joined", "kinds", "merge", "rebuild", "solve"]
+
+Attributes = Mapping[str, Any]
+
+
+@dataclass
+class Adaptation:
+    """What the code of a model needs so that it follows an edit.
+
+    Attributes:
+        attributes: new values of attributes, by path of the module and name.
+        code: the new ``forward`` of modules, by path.
+        reasons: why these modules need one, by path.
+        stays: numbers of modules that stay, though dimensions of their size change, and why.
+    """
+
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    stays: dict[str, str] = field(default_factory=dict)
+    model: weakref.ref[nn.Module] | None = None  # the one whose code it is about
+
+    def __repr__(self) -> str:
+        count = sum(map(len, self.attributes.values()))
+        return f"Adaptation({count} attributes, {len(self.code)} rewritten forwards)"
+
+    def joined(self, repeats: Iterable[Repeat]) -> Adaptation:
+        """The same, with the attributes that repeat a size."""
+        attributes = {path: dict(values) for path, values in self.attributes.items()}
+        stays = dict(self.stays)
+        for one in repeats:
+            stays.update(one.stays)
+            if one.follows:
+                attributes.setdefault(one.path, {})[one.name] = one.new
+        return replace(self, attributes=attributes, stays=stays)
+
+    def carry_out(self, model: nn.Module) -> None:
+        """Change the attributes and the classes of the modules of a model."""
+        copies: dict[int, Any] = {}  # what modules share they share after, too
+        for path, values in self.attributes.items():
+            for name, value in values.items():
+                if id(value) not in copies:
+                    copies[id(value)] = copy.copy(value)
+                model.get_submodule(path).__dict__[name] = copies[id(value)]
+        for path, code in self.code.items():
+            module = model.get_submodule(path)
+            module.__class__ = _class(_own_class(type(module)), code)
+            if isinstance(module, nn.MultiheadAttention):
+                module._qkv_same_embed_dim = False  # keeps torch's fused encoder, which wants square weights, away
+        for encoder in model.modules() if self.code else ():
+            if isinstance(encoder, nn.TransformerEncoder) and _is_rewritten(encoder):
+                encoder.use_nested_tensor = False  # only the fused encoder can read a nested tensor
+
+
+# A rewritten forward -------------------------------------------------------------------------------------------
+
+
+class Rewritten:
+    """A module whose ``forward`` is a rewritten graph.
+
+    Attributes:
+        netsurgery_class: its own class.
+        netsurgery_code: the source of its ``forward``. Long names: parts of a module may be called anything else.
+    """
+
+    netsurgery_class: type
+    netsurgery_code: str
+
+    def __reduce__(self) -> Any:
+        return _blank, (_own_class(type(self)), self.netsurgery_code), self.__getstate__()
+
+
+def _is_rewritten(model: nn.Module) -> bool:
+    return any(isinstance(part, Rewritten) for part in model.modules())
+
+
+def _own_class(kind: type) -> Any:
+    """What a class made here was made of; others, such as those of parametrised modules, are their own."""
+    return vars(kind).get("netsurgery_class", kind)
+
+
+def _blank(kind: type, code: str) -> Any:
+    rewritten: Any = _class(kind, code)
+    return rewritten.__new__(rewritten)
+
+
+_SCOPE = {"torch": torch, "operator": operator, "inf": inf, "nan": nan, "device": torch.device}
+
+
+@functools.cache
+def _class(kind: type, code: str) -> type:
+    file = f"<netsurgery {kind.__name__} {abs(hash(code)):x}>"
+    linecache.cache[file] = len(code), None, code.splitlines(keepends=True), file  # tracebacks and compilers read it
+    scope = dict(_SCOPE)
+    exec(compile(code, file, "exec"), scope)
+    made = {"netsurgery_class": kind, "netsurgery_code": code}
+    members = {**made, "forward": scope["forward"], "__module__": kind.__module__}
+    bases = (kind,) if issubclass(kind, Rewritten) else (Rewritten, kind)
+    return type(f"Rewritten{kind.__name__}", bases, members)
+
+
+# Working out the sizes -----------------------------------------------------------------------------------------
+
+
+def _wants(graph: fx.Graph) -> list[tuple[fx.Node, tuple[int, ...], Any, Axis]]:
+    """Every integer that is the size of a dimension: its node, its place there, itself, the dimension."""
+    found = []
+    for node in graph.nodes:
+        for place, axis in node.meta.get("sizes", ()):
+            value: Any = node.args
+            for step in place:
+                value = (value.start, value.stop, value.step)[step] if isinstance(value, slice) else value[step]
+            if isinstance(value, fx.Node) or value >= 0:  # -1 is worked out by torch
+                found.append((node, place, value, axis))
+    return found
+
+
+def solve(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, Any], bool]:
+    """The attributes of a module that are sizes of dimensions, at other sizes; and whether that is all they are."""
+    found: dict[tuple[str, int | None], set[int]] = {}
+    for _, _, value, axis in _wants(graph):
+        if isinstance(value, fx.Node) and "attribute" in value.meta:
+            found.setdefault(value.meta["attribute"], set()).add(sizes(axis))
+    agreed = {key: wanted for key, wanted in found.items() if len(wanted) == 1}
+    attributes: dict[str, Any] = {}
+    for (name, index), (wanted,) in agreed.items():
+        old = attributes.get(name, module.__dict__[name])
+        new = wanted if index is None else type(old)([*old[:index], wanted, *old[index + 1 :]])
+        if new != old:
+            attributes[name] = new
+    return attributes, len(agreed) == len(found) and not _used_otherwise(graph, agreed)
+
+
+def merge(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dict[str, Any], bool]:
+    """What several runs of a module want its attributes to be, none if they disagree; and whether that is all."""
+    wanted: dict[str, Any] = {}
+    enough = True
+    for attributes, alone in found:
+        if any(wanted.get(name, value) != value for name, value in attributes.items()):
+            return {}, False
+        wanted.update(attributes)
+        enough = enough and alone
+    return wanted, enough
+
+
+def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]) -> bool:
+    """Whether one of these attributes is also used for something that is not the size of a dimension."""
+    places = {(node, place) for node, place, _, _ in _wants(graph)}
+    numbers = [node for node in graph.nodes if node.meta.get("attribute") in found]
+    while numbers:
+        number = numbers.pop()
+        for user in number.users:
+            if "value" in user.meta and any(node.meta.get("axis") is not None for node in _sources(user)):
+                return True  # computed from a size too, or compared with one
+            if "value" in user.meta:
+                numbers.append(user)
+            elif not user.meta.get("guard") and any(
+                value is number and (user, place) not in places for place, value in _placed((), user.args)
+            ):
+                return True
+    return False
+
+
+def _settle_other_uses(graph: fx.Graph, attributes: Attributes) -> None:
+    """Where an attribute that changes is no size of a dimension, its old value stays."""
+    places = {(node, place) for node, place, _, _ in _wants(graph)}
+    for number in list(graph.nodes):
+        if number.meta.get("attribute", ("",))[0] not in attributes:
+            continue
+        for user in list(number.users):
+            for place, value in _placed((), user.args):
+                if value is number and (user, place) not in places:
+                    user.args = _put(user.args, place, number.meta["value"])
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """A number and all that it is computed from."""
+    return [node, *(found for source in node.all_input_nodes if "value" in source.meta for found in _sources(source))]
+
+
+def _placed(place: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Every argument with its place."""
+    if isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            yield from _placed((*place, index), item)
+    elif isinstance(value, slice):
+        yield from _placed(place, (value.start, value.stop, value.step))
+    else:
+        yield place, value
+
+
+def rebuild(
+    graph: fx.Graph,
+    module: nn.Module,
+    sizes: Sizes,
+    attributes: Attributes,
+    units: Container[Axis],
+    written_only: bool = False,
+) -> str:
+    """The source of a ``forward`` that does what a graph does, at other sizes and with these attributes of the module.
+
+    Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
+
+    Args:
+        written_only: only numbers written in the code may have to change, and no answer to a question about sizes.
+
+    Raises:
+        Deaf: a size cannot be worked out.
+    """
+    new_graph = fx.Graph()
+    renamed: dict[fx.Node, fx.Node] = {}
+    result = new_graph.graph_copy(graph, renamed)
+    new_graph.output(result)
+    for old, new in renamed.items():
+        new.meta = dict(old.meta)
+    known = {name: attributes.get(name, value) for name, value in module.__dict__.items()}
+    values = Worth(sizes, known, units)
+    _settle_other_uses(new_graph, attributes)
+    written = _written(new_graph, values)
+    for node, place, value, axis in _wants(new_graph):
+        if values(value) != sizes(axis):
+            node.args = _put(node.args, place, _mended(value, axis, values, node, written, written_only))
+    for node in [node for node in new_graph.nodes if "parts" in node.meta and not written_only]:
+        _settle_parts(node, values)
+    for node in [node for node in new_graph.nodes if node.meta.get("guard") and not values(node.args[0])]:
+        with new_graph.inserting_before(node):
+            node.args = (_with_constants(node.args[0], written), *node.args[1:])
+        if written_only and not values(node.args[0]):
+            raise Deaf("asks for a size that changes")
+    for node in list(new_graph.nodes):
+        axis = node.meta.get("scale")
+        if axis is not None and sizes(axis) != axis.size:
+            node.kwargs = {**node.kwargs, "scale": 1.0 / sqrt(axis.size)}
+        if node.meta.get("guard") and not (values(node.args[0]) and values.depends(node.args[0])):
+            new_graph.erase_node(node)
+    for node in reversed(list(new_graph.nodes)):
+        picks = node.target in (operator.getitem, getattr) and "sizes" not in node.meta  # no operation on a tensor
+        bare = "value" in node.meta or node.op == "get_attr" or picks
+        if bare and not node.users and node.op != "placeholder":
+            new_graph.erase_node(node)
+    code = new_graph.python_code("self")
+    foreign = {name: f for name, f in code.globals.items() if name not in _SCOPE and name in code.src}
+    lines = [f"from {f.__module__} import {f.__qualname__} as {name}" for name, f in foreign.items()]
+    return "\n".join([*lines, code.src])
+
+
+def kinds(graph: fx.Graph) -> tuple[str, ...]:
+    """What a graph makes sure of about the inputs of its module."""
+    return tuple(
+        f"{node.target.__name__}{[value for value in node.args if not isinstance(value, fx.Node)]}"
+        for node in graph.nodes
+        if node.target in EXPECTATIONS
+    )
+
+
+def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
+    """One ``forward`` of those of several runs, each with the kinds of inputs that it is for.
+
+    Raises:
+        Deaf: they differ for inputs of one kind.
+    """
+    by_kind: dict[tuple[str, ...], str] = {}
+    for kind, code in ways:
+        if by_kind.setdefault(kind, code) != code:
+            raise Deaf("takes several ways for inputs of one kind")
+    codes = [by_kind[kind] for kind in sorted(by_kind, key=len, reverse=True)]  # what is made sure of more comes first
+    if len(set(codes)) == 1:
+        return codes[0]
+    names = [f"netsurgery_way_{i}" for i in range(len(codes))]
+    ways_in = [_renamed(code, "way", name) for name, code in zip(names, codes, strict=True)]
+    head, passed = _head(codes[0])
+    last = f"{head}\n    return first_that_fits(({', '.join(names)}), {passed})\n"
+    return "\n".join(["from netsurgery.adaptation.input_guards import first_that_fits", *ways_in, last])
+
+
+def by_mode(usual: str, trained: str) -> str:
+    """One ``forward`` of those outside of training and in training."""
+    head, passed = _head(usual)
+    last = f"{head}\n    return (netsurgery_trained if self.training else netsurgery_usual)({passed})\n"
+    return "\n".join(
+        [_renamed(usual, "usual", "netsurgery_usual"), _renamed(trained, "trained", "netsurgery_trained"), last]
+    )
+
+
+def _renamed(code: str, prefix: str, name: str) -> str:
+    """A ``forward`` under another name; ways that are in it have a prefix then."""
+    return code.replace("netsurgery_way_", f"netsurgery_{prefix}_way_").replace("def forward(", f"def {name}(")
+
+
+def _head(code: str) -> tuple[str, str]:
+    """The first line of a ``forward``, and its arguments as they are passed on."""
+    head = next(line for line in code.splitlines() if line.startswith("def forward("))
+    given = inspect.signature(compiled(f"{head} ...")["forward"]).parameters.values()
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return head, ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in given)
+
+
+def compiled(code: str) -> dict[str, Any]:
+    """What source code defines: ``forward``, say."""
+    scope = dict(_SCOPE)
+    exec(code, scope)
+    return scope
+
+
+def _settle_parts(node: fx.Node, values: Worth) -> None:
+    """Parts that are not all of one size any more are split by their sizes."""
+    parts = node.meta["parts"]
+    wanted = [values.sizes(part) for part in parts]
+    if wanted == _chunks(sum(wanted), len(wanted)) or wanted == [part.size for part in parts]:
+        return
+    if any(map(values.free, parts)):
+        raise Deaf("takes parts of a dimension that inputs and units share")
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    node.op, node.target, node.args, node.kwargs = "call_method", "split", (node.args[0], wanted, dim), {}
+
+
+def _chunks(size: int, count: int) -> list[int]:
+    """The sizes of the parts that ``chunk`` makes."""
+    whole = -(-size // count)
+    return [min(whole, size - start) for start in range(0, size, whole)]
+
+
+def _written(graph: fx.Graph, values: Worth) -> dict[int, int]:
+    """The sizes that are written in the code and change, such as a number of heads, and what they become.
+
+    And the product of those of one call: ``view(n, 3, 4, c // 12)``.
+    """
+    by_call: dict[fx.Node, list[tuple[int, int]]] = {}
+    for node, _, value, axis in _wants(graph):
+        if type(value) is int:
+            by_call.setdefault(node, []).append((value, values.sizes(axis)))
+    found: dict[int, set[int]] = {}
+    for sizes in by_call.values():
+        for old, new in (*sizes, tuple(map(prod, zip(*sizes, strict=True)))):
+            found.setdefault(old, set()).add(new)
+    return {old: new for old, (new, *others) in found.items() if not others and new != old}
+
+
+def _mended(
+    value: Any, axis: Axis, values: Worth, node: fx.Node, written: Mapping[int, int], written_only: bool
+) -> Any:
+    """An expression that has the right value: the old one with other constants, or a constant."""
+    sizes = values.sizes
+    changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}
+    if not isinstance(value, fx.Node):  # written in the code, as were the sizes of space that are part of it
+        return sizes(axis)
+    for constants in (changed, written):  # of two sizes one may be worked out from the other: view(n, 4, c // 4)
+        with node.graph.inserting_before(node):
+            other = _with_constants(value, constants)
+        if values(other) == sizes(axis):
+            return other
+    if values.free(axis) or written_only:
+        raise Deaf(f"computes {value} in a way that cannot be followed")
+    return sizes(axis)
+
+
+def _with_constants(value: Any, changed: Mapping[int, int]) -> Any:
+    if not isinstance(value, fx.Node):
+        return changed.get(value, value) if type(value) is int else value
+    if "attribute" in value.meta:
+        return changed.get(value.meta["value"], value)
+    if value.op != "call_function" or "value" not in value.meta:
+        return value
+    new = value.graph.call_function(value.target, tuple(_with_constants(a, changed) for a in value.args))  # type: ignore[arg-type]
+    new.meta["value"] = value.meta["value"]
+    return new
+
+
+def _put(args: Any, place: tuple[int, ...], value: Any) -> Any:
+    if not place:
+        return value
+    if isinstance(args, slice):
+        bounds = [args.start, args.stop, args.step]
+        bounds[place[0]] = value
+        return slice(*bounds)
+    items = list(args)
+    items[place[0]] = _put(items[place[0]], place[1:], value)
+    return type(args)(items) if type(args) in (tuple, list) else tuple(items)

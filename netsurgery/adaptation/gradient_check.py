@@ -1,0 +1,168 @@
+"""Does a rewritten ``forward`` have the gradients of the code it stands for, and the dtypes that autocast gives it?
+
+Both are run on tensors without data that require gradients. The same operations must be recorded for the backward run,
+in the same order, down to the same tensors; under autocast, its casts are among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from netsurgery.capture.caches import caches_kept
+from netsurgery.capture.copies import copy_with, named_tensors
+from netsurgery.capture.randomness import seeded
+from netsurgery.capture.recorder import RAISED_BY_MODELS, Call, Named, tensors_in, without_fast_path
+
+__all__ = ["difference"]
+
+
+def difference(
+    module: nn.Module, forward: Callable[..., Any], call: Call, tensors: Mapping[str, Tensor], training: bool
+) -> str | None:
+    """What a ``forward`` does otherwise than that of a module, called as it was when recorded; None if nothing.
+
+    Both run under autocast, which only adds to what is compared; without it where the module's own code
+    does not run so. Where that runs in neither way, there is nothing to differ from.
+
+    Args:
+        tensors: the model's, by name.
+        training: the mode of the module.
+    """
+    for half in (True, False):
+        with contextlib.suppress(_DoesNotRun):
+            return _unlike(*_both(module, forward, call, tensors, training, half))
+    return None
+
+
+class _DoesNotRun(Exception):
+    """The code of a module does not run without data, or under autocast."""
+
+
+def _both(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    call: Call,
+    tensors: Mapping[str, Tensor],
+    training: bool,
+    half: bool,
+) -> tuple[list[Tensor] | str, list[Tensor]]:
+    """What a ``forward`` gives, or the error that it raises, and what the module's own gives.
+
+    Raises:
+        _DoesNotRun: the module's own gives nothing.
+    """
+    device = next((t.device for t in tensors.values() if not t.is_meta), torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True), _differentiated(module, device, half):
+        own = {id(tensor): _bare(tensor, device) for _, tensor in named_tensors(module)}
+        bare = copy_with(module, own).eval()
+        bare.training = training
+        given = [v for v in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(v, fx.Node | Named)]
+        leaves = {value: _Given(value, tensors, device) for value in given}
+        try:
+            wanted = _run(type(bare).forward, bare, call, leaves)
+        except RAISED_BY_MODELS as error:
+            raise _DoesNotRun from error
+        try:
+            return _run(forward, bare, call, leaves), wanted
+        except RAISED_BY_MODELS as error:
+            return (str(error).splitlines() or [type(error).__name__])[0], wanted
+
+
+@contextlib.contextmanager
+def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iterator[None]:
+    """Gradients are recorded, whatever is around; autocast is on or off."""
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=half),
+        # Scripted functions are one operation each once they are optimised.
+        torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
+        seeded(0, device),
+        caches_kept(module),
+        without_fast_path(),
+    ):
+        yield
+
+
+def _bare(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of a module without data; a parameter requires gradients, whether it is trained or not."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=_differs(tensor.dtype))
+    return empty.requires_grad_(tensor.requires_grad)
+
+
+def _differs(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+class _Given:
+    """What stands for one input of a module: not a leaf, so that the code may write to it."""
+
+    def __init__(self, value: fx.Node | Named, tensors: Mapping[str, Tensor], device: torch.device):
+        if isinstance(value, Named):
+            self.layout, dtype = (tensors[value].shape, tensors[value].stride()), tensors[value].dtype
+        else:
+            self.layout, dtype = value.meta["layout"], value.meta["dtype"]
+        length = 1 + sum((n - 1) * stride for n, stride in zip(*self.layout, strict=True))
+        self.leaf = torch.empty(length, dtype=dtype, device=device, requires_grad=_differs(dtype))
+
+    def __call__(self) -> Tensor:
+        return self.leaf.clone().as_strided(*self.layout)
+
+
+def _run(forward: Callable[..., Any], bare: nn.Module, call: Call, leaves: Mapping[Any, _Given]) -> list[Tensor]:
+    """The results of a ``forward``, and what it left of its inputs."""
+    given = {value: leaf() for value, leaf in leaves.items()}
+
+    def stand_in(value: Any) -> Any:
+        return given[value] if isinstance(value, fx.Node | Named) else value
+
+    args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
+    torch.clear_autocast_cache()
+    out = forward(bare, *args, **kwargs)
+    return [*tensors_in(out), *given.values()]
+
+
+def _unlike(found: list[Tensor] | str, wanted: list[Tensor]) -> str | None:
+    """How results differ, or how they came about."""
+    if isinstance(found, str):
+        return f"fails ({found})"
+    if len(found) != len(wanted):
+        return f"returns {len(found)} tensors for {len(wanted)}"
+    for one, other in zip(found, wanted, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"returns {list(one.shape)} of {one.dtype} for {list(other.shape)} of {other.dtype}"
+    return _backward_unlike([(one.grad_fn, other.grad_fn) for one, other in zip(found, wanted, strict=True)])
+
+
+def _backward_unlike(pairs: list[tuple[Any, Any]]) -> str | None:
+    """Where two records of operations, of which some correspond, part on the way to the tensors they end in."""
+    twins: dict[Any, Any] = {}
+    while pairs:
+        one, other = pairs.pop()
+        if twins.setdefault(one, other) is not other or _kind(one) != _kind(other):
+            return f"goes through {_name(one)} where the code goes through {_name(other)}"
+        if one is not None and other is not None:
+            nexts = one.next_functions, other.next_functions
+            if [result for _, result in nexts[0]] != [result for _, result in nexts[1]]:
+                return f"reads other results in {_name(one)}"
+            pairs += [(a, b) for (a, _), (b, _) in zip(*nexts, strict=True) if a not in twins]
+    return None
+
+
+def _kind(node: Any) -> Any:
+    """The name of an operation of the backward run, or which tensor it ends in."""
+    return (_name(node), id(getattr(node, "variable", None)))
+
+
+def _name(node: Any) -> str:
+    return "nothing" if node is None else str(node.name())

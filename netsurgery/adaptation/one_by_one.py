@@ -1,0 +1,134 @@
+"""Can each group be cut alone? One that cannot is tied to the group whose size the code takes for its own, or frozen.
+
+All groups at half their sizes may run where one alone does not: ``y.view_as(x)`` is right while both shrink alike.
+So all are tried at once with different shares of their units left; where that does not run, or sizes are too small for
+it, in sets that keep those apart which the code of one module handles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import networkx as nx
+from torch import nn
+
+from netsurgery.adaptation.fit_code import adapt, channels_of, follows
+from netsurgery.analysis.network import Group, Network
+
+__all__ = ["settle_alone"]
+
+
+def settle_alone(model: nn.Module, network: Network) -> Network:
+    """The same network with ties, or locks, for the groups that cannot be cut alone."""
+    near = _near(network)
+    counts, unsure = _differing(network, near)
+    doubtful = unsure if follows(model, network, counts) else set(near)
+    for names in _apart(near):
+        names = [name for name in names if name in doubtful]
+        if not names or follows(model, network, _counts(network, names)):
+            continue
+        while found := adapt(model, network, _counts(network, names))[1]:  # each round ties or freezes at least one
+            network = _settled(model, network, near, found)
+    return network
+
+
+def _near(network: Network) -> Any:
+    """The open groups, as a graph: an edge joins two that the code of one module, without its parts, handles."""
+    graph = nx.Graph()
+    graph.add_nodes_from(group.name for group in network.prunable)
+    handled: dict[str, dict[str, None]] = {}
+    for program in network.programs:
+        for node in program.operations:
+            found = [network.by_channel.get(channel) for channel in channels_of(node)]
+            here = handled.setdefault(node.meta["module"], {})
+            here.update((group.name, None) for group in found if group is not None and group.frozen is None)
+    for here in handled.values():
+        graph.add_edges_from((a, b) for a in here for b in here if a != b)
+    return graph
+
+
+def _differing(network: Network, near: Any) -> tuple[dict[str, int], set[str]]:
+    """Numbers of units of which no two near groups keep the same share, and the groups that are too small for it."""
+    counts: dict[str, int] = {}
+    unsure: set[str] = set()
+    for names in _classes(network, near):
+        size = network[names[0]].size
+        others = {other for name in names for other in near[name]} - set(names)
+        shares = {counts[other] / network[other].size for other in others if other in counts}
+        count, gap = _unlike(size, shares)
+        counts.update(dict.fromkeys(names, count))
+        if not gap:
+            unsure.update(names)
+    return counts, unsure
+
+
+_GAP = 0.15  # between two shares; nearer ones may be alike by rounding
+
+
+def _unlike(size: int, shares: set[float]) -> tuple[int, float]:
+    """A number of units, about two thirds, that is another share of them than these; and by how much, up to a limit."""
+    found = []
+    for n in [n for n in range(1, size) if 0.25 <= n / size <= 0.9] or [1]:
+        gap = min([_GAP, *(abs(n / size - share) for share in shares)])
+        found.append((-gap, abs(n / size - 2 / 3), n))
+    gap, _, n = min(found)
+    return n, -gap
+
+
+def _classes(network: Network, near: Any) -> list[tuple[str, ...]]:
+    """The open groups, those that are tied together."""
+    return list(dict.fromkeys(network.tied_to(name) for name in near))
+
+
+def _apart(near: Any) -> list[list[str]]:
+    """Sets of groups such that of any two near one another each is in a set without the other."""
+    colours: dict[str, int] = nx.greedy_color(near, "largest_first")
+    count = max(colours.values(), default=-1) + 1
+    bits = range((count - 1).bit_length())
+    if count <= 2 * len(bits):
+        sets = [[name for name in near if colours[name] == colour] for colour in range(count)]
+    else:
+        sets = [[name for name in near if colours[name] >> bit & 1 == value] for bit in bits for value in (0, 1)]
+    return [names for names in sets if names]
+
+
+def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
+    """About two thirds of the units of the open ones among some groups, and of those tied to them."""
+    every = dict.fromkeys(other for name in names for other in network.tied_to(name))
+    return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].frozen is None}
+
+
+def _settled(model: nn.Module, network: Network, near: Any, found: Mapping[str, str]) -> Network:
+    """Groups that a partner helps are tied to it, others frozen; partners are found once for groups in like places."""
+    partners: dict[str, str | None] = {}
+    ties: list[tuple[str, ...]] = []
+    frozen: dict[str, str] = {}
+    for name, why in found.items():
+        place = _place(network[name])
+        others = [other for other in near[name] if _may_be_tied(network, name, other)]
+        if place not in partners:
+            partner = next((other for other in others if _follows(model, network, (name, other))), None)
+            partners[place] = None if partner is None else _place(network[partner])
+        partner = next((other for other in others if _place(network[other]) == partners[place]), None)
+        if partner is None:
+            frozen[name] = why
+        else:
+            ties.append((name, partner))
+    return network.with_ties(ties).with_frozen(frozen)
+
+
+def _place(group: Group) -> str:
+    """Where a group occurs, the same in layers of other numbers."""
+    return re.sub(r"\d+", "#", " ".join(f"{m.parameter}[{m.axis}]" for m in group.members))
+
+
+def _may_be_tied(network: Network, name: str, other: str) -> bool:
+    tied = any(name in names and other in names for names in network.ties)
+    return network[other].frozen is None and network[other].size == network[name].size and not tied
+
+
+def _follows(model: nn.Module, network: Network, names: Iterable[str]) -> bool:
+    """Whether the code follows when some groups are cut together."""
+    return not adapt(model, network, _counts(network, names))[1]

@@ -1,0 +1,461 @@
+"""The network as surgery sees it: a recorded graph, the dimensions of every tensor, and the groups they share.
+
+A **group** is a set of units (channels, neurons, heads) that live or die together wherever they appear. Its
+**members** are the parameter axes that carry it. A group is **frozen** when removing a unit would change what the
+network means; the reason names the operation and the line of source.
+
+``trace`` makes a Network; passes read it and return scores laid on it, or an Edit. Nothing here changes a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import networkx as nx
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from netsurgery.analysis.computed_weights import freeze_normalised
+from netsurgery.analysis.costs import Cost, Sizes, Term, total
+from netsurgery.analysis.rules import apply_rule
+from netsurgery.analysis.units import Unit, units_of, units_of_products
+from netsurgery.axes import Axis, Edge, Fixed, channel, find, freeze, leaves, resolve, tie
+from netsurgery.capture.copies import named_tensors
+from netsurgery.capture.recorder import Inputs, Program, format_where
+from netsurgery.errors import InputError
+
+__all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse"]
+
+Role = Literal["produces", "consumes", "carries"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One occurrence of a group: axis ``axis`` of tensor ``parameter`` (its state_dict name)."""
+
+    parameter: str
+    axis: int
+    role: Role
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live or die together.
+
+    Attributes:
+        name: the module that first produces the units, in the order of the state dict.
+        size: number of units.
+        members: where they occur, in the order of the state dict.
+        frozen: why none may be removed, or None.
+        channel: the group's place in the expressions of dimensions.
+        unit: what its units are: attention heads, dimensions within heads, groups of a convolution or normalisation,
+            ranks of a low-rank product, or channels of any other sort.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    frozen: str | None
+    channel: Axis = field(repr=False, compare=False)
+    unit: Unit = "channel"
+
+    def __repr__(self) -> str:
+        locked = "" if self.frozen is None else f", frozen={self.frozen!r}"
+        return f"Group({self.name!r}, size={self.size}, unit={self.unit!r}, {len(self.members)} members{locked})"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A traced model; see the module's docstring.
+
+    Attributes:
+        programs: the recorded runs: in eval mode and, where parameters are only used in training, in that mode too.
+        tensors: parameters, buffers and tensor attributes of the model by name (the model's own, not copies).
+        axes: the dimensions of each of these tensors, as expressions over the groups' channels.
+        groups: every group, in the order of the state dict.
+        ties: names of groups that must keep equally many units, though not the same ones.
+        inputs: the example inputs: positional and keyword.
+        model: the model that was traced, for passes that run it on data; they leave it as it is.
+        scores: importance of each unit, by group name, laid on by scoring passes.
+        comparable: whether scores mean the same in every group, as rises of the loss do.
+        ordinal: whether they only rank units, as LAMP's do: divided by what a unit costs they mean nothing.
+        original: the model that modules are named by, where passes before have led from it to this one.
+    """
+
+    model_name: str
+    programs: tuple[Program, ...]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    axes: Mapping[str, tuple[Axis, ...]] = field(repr=False)
+    groups: tuple[Group, ...]
+    ties: tuple[tuple[str, ...], ...]
+    inputs: Inputs = field(repr=False)
+    model: nn.Module = field(repr=False, compare=False)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    comparable: bool = False
+    ordinal: bool = False
+    original: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def __getitem__(self, name: str) -> Group:
+        if name not in self.by_name:
+            made = [g.name for g in self.groups for m in g.members if m.module == name and m.role == "produces"]
+            where = f"the units of that module are in '{made[0]}'" if made else "print(network) lists them"
+            raise InputError(f"'{name}' is no group of this network; {where}")
+        return self.by_name[name]
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        """The groups by name."""
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def by_channel(self) -> dict[Axis, Group]:
+        """The groups by channel."""
+        return {group.channel: group for group in self.groups}
+
+    @property
+    def ir(self) -> fx.Graph:
+        """The operations of the run in eval mode; ``node.meta`` has ``module``, ``where``, ``shape`` and ``dims``."""
+        return self.programs[0].graph
+
+    @property
+    def graph(self) -> nx.MultiDiGraph:
+        """The dependency graph: module -> group it produces (or carries), group -> module that consumes it."""
+        graph = nx.MultiDiGraph()
+        for group in self.groups:
+            graph.add_node(group.name, kind="group", size=group.size, frozen=group.frozen)
+            for member in group.members:
+                module = f"module:{member.module}"
+                graph.add_node(module, kind="module")
+                ends = (group.name, module) if member.role == "consumes" else (module, group.name)
+                graph.add_edge(*ends, parameter=member.parameter, axis=member.axis, role=member.role)
+        return graph
+
+    @property
+    def prunable(self) -> tuple[Group, ...]:
+        """The groups that are not frozen."""
+        return tuple(group for group in self.groups if group.frozen is None)
+
+    def tied_to(self, name: str) -> tuple[str, ...]:
+        """The names of the groups that must keep as many units as a group, its own among them."""
+        return self._tied.get(name, (name,))
+
+    @cached_property
+    def _tied(self) -> dict[str, tuple[str, ...]]:
+        return {name: names for names in self.ties for name in names}
+
+    @cached_property
+    def terms(self) -> tuple[list[Term], list[Term]]:
+        """Parameters and MACs as sums of products of dimensions: ``(module, axes)`` each."""
+        parameters = [
+            (name.rpartition(".")[0], self.axes[name])
+            for name, t in self.tensors.items()
+            if isinstance(t, nn.Parameter)
+        ]
+        macs = [
+            (node.meta["module"], tuple(node.meta["macs"]))
+            for node in self.programs[0].graph.nodes
+            if "macs" in node.meta
+        ]
+        return parameters, macs
+
+    def sizes(self, counts: Mapping[str, int] | None = None) -> Sizes:
+        """Sizes of expressions when the named groups have ``counts`` units and all others have theirs."""
+        return Sizes({self[name].channel: count for name, count in (counts or {}).items()})
+
+    def cost(self, counts: Mapping[str, int] | None = None) -> Cost:
+        """Parameters and multiply-accumulates, now or with other numbers of units; nothing is built."""
+        return total(*self.terms, self.sizes(counts))
+
+    def require_weights(self, reader: object) -> None:
+        """Make sure that the model has weights, for a pass that reads them.
+
+        Raises:
+            InputError: it is on the meta device.
+        """
+        absent = next((n for n, t in self.tensors.items() if t.is_meta and isinstance(t, nn.Parameter)), None)
+        if absent is not None:
+            raise InputError(
+                f"{type(reader).__name__} reads weights, but '{absent}' has none, it is on the meta device: "
+                "pass a model with its weights loaded, or use RandomScore()"
+            )
+
+    def with_scores(self, scores: Mapping[str, Tensor], comparable: bool = False, ordinal: bool = False) -> Network:
+        """The same network with scores laid on its groups.
+
+        Args:
+            scores: of each unit, ``(units,)`` for each group.
+            comparable: whether they mean the same in every group.
+            ordinal: whether they only rank units, and are not to be divided by costs.
+        """
+        return dataclasses.replace(self, scores=dict(scores), comparable=comparable, ordinal=ordinal)
+
+    def with_frozen(self, reasons: Mapping[str, str]) -> Network:
+        """The same network with more groups frozen; groups tied to these are frozen with them."""
+        reasons = dict(reasons)
+        for tied in self.ties:
+            why = next((reasons[name] for name in tied if name in reasons), None)
+            reasons.update({name: why for name in tied if why is not None and name not in reasons})
+        groups = [dataclasses.replace(g, frozen=g.frozen or reasons.get(g.name)) for g in self.groups]
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    def with_ties(self, ties: Iterable[tuple[str, ...]]) -> Network:
+        """The same network with more groups that must keep equally many units."""
+        graph = nx.Graph()
+        for names in (*self.ties, *ties):
+            nx.add_path(graph, names)
+        order = {group.name: index for index, group in enumerate(self.groups)}
+        joined = [tuple(sorted(names, key=order.__getitem__)) for names in nx.connected_components(graph)]
+        return dataclasses.replace(self, ties=tuple(sorted(joined, key=lambda names: order[names[0]])))
+
+    def axis_expression(self, axis: Axis) -> str:
+        """An axis in the words of the groups, such as ``conv1*7*7`` or ``conv1+conv2``."""
+        axis = find(axis)
+        if axis.op:
+            return {"product": "*", "concat": "+"}[axis.op].join(
+                f"({text})" if term.op == "concat" and axis.op == "product" else text
+                for term, text in ((term, self.axis_expression(term)) for term in axis.terms)
+            )
+        group = self.by_channel.get(axis)
+        return group.name if group else str(axis.size)
+
+    def __str__(self) -> str:
+        from netsurgery.report import network_table
+
+        return network_table(self)
+
+    def __repr__(self) -> str:
+        from netsurgery.report import network_line
+
+        return f"Network({network_line(self)})"
+
+    def _repr_html_(self) -> str:
+        from netsurgery.report import network_html
+
+        return network_html(self)
+
+
+class Analysis:
+    """Interprets recorded programs over the dimensions of a model's tensors."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], parameters: Container[str]):
+        self.axes = {name: tuple(channel(n) for n in shape) for name, shape in shapes.items()}
+        self.parameters = parameters  # names of those that are learned
+        self.roles: list[tuple[str, Axis, Axis, str]] = []
+        self.ties: list[tuple[list[Axis], str]] = []
+        self.used: set[str] = set()
+        self.units: list[tuple[Axis, Unit]] = []
+        self.constants: list[tuple[Axis, str]] = []  # dimensions of tensors that nobody has learned, and why
+
+    def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
+        """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
+        self.roles.extend((name, source, axis, role) for name in node.meta["params"])
+
+    def tie(self, parts: list[Axis], reason: str) -> None:
+        """The parts must keep equal sizes."""
+        self.ties.append((parts, reason))
+
+    def interpret(self, program: Program) -> None:
+        """Give every node of a program its dimensions."""
+        for node in program.graph.nodes:
+            shape = node.meta.get("shape")
+            if node.op == "placeholder":
+                node.meta["dims"] = tuple(channel(n, Edge(f"network input {node.name}")) for n in shape)
+            elif node.op == "get_attr":
+                self.used.add(node.target)
+                node.meta["params"] = (node.target,)
+                own = tuple(channel(n, f"constant made by the code {format_where(node.meta['where'])}") for n in shape)
+                node.meta["dims"] = self.axes.get(node.target, own)
+                if node.target not in self.parameters:
+                    self.note_constant(node.meta["dims"], Edge(f"what a constant feeds is an input: {node.target}"))
+            elif node.op == "output":
+                for result in node.all_input_nodes:
+                    for axis in result.meta["dims"]:
+                        freeze(axis, Edge("network output"))
+            elif "dims" not in node.meta:
+                if all("params" in source.meta for source in node.all_input_nodes):
+                    names = dict.fromkeys(name for source in node.all_input_nodes for name in source.meta["params"])
+                    node.meta["params"] = tuple(names)
+                if node.target.__name__ == "getitem":
+                    node.meta["dims"] = node.args[0].meta["dims"][node.args[1]]
+                else:
+                    apply_rule(node, self)
+                    self.units.extend(units_of(node))
+
+    def note_constant(self, dims: Iterable[Axis], reason: str) -> None:
+        """A tensor that nobody has learned has these dimensions."""
+        self.constants.extend((axis, reason) for axis in dims)
+
+    def settle_ties(self) -> list[list[Axis]]:
+        """Classes of channels that must keep equal counts."""
+        pairs: dict[tuple[Axis, Axis], str] = {}
+        while True:
+            wanted = [(parts[0], part, reason) for parts, reason in self.ties for part in parts[1:]]
+            wanted += [(a, b, reason) for (a, b), reason in pairs.items()]  # what was tied stays so when it is refined
+            before, pairs = pairs, {}
+            for one, other, reason in wanted:
+                pairs.update(dict.fromkeys(tie(one, other, reason), reason))
+            if pairs == before:
+                break
+        classes: dict[Axis, list[Axis]] = {}
+        for a, b in pairs:
+            if a.frozen is None and b.frozen is None:
+                _merge(classes, a, b)
+        return [members for members in {id(c): c for c in classes.values()}.values() if len(members) > 1]
+
+    def resolve(self) -> dict[Axis, Axis]:
+        """Replace every dimension of a tensor by what it has become."""
+        memo: dict[Axis, Axis] = {}
+        self.axes = {name: tuple(resolve(axis, memo) for axis in dims) for name, dims in self.axes.items()}
+        return memo
+
+
+def _merge(classes: dict[Axis, list[Axis]], a: Axis, b: Axis) -> None:
+    left, right = classes.setdefault(a, [a]), classes.setdefault(b, [b])
+    if left is not right:
+        left.extend(right)
+        classes.update(dict.fromkeys(right, left))
+
+
+def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> Network:
+    """Find the groups of a model from its recorded programs."""
+    tensors = dict(named_tensors(model))
+    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    analysis = Analysis({name: tensor.shape for name, tensor in tensors.items()}, parameters)
+    for program in programs:
+        analysis.interpret(program)
+        analysis.units.extend(units_of_products(program))
+    for name in [name for name in tensors if name not in analysis.used]:
+        for axis in analysis.axes[name]:
+            freeze(axis, "not used in the recorded run")
+    _freeze_what_is_cut_off(analysis, programs)
+    freeze_normalised(programs, parameters)
+    sources = analysis.axes
+    classes = analysis.settle_ties()
+    memo = analysis.resolve()
+    roles = _roles(analysis, sources, memo)
+    _freeze_what_constants_feed(analysis, roles, classes)
+    groups = _groups(analysis, roles, memo)
+    names = {group.channel: group.name for group in groups}
+    ties = [tuple(names[leaf] for leaf in members if leaf in names and not leaf.frozen) for members in classes]
+    return Network(
+        type(model).__name__,
+        programs,
+        tensors,
+        analysis.axes,
+        groups,
+        tuple(t for t in ties if len(t) > 1),
+        inputs,
+        model,
+    )
+
+
+def _freeze_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
+    """Of a position embedding or a mask the code takes as much as the input needs; a longer one needs the rest."""
+    working = {leaf for _, _, axis, role in analysis.roles if role in ("produces", "consumes") for leaf in leaves(axis)}
+    read: set[Axis] = set()
+    idle: set[Axis] = set()
+    for program in programs:
+        for node in program.graph.nodes:
+            if node.op == "get_attr" and node.target in analysis.axes:
+                for leaf in set(_leaves_of(node)) - working - read:
+                    if leaf.frozen is None:
+                        (read if _reads(node, leaf) else idle).add(leaf)
+    for leaf in idle - read:
+        freeze(leaf, "beyond what the recorded run uses")
+
+
+_CUTS = (torch.ops.aten.slice.Tensor, operator.getitem)
+
+
+def _reads(node: fx.Node, leaf: Axis) -> bool:
+    """Whether anything is computed from the units of one channel of a tensor."""
+    seen, left = {node}, [node]
+    while left:
+        for user in left.pop().users:
+            if user.op == "output":
+                return True
+            if leaf not in _leaves_of(user):
+                if user.target not in _CUTS:
+                    return True
+            elif user not in seen:
+                seen.add(user)
+                left.append(user)
+    return False
+
+
+def _leaves_of(node: fx.Node) -> list[Axis]:
+    return [leaf for axis in pytree.tree_leaves(node.meta["dims"]) if axis is not None for leaf in leaves(axis)]
+
+
+Roles = dict[tuple[str, int, Axis], str]  # by tensor, axis and channel, where an operation has said
+
+
+def _roles(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: dict[Axis, Axis]) -> Roles:
+    roles: Roles = {}
+    strength = {"window": 0, "carries": 1, "consumes": 2, "produces": 3}
+    for name, source, axis, role in analysis.roles:
+        places = [i for i, own in enumerate(sources.get(name, ())) if own is source] or range(
+            len(sources.get(name, ()))
+        )
+        for leaf in leaves(resolve(axis, memo)):
+            for place in places:
+                key = (name, place, leaf)
+                if strength[role] > strength.get(roles.get(key, ""), -1):
+                    roles[key] = role
+    return roles
+
+
+def _freeze_what_constants_feed(analysis: Analysis, roles: Roles, classes: Sequence[Sequence[Axis]]) -> None:
+    """The columns of a table of coordinates, say, are inputs, unless something that is learned makes them too."""
+    made: set[Axis] = set()
+    weights = {name for (name, _, _), role in roles.items() if role == "consumes"}
+    for name, dims in analysis.axes.items():
+        learned, contracted = name in analysis.parameters, name in weights
+        for place, axis in enumerate(dims):
+            for leaf in leaves(axis):
+                role = roles.get((name, place, leaf))  # None: added, say, and not only multiplied as by a norm
+                if (role == "produces" and (learned or contracted)) or (role is None and learned):
+                    made.add(leaf)
+    for axis, reason in analysis.constants:
+        for leaf in leaves(axis):
+            if leaf not in made and leaf.size > 1:
+                freeze(leaf, reason)
+    for together in classes:
+        for reason in [leaf.frozen for leaf in together if leaf.frozen]:
+            for leaf in together:
+                freeze(leaf, reason)
+
+
+def _groups(analysis: Analysis, roles: Roles, memo: dict[Axis, Axis]) -> tuple[Group, ...]:
+    members: dict[Axis, list[tuple[str, int, str]]] = {}
+    for name, dims in analysis.axes.items():
+        for place, axis in enumerate(dims):
+            for leaf in dict.fromkeys(leaves(axis)):
+                members.setdefault(leaf, []).append((name, place, roles.get((name, place, leaf), "carries")))
+    units = {leaf: unit for axis, unit in reversed(analysis.units) for leaf in leaves(resolve(axis, memo))}
+    groups: list[Group] = []
+    taken: set[str] = set()
+    for leaf, found in members.items():
+        only_read = all(role in ("window", "consumes") for _, _, role in found)
+        if isinstance(leaf.frozen, Fixed) and (leaf.size == 1 or only_read):
+            continue
+        if leaf.size == 1 and leaf.frozen is None:
+            continue
+        name, place, role = min(found, key=lambda m: {"produces": 0, "carries": 1}.get(m[2], 2))
+        base = (name.rpartition(".")[0] or name) + (":in" if role in ("consumes", "window") else "")
+        unique = next(n for i in range(1, len(members) + 2) if (n := base if i == 1 else f"{base}:{i}") not in taken)
+        taken.add(unique)
+        listed = tuple(Member(n, p, r if r != "window" else "carries") for n, p, r in found)  # type: ignore[arg-type]
+        groups.append(Group(unique, leaf.size, listed, leaf.frozen, leaf, units.get(leaf, "channel")))
+    return tuple(groups)

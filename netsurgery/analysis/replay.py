@@ -1,0 +1,170 @@
+"""A recorded graph runs on real tensors, with the decisions of the recorded run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from netsurgery.analysis.network import Network
+from netsurgery.analysis.rules import Op
+from netsurgery.axes import Axis
+from netsurgery.capture.known_values import answer, flat, is_number, laid_out, told
+from netsurgery.capture.recorder import (
+    TRANSPARENT,
+    Inputs,
+    Program,
+    format_where,
+    tensors_in,
+    trains_otherwise,
+    without_fast_path,
+)
+from netsurgery.errors import InputError
+
+__all__ = ["Drawn", "Numbers", "Units", "draws", "inputs_read", "look_up_constants", "replay", "run", "units_in"]
+
+Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
+
+
+Drawn = dict[torch.fx.Node, Any]  # by operation: the random numbers that it drew
+
+
+Numbers = list[tuple[torch.fx.Node, Tensor]]  # results that decisions are taken from
+
+
+def units_in(lists: Mapping[Axis, Tensor]) -> Units:
+    """The units of a channel that a list names, in its order; all of them where there is none."""
+    return lambda leaf: lists[leaf] if leaf in lists else torch.arange(leaf.size)
+
+
+def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
+    """The outputs of a model in the mode a program was recorded in; its own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = program.mode == "train" and trains_otherwise(module)
+        positional, keyword = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # code may write to them
+        with torch.no_grad(), without_fast_path():
+            return tensors_in(model(*positional, **keyword))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def draws(node: torch.fx.Node) -> bool:
+    """Whether an operation draws random numbers, as it was called; dropout without a rate does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = Op(node, None).arguments
+    rate, trains = given.get("dropout_p", given.get("p")), given.get("train", given.get("training"))
+    return not (isinstance(rate, int | float) and rate == 0) and trains is not False
+
+
+def inputs_read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an operation that it does not only write to."""
+    named = [*zip((a.name for a in func._schema.arguments), args, strict=False), *kwargs.items()]
+    filled = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    return [value for name, value in named if name not in filled or torch.Tag.nondeterministic_seeded not in func.tags]
+
+
+class _Observer(TorchDispatchMode):
+    """Looks up the values of tensors that the code makes, where the run without data could not see them."""
+
+    def __init__(self, program: Program):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.program = program
+        self.nodes = program.operations
+        self.position = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in TRANSPARENT and self.position < len(self.nodes):
+            node = self.nodes[self.position]
+            self.position += 1
+            if node.target is func:
+                pairs = zip(pytree.tree_leaves(list(node.args)), pytree.tree_leaves(list(args)), strict=False)
+                self.program.constants.update(
+                    (str(wanted.target), value.detach().clone())
+                    for wanted, value in pairs
+                    if isinstance(wanted, torch.fx.Node) and wanted.target in self.program.constants
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def look_up_constants(model: nn.Module, network: Network, inputs: Inputs) -> None:
+    """Give every constant of the recorded programs its value.
+
+    Raises:
+        InputError: the model does other operations on real tensors than on tensors without data.
+    """
+    for program in network.programs:
+        if not any(value.is_meta for value in program.constants.values()):
+            continue
+        with _Observer(program):
+            run(model, program, inputs)
+        for node in program.graph.nodes:
+            if node.op == "get_attr" and (value := program.constants.get(node.target)) is not None and value.is_meta:
+                place = format_where(node.meta["where"])
+                raise InputError(
+                    f"cannot replay the model: the values of a tensor that its code makes {place} are not known"
+                )
+
+
+def replay(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    after: Callable[[Any, Any, Any], Any] | None = None,
+    units: Units | None = None,
+    numbers: Numbers | None = None,
+) -> list[Tensor]:
+    """Run a recorded program on real tensors, with the decisions of the recorded run.
+
+    Args:
+        after: called with each node, its real arguments and its result; returns the result to go on with.
+        units: the order in which ``tensors`` have the units of a channel; by default as they were.
+        numbers: gets the floating-point numbers that decisions are taken from, with their nodes.
+    """
+    given = iter(tensors_in(inputs))
+    values: dict[Any, Any] = {}
+    device = next((t.device for t in tensors_in(inputs)), torch.device("cpu"))
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given).clone()
+            elif node.op == "get_attr":
+                source = tensors[node.target] if node.target in tensors else program.constants[node.target]
+                source = source.to(device)
+                values[node] = source.detach().clone()
+            elif node.op == "output":
+                return [values[result] for result in node.args[0]]
+            else:
+                args, kwargs = torch.fx.node.map_aggregate(
+                    (node.args, node.kwargs), functools.partial(_value, values, device)
+                )
+                if numbers is not None and ("decided" in node.meta or draws(node)):
+                    read = flat(inputs_read(node.target, node.args, node.kwargs))
+                    numbers.extend(
+                        (s, values[s].clone()) for s in read if isinstance(s, torch.fx.Node) and is_number(values[s])
+                    )
+                if "decided" in node.meta:
+                    values[node] = answer(node.target, args, kwargs, told(node, units or units_in({})))
+                else:
+                    values[node] = laid_out(node.target)(*args, **kwargs)
+            if after is not None and node.op != "output":
+                values[node] = after(node, values, values[node])
+    raise AssertionError("a recorded graph ends in its output")
+
+
+def _value(values: Mapping[Any, Any], device: torch.device, item: Any) -> Any:
+    if isinstance(item, torch.fx.Node):
+        return values[item]
+    return device if isinstance(item, torch.device) else item

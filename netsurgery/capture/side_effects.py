@@ -1,0 +1,131 @@
+"""What code does beside computing, which a graph of torch functions does not carry: seen while it runs.
+
+Gradients that are switched off or replaced, autocast, checkpoints, hooks: whatever they are called in the code, the
+calls come to the same functions of torch. What the code writes where others see it is found by comparing (``Reach``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.amp.autocast_mode
+import torch.autograd.forward_ad
+import torch.autograd.functional
+import torch.autograd.graph
+import torch.utils.checkpoint
+from torch.autograd import grad_mode
+
+from netsurgery.capture.reachable import Reach
+from netsurgery.capture.recorder import format_where, is_library, location
+
+__all__ = ["Effects"]
+
+_FILES = {
+    module.__file__
+    for module in (
+        grad_mode, torch.amp.autocast_mode, torch.utils.checkpoint, torch.autograd.graph, torch.autograd.functional,
+        torch.autograd.forward_ad, torch.autograd,
+    )
+}  # fmt: skip
+_ASKING = {
+    function
+    for name, function in vars(torch._C).items()
+    if any(word in name for word in ("autocast", "grad_enabled", "inference_mode_enabled")) and callable(function)
+}
+_PYTHON = os.path.dirname(os.__file__) + os.sep
+_RAN: weakref.WeakKeyDictionary[CodeType, set[CodeType]] = weakref.WeakKeyDictionary()
+
+
+class Effects:
+    """Watches code while it runs.
+
+    Args:
+        roots: what the code is given, by name.
+        start: the code that is called.
+
+    Attributes:
+        found: what it does, and where.
+    """
+
+    def __init__(self, roots: Mapping[str, Any], start: CodeType):
+        self.ran: set[CodeType] = set()
+        self.known = _RAN.setdefault(start, {start})
+        self.found: list[str] = []
+        self.missed = False  # whether functions ran that were not expected to: what they can reach was not noted before
+        self.reach = Reach(roots, frozenset(self.known))
+
+    def __enter__(self) -> Effects:
+        self.before = sys.getprofile()
+        sys.setprofile(self.see)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        profiled: Any = self.before
+        # Python's own profiler, written in C, is no function and is switched on by itself.
+        profiled.enable() if hasattr(profiled, "enable") else sys.setprofile(profiled)
+        self.missed = not self.ran <= self.known
+        self.known |= self.ran
+        if kind is None:
+            self.found += self.reach.changes(self.ran)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs now is not the code itself."""
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(self.see)
+
+    def see(self, frame: FrameType, event: str, what: Any) -> None:
+        """Note a call, if it is one that matters."""
+        if event == "call":
+            code = frame.f_code
+            if code.co_filename in _FILES and not code.co_name.startswith("is_"):  # such as is_autocast_available
+                self.note(f"uses {_named(code)}", frame)
+            elif not _is_library(code.co_filename):
+                self.ran.add(code)
+                if (first := _first(frame)) is not None:
+                    self.note(f"runs the torch.autograd.Function '{first}', whose gradient is its own", frame.f_back)
+        elif event == "c_call" and what in _ASKING and not is_library(frame.f_code.co_filename):
+            self.note(f"uses {what.__name__}", frame)
+
+    def note(self, what: str, frame: FrameType | None) -> None:
+        self.found.append(f"{what} {format_where(location(frame))}".rstrip())
+
+    @contextlib.contextmanager
+    def of(self, part: Any) -> Iterator[None]:
+        """A part runs, which writes what it likes; what was written in it before was not its own."""
+        with self.aside():
+            self.found += self.reach.changes(self.ran, part)
+            yield
+            self.reach.note(part)
+
+
+@functools.cache
+def _is_library(filename: str) -> bool:
+    """Whether code is torch's, Python's own or ours."""
+    own = filename.startswith(_PYTHON) and "site-packages" not in filename
+    return own or filename.startswith("<frozen ") or is_library(filename)
+
+
+def _named(code: CodeType) -> str:
+    """What a function of torch is known as: the class that it is a method of, or its own name."""
+    return "checkpoint" if code.co_filename == torch.utils.checkpoint.__file__ else code.co_qualname.partition(".")[0]
+
+
+def _first(frame: FrameType) -> str | None:
+    """The name of the autograd function that a frame is part of: its first argument is the context."""
+    code = frame.f_code
+    context = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if not isinstance(context, torch._C._FunctionBase) or isinstance(context, type):
+        return None
+    return type(context).__name__.removesuffix("Backward")

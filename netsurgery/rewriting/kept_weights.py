@@ -1,0 +1,82 @@
+"""Parameters that make up for what a removal would change in the rest of a weight that is computed from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from netsurgery.analysis.computed_weights import places, scaled
+from netsurgery.analysis.network import Network
+from netsurgery.analysis.weights import nowhere, part
+from netsurgery.axes import Axis
+from netsurgery.errors import RewriteError
+from netsurgery.positions import positions
+from netsurgery.verification.silencing import entries, silenced
+
+__all__ = ["rescaled"]
+
+
+def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """New values, at full size, of the parameters that keep what stays of computed weights as it is.
+
+    Args:
+        tensors: of a model of the network, by name.
+        keep: the units that stay, by group.
+
+    Raises:
+        RewriteError: of a filter, nothing but zeros would stay: it has no direction any more.
+    """
+    units = {network[name].channel: torch.tensor(kept) for name, kept in keep.items()}
+    found: dict[str, Tensor] = {}
+    for program in network.programs:
+        weights = [node for node in scaled(program, units) if node.meta["scaled_by"] not in found]
+        weights = [node for node in weights if not tensors[node.meta["scaled_by"]].is_meta]  # without data, nothing is
+        if not weights:
+            continue
+        # Other units, such as ranks, are gone in both: of these the weight is to be without.
+        full, cut = (
+            silenced(network, part(program, weights, whole), tensors, nowhere(tensors), units)
+            for whole in (True, False)
+        )
+        for node, wanted, left in zip(weights, full, cut, strict=True):
+            name = node.meta["scaled_by"]
+            if node.meta["limited"]:  # what is within its limit is not changed by it
+                found[name] = wanted.reshape(tensors[name].shape)
+                continue
+            source = next(one for one in node.graph.nodes if one.op == "get_attr" and one.target == name)
+            ratio = _ratio(node, source, *_kept(node, wanted, left, units))
+            found[name] = tensors[name].detach() * ratio.reshape(tensors[name].shape).to(tensors[name])
+    return found
+
+
+def _kept(node: fx.Node, wanted: Tensor, left: Tensor, units: Mapping[Axis, Tensor]) -> tuple[Tensor, Tensor]:
+    """A weight as it is and as the code makes it of what stays, in float64 and without what goes.
+
+    Raises:
+        RewriteError: the code makes no numbers of what stays.
+    """
+    stays = entries([_positions(axis, units).to(wanted.device) for axis in node.meta["dims"]])
+    if not bool((left.isfinite() | ~stays | ~wanted.isfinite()).all()):
+        raise RewriteError(
+            f"of a weight that is computed from '{node.meta['scaled_by']}' nothing but zeros would stay in some rows, "
+            "which then have no norm to be divided by: keep other units"
+        )
+    return torch.where(stays, wanted, 0).double(), left.double()
+
+
+def _positions(axis: Axis, units: Mapping[Axis, Tensor]) -> Tensor:
+    stays = torch.zeros(axis.size, dtype=torch.bool)
+    stays[positions(axis, lambda leaf: units[leaf] if leaf in units else torch.arange(leaf.size))] = True
+    return stays
+
+
+def _ratio(node: fx.Node, source: fx.Node, wanted: Tensor, left: Tensor) -> Tensor:
+    """What a parameter is to be multiplied by so that ``left`` becomes ``wanted``."""
+    at = [place for place in places(source, node) if place is not None]
+    dots, squares = (wanted * left, left * left)
+    for dim in sorted(set(range(left.dim())) - set(at), reverse=True):
+        dots, squares = dots.sum(dim), squares.sum(dim)
+    ratio = torch.where(squares > 0, dots / squares, 1.0)
+    return ratio.permute([sorted(at).index(place) for place in at])

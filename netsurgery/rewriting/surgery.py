@@ -1,0 +1,189 @@
+"""The one room where tensors change: carry an Edit out on a copy of the model, or on the model itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from netsurgery.adaptation.attributes import follow
+from netsurgery.adaptation.fit_code import adapt, with_repeats
+from netsurgery.adaptation.forwards import Adaptation
+from netsurgery.arguments import expect
+from netsurgery.axes import Axis
+from netsurgery.capture.copies import copy_with, like, named_tensors
+from netsurgery.edit import Edit
+from netsurgery.errors import RewriteError
+from netsurgery.positions import Positions
+from netsurgery.report import first_of
+from netsurgery.rewriting.kept_weights import rescaled
+from netsurgery.rewriting.optimizers import OptimizerStates, as_list, averaged
+
+__all__ = ["rewrite"]
+
+Model = TypeVar("Model", bound=nn.Module)
+_log = logging.getLogger("netsurgery")
+
+
+def rewrite(
+    model: Model,
+    edit: Edit,
+    *,
+    inplace: bool = False,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+) -> Model:
+    """Carry an edit out.
+
+    Args:
+        model: the model the edit was planned for, or one of the same shapes; of the same weights if the edit has new
+            values. Do not train it in between then.
+        inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before must be
+            gone (``del loss``), and so must a DistributedDataParallel around it: their graphs remember the old shapes.
+        optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
+            groups then hold the smaller model's parameters, in the same order with the same settings, and its state
+            is cut with the weights: what it keeps of each element (momentum, moments), or averaged over some
+            dimensions of a parameter. Without ``inplace`` it moves from ``model``, which then has no optimizer. A
+            gradient scaler needs nothing.
+        ema: averages of the model's weights, one or several: modules of the same names and shapes, or wrapped as
+            ``torch.optim.swa_utils.AveragedModel`` does. They are cut in place, and go on with the smaller model;
+            where the edit has new values, they are moved by as much as the weights are.
+
+    Returns:
+        The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
+        ``in_channels`` in step. Training mode, hooks, requires_grad, dtype, device, memory format and ties stay.
+        What stays of a weight that is computed from others stays as it is: the length of a weight norm is cut to what
+        its direction loses (the norms of other computations lock what they are taken over).
+        A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
+        ``netsurgery`` names these, ``edit.replaced`` says why.
+
+    Raises:
+        RewriteError: the model's tensors are not those of the edit's network, or its code does not follow the new sizes
+            (an edit that ``plan`` made has been checked already), or an optimizer's state cannot be cut, or all that
+            would stay of a filter with a weight norm are zeros.
+        InputError: an optimizer or an average that is none of this model. Whatever is raised, nothing has been changed.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> edit = netsurgery.Edit(netsurgery.trace(model, (torch.randn(1, 4),)), {"0": (0, 2, 5)})
+        >>> small = netsurgery.rewrite(model, edit, optimizer=optimizer)
+        >>> small[0]
+        Linear(in_features=4, out_features=3, bias=True)
+        >>> optimizer.param_groups[0]["params"][0] is small[0].weight
+        True
+    """
+    expect("rewrite(model, edit)", "a torch.nn.Module and its Edit", (model, nn.Module), (edit, Edit))
+    network, places = edit.network, edit.positions
+    shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
+    tensors = _tensors(model, shapes)
+    if edit.values:
+        _check_weights(tensors, network.tensors)
+    averages = [averaged(one, model, shapes) for one in as_list(ema, nn.Module, "ema")]
+    optimizers = as_list(optimizer, Optimizer, "optimizer")
+    states = OptimizerStates(optimizers, tensors, edit, moved=not inplace)
+    modules: list[nn.Module] = [model, *averages]
+    adaptations = [_adaptation(one, edit) for one in modules]
+    new: dict[int, Tensor] = {}
+    result = model
+    if not inplace:
+        values = _valued(tensors, edit, edit.values)
+        new = {id(t): _copy(t, values.get(name, t), network.axes[name], places) for name, t in tensors.items()}
+        result = copy_with(model, new)
+    cuts = [_cut_all(dict(named_tensors(one)), edit, places, _moved(one, edit)) for one in averages]
+    if inplace:
+        cuts.append(_cut_all(tensors, edit, places, _valued(tensors, edit, edit.values)))
+    # Whatever can be refused has been: from here on things change.
+    for cut in cuts:
+        _replace(cut)
+    states.carry_out(new)
+    done: list[nn.Module] = [result, *averages]
+    for one, adaptation in zip(done, adaptations, strict=True):
+        follow(one, network, network.sizes(edit.counts))
+        adaptation.carry_out(one)
+    if reasons := adaptations[0].reasons:
+        listed = first_of(path or "the model" for path in reasons)
+        _log.warning("rewrote the forward of %d modules whose code hard-codes a size: %s", len(reasons), listed)
+    return result
+
+
+def _tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a model by name, which have the shapes that the edit was made for."""
+    tensors = dict(named_tensors(model))
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise RewriteError(f"the edit is for another model: {name} is {list(shape)} there, {found} here")
+    return tensors
+
+
+def _check_weights(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
+    """Raise RewriteError for a model with other weights than those that new values were worked out for."""
+    for name, was in known.items():
+        if tensors[name] is not was and not torch.equal(tensors[name], was.to(tensors[name])):
+            raise RewriteError(
+                f"the edit has new values, which are for a model with other weights: '{name}' differs; plan anew"
+            )
+
+
+def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
+    """What the code of a model needs to follow the edit."""
+    known = edit.adaptation_for(model)
+    if known is not None:
+        return known
+    adaptation, refused = adapt(model, edit.network, edit.counts)
+    if refused:
+        group, why = next(iter(refused.items()))
+        raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
+    return with_repeats(model, edit.network, edit.counts, adaptation)
+
+
+def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
+    new = like(tensor, places.cut(value.to(tensor), axes))
+    if tensor.is_leaf and tensor.grad is not None:  # another, such as the last result of a weight norm, has none
+        new.grad = places.cut(tensor.grad, axes)
+    return new
+
+
+Cut = list[tuple[Tensor, Tensor, Tensor | None]]  # a tensor, what it will hold, and what its gradient will be
+
+
+def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, places: Positions, values: Mapping[str, Tensor]) -> Cut:
+    axes = edit.network.axes
+    return [
+        (
+            old,
+            places.cut(values[name].to(old) if name in values else old, axes[name]),
+            places.cut(old.grad, axes[name]) if old.is_leaf and old.grad is not None else None,
+        )
+        for name, old in tensors.items()
+        if name in axes and (name in values or places.changes(axes[name]))
+    ]
+
+
+def _moved(average: nn.Module, edit: Edit) -> dict[str, Tensor]:
+    """New values of an average of the weights: it is moved by as much as the weights are."""
+    own = dict(named_tensors(average))
+    moved = {
+        name: own[name].detach() + (v - edit.network.tensors[name].detach()).to(own[name])
+        for name, v in edit.values.items()
+    }
+    return _valued(own, edit, moved)
+
+
+def _valued(tensors: Mapping[str, Tensor], edit: Edit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New values, and those of the parameters that keep the rest of computed weights as it is."""
+    return {**values, **rescaled(edit.network, {**tensors, **values}, edit.keep)}
+
+
+def _replace(cut: Cut) -> None:
+    """Let tensors hold what they have been cut to; they stay the same objects."""
+    for old, new, grad in cut:
+        old.grad = None  # it must have the shape of the tensor at any time
+        old.data = new
+        old.grad = grad

@@ -1,0 +1,311 @@
+"""Two oracles that share nothing with the rewriting: removal equals silencing, and renaming does not matter.
+
+Both replay the recorded graph of the original network on real tensors. **Silencing** zeroes each removed unit in the
+result of every operation, and takes statistics (means, norms, softmax) over what stays. **Permutation** shuffles the
+units of every group in every parameter that carries it; the output must not change.
+
+Where a network decides by values (see ``values.py``), all runs are answered with the decisions of the recorded one, and
+where it draws random numbers, with those of the original; the numbers that these rest on are compared like outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from netsurgery.analysis.costs import Sizes
+from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.replay import Drawn, Numbers, Units, inputs_read, look_up_constants, replay, run, units_in
+from netsurgery.analysis.tracing import trace_untried
+from netsurgery.capture.copies import named_tensors
+from netsurgery.capture.known_values import Values, answer, draw, flat, is_number, select, told
+from netsurgery.capture.lockstep import Alongside, LeftPath
+from netsurgery.capture.randomness import seeded
+from netsurgery.capture.recorder import (
+    Inputs,
+    Program,
+    as_inputs,
+    bare_inputs,
+    format_where,
+    home,
+    lend,
+    lend_inputs,
+    location,
+    run_skeleton,
+    skeleton,
+    tensors_in,
+)
+from netsurgery.edit import Edit
+from netsurgery.errors import InputError
+from netsurgery.verification.silencing import silenced
+
+__all__ = ["permuted_difference", "verify"]
+
+
+def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any = None) -> float:
+    """Compare a rewritten model with the original in which the removed units are silenced, given the edit's values.
+
+    Args:
+        model: the original, unchanged.
+        small: what ``rewrite`` made of it.
+        edit: the edit that was carried out.
+        example_inputs: inputs of the traced shapes; by default those of the trace, filled with random numbers. Where
+            they take another way through the code than those of the trace (another mask, say), the original is recorded
+            anew with them.
+
+    Returns:
+        The largest absolute difference between the outputs over the largest absolute output of the silenced
+        original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
+        Infinite where either has a number that is none (NaN), and where the shapes differ. Where an output is zero
+        everywhere, as with a head that starts at zero, or empty, it proves nothing. Where the code decides by values of
+        activations, both networks take the decisions of the recorded run, whatever these inputs would decide, and the
+        numbers these are taken from count as outputs; what the code draws at random is the same in both.
+
+    Raises:
+        InputError: the arguments in another order; a first model that is not the original; inputs of other shapes than
+            those of the trace, or that take a way through the code on which the edit cannot be; or a small model that
+            runs other operations where the code looks at values or draws random numbers.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(1, 4)
+        >>> edit = netsurgery.Edit(netsurgery.trace(model, (x,)), {"0": (0, 2, 5)})
+        >>> netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (x,)) < 1e-6
+        True
+    """
+    _check_arguments(model, small, edit)
+    inputs = _given(example_inputs, model, edit.network)
+    edit = edit if _alike(edit.network, inputs) else _on_the_way_of(inputs, model, edit)
+    keep = {edit.network[name].channel: torch.tensor(units) for name, units in edit.keep.items()}
+    units = units_in({} if _fits(small, edit.network, Sizes({})) else keep)
+    look_up_constants(model, edit.network, inputs)
+    tensors = {**dict(named_tensors(model)), **edit.values}
+    worst = 0.0
+    for program in _repeatable(edit.network):
+        numbers: Numbers = []
+        drawn: Drawn = {}
+        with seeded(0, home(model)):
+            want = silenced(edit.network, program, tensors, inputs, keep, numbers, drawn)
+        if program.values == "all" or drawn:
+            found, read = follow(small, program, inputs, units, drawn)
+            worst = max(worst, _difference(read, _chosen(numbers, units)))
+        else:
+            found = run(small, program, inputs)
+        worst = max(worst, _difference(found, want))
+    return worst
+
+
+def _check_arguments(model: Any, small: Any, edit: Any) -> None:
+    """Make sure of three arguments in their order, as far as they can be told apart."""
+    if not (isinstance(model, nn.Module) and isinstance(small, nn.Module) and isinstance(edit, Edit)):
+        kinds = ", ".join(type(value).__name__ for value in (model, small, edit))
+        raise InputError(f"verify(model, small, edit) takes the original, the small model and the edit, got {kinds}")
+    if not _fits(model, edit.network, Sizes({})):
+        swapped = _fits(small, edit.network, Sizes({})) and _fits(model, edit.network, edit.network.sizes(edit.counts))
+        raise InputError(
+            "the original comes first: verify(model, small, edit)"
+            if swapped
+            else f"the first model is not the {edit.network.model_name} that the edit is for (its tensors have other "
+            "shapes): pass the original; if it was cut in place, a copy made before"
+        )
+
+
+def _fits(model: nn.Module, network: Network, sizes: Sizes) -> bool:
+    """Whether a model's tensors have the shapes that they have in a network at some sizes."""
+    found = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+    return all(found.get(name) == tuple(map(sizes, axes)) for name, axes in network.axes.items())
+
+
+def _given(example_inputs: Any, model: nn.Module, network: Network) -> Inputs:
+    """The inputs to compare on: those that are given, of the shapes of the trace, or some drawn at random."""
+    if example_inputs is None:
+        return _random_like(network, model)
+    inputs = _in_order(as_inputs(example_inputs), network)
+    _check_shapes(network, inputs)
+    return inputs
+
+
+def _in_order(inputs: Inputs, network: Network) -> Inputs:
+    """The same inputs, keywords in the order of the trace."""
+    positional, keyword = inputs
+    if keyword.keys() == network.inputs[1].keys():
+        return positional, {key: keyword[key] for key in network.inputs[1]}
+    return inputs
+
+
+def _alike(network: Network, inputs: Inputs) -> bool:
+    """Whether inputs surely take the way through the code that was recorded."""
+    (given, form), (traced, form_traced) = pytree.tree_flatten(inputs), pytree.tree_flatten(network.inputs)
+    looks = any(program.values != "none" for program in network.programs)
+    return (
+        form == form_traced
+        and _first_places(given) == _first_places(traced)
+        and all(_stands_for(a, b, looks) for a, b in zip(given, traced, strict=True))
+    )
+
+
+def _first_places(values: list[Any]) -> list[int]:
+    """For each tensor where it is given first: one that is given twice was recorded as one."""
+    tensors = [id(value) for value in values if isinstance(value, Tensor)]
+    return [tensors.index(one) for one in tensors]
+
+
+def _stands_for(given: Any, traced: Any, looks: bool) -> bool:
+    """Whether one input decides what another does, when the code looks at values or not; numbers decide nothing."""
+    if not isinstance(given, Tensor) or not isinstance(traced, Tensor):
+        plain = type(given) is type(traced) and isinstance(given, int | float | str)
+        return given is traced or (plain and given == traced)
+    if given.dtype != traced.dtype and not (is_number(given) and is_number(traced)):
+        return False
+    if not looks or is_number(traced):
+        return True
+    return not traced.is_meta and torch.equal(given.cpu(), traced.cpu())
+
+
+def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
+    """The same edit, of the network that is recorded with these inputs.
+
+    Raises:
+        InputError: a group is another there, or frozen.
+    """
+    network = trace_untried(model, inputs[0] or inputs[1])
+    for name in edit.keep:
+        group = network.by_name.get(name)
+        if group is None or group.size != edit.network[name].size or _places(group) != _places(edit.network[name]):
+            raise InputError(
+                f"these inputs take another way through the code of {network.model_name} than those of the trace, and "
+                f"the units of '{name}' are others there: plan the edit with such inputs"
+            )
+    return Edit(network, edit.keep, values=edit.values)
+
+
+def _places(group: Group) -> set[tuple[str, int]]:
+    return {(member.parameter, member.axis) for member in group.members}
+
+
+def _random_like(network: Network, model: nn.Module) -> Inputs:
+    """The inputs of the trace with random numbers in floating-point tensors, on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    bare: Inputs = pytree.tree_map_only(
+        Tensor, lambda t: t.to("meta") if t.dtype.is_floating_point else t, network.inputs
+    )
+    drawn: Inputs = draw(bare, device)
+    return drawn
+
+
+def _chosen(numbers: Numbers, units: Units) -> list[Tensor]:
+    return [select(tensor, node.meta["dims"], units) for node, tensor in numbers]
+
+
+def _repeatable(network: Network) -> list[Program]:
+    """The recorded programs but those in training mode that draw random numbers."""
+    seeded = torch.Tag.nondeterministic_seeded
+    return [
+        program
+        for program in network.programs
+        if program.mode == "eval" or not any(seeded in getattr(n.target, "tags", ()) for n in program.graph.nodes)
+    ]
+
+
+def _check_shapes(network: Network, inputs: Inputs) -> None:
+    found = [tuple(t.shape) for t in tensors_in(inputs)]
+    wanted = [tuple(t.shape) for t in tensors_in(network.inputs)]
+    if found != wanted:
+        raise InputError(f"the network was traced with inputs of shapes {wanted}, got {found}: pass such inputs")
+
+
+def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
+    """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
+    inputs = _given(example_inputs, model, network)
+    look_up_constants(model, network, inputs)
+    generator = torch.Generator().manual_seed(seed)
+    units = units_in({g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable})
+    tensors = dict(named_tensors(model))
+    shuffled = {**tensors, **{n: select(tensors[n].detach(), axes, units) for n, axes in network.axes.items()}}
+    worst = 0.0
+    for program in _repeatable(network):
+        before: Numbers = []
+        after: Numbers = []
+        found = replay(program, shuffled, inputs, units=units, numbers=after)
+        wanted = replay(program, tensors, inputs, numbers=before)
+        worst = max(worst, _difference(found, wanted))
+        worst = max(worst, _difference([tensor for _, tensor in after], _chosen(before, units)))
+    return worst
+
+
+class _Follower(Alongside):
+    """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from.
+
+    Random numbers are those that were ``drawn`` in another run, by the operation that drew them.
+    """
+
+    def __init__(self, program: Program, values: Values, units: Units, drawn: Drawn):
+        super().__init__(program, values)
+        self.own, self.units, self.drawn = values, units, drawn
+        self.numbers: list[Tensor] = []
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            node = self.expected(func)
+        except LeftPath as error:
+            raise InputError(
+                f"the small model does not do what the original did {format_where(location())}: {error}"
+            ) from error
+        if node is None or not ("decided" in node.meta or node in self.drawn):
+            return self.own.keep(func, args, kwargs, self.own.run(func, args, kwargs))
+        positional, keyword = self.own.reals(args, kwargs)
+        self.numbers.extend(t.clone() for t in flat(inputs_read(func, positional, keyword)) if is_number(t))
+        if node in self.drawn:
+            found = _drawn_again(func, positional, _selected(self.drawn[node], node.meta["dims"], self.units))
+        else:
+            found = answer(func, positional, keyword, told(node, self.units))
+        return self.own.keep(func, args, kwargs, found)
+
+
+def follow(
+    model: nn.Module, program: Program, inputs: Inputs, units: Units, drawn: Drawn
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of a model whose code is run with the decisions of a recorded run, and the numbers these rest on."""
+    device = home(model)
+    bare, names = skeleton(model, program.mode)
+    values, given = Values(device), bare_inputs(inputs)
+    lend(values, model, bare, names)
+    lend_inputs(values, given, inputs)
+    follower = _Follower(program, values, units, drawn)
+    outputs = run_skeleton(bare, follower, given, device)
+    return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
+
+
+def _drawn_again(func: Any, args: Any, drawn: Any) -> Any:
+    """The result of an operation that draws random numbers, when it draws these."""
+    (first, *_) = func._schema.returns
+    return args[0].copy_(drawn) if first.alias_info is not None else drawn
+
+
+def _selected(value: Any, dims: Any, units: Units) -> Any:
+    """The units that stay of one result, or of each of several."""
+    if isinstance(value, list):
+        return [_selected(part, axes, units) for part, axes in zip(value, dims, strict=True)]
+    return select(value, dims, units) if isinstance(value, Tensor) else value
+
+
+def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    if len(found) != len(wanted):
+        return float("inf")
+    return max((_relative(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    if not wanted.is_floating_point() and not wanted.is_complex():
+        found, wanted = found.double(), wanted.double()
+    equal = found == wanted  # infinities are
+    difference = torch.where(equal, 0.0, (found - wanted).abs())
+    worst = difference.max().item() if wanted.numel() else 0.0
+    scale = torch.where(wanted.isfinite(), wanted.abs(), 0.0).max().item() if wanted.numel() else 0.0
+    return float("inf") if worst != worst else worst / scale if scale else worst

@@ -1,0 +1,193 @@
+"""Silencing: every removed unit is zeroed in the result of each operation; statistics are taken over what stays."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from netsurgery.analysis.network import Network
+from netsurgery.analysis.replay import Drawn, Numbers, draws, replay, units_in
+from netsurgery.analysis.rules import Op
+from netsurgery.axes import Axis, find, leaves
+from netsurgery.capture.known_values import flat
+from netsurgery.capture.recorder import (
+    Inputs,
+    Program,
+)
+
+__all__ = ["STATISTICS", "entries", "is_view", "silenced"]
+
+aten = torch.ops.aten
+
+
+def _copied(value: Any) -> Any:
+    parts = [part.clone() if isinstance(part, Tensor) else part for part in flat(value)]
+    return parts if isinstance(value, list | tuple) else parts[0]
+
+
+def entries(masks: Sequence[Tensor]) -> Tensor:
+    """Which entries of a tensor stay, to be broadcast, from which positions of each of its dimensions do."""
+    shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(masks))]) for dim, one in enumerate(masks)]
+    return functools.reduce(torch.logical_and, shaped)
+
+
+def silenced(
+    network: Network,
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    keep: Mapping[Axis, Tensor],
+    numbers: Numbers | None = None,
+    drawn: Drawn | None = None,
+) -> list[Tensor]:
+    """Outputs of the original network with every unit not in ``keep`` contributing nothing; ``numbers`` as above.
+
+    What stays of a weight that is computed from others stays as it is: its computation sees all units.
+    ``drawn`` gets what each operation draws at random.
+    """
+
+    @functools.cache
+    def mask(axis: Axis, whole: frozenset[Axis]) -> Tensor:
+        if find(axis) is not axis:
+            return mask(find(axis), whole)
+        if not axis.op:
+            stays = torch.zeros(axis.size, dtype=torch.bool)
+            stays[units_in({} if axis in whole else keep)(axis)] = True
+            return stays
+        parts = [mask(term, whole) for term in axis.terms]
+        if axis.op == "concat":
+            return torch.cat(parts)
+        return functools.reduce(lambda a, b: torch.kron(a.to(torch.uint8), b.to(torch.uint8)).bool(), parts)
+
+    def stays(node: Any, dims: tuple[Axis, ...], device: torch.device) -> Tensor | None:
+        """Which entries of a tensor that a node gives or takes stay, or None where all do."""
+        whole = frozenset(leaf for axis in node.meta.get("whole", ()) for leaf in leaves(axis))
+        masks = [mask(axis, whole).to(device) for axis in dims]
+        if all(bool(one.all()) for one in masks):
+            return None
+        return entries(masks)
+
+    def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
+        if drawn is not None and node.op == "call_function" and draws(node):
+            drawn[node] = _copied(out)
+        special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
+        if special is not None and "decided" not in node.meta:
+            op = Op(node, network)
+            dims = op.dims(op["self"] if "self" in op.arguments else op["input"])
+            kept = stays(node, dims, _first(values, op).device)
+            if kept is not None:
+                out = special(
+                    {k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()},
+                    kept,
+                )
+        if isinstance(out, Tensor) and out.dim() and out.numel():
+            kept = stays(node, node.meta["dims"], out.device)
+            if kept is not None and not is_view(node):
+                out = out.masked_fill_(~kept, 0) if _is_inplace(node) else out.masked_fill(~kept, 0)
+        return out
+
+    return replay(program, tensors, inputs, silence, numbers=numbers)
+
+
+def _first(values: Mapping[Any, Any], op: Op) -> Tensor:
+    return values[op.inputs[0]]  # type: ignore[no-any-return]
+
+
+def _aliases(node: Any) -> list[bool]:
+    """For each argument that the result shares memory with: whether it is written to."""
+    schema = getattr(node.target, "_schema", None)
+    return [argument.alias_info.is_write for argument in schema.arguments if argument.alias_info] if schema else []
+
+
+def _is_inplace(node: Any) -> bool:
+    return any(_aliases(node))
+
+
+def is_view(node: Any) -> bool:
+    """A view of silenced memory is silenced; only expand makes units of its own."""
+    if node.target is operator.getitem:
+        return is_view(node.args[0])
+    return bool(_aliases(node)) and not _is_inplace(node) and node.target.overloadpacket is not aten.expand
+
+
+def _masked_mean(x: Tensor, stays: Tensor, dims: list[int]) -> Tensor:
+    full = stays.expand_as(x)
+    return (x * full).sum(dims, keepdim=True) / full.sum(dims, keepdim=True)
+
+
+def _normalise(x: Tensor, stays: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = x - _masked_mean(x, stays, dims)
+    return centred * torch.rsqrt(_masked_mean(centred**2, stays, dims) + eps)
+
+
+def _dims(arguments: dict[str, Any]) -> list[int]:
+    ndim, dim = arguments["self"].dim(), arguments.get("dim")
+    return list(range(ndim)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
+
+
+def _over_what_stays(operation: Any, vanish: bool, a: dict[str, Any], stays: Tensor) -> Any:
+    """Run an operation on the entries that stay alone; put its results where they belong, and zeros elsewhere.
+
+    Args:
+        vanish: whether the dimensions worked along vanish, or keep their size.
+    """
+    along = [[d for d in range(stays.dim()) if d != dim] for dim in range(stays.dim())]
+    sizes = [int((stays.sum(others) > 0).sum()) if others else int(stays.sum()) for others in along]
+    found = operation(**{**a, "self": a["self"].masked_select(stays).reshape(sizes)})
+    places = stays.int().amax(_dims(a), a.get("keepdim", False)).bool() if vanish else stays
+    results = [small.new_zeros(places.shape).masked_scatter(places, small) for small in _listed(found)]
+    return results[0] if isinstance(found, Tensor) else results
+
+
+def _listed(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def _batch_norm(a: dict[str, Any], stays: Tensor) -> Any:
+    """In eval mode the statistics are given; otherwise they are taken here, as weight standardisation does."""
+    x = a["input"]
+    if not a["training"]:
+        return aten.native_batch_norm(*a.values())
+    out = torch.nan_to_num(_normalise(x, stays, [d for d in range(x.dim()) if d != 1], a["eps"]))
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    out = out if a["weight"] is None else out * a["weight"].reshape(shape)
+    return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
+
+
+def _layer_norm(a: dict[str, Any], stays: Tensor) -> Any:
+    x = a["input"]
+    out = _normalise(x, stays, list(range(x.dim() - len(a["normalized_shape"]), x.dim())), a["eps"])
+    out = out if a["weight"] is None else out * a["weight"]
+    return [out if a["bias"] is None else out + a["bias"], None, None]
+
+
+def _group_norm(a: dict[str, Any], stays: Tensor) -> Any:
+    x, blocks = a["input"], (a["N"], a["group"], -1)
+    out = _normalise(x.reshape(blocks), stays.expand_as(x).reshape(blocks), [2], a["eps"])
+    out = torch.nan_to_num(out).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    out = out if a["weight"] is None else out * a["weight"].reshape(shape)
+    return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
+
+
+STATISTICS: dict[Any, Callable[[dict[str, Any], Tensor], Any]] = {
+    **{
+        one: functools.partial(_over_what_stays, one, True)
+        for one in (
+            aten.mean, aten.amax, aten.amin, aten.aminmax, aten.max, aten.min, aten.prod, aten.all, aten.var,
+            aten.var_mean, aten.std, aten.std_mean, aten.logsumexp, aten.norm, aten.linalg_vector_norm,
+        )
+    },
+    **{
+        one: functools.partial(_over_what_stays, one, False)
+        for one in (aten._softmax, aten._safe_softmax, aten._log_softmax)
+    },
+    aten.native_batch_norm: _batch_norm,
+    aten.native_layer_norm: _layer_norm,
+    aten.native_group_norm: _group_norm,
+}  # fmt: skip

@@ -1,0 +1,119 @@
+"""The slope of the loss by a gate on each unit, for each sample: one run and one backward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from netsurgery.axes import Axis
+from netsurgery.capture.recorder import format_where, tensors_in
+from netsurgery.errors import InputError
+from netsurgery.passes.ablation import Trials
+from netsurgery.passes.partial_replay import Step, Suffixes
+from netsurgery.positions import units_at
+
+__all__ = ["gate_slopes"]
+
+_log = logging.getLogger("netsurgery")
+
+
+def gate_slopes(trials: Trials) -> dict[str, Tensor]:
+    """For each group the derivative of each sample's loss by a gate on each unit: ``(samples, units)`` float64.
+
+    What the code decides by values is held as it is for each batch. Where samples cannot be told apart in what it
+    computes, as with tokens that go to experts, each goes through alone.
+
+    Raises:
+        InputError: the network cannot be run in parts: its code writes into views.
+    """
+    trials.decisions = True
+    try:
+        return _in_batches(trials, trials.chunk())
+    except _Mingled as place:
+        _log.info("each sample goes through alone, which is slow: rows of the batch are mingled %s", place)
+        return _in_batches(trials, 1)
+
+
+class _Mingled(Exception):
+    """Which samples the rows of a result belong to is not known."""
+
+
+def _in_batches(trials: Trials, step: int) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {group.name: [] for group in trials.network.prunable}
+    count = trials.samples.count
+    for start in range(0, count, step):
+        rows = min(step, count - start)
+        engine = trials.engine(rows, 1, start)
+        if engine is None:
+            raise InputError(
+                f"{trials.network.model_name} cannot be run with gates, as {trials.unsuited}: use LossIncreaseScore, "
+                "which can cut each unit out"
+            )
+        for name, slopes in _slopes(trials, engine, start, start + rows).items():
+            found[name].append(slopes.double().cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _slopes(trials: Trials, engine: Suffixes, start: int, stop: int) -> dict[str, Tensor]:
+    inputs, targets = trials.batch(start, stop, 1)
+    kind = next((t.dtype for t in engine.constants.values() if t.is_floating_point()), torch.float32)
+    gates = {
+        name: torch.ones(stop - start, trials.network[name].size, dtype=kind, device=trials.device, requires_grad=True)
+        for name in trials.everything()
+    }
+    channels = {engine.network[name].channel: gate for name, gate in gates.items()}
+    values: dict[fx.Node, Any] = dict(zip(engine.inputs, tensors_in(inputs), strict=True))
+    with torch.enable_grad():
+        for step in engine.steps:
+            if step.node not in engine.constants:
+                args = list(engine.arguments(step.args, values))
+                for place, channel in _readers(engine, step, channels):
+                    gate = _spread(engine, step.args[place], channel, channels[channel])
+                    args[place] = args[place] * gate.to(args[place].dtype)
+                values[step.node] = step.call(*args, **engine.arguments(step.kwargs, values))
+        outputs = [values[node] for node in engine.outputs]
+        loss = trials.loss(trials.filled(outputs), targets).sum()
+        found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(gates, found, strict=True))
+
+
+def _readers(engine: Suffixes, step: Step, channels: Iterable[Axis]) -> Iterator[tuple[int, Axis]]:
+    """Arguments of an operation at which units of a channel are read for the last time."""
+    for channel in channels:
+        places = [
+            place
+            for place, node in enumerate(step.args)
+            if isinstance(node, fx.Node) and node not in engine.constants and engine.carries(engine.dims[node], channel)
+        ]
+        if places and engine.mixes(step, channel):
+            yield places[0], channel  # of a product, a gate on one factor is a gate on it
+
+
+def _spread(engine: Suffixes, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
+    """A gate ``(rows, units)`` laid out as the result of a node; one where there are other units."""
+    dims = engine.dims[node]
+    padded = torch.cat([gate, gate.new_ones(len(gate), 1)], 1)  # the last column is for other units
+    found = ((dim, rows) for dim, axis in enumerate(dims) if (rows := _within(axis, engine.rows)) is not None)
+    alone = -1, torch.zeros(1, dtype=torch.int64)
+    row, rows = alone if len(gate) == 1 else next(found, alone)
+    if len(gate) > 1 and row < 0:
+        raise _Mingled(format_where(node.meta["where"]))
+    whole = gate.new_ones(())
+    for at, axis in enumerate(dims):
+        for leaf, units in units_at(axis):
+            if leaf is not channel:
+                continue
+            sizes = [one.size if dim in (row, at) else 1 for dim, one in enumerate(dims)]
+            laid = padded[rows, units] if row == at else padded[rows][:, units]
+            whole = whole * (laid.T if row > at else laid).reshape(sizes)
+    return whole
+
+
+def _within(axis: Axis, rows: set[Axis]) -> Tensor | None:
+    """Which row of the batch each position of an axis belongs to; an axis may hold the batch several times."""
+    found = [units for leaf, units in units_at(axis) if leaf in rows]
+    return torch.stack(found).amax(0) if found else None
