@@ -94,7 +94,7 @@ def scale(name: str, rounds: int, clock: str) -> list[str]:
         times.append(CLOCKS[clock]())
         for taken, start, end in zip((traced, planned, rewritten), times[:-1], times[1:], strict=True):
             taken.append(1e3 * (end - start))
-    locked = sum(group.frozen is not None for group in edit.network.groups)
+    locked = sum(group.locked is not None for group in edit.network.groups)
     spread = f"{median(planned[1:]):.0f} ({min(planned[1:]):.0f} to {max(planned[1:]):.0f})"
     return [
         name,

@@ -1,6 +1,6 @@
 """How much of the world's networks is covered? `python benchmarks/coverage.py --out rows.jsonl --page docs/coverage.md`
 
-For every model of coverage_models.py, in a process of its own: half of the channels of every layer that is not frozen
+For every model of coverage_models.py, in a process of its own: half of the channels of every layer that is not locked
 are removed at random, and the result is compared with the original whose removed units are silenced. Weights, norms and
 statistics are random (alive.py). A model that fails has its row as well.
 """

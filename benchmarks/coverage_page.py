@@ -1,4 +1,4 @@
-"""The rows of coverage.py as a page of markdown: a summary, a table for each kind, and what holds the frozen groups."""
+"""The rows of coverage.py as a page of markdown: a summary, a table for each kind, and what holds the locked groups."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,14 +10,14 @@ STATUSES = ("exact", "WRONG", "REFUSED", "CRASH", "TIMEOUT", "PROVES NOTHING")
 INTRODUCTION = """\
 # Coverage
 
-Every model here has random weights, norms and statistics. Half of the channels of every layer that is not frozen are
+Every model here has random weights, norms and statistics. Half of the channels of every layer that is not locked are
 removed at random (`PruneChannels(0.5)`), and the outputs are compared, in float32, with those of the original whose
 removed units are silenced (`netsurgery.verify`); *permuted* is the second oracle: the units of all groups in another
 order. Both are largest differences relative to the largest output. Each model is measured in a process of its own.
 
 The *share* says how much of what a removal could take at best it can take: the entries of parameters that go when every
-group that is not frozen loses the same small share of its units, relative to those that go when every dimension does
-but inputs, outputs and positions (a matrix counts half if one axis is frozen).
+group that is not locked loses the same small share of its units, relative to those that go when every dimension does
+but inputs, outputs and positions (a matrix counts half if one axis is locked).
 
 - **exact**: both differences are at most 1e-4. **WRONG**: one is not. Where a network decides by comparing numbers
   (which of two boxes comes first), rounding alone can be above that; float64 then tells: *f64* marks such rows, at most
@@ -30,7 +30,7 @@ Made by `OMP_NUM_THREADS=1 python benchmarks/coverage.py --out rows.jsonl --page
 that did other things as well say little.
 """
 HEADER = (
-    "model", "status", "parameters", "groups", "frozen", "share", "removed", "difference", "permuted", "trace, s",
+    "model", "status", "parameters", "groups", "locked", "share", "removed", "difference", "permuted", "trace, s",
     "plan and rewrite, s", "replaced modules",
 )  # fmt: skip
 MOST = 6  # reasons listed for each model
@@ -122,19 +122,19 @@ def one_line(text: str, most: int = 300) -> str:
 
 
 def reasons(rows: Sequence[Row]) -> str:
-    """What holds the frozen groups inside a network, once for all models that say the same."""
+    """What holds the locked groups inside a network, once for all models that say the same."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if text := reasons_of(row):
             found.setdefault(text, []).append(row["model"])
     lines = [f"- {', '.join(models)}:\n{text}" for text, models in found.items()]
     none = [row["model"] for row in rows if "reasons" in row and not reasons_of(row)]
-    head = f"Only inputs, outputs and positions are frozen in {len(none)} of these models.\n" if none else ""
+    head = f"Only inputs, outputs and positions are locked in {len(none)} of these models.\n" if none else ""
     return head + ("\nFrozen inside the network:\n\n" + "".join(lines) if lines else "")
 
 
 def reasons_of(row: Row) -> str:
-    """What holds frozen groups of a model, but its inputs, outputs and positions; what holds most entries first."""
+    """What holds locked groups of a model, but its inputs, outputs and positions; what holds most entries first."""
     inner = [one for one in row.get("reasons", []) if one["entries"]]
     lines = [f"  - {groups(one['groups'])}: {one_line(one['reason'], 200)}\n" for one in inner[:MOST]]
     more = sum(one["groups"] for one in inner[MOST:])

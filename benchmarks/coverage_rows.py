@@ -94,9 +94,9 @@ def facts(network: Network) -> Row:
     reasons: dict[str, Row] = {}
     held: dict[str, set[Axis]] = {}
     for group in network.groups:
-        if group.frozen is not None:
-            why = alike(group.frozen)
-            new = {"reason": short(group.frozen), "first": group.name, "groups": 0}
+        if group.locked is not None:
+            why = alike(group.locked)
+            new = {"reason": short(group.locked), "first": group.name, "groups": 0}
             reasons.setdefault(why, new)["groups"] += 1
             held.setdefault(why, set()).update({group.channel} if inner(group.channel) else ())
     free = {group.channel for group in network.prunable}

@@ -36,7 +36,7 @@ import netsurgery
 from netsurgery.demo import digits
 from netsurgery.models import resnet20
 from netsurgery.passes import LossIncreaseScore, trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.calibration import draw_samples
 
 
 def trained(side: int, epochs: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -171,7 +171,7 @@ def compare(options: argparse.Namespace) -> None:
     model, data = trained(options.side, options.epochs)
     network = netsurgery.trace(model, data[0][:2])
     units = sum(group.size for group in network.prunable)
-    drawn = draw(data, options.samples)
+    drawn = draw_samples(data, options.samples)
     (x,), _ = drawn.inputs
     y = drawn.targets
     settings = {"samples": options.samples, "progress": False}
@@ -187,15 +187,15 @@ def compare(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         picked = [(g.name, u) for g in network.prunable for u in torch.randperm(g.size)[: options.tried].tolist()]
         weights = {g.name: g.size / options.tried for g in network.prunable}
-        naive, rises = 0.0, []
+        naive, loss_deltas = 0.0, []
         for name, unit in picked:
             start = time.perf_counter()
-            rises.append(loss(without(model, network, name, unit), x, y, batch) - base)
+            loss_deltas.append(loss(without(model, network, name, unit), x, y, batch) - base)
             naive += weights[name] * (time.perf_counter() - start)
         start = time.perf_counter()
         exact = LossIncreaseScore(data, **settings).run(network).scores
         taken = time.perf_counter() - start
-        pairs = [(rise, float(exact[name][unit])) for rise, (name, unit) in zip(rises, picked, strict=True)]
+        pairs = [(rise, float(exact[name][unit])) for rise, (name, unit) in zip(loss_deltas, picked, strict=True)]
         worst = max(abs(rise - found) / max(abs(rise), 1e-3) for rise, found in pairs)
         assert worst < 1e-2, f"scores differ: {worst}"
         race = LossIncreaseScore(data, racing=True, **settings)

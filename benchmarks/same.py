@@ -152,7 +152,7 @@ def described(network: netsurgery.Network) -> Facts:
         groups.extend(f"    {member.parameter} {member.axis} {member.role}" for member in group.members)
     return {
         "groups": groups,
-        "locks": [f"{group.name}: {group.frozen}" for group in network.groups if group.frozen is not None],
+        "locks": [f"{group.name}: {group.locked}" for group in network.groups if group.locked is not None],
         "equal sizes": [", ".join(tied) for tied in network.ties],
     }
 

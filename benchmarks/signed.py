@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.ablation import Trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
-from netsurgery.passes.score_checkpoint import Ledger
+from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 
 Data = showcase.Rows
 Subject = showcase.Subject
@@ -82,16 +82,16 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 def changes(network: netsurgery.Network, data: Data, count: int, seed: int) -> dict[str, dict[str, Tensor]]:
     """By method, the change of each sample's loss without each unit: ``(units, samples)`` for each group."""
-    samples = draw(data, count, seed)
-    slopes = {name: slope.T for name, slope in gate_slopes(Trials(LossIncreaseScore(None), network, samples)).items()}
-    trials = Trials(LossIncreaseScore(None), network, samples)
+    samples = draw_samples(data, count, seed)
+    slopes = {name: slope.T for name, slope in gate_slopes(Ablation(LossIncreaseScore(None), network, samples)).items()}
+    trials = Ablation(LossIncreaseScore(None), network, samples)
     exact = {group.name: torch.empty(group.size, samples.count, dtype=torch.float64) for group in network.prunable}
 
     def kept(name: str, units: list[int], found: Tensor, start: int) -> Tensor:
         exact[name][units, start : start + found.shape[1]] = found
         return found.sum(1)[None]
 
-    trials.extend(Ledger("", None), trials.everything(), samples.count, kept)
+    trials.extend(ScoreCheckpoint("", None), trials.everything(), samples.count, kept)
     second = {name: slope.square() / 2 - slope for name, slope in slopes.items()}
     return {"exact": exact, "Taylor 2": second, "Taylor 1": slopes}
 
@@ -129,7 +129,7 @@ def said(found: list[tuple[float, float]]) -> str:
 def scored_groups(model: nn.Module, x: Any, prefixes: tuple[str, ...]) -> netsurgery.Network:
     network = netsurgery.trace(model, x[slice(0, 2)])
     rest = [group.name for group in network.prunable if not group.name.startswith(prefixes)]
-    return network.with_frozen(dict.fromkeys(rest, "not scored"))
+    return network.with_locked(dict.fromkeys(rest, "not scored"))
 
 
 def table(name: str, seeds: int) -> None:
@@ -141,8 +141,10 @@ def table(name: str, seeds: int) -> None:
     for seed in range(seeds):
         for method, groups in changes(network, data, count, seed).items():
             if method == "exact":
-                rises = torch.cat([change.mean(1) for change in groups.values()])
-                print(f"seed {seed}: {float((rises < 0).double().mean()):.1%} of the rises are negative", flush=True)
+                loss_deltas = torch.cat([change.mean(1) for change in groups.values()])
+                print(
+                    f"seed {seed}: {float((loss_deltas < 0).double().mean()):.1%} of the rises are negative", flush=True
+                )
             for reading, read in READINGS.items():
                 scored = network.with_scores({group: read(change) for group, change in groups.items()}, comparable=True)
                 for ratio in ratios if (method, reading) != ("Taylor 1", "rise") else ():

@@ -17,7 +17,7 @@ __all__ = [
     "CRITERIA",
     "Criterion",
     "Name",
-    "Reading",
+    "WeightView",
     "accumulator",
     "arranged",
     "canonical",
@@ -65,7 +65,7 @@ CRITERIA: dict[Name, Criterion] = {
 }
 
 
-class Reading(NamedTuple):
+class WeightView(NamedTuple):
     """How a weight is read: blocks of kernels, in columns that are the outer groups.
 
     Attributes:
@@ -79,12 +79,12 @@ class Reading(NamedTuple):
     window: tuple[int, ...] = ()
 
 
-def reading(shape: tuple[int, ...], grouping: str, groups: int = 1, transposed: bool = False) -> Reading:
+def reading(shape: tuple[int, ...], grouping: str, groups: int = 1, transposed: bool = False) -> WeightView:
     """The reading of a layer's weight ``(out, in / groups, *kernel)``, transposed ``(in, out / groups, *kernel)``."""
-    return Reading(groups, (int((grouping == "feature") != transposed),), tuple(range(2, len(shape))))
+    return WeightView(groups, (int((grouping == "feature") != transposed),), tuple(range(2, len(shape))))
 
 
-def column_count(shape: Sequence[int], how: Reading) -> int:
+def column_count(shape: Sequence[int], how: WeightView) -> int:
     """The number of columns of a weight: its blocks times the positions of its outer axes."""
     count = 1 if 0 in how.outer else how.blocks
     for axis in how.outer:  # torch.compile does not take math.prod of a generator
@@ -92,7 +92,7 @@ def column_count(shape: Sequence[int], how: Reading) -> int:
     return count
 
 
-def arranged(weight: Tensor, how: Reading) -> tuple[Tensor, tuple[int, int, int, int]]:
+def arranged(weight: Tensor, how: WeightView) -> tuple[Tensor, tuple[int, int, int, int]]:
     """A view of the weight with its axes in the order blocks, rows, columns, window; and the sizes of these four."""
     split: Tensor = weight.unflatten(0, (how.blocks, -1))  # (blocks, axis 0 / blocks, other axes)
     outer, window = [axis + 1 for axis in how.outer], [axis + 1 for axis in how.window]
@@ -101,7 +101,7 @@ def arranged(weight: Tensor, how: Reading) -> tuple[Tensor, tuple[int, int, int,
     return split.permute(0, *rows, *outer, *window), (how.blocks, sizes[0], sizes[1], sizes[2])
 
 
-def canonical(weight: Tensor, how: Reading) -> Tensor:
+def canonical(weight: Tensor, how: WeightView) -> Tensor:
     """The weight as ``(blocks, rows, columns, window)``: a view wherever its strides allow one.
 
     The outer groups are the blocks times the columns; rows are summed over.

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
+from netsurgery.kernels.criteria import Criterion, WeightView, accumulator, arranged, canonical, column_count
 from netsurgery.kernels.hgsr_flat import Flat, flat
-from netsurgery.kernels.hgsr_reference import finished
+from netsurgery.kernels.hgsr_reference import finalize
 from netsurgery.kernels.placed import Placed, widest
 
 __all__ = ["gradient", "sums", "value"]
@@ -24,7 +24,7 @@ PIECE = 1 << 18  # elements
 Piece = tuple[slice, ...]
 
 
-class _Room:
+class _Scratch:
     """Memory for one piece, used again and again: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class _Room:
         return self.held[key]
 
 
-class _Walk:
+class _TileWalk:
     """A weight's four axes in the order of memory, and what is computed from its pieces."""
 
-    def __init__(self, weight: Tensor, how: Reading, rule: Criterion, room: _Room):
+    def __init__(self, weight: Tensor, how: WeightView, rule: Criterion, room: _Scratch):
         read = canonical(weight, how)
         strides = read.stride()
         self.order = sorted(range(4), key=lambda axis: (-strides[axis], axis))
@@ -103,22 +103,22 @@ class _Plan(NamedTuple):
         large: the others, and where their columns are.
     """
 
-    readings: Sequence[Reading]
-    counted: Sequence[bool]
+    readings: Sequence[WeightView]
+    in_l1: Sequence[bool]
     columns: tuple[int, ...]
     small: Flat | None
     large: tuple[tuple[int, slice], ...]
 
 
-def _plan(weights: Sequence[Tensor], readings: Sequence[Reading], counted: Sequence[bool]) -> _Plan:
+def _plan(weights: Sequence[Tensor], readings: Sequence[WeightView], in_l1: Sequence[bool]) -> _Plan:
     held: _Plan | None = weights.kept.get(_Plan) if isinstance(weights, Placed) else None
-    if held is not None and held.readings is readings and held.counted is counted:
+    if held is not None and held.readings is readings and held.in_l1 is in_l1:
         return held
     sizes = [column_count(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
     columns = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-    small = flat(weights, readings, counted)
+    small = flat(weights, readings, in_l1)
     large = [(i, own) for i, own in enumerate(columns) if small is None or i not in small.numbers]
-    plan = _Plan(readings, counted, tuple(sizes), small, tuple(large))
+    plan = _Plan(readings, in_l1, tuple(sizes), small, tuple(large))
     if isinstance(weights, Placed):
         weights.kept[_Plan] = plan
     return plan
@@ -126,30 +126,30 @@ def _plan(weights: Sequence[Tensor], readings: Sequence[Reading], counted: Seque
 
 def value(
     weights: Sequence[Tensor],
-    readings: Sequence[Reading],
+    readings: Sequence[WeightView],
     index: Tensor | None,
     groups: int,
     rule: Criterion,
-    counted: Sequence[bool],
+    in_l1: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """The criterion and the sum of absolute values, shape (2,); and the criterion's derivative by each group's sum."""
-    total, absolute = sums(weights, readings, index, groups, rule, counted)
-    values, slopes = finished(total, absolute, rule)
-    if (small := _plan(weights, readings, counted).small) is not None:
+    total, absolute = sums(weights, readings, index, groups, rule, in_l1)
+    values, slopes = finalize(total, absolute, rule)
+    if (small := _plan(weights, readings, in_l1).small) is not None:
         small.slopes = slopes
     return values, slopes
 
 
 def sums(
     weights: Sequence[Tensor],
-    readings: Sequence[Reading],
+    readings: Sequence[WeightView],
     index: Tensor | None,
     groups: int,
     rule: Criterion,
-    counted: Sequence[bool],
+    in_l1: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Sums of norm^inner over the kernels of each outer group, and the sum of absolute values of what is counted."""
-    plan = _plan(weights, readings, counted)
+    plan = _plan(weights, readings, in_l1)
     double = weights[0].device.type != "mps"  # which has none
     # Behind the groups: the sum of absolute values, and what belongs to no group and is left there.
     total = weights[0].new_zeros(groups + 2, dtype=torch.float64 if double else torch.float32)
@@ -158,7 +158,7 @@ def sums(
         plan.small.add_sums(weights, index, groups, rule, total, absolute)
     if plan.large:
         by_column = total if index is None else total.new_zeros(len(index))
-        _add_large(weights, readings, plan.large, rule, counted, by_column, absolute)
+        _add_large(weights, readings, plan.large, rule, in_l1, by_column, absolute)
         if index is not None:
             total.index_add_(0, index.where(index >= 0, groups), by_column)
     total = total.to(widest(weights))
@@ -167,21 +167,21 @@ def sums(
 
 def _add_large(
     weights: Sequence[Tensor],
-    readings: Sequence[Reading],
+    readings: Sequence[WeightView],
     large: Sequence[tuple[int, slice]],
     rule: Criterion,
-    counted: Sequence[bool],
+    in_l1: Sequence[bool],
     by_column: Tensor,
     absolute: Tensor,
 ) -> None:
-    room = _Room()
+    room = _Scratch()
     for i, columns in large:
-        walk = _Walk(weights[i], readings[i], rule, room)
+        walk = _TileWalk(weights[i], readings[i], rule, room)
         laid = walk.by_column(by_column[columns])
         for piece, own in walk.pieces():
             part = walk.weight[piece]
             kernels = walk.powers(part)
-            if counted[i]:
+            if in_l1[i]:
                 absolute += (kernels if walk.norm == 1 else part.abs()).sum(dtype=walk.dtype)
             if walk.power != 1:
                 kernels = kernels.sqrt_() if walk.power == 0.5 else kernels.square_()
@@ -190,11 +190,11 @@ def _add_large(
 
 def gradient(
     weights: Sequence[Tensor],
-    readings: Sequence[Reading],
+    readings: Sequence[WeightView],
     index: Tensor | None,
     slopes: Tensor,
     rule: Criterion,
-    counted: Sequence[bool],
+    in_l1: Sequence[bool],
     scale: Tensor,
     outs: Sequence[Tensor | None],
     accumulate: bool,
@@ -206,19 +206,19 @@ def gradient(
         outs: a tensor for each weight, of its shape, or None where it is not wanted.
         accumulate: add to what stands there.
     """
-    plan = _plan(weights, readings, counted)
+    plan = _plan(weights, readings, in_l1)
     group, sign = scale.tolist()
     if plan.small is not None:
         plan.small.write(weights, index, slopes, rule, (group, sign), outs, accumulate)
     if not plan.large:
         return
     by_column = group * (slopes if index is None else torch.cat([slopes, slopes.new_zeros(1)])[index])
-    room, second = _Room(), _Room()
+    room, second = _Scratch(), _Scratch()
     for i, columns in plan.large:
         how, out = readings[i], outs[i]
         if out is None:
             continue
-        walk = _Walk(weights[i], how, rule, room)
+        walk = _TileWalk(weights[i], how, rule, room)
         slope = by_column[columns].to(walk.dtype) * (walk.power * walk.norm)
         target = canonical(out, how)
         ordered, laid = target.permute(walk.order), walk.by_column(slope)
@@ -227,7 +227,7 @@ def gradient(
             factor = _factor(walk, part, laid[own])
             alike = goal.dtype == part.dtype == walk.dtype
             step = goal if alike and not accumulate else second.like(part, walk.dtype)
-            _step(part, factor, step, walk.norm, sign if counted[i] else 0.0)
+            _step(part, factor, step, walk.norm, sign if in_l1[i] else 0.0)
             if step is not goal:
                 goal.add_(step) if accumulate else goal.copy_(step)
         if target.data_ptr() != out.data_ptr():
@@ -246,7 +246,7 @@ def _step(part: Tensor, factor: Tensor, step: Tensor, norm: int, sign: float) ->
             step.add_(part.sign(), alpha=sign)
 
 
-def _factor(walk: _Walk, part: Tensor, slope: Tensor) -> Tensor:
+def _factor(walk: _TileWalk, part: Tensor, slope: Tensor) -> Tensor:
     """slope * q^(power - 1), by kernel; for q = 0 any finite number, as it is multiplied by elements that are 0 then.
 
     (Or so small that their squares are: below 1e-22 in float32 the gradient of a 2-norm fades to 0.)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Reading, arranged, column_count
+from netsurgery.kernels.criteria import Criterion, WeightView, arranged, column_count
 
 __all__ = ["Flat", "flat"]
 
@@ -38,9 +38,9 @@ class _Small(NamedTuple):
     number: int
     shape: tuple[int, ...]
     axes: tuple[int, ...]
-    how: Reading
+    how: WeightView
     first: int
-    counted: bool
+    in_l1: bool
 
     @property
     def size(self) -> int:
@@ -83,8 +83,8 @@ class _Run:
             [part.view(one.shape) for part, one in zip(whole.flatten().split(sizes), members, strict=True)]
             for whole in (self.elements, self.kernels if self.window == 1 else self.elements)
         )
-        counted = sum(member.size for member in members if member.counted) // self.window
-        self.counted, self.counted_room = self.elements[:counted], self.room[:counted]
+        in_l1 = sum(member.size for member in members if member.in_l1) // self.window
+        self.in_l1, self.counted_room = self.elements[:in_l1], self.room[:in_l1]
         self.ones = torch.ones(self.window, dtype=torch.float32)
 
     def powers(self, rule: Criterion) -> tuple[int, float]:
@@ -121,10 +121,10 @@ class _Run:
                 _apply(torch.sgn, weight, part)
         else:
             torch._foreach_copy_(self.parts, self.of(weights))
-            torch.sgn(self.counted, out=self.counted_room)
+            torch.sgn(self.in_l1, out=self.counted_room)
         self.elements.mul_(self.factors)
         if norm == 2 and sign:
-            self.counted.add_(self.counted_room, alpha=sign)
+            self.in_l1.add_(self.counted_room, alpha=sign)
         wanted = [(out, part) for out, part in zip(self.of(outs), self.parts, strict=True) if out is not None]
         if wanted:
             goals, steps = [out for out, _ in wanted], [part for _, part in wanted]
@@ -147,13 +147,13 @@ class Flat:
     """
 
     def __init__(self, members: Sequence[_Small]):
-        members = sorted(members, key=lambda one: (one.window, not one.counted, one.number))
+        members = sorted(members, key=lambda one: (one.window, not one.in_l1, one.number))
         self.numbers = frozenset(member.number for member in members)
         kernels = [member.size // member.window for member in members]
         self.kernels, self.factors = torch.empty(2, sum(kernels), dtype=torch.float32)
         self.columns = torch.cat([member.columns() for member in members])
-        given = torch.tensor([member.counted for member in members]).repeat_interleave(torch.tensor(kernels))
-        self.counted = None if bool(given.all()) else given.float()
+        given = torch.tensor([member.in_l1 for member in members]).repeat_interleave(torch.tensor(kernels))
+        self.in_l1 = None if bool(given.all()) else given.float()
         self.runs, start = [], 0
         for _, run in groupby(members, lambda one: one.window):
             own = list(run)
@@ -185,11 +185,11 @@ class Flat:
             norm, _ = run.powers(rule)
             run.read(weights, norm)
             if norm == 2:
-                absolute += torch.abs(run.counted, out=run.counted_room).sum()
+                absolute += torch.abs(run.in_l1, out=run.counted_room).sum()
             elif rule.norm == 2:
-                absolute += run.kernels[: len(run.counted)].sum()
+                absolute += run.kernels[: len(run.in_l1)].sum()
         if rule.norm == 1:
-            absolute += (self.kernels if self.counted is None else self.kernels * self.counted).sum()
+            absolute += (self.kernels if self.in_l1 is None else self.kernels * self.in_l1).sum()
         for kernels, _, _, power in self._stretches(rule):
             if power == 0.5:
                 kernels.sqrt_()
@@ -224,11 +224,11 @@ class Flat:
             torch.index_select(padded.float(), 0, self._groups(index, len(slopes)), out=self.factors)
             self._multiply(rule)
             if sign and rule.norm == 1:
-                self.factors.add_(sign if self.counted is None else sign * self.counted)
+                self.factors.add_(sign if self.in_l1 is None else sign * self.in_l1)
             for run in self.runs:
                 norm, _ = run.powers(rule)
                 if sign and norm == 1 != rule.norm:
-                    run.factors[: len(run.counted)] += sign
+                    run.factors[: len(run.in_l1)] += sign
                 run.write(weights, norm, sign, outs, accumulate)
             self.slopes = slopes
 
@@ -243,20 +243,23 @@ class Flat:
                 factors.mul_(power * norm)
 
 
-def flat(weights: Sequence[Tensor], readings: Sequence[Reading], counted: Sequence[bool]) -> Flat | None:
+def flat(weights: Sequence[Tensor], readings: Sequence[WeightView], in_l1: Sequence[bool]) -> Flat | None:
     """The small weights of a list, on a CPU: the smallest, as many as there is room for; none of float64."""
     if weights[0].device.type != "cpu":
         return None
     kinds = tuple((tuple(weight.shape), weight.dtype != torch.float64) for weight in weights)
-    return _made(kinds, tuple(readings), tuple(counted), ROOM)
+    return _made(kinds, tuple(readings), tuple(in_l1), ROOM)
 
 
 @lru_cache(maxsize=8)
 def _made(
-    kinds: tuple[tuple[tuple[int, ...], bool], ...], readings: tuple[Reading, ...], counted: tuple[bool, ...], room: int
+    kinds: tuple[tuple[tuple[int, ...], bool], ...],
+    readings: tuple[WeightView, ...],
+    in_l1: tuple[bool, ...],
+    room: int,
 ) -> Flat | None:
     members, first = [], 0
-    for number, ((shape, single), how, count) in enumerate(zip(kinds, readings, counted, strict=True)):
+    for number, ((shape, single), how, count) in enumerate(zip(kinds, readings, in_l1, strict=True)):
         axes = (*(axis for axis in range(len(shape)) if axis not in how.window), *how.window)
         member = _Small(number, tuple(shape[axis] for axis in axes), axes, how, first, count)
         members += [member] if single and member.size else []

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, accumulator, canonical
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, WeightView, accumulator, canonical
 
-__all__ = ["column_sums", "finished", "power", "reference"]
+__all__ = ["column_sums", "finalize", "power", "reference"]
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
@@ -20,7 +20,7 @@ def power(x: Tensor, exponent: float) -> Tensor:
     return torch.where(other, torch.where(other, x, 1) ** exponent, 0)
 
 
-def column_sums(weight: Tensor, how: Reading, criterion: Criterion) -> Tensor:
+def column_sums(weight: Tensor, how: WeightView, criterion: Criterion) -> Tensor:
     """Sums over each outer group's kernels of norm^inner.
 
     Returns:
@@ -34,7 +34,7 @@ def column_sums(weight: Tensor, how: Reading, criterion: Criterion) -> Tensor:
 def reference(
     weights: Sequence[Tensor],
     criterion: Name,
-    readings: Sequence[Reading],
+    readings: Sequence[WeightView],
     index: Tensor | None = None,
     groups: int = 0,
 ) -> Tensor:
@@ -53,7 +53,7 @@ def reference(
     return power(sums, rule.outer).sum()
 
 
-def finished(sums: Tensor, absolute: Tensor, rule: Criterion) -> tuple[Tensor, Tensor]:
+def finalize(sums: Tensor, absolute: Tensor, rule: Criterion) -> tuple[Tensor, Tensor]:
     """The criterion and the sum of absolute values, shape (2,); and the criterion's derivative by each group's sum."""
     slopes = rule.outer * power(sums, rule.outer - 1)
     return torch.stack([power(sums, rule.outer).sum(), absolute]), slopes

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from netsurgery.kernels.criteria import Criterion, Reading, accumulator, arranged, canonical, column_count
-from netsurgery.kernels.hgsr_reference import finished
+from netsurgery.kernels.criteria import Criterion, WeightView, accumulator, arranged, canonical, column_count
+from netsurgery.kernels.hgsr_reference import finalize
 from netsurgery.kernels.placed import Placed, widest
 
 __all__ = ["gradient", "sums", "value"]
@@ -532,7 +532,7 @@ def _tile(sizes: Sequence[int], strides: Sequence[Sequence[int]], aligned: bool,
 
 
 def _plan(
-    members: Sequence[int], weights: Sequence[Tensor], readings: Sequence[Reading], counted: Sequence[bool],
+    members: Sequence[int], weights: Sequence[Tensor], readings: Sequence[WeightView], in_l1: Sequence[bool],
     outs: Sequence[Tensor | None] | None, firsts: Sequence[int], sizes: Sizes,
 ) -> _Plan:  # fmt: skip
     """The launch over some weights. Where they lie is no part of it, only their shapes and strides."""
@@ -557,7 +557,7 @@ def _plan(
         kinds.append(kind)
         rows.append([
             0, columns, blocks * columns, down, window, chunk, chunks,
-            int(counted[i]), firsts[i], programs, tiles, partials, *strides[0], *strides[-1],
+            int(in_l1[i]), firsts[i], programs, tiles, partials, *strides[0], *strides[-1],
         ])  # fmt: skip
         owned.append(chunks * across)
         programs, tiles = programs + chunks * across, tiles + across
@@ -577,15 +577,15 @@ def _plan(
 
 def _plans(
     weights: Sequence[Tensor],
-    readings: Sequence[Reading],
-    counted: Sequence[bool],
+    readings: Sequence[WeightView],
+    in_l1: Sequence[bool],
     outs: Sequence[Tensor | None] | None,
 ) -> list[_Plan]:
     """A launch for each dtype; and, where gradients are written, so that none is written twice in one."""
     device, targets = weights[0].device, weights if outs is None else outs
     layout: list[Hashable] = [
         (w.shape, w.stride(), w.dtype, w.data_ptr() % 16, how, once)
-        for w, how, once in zip(weights, readings, counted, strict=True)
+        for w, how, once in zip(weights, readings, in_l1, strict=True)
     ]
     rounds = [0] * len(weights)
     if outs is not None:
@@ -605,7 +605,7 @@ def _plans(
             if target is not None and (count if outs is None else w.numel()):
                 launches.setdefault((rounds[i], w.dtype, target.dtype), []).append(i)
         return [
-            _plan(launches[key], weights, readings, counted, outs, firsts, SIZES)
+            _plan(launches[key], weights, readings, in_l1, outs, firsts, SIZES)
             for key in sorted(launches, key=lambda key: key[0])
         ]
 
@@ -623,8 +623,8 @@ class _Steady(NamedTuple):
         launches: a plan, and its table.
     """
 
-    readings: Sequence[Reading]
-    counted: Sequence[bool]
+    readings: Sequence[WeightView]
+    in_l1: Sequence[bool]
     places: list[int]
     forms: Any
     apart: list[int] | None
@@ -633,23 +633,23 @@ class _Steady(NamedTuple):
 
 def _launches(
     weights: Sequence[Tensor],
-    readings: Sequence[Reading],
-    counted: Sequence[bool],
+    readings: Sequence[WeightView],
+    in_l1: Sequence[bool],
     outs: Sequence[Tensor | None] | None,
 ) -> list[tuple[_Plan, Tensor | None]]:
     """Plans, and tables of where their tensors lie, or None where copies are read or written: these move each time."""
     device = weights[0].device
     if not isinstance(weights, Placed) or _capturing(device):  # a graph keeps what it uses
-        return [(plan, None) for plan in _plans(weights, readings, counted, outs)]
+        return [(plan, None) for plan in _plans(weights, readings, in_l1, outs)]
     goals: Placed[Any] = weights if outs is None else outs if isinstance(outs, Placed) else Placed(outs)
     key = _Steady, outs is None, SIZES, _stream(device)
     held: _Steady | None = weights.kept.get(key)
-    if held is not None and (held.readings is not readings or held.counted is not counted or held.forms != goals.forms):
+    if held is not None and (held.readings is not readings or held.in_l1 is not in_l1 or held.forms != goals.forms):
         held = None
     if held is None or held.places != goals.places:
         apart = [place % 16 for place in goals.places] if len(set(goals.places)) == len(goals) else None
         same = held is not None and held.apart == apart is not None
-        plans = [plan for plan, _ in held.launches] if same else _plans(weights, readings, counted, outs)  # type: ignore[union-attr]
+        plans = [plan for plan, _ in held.launches] if same else _plans(weights, readings, in_l1, outs)  # type: ignore[union-attr]
         launches: list[tuple[_Plan, Tensor | None]] = []
         for plan in plans:
             if plan.copied or plan.buffered:
@@ -657,7 +657,7 @@ def _launches(
                 continue
             read = [weights[i] for i in plan.members]
             launches.append((plan, _pointers(weights, plan, read, [goals[i] for i in plan.members])))
-        held = _Steady(readings, counted, goals.places, goals.forms, apart, launches)
+        held = _Steady(readings, in_l1, goals.places, goals.forms, apart, launches)
         weights.kept[key] = held
     return held.launches
 
@@ -686,7 +686,7 @@ def _members(weights: Sequence[Tensor], index: Tensor, groups: int, plan: _Plan)
     return _cached(key, weights, make)[:2]
 
 
-def _read(plan: _Plan, weights: Sequence[Tensor], readings: Sequence[Reading]) -> list[Tensor]:
+def _read(plan: _Plan, weights: Sequence[Tensor], readings: Sequence[WeightView]) -> list[Tensor]:
     return [canonical(weights[i], readings[i]).contiguous() if i in plan.copied else weights[i] for i in plan.members]
 
 
@@ -700,13 +700,13 @@ def _counters(plan: _Plan) -> Tensor:
 
 
 def _reduce(
-    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, groups: int, rule: Criterion,
-    counted: Sequence[bool], outer: float,
+    weights: Sequence[Tensor], readings: Sequence[WeightView], index: Tensor | None, groups: int, rule: Criterion,
+    in_l1: Sequence[bool], outer: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Values (2,), and slopes (groups,), or sums where outer is 0."""
     wide = widest(weights)
     device = weights[0].device if weights else torch.device("cpu") if index is None else index.device
-    plans = _launches(weights, readings, counted, None) if weights else []
+    plans = _launches(weights, readings, in_l1, None) if weights else []
     if not plans:
         return torch.zeros(2, dtype=wide, device=device), torch.zeros(groups, dtype=wide, device=device)
     values = torch.empty(len(plans), 2, dtype=wide, device=device)
@@ -734,8 +734,8 @@ def _reduce(
 
 
 def value(
-    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, groups: int, rule: Criterion,
-    counted: Sequence[bool],
+    weights: Sequence[Tensor], readings: Sequence[WeightView], index: Tensor | None, groups: int, rule: Criterion,
+    in_l1: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The criterion and L1, and each group's slope.
 
@@ -750,26 +750,26 @@ def value(
     """
     dtypes = weights.forms[2] if isinstance(weights, Placed) else [w.dtype for w in weights]
     if index is None or len(set(dtypes)) <= 1:
-        return _reduce(weights, readings, index, groups, rule, counted, rule.outer)
+        return _reduce(weights, readings, index, groups, rule, in_l1, rule.outer)
     # A group may have columns of several launches.
-    total, l1 = sums(weights, readings, index, groups, rule, counted)
-    return finished(total, l1, rule)
+    total, l1 = sums(weights, readings, index, groups, rule, in_l1)
+    return finalize(total, l1, rule)
 
 
 def sums(
-    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, groups: int, rule: Criterion,
-    counted: Sequence[bool],
+    weights: Sequence[Tensor], readings: Sequence[WeightView], index: Tensor | None, groups: int, rule: Criterion,
+    in_l1: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each group's sum, shape (groups,), and L1; arguments as ``value``."""
-    values, result = _reduce(weights, readings, index, groups, rule, counted, 0)
+    values, result = _reduce(weights, readings, index, groups, rule, in_l1, 0)
     return result, values[1]
 
 
 def gradient(
-    weights: Sequence[Tensor], readings: Sequence[Reading], index: Tensor | None, slopes: Tensor, rule: Criterion,
-    counted: Sequence[bool], scale: Tensor, outs: Sequence[Tensor | None], accumulate: bool,
+    weights: Sequence[Tensor], readings: Sequence[WeightView], index: Tensor | None, slopes: Tensor, rule: Criterion,
+    in_l1: Sequence[bool], scale: Tensor, outs: Sequence[Tensor | None], accumulate: bool,
 ) -> None:  # fmt: skip
-    """Writes ``scale[0] * slopes[group] * d norm^inner / dw + scale[1] * sign(w) * counted``, or adds it.
+    """Writes ``scale[0] * slopes[group] * d norm^inner / dw + scale[1] * sign(w) * in_l1``, or adds it.
 
     Args:
         slopes: shape (groups,), as ``value`` returns them.
@@ -779,8 +779,8 @@ def gradient(
     """
     slopes, scale = slopes.contiguous(), scale.contiguous()  # the kernel knows no strides of these
     index = None if index is None else index.contiguous()
-    for plan, pointers in _launches(weights, readings, counted, outs) if weights else []:
-        copies: list[tuple[Tensor, Reading, Tensor]] = []
+    for plan, pointers in _launches(weights, readings, in_l1, outs) if weights else []:
+        copies: list[tuple[Tensor, WeightView, Tensor]] = []
         if pointers is None:
             read, written = _read(plan, weights, readings), []
             for i, out in ((i, out) for i in plan.members if (out := outs[i]) is not None):

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from netsurgery.kernels.criteria import CRITERIA, Name, Reading, accumulator, column_count
-from netsurgery.kernels.hgsr_reference import finished
+from netsurgery.kernels.criteria import CRITERIA, Name, WeightView, accumulator, column_count
+from netsurgery.kernels.hgsr_reference import finalize
 from netsurgery.kernels.sparsity import Layout, backend
 
 __all__ = ["add_gradient", "values"]
@@ -61,15 +61,15 @@ def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> t
     sizes = [column_count(spec.shape, how) for spec, how in zip(specs, layout.readings, strict=True)]
     groups = sum(sizes) if layout.index is None else layout.groups
     index = torch.arange(groups) if layout.index is None else layout.index
-    held: dict[Any, tuple[int, list[tuple[tuple[int, int, int], Reading, bool, Tensor]]]] = {}
+    held: dict[Any, tuple[int, list[tuple[tuple[int, int, int], WeightView, bool, Tensor]]]] = {}
     for i, (spec, ids) in enumerate(zip(specs, index.split(sizes), strict=True)):
         _, pieces = held.setdefault(_way(i, spec), (i, []))
         for start, size, how, part in _cut(i, spec, layout.readings[i], ids):
-            pieces.append(((i, start, size), how, layout.counted[i], part))
+            pieces.append(((i, start, size), how, layout.in_l1[i], part))
     shares = []
     for (_, dims), (one, pieces) in held.items():
-        rows, readings, counted, parts = zip(*pieces, strict=True) if pieces else ((), (), (), (index[:0],))
-        share = Layout(readings, counted, torch.cat(parts).to(device), groups)
+        rows, readings, in_l1, parts = zip(*pieces, strict=True) if pieces else ((), (), (), (index[:0],))
+        share = Layout(readings, in_l1, torch.cat(parts).to(device), groups)
         shares.append(_Share(one, dims, rows, share))
     return tuple(shares)
 
@@ -95,13 +95,13 @@ class _Shards:
             how, mine = share.layout, torch.zeros_like(total)
             if share.rows:
                 mine[:-1], mine[-1] = backend(self.local).sums(
-                    share.parts(self.local), how.readings, how.index, how.groups, rule, how.counted
+                    share.parts(self.local), how.readings, how.index, how.groups, rule, how.in_l1
                 )
             if mesh := self.meshes[share.one]:  # of now: the processes may have been brought together anew
                 for dim in share.dims:
                     dist.all_reduce(mine, group=mesh.get_group(dim))
             total += mine
-        return finished(total[:-1], total[-1], rule)
+        return finalize(total[:-1], total[-1], rule)
 
     def gradient(
         self, criterion: Name, slopes: Tensor, scale: Tensor, outs: Sequence[Tensor | None], add: bool
@@ -111,7 +111,7 @@ class _Shards:
             if share.rows:
                 how, parts = share.layout, share.parts(self.local)
                 backend(self.local).gradient(
-                    parts, how.readings, how.index, slopes, CRITERIA[criterion], how.counted, scale,
+                    parts, how.readings, how.index, slopes, CRITERIA[criterion], how.in_l1, scale,
                     share.parts(outs), add,
                 )  # fmt: skip
 
@@ -143,7 +143,7 @@ def _held(weight: _Spec) -> list[tuple[int, int]]:
     return held
 
 
-def _cut(i: int, weight: _Spec, how: Reading, ids: Tensor) -> Iterator[tuple[int, int, Reading, Tensor]]:
+def _cut(i: int, weight: _Spec, how: WeightView, ids: Tensor) -> Iterator[tuple[int, int, WeightView, Tensor]]:
     """What this rank holds of a weight, as (first row, rows, reading, outer groups of the columns)."""
     shape, held = weight.shape, _held(weight)
     for axis in how.window:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from netsurgery.kernels import hgsr_cpu
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, Reading, accumulator, column_count, reading
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, WeightView, accumulator, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
 from netsurgery.kernels.placed import PLAIN, Placed
 
@@ -41,8 +41,8 @@ class Layout:
         groups: the number of outer groups; where there is no index, 0 says as many as there are columns.
     """
 
-    readings: tuple[Reading, ...]
-    counted: tuple[bool, ...]
+    readings: tuple[WeightView, ...]
+    in_l1: tuple[bool, ...]
     index: Tensor | None = None
     groups: int = 0
 
@@ -55,7 +55,7 @@ class Layout:
     def key(self) -> list[int]:
         """The readings as an operator of torch takes them: of each its blocks, both kinds of axes as bits, counted."""
         found: list[int] = []
-        for how, count in zip(self.readings, self.counted, strict=True):
+        for how, count in zip(self.readings, self.in_l1, strict=True):
             found += [how.blocks, _bits(how.outer), _bits(how.window), int(count)]
         return found
 
@@ -68,12 +68,14 @@ def _bits(axes: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=256)
-def _parsed(key: tuple[int, ...]) -> tuple[tuple[Reading, ...], tuple[bool, ...]]:
+def _parsed(key: tuple[int, ...]) -> tuple[tuple[WeightView, ...], tuple[bool, ...]]:
     def axes(bits: int) -> tuple[int, ...]:
         return tuple(axis for axis in range(bits.bit_length()) if bits >> axis & 1)
 
     rows = [key[i : i + 4] for i in range(0, len(key), 4)]
-    return tuple(Reading(n, axes(outer), axes(window)) for n, outer, window, _ in rows), tuple(bool(r[3]) for r in rows)
+    return tuple(WeightView(n, axes(outer), axes(window)) for n, outer, window, _ in rows), tuple(
+        bool(r[3]) for r in rows
+    )
 
 
 def hgsr(
@@ -131,7 +133,7 @@ def hgsr(
     return values(weights, layout, criterion)[0]
 
 
-def _indexed(weights: list[Tensor], readings: Sequence[Reading], grouping: Sequence[Tensor]) -> dict[str, Any]:
+def _indexed(weights: list[Tensor], readings: Sequence[WeightView], grouping: Sequence[Tensor]) -> dict[str, Any]:
     sizes = [column_count(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
     given = [tuple(one.shape) for one in grouping]
     if given != [(size,) for size in sizes]:
@@ -186,7 +188,7 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: Layout, criterion: Name, listed: Sequence[Tensor], *weights: Tensor) -> Tensor:
         groups, rule = _groups(listed, layout), CRITERIA[criterion]
-        found, slopes = backend(listed).value(listed, layout.readings, layout.index, groups, rule, layout.counted)
+        found, slopes = backend(listed).value(listed, layout.readings, layout.index, groups, rule, layout.in_l1)
         ctx.layout, ctx.criterion = layout, criterion
         ctx.listed = listed if isinstance(listed, Placed) else None
         ctx.save_for_backward(slopes, *weights)
@@ -207,7 +209,7 @@ class _Values(torch.autograd.Function):
         outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
         rule = CRITERIA[ctx.criterion]
         backend(weights).gradient(
-            weights, layout.readings, layout.index, slopes, rule, layout.counted, scale, outs, False
+            weights, layout.readings, layout.index, slopes, rule, layout.in_l1, scale, outs, False
         )
         return None, None, None, *outs
 
@@ -217,7 +219,7 @@ def outer_terms(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> T
     _checked(weights, criterion)
     layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
     weights = [weight.detach() for weight in weights]
-    found, _ = backend(weights).sums(weights, layout.readings, layout.index, groups, rule, layout.counted)
+    found, _ = backend(weights).sums(weights, layout.readings, layout.index, groups, rule, layout.in_l1)
     return power(found, rule.outer)
 
 
@@ -244,8 +246,8 @@ def add_gradient(
     outs = _written(weights, outs)
     layout, groups, rule = layout.to(weights[0].device), _groups(weights, layout), CRITERIA[criterion]
     work = backend(weights)
-    found: tuple[Tensor, Tensor] = work.value(weights, layout.readings, layout.index, groups, rule, layout.counted)
-    work.gradient(weights, layout.readings, layout.index, found[1], rule, layout.counted, scale, outs, True)
+    found: tuple[Tensor, Tensor] = work.value(weights, layout.readings, layout.index, groups, rule, layout.in_l1)
+    work.gradient(weights, layout.readings, layout.index, found[1], rule, layout.in_l1, scale, outs, True)
     return found[0]
 
 
@@ -318,9 +320,9 @@ def _values(
     weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
     """(R, sum of absolute values), shape (2,); and the derivative of R by the sum of each outer group."""
-    readings, counted = _parsed(tuple(layout))
+    readings, in_l1 = _parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
-    found: tuple[Tensor, Tensor] = backend(weights).value(weights, readings, index, groups, rule, counted)
+    found: tuple[Tensor, Tensor] = backend(weights).value(weights, readings, index, groups, rule, in_l1)
     return found
 
 
@@ -335,10 +337,10 @@ def _gradient(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Of the weights whose gradient is not wanted, a tensor without elements."""
-    readings, counted = _parsed(tuple(layout))
+    readings, in_l1 = _parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
-    backend(weights).gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
+    backend(weights).gradient(weights, readings, index, slopes, rule, in_l1, scale, outs, False)
     return [weights[0].new_empty(0) if out is None else out for out in outs]
 
 

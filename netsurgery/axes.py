@@ -5,8 +5,8 @@
     Concat(a, b, ...)     ordered concatenation: what cat makes and split reads
 
 ``unify`` states that two axes index the same units. A channel that meets an expression becomes that expression;
-two expressions are aligned factor by factor or part by part; what cannot be aligned is frozen with a reason.
-All of it is exact: a channel is only ever refined, coupled or frozen, never guessed.
+two expressions are aligned factor by factor or part by part; what cannot be aligned is locked with a reason.
+All of it is exact: a channel is only ever refined, coupled or locked, never guessed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = [
     "channel",
     "concat",
     "cut",
+    "equate",
     "find",
-    "freeze",
     "inner",
     "leaves",
+    "lock",
     "product",
     "resolve",
-    "tie",
     "unify",
 ]
 
@@ -35,20 +35,20 @@ __all__ = [
 class Axis:
     """One expression: a channel while ``op`` is empty, else the product or concatenation of ``terms``."""
 
-    __slots__ = ("bound", "frozen", "op", "size", "terms")
+    __slots__ = ("bound", "locked", "op", "size", "terms")
 
-    def __init__(self, size: int, op: str = "", terms: tuple[Axis, ...] = (), frozen: str | None = None):
+    def __init__(self, size: int, op: str = "", terms: tuple[Axis, ...] = (), locked: str | None = None):
         self.size = size
         self.op = op
         self.terms = terms
-        self.frozen = frozen  # only meaningful on a channel
+        self.locked = locked  # only meaningful on a channel
         self.bound: Axis | None = None  # what a channel has become
 
     def __repr__(self) -> str:
         axis = find(self)
         if axis.op:
             return "(" + {"product": " ", "concat": " + "}[axis.op].join(map(repr, axis.terms)) + ")"
-        return f"{axis.size}{'!' if axis.frozen else ''}"
+        return f"{axis.size}{'!' if axis.locked else ''}"
 
 
 class Fixed(str):
@@ -62,9 +62,9 @@ class Edge(str):
 Meet = Callable[["Axis", "Axis"], None]  # what happens when a channel meets an axis that it should be
 
 
-def channel(size: int, frozen: str | None = None) -> Axis:
-    """A new channel of ``size`` units; ``frozen`` says why none may be removed, if so."""
-    return Axis(size, frozen=frozen)
+def channel(size: int, locked: str | None = None) -> Axis:
+    """A new channel of ``size`` units; ``locked`` says why none may be removed, if so."""
+    return Axis(size, locked=locked)
 
 
 def find(axis: Axis) -> Axis:
@@ -108,19 +108,19 @@ def leaves(axis: Axis) -> Iterator[Axis]:
 
 def inner(leaf: Axis) -> bool:
     """Whether a channel's units are a network's own, locked or not: no positions, inputs or outputs, nor single."""
-    return leaf.size > 1 and not isinstance(leaf.frozen, Fixed | Edge)
+    return leaf.size > 1 and not isinstance(leaf.locked, Fixed | Edge)
 
 
-def freeze(axis: Axis, reason: str) -> None:
+def lock(axis: Axis, reason: str) -> None:
     """Forbid removal in every channel of ``axis``; the first reason stays."""
     for leaf in leaves(axis):
-        if leaf.frozen is None:
-            leaf.frozen = reason
+        if leaf.locked is None:
+            leaf.locked = reason
 
 
 def _bind(leaf: Axis, axis: Axis) -> None:
-    if leaf.frozen is not None:
-        freeze(axis, leaf.frozen)
+    if leaf.locked is not None:
+        lock(axis, leaf.locked)
     leaf.bound = axis
 
 
@@ -130,7 +130,7 @@ def _parts(axis: Axis) -> list[Axis]:
 
 
 def cut(axis: Axis, at: int, reason: str = "cut through") -> tuple[Axis, Axis]:
-    """Split an axis in two at a position. A unit that the cut goes through is frozen for ``reason``."""
+    """Split an axis in two at a position. A unit that the cut goes through is locked for ``reason``."""
     axis = find(axis)
     if at <= 0 or at >= axis.size:
         empty = channel(0)
@@ -148,7 +148,7 @@ def cut(axis: Axis, at: int, reason: str = "cut through") -> tuple[Axis, Axis]:
         if not within:
             return product([before, rest]), product([after, rest])
         between, after = cut(after, 1, reason)
-        freeze(between, reason)
+        lock(between, reason)
         left, right = cut(rest, within, reason)
         return concat([product([before, rest]), left]), concat([right, product([after, rest])])
     left, right = channel(at), channel(axis.size - at)
@@ -199,8 +199,8 @@ def _align_products(a: Axis, b: Axis, reason: str, meet: Meet) -> None:
                 if x.size > y.size:
                     x, y, small, large = y, x, large, small
         if find(x).op == "product" and find(y).op == "product" and find(x) is not find(y):
-            freeze(x, reason)
-            freeze(y, reason)
+            lock(x, reason)
+            lock(y, reason)
         else:
             unify(x, y, reason, meet)
 
@@ -209,7 +209,7 @@ def unify(a: Axis, b: Axis, reason: str = "sizes that do not align", meet: Meet 
     """State that two axes of equal size index the same units.
 
     Args:
-        reason: why what cannot be aligned is frozen.
+        reason: why what cannot be aligned is locked.
         meet: what to do with a channel and the axis that it should be; by default it becomes that axis.
 
     Raises:
@@ -237,21 +237,21 @@ def unify(a: Axis, b: Axis, reason: str = "sizes that do not align", meet: Meet 
             unify(cut(x, n, reason)[0], cut(y, n, reason)[0], reason, meet)
 
 
-def tie(a: Axis, b: Axis, reason: str) -> list[tuple[Axis, Axis]]:
+def equate(a: Axis, b: Axis, reason: str) -> list[tuple[Axis, Axis]]:
     """State that two axes keep equal sizes, though their units differ; returns the pairs of channels that must.
 
-    The finer structure of one is imposed on the other; what still differs in size is frozen.
+    The finer structure of one is imposed on the other; what still differs in size is locked.
     """
     if find(a) is find(b):
         return []
     live = [
-        [part for part in _parts(axis) if any(leaf.frozen is None and leaf.size > 1 for leaf in leaves(part))]
+        [part for part in _parts(axis) if any(leaf.locked is None and leaf.size > 1 for leaf in leaves(part))]
         for axis in (a, b)
     ]
     first, second = map(concat, live)
     if first.size != second.size:
-        freeze(a, reason)
-        freeze(b, reason)
+        lock(a, reason)
+        lock(b, reason)
     if first.size != second.size or not first.size:
         return []
     pairs: list[tuple[Axis, Axis]] = []
@@ -267,8 +267,8 @@ def tie(a: Axis, b: Axis, reason: str) -> list[tuple[Axis, Axis]]:
     unify(first, second, reason, meet)
     for x, y in pairs:
         for one, other in ((x, y), (y, x)):
-            if one.frozen is not None:
-                freeze(other, one.frozen)
+            if one.locked is not None:
+                lock(other, one.locked)
     return pairs
 
 

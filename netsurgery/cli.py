@@ -162,7 +162,7 @@ def prune(
         return
     with console.status("cutting and verifying"):
         small = netsurgery.rewrite(original, edit)
-        rough = roughened(original)
+        rough = perturb_constants(original)
         pairs = ((original, small), (rough, netsurgery.rewrite(rough, edit)))
         errors = [netsurgery.verify(before, after, edit, inputs) for before, after in pairs]
     error = max(errors, key=lambda one: (one != one, one))  # what is not a number is worse than any
@@ -225,7 +225,7 @@ def check_removes(edit: netsurgery.Edit, options: dict[str, Any]) -> None:
     )
 
 
-def roughened(model: nn.Module) -> nn.Module:
+def perturb_constants(model: nn.Module) -> nn.Module:
     """A copy without constant tensors: fresh norms and zeroed heads would hide a difference from the proof."""
     rough = copy.deepcopy(model)
     for tensor in (*rough.parameters(), *rough.buffers()):

@@ -76,7 +76,7 @@ class Edit:
         measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
 
     Raises:
-        InputError: a name that is no group, a frozen group, indices out of range, repeated or out of order, a
+        InputError: a name that is no group, a locked group, indices out of range, repeated or out of order, a
             group left without units, tied groups left with different numbers of units, or values of another shape.
 
     Example:
@@ -112,8 +112,8 @@ class Edit:
             kept[name] = units
             if units == list(range(group.size)):
                 continue
-            if group.frozen is not None:
-                raise InputError(f"group '{name}' is frozen: {group.frozen}")
+            if group.locked is not None:
+                raise InputError(f"group '{name}' is locked: {group.locked}")
             if not units:
                 raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
             if units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
@@ -124,7 +124,7 @@ class Edit:
         object.__setattr__(
             self, "keep", {n: units for n, units in ordered.items() if len(units) < self.network[n].size}
         )
-        for tied in self.network.ties:
+        for tied in self.network.equal_sizes:
             counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in tied}
             if len(set(counts.values())) > 1:
                 raise InputError(

@@ -3,11 +3,11 @@
     name      a dimension: the same name is the same dimension
     *name     any number of dimensions
     (g c)     a product: g blocks of c
-    [name]    a dimension whose units are told apart by position (indexed, sorted, rolled): frozen; so is [*name]
+    [name]    a dimension whose units are told apart by position (indexed, sorted, rolled): locked; so is [*name]
 
 ``"b (g i) *s, (g o) i *k, (g o) -> b (g o) *t"`` is a convolution with groups: operands stand left of the arrow,
 results right of it. A name that only one operand has, and no result, is worked across (a window, a kernel) and is
-frozen; a name that only a result has is new and holds no channel. Roles follow: a parameter's dimension that the result
+locked; a name that only a result has is new and holds no channel. Roles follow: a parameter's dimension that the result
 lacks is consumed, one that only parameters bring is produced, one that inputs have too is carried along.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from netsurgery.axes import Axis, Fixed, channel, freeze, product, unify
+from netsurgery.axes import Axis, Fixed, channel, lock, product, unify
 from netsurgery.capture.recorder import format_where
 
 __all__ = ["BY_POSITION", "Dims", "Misfit", "Op", "names_in", "parse", "relate", "results"]
@@ -70,12 +70,12 @@ class Op:
         return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
 
     def reason(self, why: str) -> str:
-        """Why something is frozen, with the operation, the module and the line."""
+        """Why something is locked, with the operation, the module and the line."""
         return f"{why}: {self.place}"
 
-    def freeze(self, axis: Axis, why: str) -> None:
+    def lock(self, axis: Axis, why: str) -> None:
         """Forbid removal along an axis."""
-        freeze(axis, self.reason(why))
+        lock(axis, self.reason(why))
 
     def unify(self, a: Axis, b: Axis) -> None:
         """State that two axes index the same units."""
@@ -113,14 +113,14 @@ _TOKEN = re.compile(r"\(([a-zA-Z_][\w\s]*)\)|\[(\*?[a-zA-Z_]\w*)\]|(\*?[a-zA-Z_]
 def _operand(text: str) -> tuple[Token, ...]:
     tokens = []
     for match in _TOKEN.finditer(text.strip()):
-        inside, bracketed, bare, wrong = match.groups()
+        inside, bracketed, meta, wrong = match.groups()
         if wrong:
             raise ValueError(f"'{wrong}' in '{text.strip()}' is out of place: names, *names, (a b) and [a] are known")
         if inside is not None:
             if len(inside.split()) < 2:
                 raise ValueError(f"'({inside})' needs two names or more")
             tokens.append(Token(tuple(inside.split())))
-        elif name := bracketed or bare:
+        elif name := bracketed or meta:
             tokens.append(Token((name.lstrip("*"),), name[0] == "*", bracketed is not None))
     return tuple(tokens)
 
@@ -193,7 +193,7 @@ class _Names:
                 found = [(name, axis) for name in token.names]
             for name, axis in found:
                 if token.apart:
-                    self.op.freeze(axis, BY_POSITION)
+                    self.op.lock(axis, BY_POSITION)
                 yield name, axis
 
     def length(self, name: str) -> int | None:
@@ -241,8 +241,8 @@ class _Trial:
 
     fixed = staticmethod(channel)
 
-    def freeze(self, axis: Axis, why: str) -> None:
-        """Nothing is frozen."""
+    def lock(self, axis: Axis, why: str) -> None:
+        """Nothing is locked."""
 
 
 def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict[str, int]) -> list[tuple[int, ...]]:
@@ -308,7 +308,7 @@ def _note_roles(
         for name, source in origin:
             if name not in written and sum(name in other for other in uses) == 1:
                 role = "window"
-                freeze(names.axes.get(name, source), Fixed(op.reason("works across positions")))
+                lock(names.axes.get(name, source), Fixed(op.reason("works across positions")))
             elif name not in written:
                 role = "consumes"
             else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netsurgery.adaptation.fit_code import adapt, with_repeats
+from netsurgery.adaptation.fit_code import fit_code, with_repeats
 from netsurgery.adaptation.one_by_one import settle_alone
 from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.network import Network
@@ -40,7 +40,7 @@ class Pass(abc.ABC):
     Attributes:
         needs: what earlier passes must have given, such as ``{"scores"}``.
         gives: what this pass gives: ``{"scores"}`` or ``{"edit"}``; nothing where it only locks groups
-            (``network.with_frozen``). Scores and locks hold for all passes that follow.
+            (``network.with_locked``). Scores and locks hold for all passes that follow.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -79,8 +79,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """
     network = trace_untried(model, example_inputs)
     halves = {group.name: group.size - group.size // 2 for group in network.prunable}
-    while found := adapt(model, network, halves)[1]:  # each round freezes at least one group
-        network = network.with_frozen(found)
+    while found := fit_code(model, network, halves)[1]:  # each round locks at least one group
+        network = network.with_locked(found)
         halves = {group.name: halves[group.name] for group in network.prunable}
     return settle_alone(model, network)
 
@@ -95,7 +95,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
         example_inputs: as for ``trace``.
 
     Returns:
-        An Edit that the model's own code is known to follow. A group whose size turns out to be hard-coded is frozen
+        An Edit that the model's own code is known to follow. A group whose size turns out to be hard-coded is locked
         and the passes are run again. Where a pass holds data, ``measured`` says how far the smaller network is from
         the original on up to 512 of its samples (132 pictures of 224 pixels).
 
@@ -120,7 +120,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
         edit, found = _run(passes, model, network)
         if not found:
             return dataclasses.replace(edit, measured=_measured(passes, model, edit))
-        network = network.with_frozen(found)
+        network = network.with_locked(found)
 
 
 def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured | None:
@@ -140,7 +140,7 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
             network = result
         elif isinstance(result, Edit) and "edit" in one.gives:
             edit = result if edit is None else edit.then(result)
-            adaptation, found = adapt(model, edit.network, edit.counts)
+            adaptation, found = fit_code(model, edit.network, edit.counts)
             if found:
                 return edit, found
             adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
@@ -159,13 +159,13 @@ def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
     inputs = last.network.inputs
     network = trace_untried(rewrite(model, edit), inputs[0] or inputs[1])
     names, before = last.names_in(network), last.network
-    locks = {new: reason for new, old in names.items() if (reason := before[old].frozen) is not None}
+    locks = {new: reason for new, old in names.items() if (reason := before[old].locked) is not None}
     scores = {
         new: before.scores[old][list(last.keep.get(old, range(before[old].size)))]
         for new, old in names.items()
         if isinstance(before.scores.get(old), Tensor) and len(before.scores[old]) == before[old].size
     }
-    scored = network.with_frozen(locks).with_scores(scores, before.comparable, before.ordinal)
+    scored = network.with_locked(locks).with_scores(scores, before.comparable, before.ordinal)
     return dataclasses.replace(scored, original=model)
 
 

@@ -100,7 +100,7 @@ def _together(groups: Iterable[Group]) -> list[list[Group]]:
     for group in groups:
         base, _, piece = group.name.rpartition(":")
         layer = base if piece.isdigit() else group.name
-        rows.setdefault((layer, "locked" if group.frozen else group.name), []).append(group)
+        rows.setdefault((layer, "locked" if group.locked else group.name), []).append(group)
     return list(rows.values())
 
 
@@ -120,7 +120,7 @@ def network_rows(network: Network) -> list[tuple[str, ...]]:
         members = [member for group in groups for member in group.members]
         by_role = {role: [m.module for m in members if m.role == role] for role in ("produces", "carries", "consumes")}
         made = _list(by_role["produces"] or by_role["carries"])
-        reasons = list(dict.fromkeys(group.frozen for group in groups if group.frozen))
+        reasons = list(dict.fromkeys(group.locked for group in groups if group.locked))
         locked = (reasons[0] if reasons else "") + (f" (and {len(reasons) - 1} more reasons)" if reasons[1:] else "")
         name = groups[0].name + (f" and {len(groups) - 1} more" if groups[1:] else "")
         rows.append((name, str(sum(group.size for group in groups)), made, _list(by_role["consumes"]), locked))

@@ -27,9 +27,9 @@ from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes.calibration import Samples, in_eval_mode
 from netsurgery.passes.draws import drawn_at
 from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
-from netsurgery.passes.partial_replay import Removal, Suffixes, Unsuited
+from netsurgery.passes.partial_replay import PartialReplay, Removal, Unsuited
 from netsurgery.passes.progress import Report
-from netsurgery.passes.score_checkpoint import Ledger
+from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.series import Series
 from netsurgery.rewriting.surgery import rewrite
 from netsurgery.verification.silencing import silenced
@@ -37,7 +37,7 @@ from netsurgery.verification.silencing import silenced
 if TYPE_CHECKING:
     from netsurgery.passes.loss_increase import LossIncreaseScore
 
-__all__ = ["Loss", "Terms", "Trials"]
+__all__ = ["Ablation", "Loss", "Terms"]
 
 _log = logging.getLogger("netsurgery")
 
@@ -47,8 +47,8 @@ Active = Mapping[str, list[int]]  # names of series, and which removals of each 
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
 
 
-def _sums(name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
-    return rises.sum(1)[None]
+def _sums(name: str, units: list[int], loss_deltas: Tensor, start: int) -> Tensor:
+    return loss_deltas.sum(1)[None]
 
 
 def calls_are_dear(device: torch.device) -> bool:
@@ -63,7 +63,7 @@ def _fitting(device: torch.device) -> int:
     return max(256 << 20, torch.cuda.get_device_properties(device).total_memory // 32)
 
 
-class Trials:
+class Ablation:
     """Runs a network without some of its units on a set of samples."""
 
     def __init__(self, settings: LossIncreaseScore, network: Network, samples: Samples):
@@ -75,7 +75,7 @@ class Trials:
         self.decisions = False  # whether what the code decides by values may be held as it is for each batch
         self.by_batch = False  # whether the way the code takes may be another for each batch
         self.random = self.random_loss = False  # whether the model draws random numbers, and whether its loss does
-        self.engines: dict[Key, Suffixes | None] = {}
+        self.engines: dict[Key, PartialReplay | None] = {}
         self.traced: dict[Key, Network] = {}
         self.steady: dict[Key, bool] = {}
         self.dear = calls_are_dear(self.device)
@@ -88,11 +88,11 @@ class Trials:
         """Every unit of every group that may lose some."""
         return {group.name: list(range(group.size)) for group in self.network.prunable}
 
-    def rows_left(self, ledger: Ledger, wanted: Active) -> dict[str, int]:
+    def rows_left(self, checkpoint: ScoreCheckpoint, wanted: Active) -> dict[str, int]:
         """Rows that the wanted removals were not tried on yet, in all, by series."""
         found = {}
         for name, units in wanted.items():
-            seen = ledger.entries[name][1][units] if name in ledger.entries else torch.zeros(len(units))
+            seen = checkpoint.entries[name][1][units] if name in checkpoint.entries else torch.zeros(len(units))
             found[name] = int((self.samples.count - seen).clamp_min(0).sum())
         return {name: rows for name, rows in found.items() if rows}
 
@@ -121,25 +121,29 @@ class Trials:
                 found.append(f"{float(self.loss(filled, targets).mean()):.4g}")
         return found
 
-    def extend(self, ledger: Ledger, wanted: Active, count: int, terms: Terms = _sums, sums: int = 1) -> None:
+    def extend(
+        self, checkpoint: ScoreCheckpoint, wanted: Active, count: int, terms: Terms = _sums, sums: int = 1
+    ) -> None:
         """Try the wanted removals on the samples up to ``count`` that they were not tried on.
 
         Args:
             terms: what is added to the ledger, ``(sums, units)``, for rises ``(units, rows)`` from a sample on.
         """
         for name in wanted:
-            ledger.open(name, sums, self.series[name].size)
-        known = {n for name, units in wanted.items() for n in ledger.entries[name][1][units].tolist()}
+            checkpoint.open(name, sums, self.series[name].size)
+        known = {n for name, units in wanted.items() for n in checkpoint.entries[name][1][units].tolist()}
         edges = sorted({n for n in known if n < count} | {count})
         for low, high in itertools.pairwise(edges):
             step = self.step()
             for start in range(low, high, step):
                 stop = min(start + step, high)
-                seen = {name: ledger.entries[name][1].tolist() for name in wanted}
+                seen = {name: checkpoint.entries[name][1].tolist() for name in wanted}
                 due = {name: [u for u in units if seen[name][u] == start] for name, units in wanted.items()}
-                for name, units, rises in self.rises({n: units for n, units in due.items() if units}, start, stop):
-                    ledger.add(name, units, terms(name, units, rises, start), stop - start)
-                    ledger.save_now_and_then()
+                for name, units, loss_deltas in self.loss_deltas(
+                    {n: units for n, units in due.items() if units}, start, stop
+                ):
+                    checkpoint.add(name, units, terms(name, units, loss_deltas, start), stop - start)
+                    checkpoint.save_now_and_then()
                     self.report.advance(name, len(units), stop - start)
 
     def step(self) -> int:
@@ -157,7 +161,7 @@ class Trials:
         most = 15 if self.dear else 12
         return 1 << max(4, min(most, math.floor(math.log2(_fitting(self.device) / (4 * largest)) + 0.5)))
 
-    def rises(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
+    def loss_deltas(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
         """The rise of the loss ``(removals, rows)`` for some removals of a series at a time."""
         rows = stop - start
         copies = max(1, self.chunk() // rows)
@@ -208,14 +212,14 @@ class Trials:
             self.traced[self.key(rows, copies, start)] = found
         return found
 
-    def engine(self, rows: int, copies: int, start: int = 0) -> Suffixes | None:
+    def engine(self, rows: int, copies: int, start: int = 0) -> PartialReplay | None:
         """The network traced on ``copies`` times ``rows`` rows, or None where it cannot be run in parts."""
         key = self.key(rows, copies, start)
         if key not in self.engines:
             tensors = dict(named_tensors(self.model))
             try:
                 network, dtype = self.trace(rows, copies, start), self.settings.autocast
-                made = Suffixes(network, tensors, dtype, self.decisions, whole_products=self.dear)
+                made = PartialReplay(network, tensors, dtype, self.decisions, whole_products=self.dear)
             except Unsuited as reason:
                 self.unsuited, made = str(reason), None
                 _log.info("each unit is cut out in turn, which is slow: %s", reason)
@@ -226,7 +230,7 @@ class Trials:
             engine.seed = start
         return engine
 
-    def alike(self, engine: Suffixes, rows: int, copies: int, start: int) -> bool:
+    def alike(self, engine: PartialReplay, rows: int, copies: int, start: int) -> bool:
         """Whether samples that go through several times give the same each time, wherever they stand in the batch."""
         key = self.key(rows, copies, start)
         if key not in self.steady:
@@ -243,7 +247,7 @@ class Trials:
         return self.steady[key]
 
     def same_as_once(
-        self, engine: Suffixes, once: Suffixes, whole: Mapping[fx.Node, Any], start: int, rows: int
+        self, engine: PartialReplay, once: PartialReplay, whole: Mapping[fx.Node, Any], start: int, rows: int
     ) -> bool:
         """Whether samples that go through several times give what they give alone."""
         alone = once.whole(self.batch(start, start + rows, 1)[0], [])
@@ -257,7 +261,7 @@ class Trials:
         return inputs, self.samples.rows(which, self.device)[1]
 
     def in_parts(
-        self, engine: Suffixes, copies: int, due: Active, start: int, stop: int
+        self, engine: PartialReplay, copies: int, due: Active, start: int, stop: int
     ) -> Iterator[tuple[str, list[int], Tensor]]:
         """Run what comes after each removal; results that do not fit into the memory are computed again."""
         targets = self.batch(start, stop, 1)[1]
@@ -276,7 +280,7 @@ class Trials:
                     yield name, units, (found - base).cpu()
 
     def whole(
-        self, engine: Suffixes, copies: int, start: int, stop: int, reads: Collection[fx.Node], before: Removal
+        self, engine: PartialReplay, copies: int, start: int, stop: int, reads: Collection[fx.Node], before: Removal
     ) -> dict[fx.Node, Any]:
         """Results of the network without some units; of samples that come several times from a run on them once."""
         once = self.engine(stop - start, 1, start) if copies > 1 else None
@@ -287,7 +291,7 @@ class Trials:
                 return found
         return engine.whole(self.batch(start, stop, copies)[0], reads, before)
 
-    def base(self, engine: Suffixes, copies: int, start: int, stop: int, whole: Mapping[fx.Node, Any]) -> Tensor:
+    def base(self, engine: PartialReplay, copies: int, start: int, stop: int, whole: Mapping[fx.Node, Any]) -> Tensor:
         """Losses ``(rows,)`` of the network as it is, given its results where they are known."""
         key = stop - start, copies, start
         if key not in self.bases:
@@ -297,7 +301,7 @@ class Trials:
             self.bases[key] = _finite(self.losses(outputs, targets, engine, 1, copies)[0])
         return self.bases[key]
 
-    def portions(self, engine: Suffixes, due: Active) -> Iterator[list[str]]:
+    def portions(self, engine: PartialReplay, due: Active) -> Iterator[list[str]]:
         """Series of one network whose suffixes read no more than fits into the memory, at least one at a time."""
         portion: list[str] = []
         held: dict[fx.Node, int] = {}
@@ -326,7 +330,7 @@ class Trials:
         with in_eval_mode(model), torch.no_grad(), seeded(seed, self.device):
             return model(*inputs[0], **inputs[1])
 
-    def losses(self, outputs: list[Tensor], targets: Any, engine: Suffixes, used: int, copies: int) -> Tensor:
+    def losses(self, outputs: list[Tensor], targets: Any, engine: PartialReplay, used: int, copies: int) -> Tensor:
         """Losses ``(used, rows)`` of the parts of a batch."""
         together = self.losses_together(outputs, targets, copies) if self.by_sample is not False else None
         if self.by_sample and together is not None:
@@ -397,7 +401,7 @@ class Trials:
             gone = {*units}
             keep[group] = tuple(unit for unit in range(self.network[group].size) if unit not in gone)
         for group in tuple(keep):
-            keep.update({tied: keep[group] for tied in self.network.tied_to(group) if tied not in keep})
+            keep.update({tied: keep[group] for tied in self.network.equal_to(group) if tied not in keep})
         return Edit(self.network, keep)
 
     def by_silencing(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:

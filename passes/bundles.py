@@ -108,7 +108,7 @@ class Choice:
                 continue
             if not wanted or any(belongs(group, chosen, patterns) for patterns, chosen in wanted):
                 asked.append(group)
-            elif group.frozen is None and (near := [chosen for _, chosen in wanted if is_touched(group, chosen)]):
+            elif group.locked is None and (near := [chosen for _, chosen in wanted if is_touched(group, chosen)]):
                 others = others_made_by(group, near[0]) or "others"
                 self.short[group.name] = (
                     f"0 of {group.size} (also produced by {others}: include '{group.name}' to cut it)"
@@ -118,18 +118,18 @@ class Choice:
     def _groups(self) -> dict[str, Group]:
         """What may be cut, by name: of what was asked for, that which can be; one factor of each dimension."""
         asked, network = self._meant(), self.network
-        open_ = [group for group in asked if group.frozen is None]
+        open_ = [group for group in asked if group.locked is None]
         found: dict[str, Group] = {}
         for sorts in self.units:
             found.update(one_of_each_product(network, [group for group in open_ if group.unit in sorts]))
-        self.locked = stands_still(network, [group for group in asked if group.frozen is not None], found)
+        self.locked = stands_still(network, [group for group in asked if group.locked is not None], found)
         return {name: group for name, group in network.by_name.items() if name in found}
 
     def _bundles(self) -> list[Bundle]:
         network, free = self.network, self.groups
         bundles, done = [], set[str]()
         for name in free:
-            together = network.tied_to(name)
+            together = network.equal_to(name)
             if name in done:
                 continue
             done.update(together)
@@ -140,7 +140,7 @@ class Choice:
         if not network.groups:
             raise InputError(f"nothing of {network.model_name} can be pruned: it has no parameters with units")
         if not bundles or (self.settings.of is None and not any(bundle.most for bundle in bundles)):
-            locked = "; ".join(f"{g.name}: {g.frozen}" for g in network.groups if g.frozen)[:500]
+            locked = "; ".join(f"{g.name}: {g.locked}" for g in network.groups if g.locked)[:500]
             shared = "".join(f" {name}: {why}." for name, why in self.short.items())[:500]
             raise InputError(
                 f"nothing of {network.model_name} can be pruned with these settings.{shared} Locked: {locked}"
@@ -218,7 +218,7 @@ class Choice:
             elif few := self._few(bundle, k):
                 self.few.update((group.name, few) for group in bundle.groups)
         for group in self.locked:
-            self.short[group.name] = f"0 of {group.size} (locked: {group.frozen})"
+            self.short[group.name] = f"0 of {group.size} (locked: {group.locked})"
         budget = next((name for name in ("params", "macs") if getattr(settings, name) is not None), None)
         if budget is None:
             return Outcome(self._asked(), self._got(removed), self.short, self.few)

@@ -30,8 +30,8 @@ __all__ = [
     "HELD_BACK",
     "IGNORED",
     "Samples",
-    "draw",
     "draw_inputs",
+    "draw_samples",
     "draw_with_or_without_targets",
     "in_eval_mode",
     "outputs_of",
@@ -72,7 +72,7 @@ class Samples:
             yield self.rows(slice(start, start + size), device)
 
 
-def draw(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
+def draw_samples(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
     """Draw samples, equally many of each class as far as there are.
 
     Args:
@@ -92,7 +92,7 @@ def draw(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Sample
     Raises:
         InputError: no samples, or none in one of these forms.
     """
-    return _Drawing(count, seed, _pair, ignored).draw(data)
+    return _Drawing(count, seed, _pair, ignored).draw_samples(data)
 
 
 def draw_inputs(data: Any, count: int, seed: int = 0) -> Samples:
@@ -108,14 +108,14 @@ def draw_inputs(data: Any, count: int, seed: int = 0) -> Samples:
     Raises:
         InputError: no samples, or none in one of these forms.
     """
-    return _Drawing(count, seed, _inputs_alone, None).draw(data)
+    return _Drawing(count, seed, _inputs_alone, None).draw_samples(data)
 
 
 def draw_with_or_without_targets(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
     """What ``draw`` draws, or else ``draw_inputs``: of an iterator the same batches are read for both."""
     first, second = itertools.tee(data) if reads_once(data) else (data, data)
     try:
-        return draw(first, count, seed, ignored)
+        return draw_samples(first, count, seed, ignored)
     except InputError:
         return draw_inputs(second, count, seed)
 
@@ -147,7 +147,7 @@ class _Drawing:
             raise InputError(f"samples={self.count!r}: the number of samples to draw must be at least 1")
         self.generator = torch.Generator().manual_seed(self.seed)
 
-    def draw(self, data: Any) -> Samples:
+    def draw_samples(self, data: Any) -> Samples:
         """The samples."""
         with torch.random.fork_rng(devices=[]):  # random transforms are the same each time, and leave no trace
             torch.manual_seed(self.seed)

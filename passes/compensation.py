@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from netsurgery.adaptation.fit_code import adapt
+from netsurgery.adaptation.fit_code import fit_code
 from netsurgery.compensated import Compensation
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
@@ -75,8 +75,8 @@ def compensate(
     the ridges and what is held back are our choice.
     """
     network = edit.network
-    adaptation, refused = adapt(network.model, network, edit.counts)
-    if refused or not edit.keep:  # what the code does not follow is frozen by plan, and this asked for again
+    adaptation, refused = fit_code(network.model, network, edit.counts)
+    if refused or not edit.keep:  # what the code does not follow is locked by plan, and this asked for again
         return edit
     edit = dataclasses.replace(edit, adaptation=adaptation, values={}, uncompensated={}, compensations=())
     readers, left = readers_of(edit, refit=method == "least-squares")

@@ -266,7 +266,7 @@ def leaking_groups(model: nn.Module, network: Network) -> list[str]:
             "zeros may change in ways that its removal does not: it is not supported"
         )
     halves = {g.name: tuple(range(g.size // 2, g.size)) for g in network.prunable if g.size > 1}
-    rough = {name: _rough(tensor) for name, tensor in named_tensors(model)}
+    rough = {name: _perturbed(tensor) for name, tensor in named_tensors(model)}
 
     def leaking(some: Sequence[tuple[str, ...]]) -> list[str]:
         names = [name for names in some for name in names]
@@ -276,7 +276,7 @@ def leaking_groups(model: nn.Module, network: Network) -> list[str]:
             return names
         return leaking(some[: len(some) // 2]) + leaking(some[len(some) // 2 :])
 
-    return leaking(list(dict.fromkeys(network.tied_to(name) for name in halves)))
+    return leaking(list(dict.fromkeys(network.equal_to(name) for name in halves)))
 
 
 def _is_silent(
@@ -297,7 +297,7 @@ def _is_silent(
     return verify(zeroed, zeroed, Edit(network, keep)) < 1e3 * eps  # it is 0 where nothing leaks
 
 
-def _rough(tensor: Tensor) -> Tensor:
+def _perturbed(tensor: Tensor) -> Tensor:
     """A copy; one that is constant, as in a fresh norm or a zeroed head, is made uneven: it would hide a difference."""
     new = tensor.detach().clone()
     if new.is_floating_point() and new.numel() and bool((new == new.flatten()[0]).all()):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Size
 
 from netsurgery.axes import Axis
-from netsurgery.passes.ablation import Trials
+from netsurgery.passes.ablation import Ablation
 from netsurgery.passes.progress import span
 
 __all__ = ["Forecast", "time_trials"]
@@ -47,7 +47,7 @@ class Forecast:
         return sum(n * self.rate(name) for name, n in rows.items())
 
 
-def time_trials(trials: Trials, rows: Mapping[str, int]) -> Forecast | None:
+def time_trials(trials: Ablation, rows: Mapping[str, int]) -> Forecast | None:
     """Measure a few trials and say how long so many rows of each group's will take; None where that is little."""
     works = {name: _work(trials, name) for name in rows}
     if not works or sum(rows[name] * work for name, work in works.items()) < _WORTH:
@@ -59,7 +59,7 @@ def time_trials(trials: Trials, rows: Mapping[str, int]) -> Forecast | None:
     return forecast
 
 
-def _work(trials: Trials, name: str) -> float:
+def _work(trials: Ablation, name: str) -> float:
     """Numbers that are computed for a row without units of a group."""
     rows = min(trials.chunk(), trials.samples.count)
     copies = max(1, trials.chunk() // rows)
@@ -75,7 +75,7 @@ def _work(trials: Trials, name: str) -> float:
     return 1.0 + sum(math.prod(axis.size for axis in dims) for dims in each if dims) / (rows * copies)
 
 
-def _measured(trials: Trials, names: list[str]) -> dict[str, float]:
+def _measured(trials: Ablation, names: list[str]) -> dict[str, float]:
     """Seconds that the last of a few trials took a row, for each of some groups."""
     rows = min(trials.chunk(), trials.samples.count)
     copies = max(1, trials.chunk() // rows)
@@ -83,13 +83,13 @@ def _measured(trials: Trials, names: list[str]) -> dict[str, float]:
     wanted = {name: [*range(min(units, trials.series[name].size))] for name in names}
     found: dict[str, float] = {}
     last = time.perf_counter()
-    for name, tried, _ in trials.rises(wanted, 0, rows):
+    for name, tried, _ in trials.loss_deltas(wanted, 0, rows):
         now = time.perf_counter()
         found[name], last = (now - last) / (len(tried) * rows), now
     return found
 
 
-def _say(trials: Trials, rows: Mapping[str, int], seconds: float, measured: int) -> None:
+def _say(trials: Ablation, rows: Mapping[str, int], seconds: float, measured: int) -> None:
     settings = trials.settings
     most = "" if settings.mode == "score" and not settings.racing else "at most "
     advice = []

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from netsurgery.axes import Axis
 from netsurgery.capture.recorder import format_where, tensors_in
 from netsurgery.errors import InputError
-from netsurgery.passes.ablation import Trials
-from netsurgery.passes.partial_replay import Step, Suffixes
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.partial_replay import PartialReplay, Step
 from netsurgery.positions import units_at
 
 __all__ = ["gate_slopes"]
@@ -21,7 +21,7 @@ __all__ = ["gate_slopes"]
 _log = logging.getLogger("netsurgery")
 
 
-def gate_slopes(trials: Trials) -> dict[str, Tensor]:
+def gate_slopes(trials: Ablation) -> dict[str, Tensor]:
     """For each group the derivative of each sample's loss by a gate on each unit: ``(samples, units)`` float64.
 
     What the code decides by values is held as it is for each batch. Where samples cannot be told apart in what it
@@ -42,7 +42,7 @@ class _Mingled(Exception):
     """Which samples the rows of a result belong to is not known."""
 
 
-def _in_batches(trials: Trials, step: int) -> dict[str, Tensor]:
+def _in_batches(trials: Ablation, step: int) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {group.name: [] for group in trials.network.prunable}
     count = trials.samples.count
     for start in range(0, count, step):
@@ -58,7 +58,7 @@ def _in_batches(trials: Trials, step: int) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _slopes(trials: Trials, engine: Suffixes, start: int, stop: int) -> dict[str, Tensor]:
+def _slopes(trials: Ablation, engine: PartialReplay, start: int, stop: int) -> dict[str, Tensor]:
     inputs, targets = trials.batch(start, stop, 1)
     kind = next((t.dtype for t in engine.constants.values() if t.is_floating_point()), torch.float32)
     gates = {
@@ -81,7 +81,7 @@ def _slopes(trials: Trials, engine: Suffixes, start: int, stop: int) -> dict[str
     return dict(zip(gates, found, strict=True))
 
 
-def _readers(engine: Suffixes, step: Step, channels: Iterable[Axis]) -> Iterator[tuple[int, Axis]]:
+def _readers(engine: PartialReplay, step: Step, channels: Iterable[Axis]) -> Iterator[tuple[int, Axis]]:
     """Arguments of an operation at which units of a channel are read for the last time."""
     for channel in channels:
         places = [
@@ -93,7 +93,7 @@ def _readers(engine: Suffixes, step: Step, channels: Iterable[Axis]) -> Iterator
             yield places[0], channel  # of a product, a gate on one factor is a gate on it
 
 
-def _spread(engine: Suffixes, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
+def _spread(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
     """A gate ``(rows, units)`` laid out as the result of a node; one where there are other units."""
     dims = engine.dims[node]
     padded = torch.cat([gate, gate.new_ones(len(gate), 1)], 1)  # the last column is for other units

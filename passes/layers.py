@@ -15,7 +15,7 @@ from netsurgery.analysis.weights import Weight, computed_weights, used_directly
 from netsurgery.axes import Axis, leaves, product, resolve
 from netsurgery.capture.recorder import Program
 from netsurgery.errors import InputError
-from netsurgery.kernels.criteria import CRITERIA, Reading, column_count
+from netsurgery.kernels.criteria import CRITERIA, WeightView, column_count
 from netsurgery.kernels.sparsity import Layout
 from netsurgery.positions import units_at
 
@@ -49,8 +49,8 @@ class Layer:
     name: str
     shape: torch.Size
     role: LayerRole
-    inputs: Reading
-    outputs: Reading
+    inputs: WeightView
+    outputs: WeightView
     input_axis: Axis
     output_axis: Axis
 
@@ -62,7 +62,7 @@ class Layer:
 
 def layers(network: Network) -> tuple[Layer, ...]:
     """The layers in the order of the state dict; a weight that is read in two ways is listed twice."""
-    found: dict[str, dict[tuple[Reading, Reading], Layer]] = {}
+    found: dict[str, dict[tuple[WeightView, WeightView], Layer]] = {}
     for program in network.programs:
         roles = _roles(program)
         for node, weight, dims in _contractions(program):
@@ -86,7 +86,7 @@ def scored_layers(network: Network, grouping: Grouping) -> tuple[list[Layer], li
         InputError: as for ``netsurgery.analysis.weights.uses``.
     """
     computed = {one.node: one for one in computed_weights(network, network.tensors)}
-    found: dict[tuple[Weight, Reading, Reading], Layer] = {}
+    found: dict[tuple[Weight, WeightView, WeightView], Layer] = {}
     for program in network.programs:
         for _, operand, dims in _contractions(program):
             node = peeled(operand)
@@ -158,8 +158,8 @@ def _layer(name: str, axes: tuple[Axis, ...], own: tuple[Axis, ...], dims: Dimen
         return product([axes[0]] if 0 in where else [shared, *inner])
 
     return Layer(
-        name, shape, role, Reading(shared.size, consumes, window),
-        Reading(shared.size, produces, window), channels(consumes), channels(produces),
+        name, shape, role, WeightView(shared.size, consumes, window),
+        WeightView(shared.size, produces, window), channels(consumes), channels(produces),
     )  # fmt: skip
 
 
@@ -293,9 +293,9 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     """
     if grouping != "coupled":
         readings = tuple(layer.inputs if grouping == "feature" else layer.outputs for layer in chosen)
-        counted = _first_of([layer.name for layer in chosen])
+        in_l1 = _first_of([layer.name for layer in chosen])
         counts = tuple(column_count(layer.shape, how) for layer, how in zip(chosen, readings, strict=True))
-        return OuterGroups(tuple(chosen), Layout(readings, counted, groups=sum(counts)), counts, sum(counts), {})
+        return OuterGroups(tuple(chosen), Layout(readings, in_l1, groups=sum(counts)), counts, sum(counts), {})
     read = {channel for layer in chosen for channel in leaves(layer.input_axis)}
     units: dict[str, slice] = {}
     start = 0
@@ -305,9 +305,9 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
     listed: list[tuple[Layer, Tensor]] = []
     for layer in chosen:
         listed.extend((layer, index) for index in _indices(network, layer, units))
-    counted = _first_of([layer.name for layer, _ in listed])
+    in_l1 = _first_of([layer.name for layer, _ in listed])
     index = torch.cat([index for _, index in listed]) if listed else torch.zeros(0, dtype=torch.int64)
-    layout = Layout(tuple(layer.inputs for layer, _ in listed), counted, index, start)
+    layout = Layout(tuple(layer.inputs for layer, _ in listed), in_l1, index, start)
     counts = tuple(len(one[one >= 0].unique()) for _, one in listed)
     return OuterGroups(tuple(layer for layer, _ in listed), layout, counts, start, units)
 

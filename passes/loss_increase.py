@@ -11,7 +11,7 @@ from torch import Tensor
 
 from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
-from netsurgery.passes.ablation import Terms, Trials
+from netsurgery.passes.ablation import Ablation, Terms
 from netsurgery.passes.forecast import time_trials
 from netsurgery.passes.losses import Loss
 from netsurgery.passes.patterns import Modules, as_patterns
@@ -21,7 +21,7 @@ from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.scope import scoped
-from netsurgery.passes.score_checkpoint import Ledger
+from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 
 __all__ = ["LossIncreaseScore"]
 
@@ -129,7 +129,7 @@ class LossIncreaseScore(DataPass):
     file: str | Path | None = None
     progress: bool = True
     by: Reading | None = None
-    _known: dict[str, Ledger] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[str, ScoreCheckpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
@@ -179,29 +179,29 @@ class LossIncreaseScore(DataPass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        trials = Trials(self, self._scoped(network), self.drawn())
+        trials = Ablation(self, self._scoped(network), self.drawn())
         if self.reading == "effect" and _is_mean(self.loss, trials):
             trials.block = 1  # the rise of each sample is asked for
         trials.check()
         key = f"{self.reading} {trials.fingerprint()}"
-        ledger = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
-        if ledger is None:
-            ledger = Ledger(key, Path(self.file) if self.file is not None else None)
-            ledger.load()
+        checkpoint = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
+        if checkpoint is None:
+            checkpoint = ScoreCheckpoint(key, Path(self.file) if self.file is not None else None)
+            checkpoint.load()
             self._known.clear()
-            self._known[key] = ledger
-        with trials.report.running(), ledger.kept():
-            if self.mode != "score" and self.progress and not ledger.entries:
-                time_trials(trials, trials.rows_left(ledger, trials.everything()))
+            self._known[key] = checkpoint
+        with trials.report.running(), checkpoint.kept():
+            if self.mode != "score" and self.progress and not checkpoint.entries:
+                time_trials(trials, trials.rows_left(checkpoint, trials.everything()))
             if self.racing:
-                scores = race(trials, ledger, self.share, self.confidence)
+                scores = race(trials, checkpoint, self.share, self.confidence)
             elif self.mode == "cumulative":
                 removal = self.removal or PruneChannels(threshold=self.tolerance)
-                scores = cumulative(trials, ledger, removal, self.tolerance)
+                scores = cumulative(trials, checkpoint, removal, self.tolerance)
             elif self.mode == "per-group":
-                scores = per_group(trials, ledger, self.tolerance)
+                scores = per_group(trials, checkpoint, self.tolerance)
             else:
-                scores = self._exact(trials, ledger)
+                scores = self._exact(trials, checkpoint)
         if self.mode == "score" and self.reading == "rise":
             warn_of_falls("LossIncreaseScore(by='rise')", scores, self._said)
         return network.with_scores(scores, comparable=True)
@@ -212,23 +212,23 @@ class LossIncreaseScore(DataPass):
         exclude: Any = self.exclude
         return scoped(network, include, exclude, self.removal)
 
-    def _exact(self, trials: Trials, ledger: Ledger) -> dict[str, Tensor]:
-        left = trials.rows_left(ledger, trials.everything())
+    def _exact(self, trials: Ablation, checkpoint: ScoreCheckpoint) -> dict[str, Tensor]:
+        left = trials.rows_left(checkpoint, trials.everything())
         forecast = time_trials(trials, left) if self.progress else None
         if forecast is not None:
             trials.report.rate = forecast.rate
         trials.report.begin("every unit", left)
-        trials.extend(ledger, trials.everything(), trials.samples.count, _SUMS[self.reading])
-        return {group.name: ledger.means(group.name) for group in trials.network.prunable}
+        trials.extend(checkpoint, trials.everything(), trials.samples.count, _SUMS[self.reading])
+        return {group.name: checkpoint.means(group.name) for group in trials.network.prunable}
 
 
 _SUMS: dict[Reading, Terms] = {
-    "effect": lambda name, units, rises, start: rises.abs().sum(1)[None],
-    "rise": lambda name, units, rises, start: rises.sum(1)[None],
+    "effect": lambda name, units, loss_deltas, start: loss_deltas.abs().sum(1)[None],
+    "rise": lambda name, units, loss_deltas, start: loss_deltas.sum(1)[None],
 }
 
 
-def _is_mean(loss: Loss | None, trials: Trials) -> bool:
+def _is_mean(loss: Loss | None, trials: Ablation) -> bool:
     """Whether a loss returns one number for several samples."""
     if loss is None or trials.samples.count < 2:
         return False

@@ -30,13 +30,13 @@ from netsurgery.analysis.computed_weights import ancestors, worked_across, write
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import draws
 from netsurgery.axes import Axis, find, leaves
-from netsurgery.capture.known_values import answer, laid_out
+from netsurgery.capture.known_values import any_layout, replay_decision
 from netsurgery.capture.randomness import torch_seeded
 from netsurgery.capture.recorder import Inputs, home, tensors_in
 from netsurgery.positions import masked
 from netsurgery.verification.silencing import STATISTICS, entries, is_view
 
-__all__ = ["Removal", "Suffixes", "Unsuited"]
+__all__ = ["PartialReplay", "Removal", "Unsuited"]
 
 aten = torch.ops.aten
 NOTHING: Removal = MappingProxyType({})
@@ -92,7 +92,7 @@ class Suffix:
 
 
 @dataclass
-class Suffixes:
+class PartialReplay:
     """The parts of a network that follow its groups.
 
     Args:
@@ -249,7 +249,7 @@ class Suffixes:
     def whole(self, inputs: Inputs, keep: Iterable[fx.Node], before: Removal = NOTHING) -> dict[fx.Node, Any]:
         """Run the network on a batch, without some units, and return the results that are to be kept."""
         values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors_in(inputs), strict=True))
-        gone = Gone.once(self, before)
+        gone = RemovedUnits.once(self, before)
         runs = self._all(tuple(sorted(before)))
         keep = {*keep, *self.outputs, *(run.step.node for run in runs if run.step.node in self.constants)}
         done = self._released
@@ -283,7 +283,7 @@ class Suffixes:
         return fx.node.map_arg(args, look)
 
     def repeated(
-        self, small: Suffixes, whole: Mapping[fx.Node, Any], reads: Iterable[fx.Node]
+        self, small: PartialReplay, whole: Mapping[fx.Node, Any], reads: Iterable[fx.Node]
     ) -> dict[fx.Node, Any] | None:
         """Results of this network on samples that come several times over, from those on the samples once.
 
@@ -312,7 +312,7 @@ class Suffixes:
             found[node] = value
         return found
 
-    def twins(self, other: Suffixes) -> dict[fx.Node, fx.Node] | None:
+    def twins(self, other: PartialReplay) -> dict[fx.Node, fx.Node] | None:
         """The nodes of the same network traced on other samples; None where it is another."""
         nodes, others = ([*one.program.graph.nodes] for one in (self, other))
         if [(n.op, n.target) for n in nodes] != [(n.op, n.target) for n in others]:
@@ -330,7 +330,7 @@ class Suffixes:
             before: the units of other groups that are gone.
         """
         suffix = self.suffix(tuple(removals[0]), frozenset(before))
-        gone = Gone(self, [{self.network[n].channel: units for n, units in one.items()} for one in removals])
+        gone = RemovedUnits(self, [{self.network[n].channel: units for n, units in one.items()} for one in removals])
         gone = gone.beside(before)
         values: dict[fx.Node, Any] = {}
         last = set(self.outputs)
@@ -349,7 +349,9 @@ class Suffixes:
                 found.append(gone.zeroed(value.clone(), self.dims[node]) if state == "masked" else value)
         return found
 
-    def _changed(self, run: Run, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: Gone) -> Any:
+    def _changed(
+        self, run: Run, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: RemovedUnits
+    ) -> Any:
         step, gone = run.step, gone.seen_by(run.step.node)
         args = list(self.arguments(step.args, values, whole))
         if run.mixes:
@@ -371,7 +373,7 @@ class Suffixes:
         weight = step.packet in _CONTRACTED and step.args[place] in self.constants
         return weight and any(other not in self.constants for other in step.inputs)
 
-    def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: Gone) -> Tensor:
+    def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: RemovedUnits) -> Tensor:
         """The result of the whole network less what the units contribute."""
         step, gone = run.step, gone.seen_by(run.step.node)
         axis = step.node.meta["names"][_CONTRACTED[step.packet]]
@@ -401,14 +403,14 @@ class Suffixes:
 
 
 @dataclass
-class Gone:
+class RemovedUnits:
     """Units that are gone, by channel, in each of several equal parts of a batch.
 
     Attributes:
         going: those that go now; others were gone before.
     """
 
-    suffixes: Suffixes
+    suffixes: PartialReplay
     units: list[dict[Axis, tuple[int, ...]]]
     memo: dict[Axis, Tensor] = field(default_factory=dict)
     places: dict[tuple[Axis, torch.device], Tensor] = field(default_factory=dict)
@@ -420,25 +422,25 @@ class Gone:
         self.channels = tuple(self.units[0])
 
     @classmethod
-    def once(cls, suffixes: Suffixes, removal: Removal) -> Gone:
+    def once(cls, suffixes: PartialReplay, removal: Removal) -> RemovedUnits:
         """Units that are gone in all of a batch."""
         return cls(suffixes, [{suffixes.network[name].channel: units for name, units in removal.items()}])
 
-    def beside(self, before: Removal) -> Gone:
+    def beside(self, before: Removal) -> RemovedUnits:
         """These units, and some that were gone before."""
         if not before:
             return self
-        (earlier,) = Gone.once(self.suffixes, before).units
-        both = Gone(self.suffixes, [{**units, **earlier} for units in self.units])
+        (earlier,) = RemovedUnits.once(self.suffixes, before).units
+        both = RemovedUnits(self.suffixes, [{**units, **earlier} for units in self.units])
         both.going = self
         return both
 
-    def seen_by(self, node: fx.Node) -> Gone:
+    def seen_by(self, node: fx.Node) -> RemovedUnits:
         """The units that a node lacks: the computation of a weight sees all units of some channels."""
         seen = {leaf for axis in node.meta.get("whole", ()) for leaf in leaves(axis)}
         if not seen & {*self.channels}:
             return self
-        left = Gone(self.suffixes, [{c: u for c, u in units.items() if c not in seen} for units in self.units])
+        left = RemovedUnits(self.suffixes, [{c: u for c, u in units.items() if c not in seen} for units in self.units])
         left.going = left if self.going is self else self.going.seen_by(node)
         return left
 
@@ -580,7 +582,7 @@ def _last_uses(steps: Sequence[Step]) -> list[list[fx.Node]]:
 class _Builder:
     """Turns a recorded graph into steps that overwrite nothing; constants and batch norms are folded."""
 
-    def __init__(self, suffixes: Suffixes, device: torch.device):
+    def __init__(self, suffixes: PartialReplay, device: torch.device):
         self.of, self.device = suffixes, device
         self.order = {node: index for index, node in enumerate(suffixes.program.graph.nodes)}
         self.several: dict[fx.Node, Sequence[Tensor]] = {}  # results of operations on constants that return several
@@ -623,7 +625,7 @@ class _Builder:
 
     def operation(self, node: fx.Node) -> Step:
         target: Any = node.target
-        call, packet = laid_out(target), target.overloadpacket
+        call, packet = any_layout(target), target.overloadpacket
         if any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
             call, packet = self.functional(node)
         if packet in _CONTRACTED:
@@ -725,7 +727,7 @@ def _decided(target: Any, decided: Any, *args: Any, **kwargs: Any) -> Any:
     """The result of an operation as the recorded run decided it."""
     if target._schema.is_mutable:
         args = (args[0].clone(), *args[1:])
-    return answer(target, args, kwargs, decided)
+    return replay_decision(target, args, kwargs, decided)
 
 
 def _lowered(target: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:

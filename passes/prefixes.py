@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from netsurgery.analysis.network import Network
-from netsurgery.passes.ablation import Trials
+from netsurgery.passes.ablation import Ablation
 from netsurgery.passes.bundles import Bundle, Choice
 from netsurgery.passes.partial_replay import Removal
-from netsurgery.passes.score_checkpoint import Ledger
+from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.scores import MagnitudeScore
 from netsurgery.passes.series import Series
 
@@ -30,7 +30,7 @@ _ROUNDS = 2
 _WIDTH = 4  # prefixes that are tried first; then twice as many each time
 
 
-def per_group(trials: Trials, ledger: Ledger, tolerance: float) -> dict[str, Tensor]:
+def per_group(trials: Ablation, checkpoint: ScoreCheckpoint, tolerance: float) -> dict[str, Tensor]:
     """The highest rise up to each unit of a group, where every other group is whole."""
     orders = _by_norm(trials.network)
     trials.series = {name: Series({name: order[:-1]}, prefixes=True) for name, order in orders.items()}
@@ -39,25 +39,27 @@ def per_group(trials: Trials, ledger: Ledger, tolerance: float) -> dict[str, Ten
     width = _WIDTH
     while open_:
         tried = {name: list(range(n, min(n + width, trials.series[name].size))) for name, n in open_.items()}
-        trials.extend(ledger, tried, trials.samples.count)
+        trials.extend(checkpoint, tried, trials.samples.count)
         open_ = {
             name: units[-1] + 1
             for name, units in tried.items()
-            if units[-1] + 1 < trials.series[name].size and bool((ledger.means(name)[units] <= tolerance).all())
+            if units[-1] + 1 < trials.series[name].size and bool((checkpoint.means(name)[units] <= tolerance).all())
         }
         width *= 2
-    return {name: _laid_out(order, _up_to(ledger, name, tolerance), tolerance) for name, order in orders.items()}
+    return {name: _laid_out(order, _up_to(checkpoint, name, tolerance), tolerance) for name, order in orders.items()}
 
 
-def _up_to(ledger: Ledger, name: str, tolerance: float) -> list[float]:
+def _up_to(checkpoint: ScoreCheckpoint, name: str, tolerance: float) -> list[float]:
     """The highest rise up to each prefix, as far as it is within the tolerance."""
-    if name not in ledger.entries:  # one unit, which stays
+    if name not in checkpoint.entries:  # one unit, which stays
         return []
-    heights = ledger.means(name).nan_to_num(math.inf).cummax(0).values
+    heights = checkpoint.means(name).nan_to_num(math.inf).cummax(0).values
     return [height for height in heights.tolist() if height <= tolerance]
 
 
-def cumulative(trials: Trials, ledger: Ledger, removal: PruneChannels, tolerance: float) -> dict[str, Tensor]:
+def cumulative(
+    trials: Ablation, checkpoint: ScoreCheckpoint, removal: PruneChannels, tolerance: float
+) -> dict[str, Tensor]:
     """The highest rise of the loss up to each unit, where all that was accepted before it is gone.
 
     Args:
@@ -65,7 +67,7 @@ def cumulative(trials: Trials, ledger: Ledger, removal: PruneChannels, tolerance
     """
     network, orders = trials.network, _by_norm(trials.network)
     ranks = {name: torch.tensor(order).argsort().double() for name, order in orders.items()}
-    way = _Way(trials, ledger, Choice(removal, network.with_scores(ranks)).bundles)
+    way = _Way(trials, checkpoint, Choice(removal, network.with_scores(ranks)).bundles)
     trials.report.begin("one unit after the other")
     way.go(tolerance)
     accepted = {group.name: n for n, bundle in enumerate(way.bundles) for group in bundle.groups}
@@ -85,8 +87,8 @@ class _Way:
         last: the rise where all that was accepted is gone.
     """
 
-    trials: Trials
-    ledger: Ledger
+    trials: Ablation
+    checkpoint: ScoreCheckpoint
     bundles: Sequence[Bundle]
     heights: list[list[float]] = field(init=False)
     highest: float = -math.inf
@@ -115,10 +117,10 @@ class _Way:
         bundle, heights = self.bundles[index], self.heights[index]
         name = self.open(index)
         for counts in _widening([k for k in range(len(heights) + 1, bundle.most + 1) if bundle.allowed(k) == k]):
-            self.trials.extend(self.ledger, {name: [k - 1 for k in counts]}, self.trials.samples.count)
-            rises = self.ledger.means(name)
+            self.trials.extend(self.checkpoint, {name: [k - 1 for k in counts]}, self.trials.samples.count)
+            loss_deltas = self.checkpoint.means(name)
             for k in counts:
-                rise = float(rises[k - 1])
+                rise = float(loss_deltas[k - 1])
                 if not rise <= level:  # nor one that is NaN
                     return
                 self.highest, self.last = max(self.highest, rise), rise

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from netsurgery.passes.ablation import Trials
+from netsurgery.passes.ablation import Ablation
 from netsurgery.passes.forecast import time_trials
 from netsurgery.passes.gate_gradients import gate_slopes
 from netsurgery.passes.progress import span
-from netsurgery.passes.score_checkpoint import Ledger
+from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.sieve import Regression, Sieve, drawn
 
 __all__ = ["race"]
@@ -29,9 +29,9 @@ _log = logging.getLogger("netsurgery")
 _WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
 
 
-def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dict[str, Tensor]:
+def race(trials: Ablation, checkpoint: ScoreCheckpoint, share: float, confidence: float) -> dict[str, Tensor]:
     """Rises of the loss, or effects on it, by group: estimates, exact for units whose side stays open to the end."""
-    runner = _Race(trials, ledger, share, confidence)
+    runner = _Race(trials, checkpoint, share, confidence)
     runner.forecast_time()
     sieve = runner.sieve()
     if sieve is None:
@@ -43,15 +43,15 @@ def race(trials: Trials, ledger: Ledger, share: float, confidence: float) -> dic
             for name, some in units.items():
                 sieve.regressions[name].learn(some, runner.estimates(name)[0][some])
         runner.say(sieve)
-    if all(bool((seen == trials.samples.count).all()) for _, seen in ledger.entries.values()):
+    if all(bool((seen == trials.samples.count).all()) for _, seen in checkpoint.entries.values()):
         _log.info("racing has saved nothing: every unit was tried on all %d samples", trials.samples.count)
     return {group.name: runner.estimates(group.name)[0] for group in trials.network.prunable}
 
 
 @dataclass
 class _Race:
-    trials: Trials
-    ledger: Ledger
+    trials: Ablation
+    checkpoint: ScoreCheckpoint
     share: float
     confidence: float
     guesses: Mapping[str, Tensor] = field(default_factory=dict)  # rises of units that are not tried
@@ -80,7 +80,7 @@ class _Race:
     def forecast_time(self) -> None:
         """Say how long all trials would take."""
         trials = self.trials
-        rows = trials.rows_left(self.ledger, trials.everything())
+        rows = trials.rows_left(self.checkpoint, trials.everything())
         self.forecast = time_trials(trials, rows) if trials.settings.progress else None
         if self.forecast is not None:
             trials.report.rate = self.forecast.rate
@@ -92,13 +92,13 @@ class _Race:
         draw = drawn(sizes, self.confidence, trials.settings.seed) if self.predicted else None
         if draw is None:
             return None
-        trials.report.begin("units drawn at random", trials.rows_left(self.ledger, draw.units))
+        trials.report.begin("units drawn at random", trials.rows_left(self.checkpoint, draw.units))
         for stop in (self.head, trials.samples.count):
-            trials.extend(self.ledger, draw.units, stop, self.terms, 5)
+            trials.extend(self.checkpoint, draw.units, stop, self.terms, 5)
         regressions = {}
         for name, units in draw.units.items():
-            rises = self.ledger.entries[name][0][:2, units].sum(0) / trials.samples.count
-            regressions[name] = Regression(self.predictions[name].mean(1), units, rises)
+            loss_deltas = self.checkpoint.entries[name][0][:2, units].sum(0) / trials.samples.count
+            regressions[name] = Regression(self.predictions[name].mean(1), units, loss_deltas)
         self.guesses = {name: one.estimates for name, one in regressions.items()}
         return Sieve(
             regressions, draw, {name: int(size * self.share + 1e-9) for name, size in sizes.items()}, self.confidence
@@ -107,7 +107,7 @@ class _Race:
     def say(self, sieve: Sieve) -> None:
         """Say what slopes decide, and how long the rest will take or, at the end, how much may be wrong."""
         sizes = [group.size for group in self.trials.network.prunable]
-        left = self.trials.rows_left(self.ledger, sieve.tried)
+        left = self.trials.rows_left(self.checkpoint, sieve.tried)
         if sieve.missed <= 1 - sieve.confidence:
             more = f"at most {100 * sieve.missed:.1f}% of the selection is wrong by that, with a chance of 95%"
         elif self.forecast is not None:
@@ -124,28 +124,30 @@ class _Race:
         if trials.dear:  # all goes through in batches of one size, which is traced once
             trials.block, more = self.head, self.head * math.ceil(more / self.head)
         seen = min(count, self.head + more)
-        trials.report.begin("racing", trials.rows_left(self.ledger, active) if seen == count else None)
-        trials.extend(self.ledger, active, self.head, self.terms, 5)
+        trials.report.begin("racing", trials.rows_left(self.checkpoint, active) if seen == count else None)
+        trials.extend(self.checkpoint, active, self.head, self.terms, 5)
         while active:
-            trials.extend(self.ledger, active, seen, self.terms, 5)
+            trials.extend(self.checkpoint, active, seen, self.terms, 5)
             if seen == count:
                 break
             active = {name: self.undecided(name, units) for name, units in active.items()}
             active = {name: units for name, units in active.items() if units}
             seen = min(count, self.head + 2 * (seen - self.head))
 
-    def terms(self, name: str, units: list[int], rises: Tensor, start: int) -> Tensor:
+    def terms(self, name: str, units: list[int], loss_deltas: Tensor, start: int) -> Tensor:
         """Sums over rises or effects y: of y in the head; of y, y², and y times each prediction in the rest."""
-        rises = self.read(rises)
+        loss_deltas = self.read(loss_deltas)
         if start < self.head:
-            return torch.cat([rises.sum(1)[None], torch.zeros(4, len(units), dtype=torch.float64)])
-        x = self.predictions[name][units, start : start + rises.shape[1]]
-        products = (x * rises[..., None]).sum(1).T
-        return torch.cat([torch.zeros(1, len(units)), rises.sum(1)[None], rises.square().sum(1)[None], products])
+            return torch.cat([loss_deltas.sum(1)[None], torch.zeros(4, len(units), dtype=torch.float64)])
+        x = self.predictions[name][units, start : start + loss_deltas.shape[1]]
+        products = (x * loss_deltas[..., None]).sum(1).T
+        return torch.cat(
+            [torch.zeros(1, len(units)), loss_deltas.sum(1)[None], loss_deltas.square().sum(1)[None], products]
+        )
 
     def estimates(self, name: str) -> tuple[Tensor, Tensor]:
         """Means over all samples, and their standard errors."""
-        sums, seen = self.ledger.entries[name]
+        sums, seen = self.checkpoint.entries[name]
         count, predictions = self.trials.samples.count, self.predictions[name]
         left, known = count - self.head, seen > 0
         guesses = self.guesses[name] if name in self.guesses else torch.zeros_like(sums[0])

@@ -19,7 +19,7 @@ _MANY = 0.1  # of the units of a group: LeNet on MNIST loses by the rise from a 
 _ROUNDING = 1e-6  # of the largest rise of a group
 
 
-def warn_of_falls(who: str, rises: Mapping[str, Tensor], said: set[str]) -> None:
+def warn_of_falls(who: str, loss_deltas: Mapping[str, Tensor], said: set[str]) -> None:
     """Say, in one line, when the loss falls without many units of a group: ranked by the rise they go first.
 
     Args:
@@ -27,14 +27,14 @@ def warn_of_falls(who: str, rises: Mapping[str, Tensor], said: set[str]) -> None
         rises: the rise of the loss without each unit, ``(units,)`` for each group.
         said: what was said before and is not repeated: a plan may run its passes several times.
     """
-    falls = {name: int((rise < -_ROUNDING * rise.abs().max()).sum()) for name, rise in rises.items() if len(rise)}
-    many = [name for name, count in falls.items() if count > _MANY * len(rises[name])]
+    falls = {name: int((rise < -_ROUNDING * rise.abs().max()).sum()) for name, rise in loss_deltas.items() if len(rise)}
+    many = [name for name, count in falls.items() if count > _MANY * len(loss_deltas[name])]
     if not many:
         return
-    count, units = sum(falls[name] for name in many), sum(len(rises[name]) for name in many)
+    count, units = sum(falls[name] for name in many), sum(len(loss_deltas[name]) for name in many)
     line = (
         f"{who}: the loss falls without {count} of {units} units ({count / units:.0%}) in {len(many)} of "
-        f"{len(rises)} groups ({first_of(map(repr, many), 2)}): they go first, and together they may raise the loss "
+        f"{len(loss_deltas)} groups ({first_of(map(repr, many), 2)}): they go first, and together they may raise the loss "
         "by much; by='effect' ranks units by how much they change the loss of each sample, up or down"
     )
     if line not in said:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from netsurgery.adaptation.fit_code import adapt
+from netsurgery.adaptation.fit_code import fit_code
 from netsurgery.analysis.network import Group, Network
 from netsurgery.axes import leaves
 from netsurgery.capture.copies import named_modules
@@ -397,7 +397,7 @@ def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
 def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, classes: bool) -> Network:
     """Scores: how far parts of each group move the network's outputs, dealt to units in proportion to their costs."""
     before = list(answers(network.model, held))
-    bundles = {network.tied_to(name): {o: found[o] for o in network.tied_to(name) if o in found} for name in found}
+    bundles = {network.equal_to(name): {o: found[o] for o in network.equal_to(name) if o in found} for name in found}
     effects: dict[tuple[str, ...], list[float]] = {}
     refused: dict[str, str] = {}
     with waiting("reconstruction: groups", len(bundles)) as step:
@@ -415,7 +415,7 @@ def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, 
             known += [_effect(network, together, place, held, before, classes)[0] for place in counts]
         scores.update((name, one.scores([each / len(together) for each in known])) for name, one in together.items())
     scored = network.with_scores(scores, comparable=True)
-    return scored.with_frozen(refused) if refused else scored
+    return scored.with_locked(refused) if refused else scored
 
 
 def _effect(
@@ -429,7 +429,7 @@ def _effect(
     """How far the network's outputs move without some units; or groups whose sizes its code does not follow."""
     keep = {name: tuple(sorted(one.order[one.counts[place] :].tolist())) for name, one in gone.items()}
     edit = Edit(network, keep)
-    adaptation, refused = adapt(network.model, network, edit.counts)
+    adaptation, refused = fit_code(network.model, network, edit.counts)
     if refused:
         return 0.0, refused
     values: dict[str, Tensor] = {}

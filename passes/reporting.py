@@ -10,7 +10,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.agreement import MOST, reported
-from netsurgery.passes.calibration import Samples, draw, draw_inputs, reads_once
+from netsurgery.passes.calibration import Samples, draw_inputs, draw_samples, reads_once
 from netsurgery.passes.losses import Loss, ignored_by
 from netsurgery.pipeline import Pass
 
@@ -55,7 +55,7 @@ class DataPass(Pass):
         """The samples, or the first of as many as are drawn at most."""
         count = self.samples if most is None else min(self.samples, most)
         if self.labelled:
-            return draw(self.data, count, self.seed, ignored_by(self.loss))
+            return draw_samples(self.data, count, self.seed, ignored_by(self.loss))
         return draw_inputs(self.data, count, self.seed)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:

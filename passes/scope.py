@@ -44,7 +44,7 @@ def scoped(
             f"LossIncreaseScore: no group of {network.model_name} is left to be scored: "
             "loosen include, exclude and removal; print(network) lists the groups"
         )
-    return network.with_frozen({g.name: "is not scored" for g in network.prunable if g.name not in left})
+    return network.with_locked({g.name: "is not scored" for g in network.prunable if g.name not in left})
 
 
 def _taken(network: Network, removal: PruneChannels) -> set[str]:

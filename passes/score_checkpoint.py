@@ -16,13 +16,13 @@ from torch import Tensor
 from netsurgery.errors import InputError
 from netsurgery.outputs import check_writable
 
-__all__ = ["Ledger"]
+__all__ = ["ScoreCheckpoint"]
 
 _SECONDS = 5.0  # between two writes
 
 
 @dataclass
-class Ledger:
+class ScoreCheckpoint:
     """What is known of each removal: sums over the rises of the loss, and over how many rows."""
 
     key: str

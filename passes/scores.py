@@ -95,7 +95,7 @@ class HGSRScore(Pass):
             for axis, term in zip(axes, terms.split([axis.size for axis in axes]), strict=True):
                 for channel, units in per_unit(axis, term).items():
                     group = network.by_channel.get(channel)
-                    if group is not None and group.frozen is None:
+                    if group is not None and group.locked is None:
                         scores[group.name] = scores[group.name] + units if group.name in scores else units
         missing = [group for group in network.prunable if group.name not in scores]
         rest = _powers(network, missing, 1)

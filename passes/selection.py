@@ -86,7 +86,7 @@ def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, 
 
     taken: dict[str, Group] = {}
     for group in sorted(groups, key=rank):
-        together = [network[name] for name in network.tied_to(group.name)]
+        together = [network[name] for name in network.equal_to(group.name)]
         beside = {channel for one in together for channel in apart.get(one.channel, ())}
         if not any(other.channel in beside for other in taken.values() if other not in together):
             taken[group.name] = group
@@ -136,7 +136,7 @@ def channels_per_unit(network: Network, group: Group, cut: Iterable[Axis] = ()) 
     def width(axis: Axis) -> int:
         if axis.op:
             return (prod if axis.op == "product" else sum)(map(width, axis.terms))
-        return 1 if isinstance(axis.frozen, Fixed) or axis in others else axis.size
+        return 1 if isinstance(axis.locked, Fixed) or axis in others else axis.size
 
     made = [member for member in group.members if member.role == "produces"] or list(group.members)
     found = [partners for m in made for partners in _beside(network.axes[m.parameter][m.axis], group.channel)]
@@ -153,7 +153,7 @@ def stands_still(network: Network, locked: Iterable[Group], cut: Iterable[str]) 
     found = []
     for group in locked:
         roles = {member.role for member in group.members}
-        inner = {"produces", "consumes"} <= roles and not isinstance(group.frozen, Fixed) and group.size > 1
+        inner = {"produces", "consumes"} <= roles and not isinstance(group.locked, Fixed) and group.size > 1
         if inner and group.channel not in beside:
             found.append(group)
     return found

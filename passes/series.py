@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from netsurgery.passes.partial_replay import NOTHING, Removal, Suffix, Suffixes
+from netsurgery.passes.partial_replay import NOTHING, PartialReplay, Removal, Suffix
 
 __all__ = ["Series"]
 
@@ -34,6 +34,6 @@ class Series:
         first = 0 if self.prefixes else index
         return {name: tuple(sorted(order[first : index + 1])) for name, order in self.orders.items()}
 
-    def suffix(self, engine: Suffixes) -> Suffix:
+    def suffix(self, engine: PartialReplay) -> Suffix:
         """The part of the network that is run again."""
         return engine.suffix(tuple(self.orders), frozenset(self.before))

@@ -92,12 +92,12 @@ class Regression:
         estimates: rises as the regression has them.
     """
 
-    def __init__(self, predictions: Tensor, units: list[int], rises: Tensor):
+    def __init__(self, predictions: Tensor, units: list[int], loss_deltas: Tensor):
         self.units = units
-        self.scale = rises.abs().median().clamp_min(1e-30)
+        self.scale = loss_deltas.abs().median().clamp_min(1e-30)
         parts = torch.cat([predictions, predictions.sum(1, keepdim=True)], 1) / self.scale
         x = torch.cat([parts.asinh(), torch.ones(len(parts), 1, dtype=parts.dtype)], 1)
-        y, z = (rises / self.scale).asinh(), x[units]
+        y, z = (loss_deltas / self.scale).asinh(), x[units]
         inverse = torch.linalg.inv(z.T @ z + _RIDGE * torch.eye(x.shape[1], dtype=x.dtype))
         self.means = x @ (inverse @ (z.T @ y))
         self.estimates = self.means.sinh() * self.scale
@@ -108,9 +108,9 @@ class Regression:
         self.known = torch.full_like(self.means, math.nan)
         self.known[units] = y
 
-    def learn(self, units: list[int], rises: Tensor) -> None:
+    def learn(self, units: list[int], loss_deltas: Tensor) -> None:
         """More units were tried."""
-        self.known[units] = (rises / self.scale).asinh()
+        self.known[units] = (loss_deltas / self.scale).asinh()
 
     def untried(self) -> list[int]:
         """Units that were not tried."""

@@ -301,7 +301,7 @@ class SoftPruning:
         inputs = self._network.inputs[0] or self._network.inputs[1]
         edit = plan(self._model, [_Without({name: tuple(units.tolist()) for name, units in dead.items()})], inputs)
         for name, units in dead.items():
-            if bool(units.any()) and (reason := edit.network[name].frozen) is not None:
+            if bool(units.any()) and (reason := edit.network[name].locked) is not None:
                 _log.warning("%d units of '%s' are pruned but stay, as zeros: %s", int(units.sum()), name, reason)
         return edit
 
@@ -517,7 +517,7 @@ class _Without(Pass):
     def run(self, network: Network) -> Edit:
         """Keep what is not named."""
         gone = {g.name: [i for i, dead in enumerate(self.dead.get(g.name, ())) if dead] for g in network.prunable}
-        for tied in network.ties:
+        for tied in network.equal_sizes:
             count = min(len(gone.get(name, ())) for name in tied)
             gone.update({name: gone[name][:count] for name in tied if name in gone})
         keep = {n: tuple(sorted(set(range(network[n].size)) - set(units))) for n, units in gone.items()}

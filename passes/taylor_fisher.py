@@ -10,7 +10,7 @@ from torch import Tensor
 
 from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
-from netsurgery.passes.ablation import Trials
+from netsurgery.passes.ablation import Ablation
 from netsurgery.passes.gate_gradients import gate_slopes
 from netsurgery.passes.loss_increase import LossIncreaseScore
 from netsurgery.passes.losses import Loss
@@ -36,7 +36,7 @@ class _GateScore(DataPass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        trials = Trials(LossIncreaseScore(None, self.loss, rows=self.rows), network, self.drawn())
+        trials = Ablation(LossIncreaseScore(None, self.loss, rows=self.rows), network, self.drawn())
         trials.check()
         scores = {name: self.score(slope) for name, slope in gate_slopes(trials).items()}
         self.report(scores)

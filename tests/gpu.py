@@ -31,7 +31,7 @@ import netsurgery
 from netsurgery.kernels.hgsr_reference import reference
 from netsurgery.models import resnet20
 from netsurgery.passes import HGSR, LossIncreaseScore, MagnitudeScore, PruneChannels, SoftPruning
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.compensation import compensate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,7 +282,7 @@ def loss_increase(device: str) -> float:
     model, data = built(Small, device), (images("cpu", 24), targets(24))
     network = netsurgery.trace(model, data[0][:2].to(device))
     scores = LossIncreaseScore(data, samples=16).run(network).scores
-    chosen = draw(data, 16)
+    chosen = draw_samples(data, 16)
     x, y = chosen.inputs[0][0].to(device), chosen.targets.to(device)
 
     def losses(one: nn.Module) -> Tensor:

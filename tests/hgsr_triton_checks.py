@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from netsurgery.kernels import hgsr_triton
-from netsurgery.kernels.criteria import CRITERIA, Reading, canonical, reading
+from netsurgery.kernels.criteria import CRITERIA, WeightView, canonical, reading
 from netsurgery.kernels.hgsr_reference import column_sums, power, reference
 from netsurgery.kernels.placed import Placed
 
@@ -60,7 +60,7 @@ def _quicker() -> Iterator[None]:
 
 def weights_and_readings(
     dtype: torch.dtype, grouping: str, seed: int = 0
-) -> tuple[list[Tensor], list[Reading], list[bool]]:
+) -> tuple[list[Tensor], list[WeightView], list[bool]]:
     """A small network's weights: with a zero row, zero column, zero kernels, and single zeros."""
     torch.manual_seed(seed)
     layers = [((5, 6, 2, 2), 1, False), ((9, 40), 1, False), ((8, 1, 3), 8, False)]
@@ -71,12 +71,12 @@ def weights_and_readings(
     return [w.to(DEVICE, dtype) for w in weights], readings, [True, False, True]
 
 
-def columns(weights: list[Tensor], readings: list[Reading]) -> int:
+def columns(weights: list[Tensor], readings: list[WeightView]) -> int:
     views = (canonical(w, how) for w, how in zip(weights, readings, strict=True))
     return sum(view.shape[0] * view.shape[2] for view in views)
 
 
-def longest(weights: list[Tensor], readings: list[Reading], index: Tensor | None) -> int:
+def longest(weights: list[Tensor], readings: list[WeightView], index: Tensor | None) -> int:
     """No sum has more roundings: over a window, over rows and columns of a group, over groups."""
     views = [canonical(w, how) for w, how in zip(weights, readings, strict=True)]
     most = 1 if index is None else int(torch.bincount(index[index >= 0], minlength=1).max())
@@ -84,7 +84,7 @@ def longest(weights: list[Tensor], readings: list[Reading], index: Tensor | None
     return 4 * (window + 1) + 2 * rows * most + 2 * columns(weights, readings)
 
 
-def relative(weights: list[Tensor], readings: list[Reading], index: Tensor | None) -> float:
+def relative(weights: list[Tensor], readings: list[WeightView], index: Tensor | None) -> float:
     """A bound for the relative error of the value, slopes and gradient.
 
     A sum of n terms of one sign, added in any order, has a relative error of at most (n - 1) u, to first order (Higham,
@@ -106,11 +106,11 @@ def close(found: Tensor, expected: Tensor, bound: float) -> None:
 
 
 def check(
-    weights: list[Tensor], readings: list[Reading], name: str, counted: list[bool] | None = None,
+    weights: list[Tensor], readings: list[WeightView], name: str, in_l1: list[bool] | None = None,
     index: Tensor | None = None, groups: int = 0, outs: list[Tensor] | None = None, thorough: bool = True,
 ) -> None:  # fmt: skip
     """Value, sums, slopes and gradient agree with the reference in float64."""
-    rule, counted = CRITERIA[name], counted or [True] * len(weights)
+    rule, in_l1 = CRITERIA[name], in_l1 or [True] * len(weights)
     groups = groups if index is not None else columns(weights, readings)
     bound = relative(weights, readings, index)
     precise = [w.detach().double().requires_grad_() for w in weights]
@@ -119,11 +119,11 @@ def check(
     sums = torch.cat([column_sums(w.detach(), how, rule) for w, how in zip(precise, readings, strict=True)])
     if index is not None:
         sums = sums.new_zeros(groups).index_add(0, index[index >= 0], sums[index >= 0])
-    l1 = torch.stack([w.detach().abs().sum() * once for w, once in zip(precise, counted, strict=True)]).sum()
+    l1 = torch.stack([w.detach().abs().sum() * once for w, once in zip(precise, in_l1, strict=True)]).sum()
     wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
 
-    readings, counted = tuple(readings), tuple(counted)
-    arguments = (weights, readings, index, groups, rule, counted)
+    readings, in_l1 = tuple(readings), tuple(in_l1)
+    arguments = (weights, readings, index, groups, rule, in_l1)
     values, slopes = hgsr_triton.value(*arguments)
     assert values.dtype == slopes.dtype == wide and values.shape == (2,) and slopes.shape == (groups,)
     close(values, torch.stack([expected.detach(), l1]), bound)
@@ -138,15 +138,15 @@ def check(
     slopes = torch.cat([slopes.new_full((1,), 1e3), slopes])[1:]  # -1, no group, would find what stands before
     scale = torch.tensor([0.75, 0.5], device=DEVICE)
     expected_gradients = [
-        0.75 * g + 0.5 * w.detach().sign() * once for g, w, once in zip(gradients, precise, counted, strict=True)
+        0.75 * g + 0.5 * w.detach().sign() * once for g, w, once in zip(gradients, precise, in_l1, strict=True)
     ]
     outs = outs or [torch.empty_like(w) for w in weights]
-    hgsr_triton.gradient(weights, readings, index, slopes, rule, counted, scale, outs, False)
+    hgsr_triton.gradient(weights, readings, index, slopes, rule, in_l1, scale, outs, False)
     for out, each in zip(outs, expected_gradients, strict=True):
         close(out, each, bound)
     if thorough:
         before = [out.clone() for out in outs]
-        hgsr_triton.gradient(weights, readings, index, slopes, rule, counted, scale, outs, True)
+        hgsr_triton.gradient(weights, readings, index, slopes, rule, in_l1, scale, outs, True)
         for out, old, each in zip(outs, before, expected_gradients, strict=True):
             close(out, old.double() + each, bound)  # of one sign
 
@@ -155,12 +155,12 @@ def check(
 @pytest.mark.parametrize("grouping", ["feature", "neuron", "index"])
 @pytest.mark.parametrize("name", CRITERIA)
 def test_agrees_with_the_reference(name: str, grouping: str, dtype: torch.dtype) -> None:
-    weights, readings, counted = weights_and_readings(dtype, "neuron" if grouping == "neuron" else "feature")
+    weights, readings, in_l1 = weights_and_readings(dtype, "neuron" if grouping == "neuron" else "feature")
     index, groups = None, 0
     if grouping == "index":
         groups = 11  # no column is in the last
         index = torch.randint(-1, groups - 1, (columns(weights, readings),)).to(DEVICE)
-    check(weights, readings, name, counted, index, groups, thorough=dtype == torch.float32)
+    check(weights, readings, name, in_l1, index, groups, thorough=dtype == torch.float32)
 
 
 ODD = [
@@ -236,15 +236,15 @@ def test_many_tiles_and_chunks(grouping: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_zeros(name: str) -> None:
-    weights, readings, counted = weights_and_readings(torch.float32, "feature")
+    weights, readings, in_l1 = weights_and_readings(torch.float32, "feature")
     weights, rule = [torch.zeros_like(w) for w in weights], CRITERIA[name]
-    arguments = (weights, readings, None, columns(weights, readings), rule, counted)
+    arguments = (weights, readings, None, columns(weights, readings), rule, in_l1)
     values, slopes = hgsr_triton.value(*arguments)
     assert not values.any() and not slopes.any()
     outs = [torch.empty_like(w) for w in weights]
     # A slope that is not 0, as from columns of other weights.
     hgsr_triton.gradient(
-        weights, readings, None, slopes + 1, rule, counted, torch.ones(2, device=DEVICE), outs, accumulate=False
+        weights, readings, None, slopes + 1, rule, in_l1, torch.ones(2, device=DEVICE), outs, accumulate=False
     )
     assert not any(out.any() for out in outs)
 
@@ -263,20 +263,20 @@ def test_nothing() -> None:
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_mixed_dtypes(indexed: bool) -> None:
-    weights, readings, counted = weights_and_readings(torch.float32, "feature")
+    weights, readings, in_l1 = weights_and_readings(torch.float32, "feature")
     weights[1], weights[2] = weights[1].double(), weights[2].bfloat16()
     index = torch.arange(columns(weights, readings), device=DEVICE) % 7 if indexed else None
     rule, groups = CRITERIA["hierarchical_sqrt_group_l12"], 7 if indexed else columns(weights, readings)
-    values, slopes = hgsr_triton.value(weights, readings, index, groups, rule, counted)
+    values, slopes = hgsr_triton.value(weights, readings, index, groups, rule, in_l1)
     assert values.dtype == slopes.dtype == torch.float64
     same = [w.double() for w in weights]
-    expected, expected_slopes = hgsr_triton.value(same, readings, index, groups, rule, counted)
+    expected, expected_slopes = hgsr_triton.value(same, readings, index, groups, rule, in_l1)
     bound = relative([w.float() for w in weights], readings, index)
     close(values, expected, bound)
     close(slopes, expected_slopes, bound)
     outs, exact = [torch.empty_like(w) for w in weights], [torch.empty_like(w) for w in same]
     for read, written in ((weights, outs), (same, exact)):
-        hgsr_triton.gradient(read, readings, index, slopes, rule, counted, torch.ones(2, device=DEVICE), written, False)
+        hgsr_triton.gradient(read, readings, index, slopes, rule, in_l1, torch.ones(2, device=DEVICE), written, False)
     for out, each in zip(outs, exact, strict=True):
         close(out, each, bound)
 
@@ -285,17 +285,17 @@ def test_a_weight_that_stands_twice() -> None:
     """Under two readings: both gradients are added, L1 counts it once."""
     weight = torch.randn(6, 8, 3, 3, device=DEVICE)
     readings = [reading(tuple(weight.shape), grouping) for grouping in ("feature", "neuron", "feature")]
-    weights, counted, rule = [weight] * 3, [True, False, False], CRITERIA["hierarchical_sq_group_l12"]
+    weights, in_l1, rule = [weight] * 3, [True, False, False], CRITERIA["hierarchical_sq_group_l12"]
     precise = weight.double().requires_grad_()
     expected = reference([precise] * 3, "hierarchical_sq_group_l12", readings)
     expected.backward()
-    values, slopes = hgsr_triton.value(weights, readings, None, columns(weights, readings), rule, counted)
+    values, slopes = hgsr_triton.value(weights, readings, None, columns(weights, readings), rule, in_l1)
     bound = relative(weights, readings, None)
     close(values, torch.stack([expected.detach(), precise.detach().abs().sum()]), bound)
     out, scale = torch.zeros_like(weight), torch.tensor([1.0, 0.5], device=DEVICE)
-    plans = hgsr_triton._plans(weights, readings, counted, [out] * 3)
+    plans = hgsr_triton._plans(weights, readings, in_l1, [out] * 3)
     assert [plan.members for plan in plans] == [(0,), (1,), (2,)]
-    hgsr_triton.gradient(weights, readings, None, slopes, rule, counted, scale, [out] * 3, accumulate=True)
+    hgsr_triton.gradient(weights, readings, None, slopes, rule, in_l1, scale, [out] * 3, accumulate=True)
     close(out, precise.grad + 0.5 * weight.double().sign(), 2 * bound)
 
 
@@ -314,7 +314,7 @@ def test_tensors_that_moved_are_found_in_a_steady_loop() -> None:
     """The same lists of readings, call after call, while weights and gradients are replaced, one by one."""
     placed = Placed(())
     weights, found, given = weights_and_readings(torch.float32, "feature")
-    readings, counted = tuple(found), tuple(given)
+    readings, in_l1 = tuple(found), tuple(given)
     rule, groups = CRITERIA["hierarchical_sq_group_l12"], columns(weights, found)
     scale = torch.tensor([1.0, 0.5], device=DEVICE)
     outs = [torch.zeros_like(w) for w in weights]
@@ -326,8 +326,8 @@ def test_tensors_that_moved_are_found_in_a_steady_loop() -> None:
             before = [out.clone() for out in outs]
             placed = placed if placed.still(weights) else Placed(weights)
             assert bool(placed.kept) == bool(repeated), "what was kept is not used"
-            values, slopes = hgsr_triton.value(placed, readings, None, groups, rule, counted)
-            hgsr_triton.gradient(placed, readings, None, slopes, rule, counted, scale, outs, accumulate=True)
+            values, slopes = hgsr_triton.value(placed, readings, None, groups, rule, in_l1)
+            hgsr_triton.gradient(placed, readings, None, slopes, rule, in_l1, scale, outs, accumulate=True)
             expected, exact = hgsr_triton.value([w.clone() for w in weights], found, None, groups, rule, given)
             assert torch.equal(values, expected) and torch.equal(slopes, exact), (i, repeated)
             fresh = [torch.zeros_like(w) for w in weights]
@@ -339,10 +339,10 @@ def test_tensors_that_moved_are_found_in_a_steady_loop() -> None:
 def test_gradients_that_moved_alone_are_found() -> None:
     """Also to where they are aligned otherwise, lie on each other, have other strides, or are not wanted."""
     given, found, once = weights_and_readings(torch.float32, "feature")
-    weights, readings, counted = Placed(given), tuple(found), tuple(once)
+    weights, readings, in_l1 = Placed(given), tuple(found), tuple(once)
     rule, groups = CRITERIA["hierarchical_sq_group_l12"], columns(given, found)
     scale = torch.tensor([1.0, 0.5], device=DEVICE)
-    _, slopes = hgsr_triton.value(weights, readings, None, groups, rule, counted)
+    _, slopes = hgsr_triton.value(weights, readings, None, groups, rule, in_l1)
     expected = [torch.zeros_like(w) for w in given]
     hgsr_triton.gradient(given, found, None, slopes, rule, once, scale, expected, accumulate=False)
     skewed = torch.zeros(given[1].numel() + 1, device=DEVICE)[1:].view_as(given[1])
@@ -356,10 +356,10 @@ def test_gradients_that_moved_alone_are_found() -> None:
     ):
         outs: list[Tensor | None] = [change.get(i, torch.zeros_like(w)) for i, w in enumerate(given)]
         for repeated in (1, 2):
-            hgsr_triton.gradient(weights, readings, None, slopes, rule, counted, scale, outs, accumulate=True)
+            hgsr_triton.gradient(weights, readings, None, slopes, rule, in_l1, scale, outs, accumulate=True)
             for out, each in zip(outs, expected, strict=True):
                 assert out is None or torch.allclose(out, repeated * each, rtol=1e-6, atol=1e-6)
-    twice, both, counts = Placed([given[1], given[1]]), readings[1:2] * 2, counted[:2]
+    twice, both, counts = Placed([given[1], given[1]]), readings[1:2] * 2, in_l1[:2]
     _, slopes = hgsr_triton.value(twice, both, None, 80, rule, counts)
     for together in (False, True, False):
         outs = [torch.zeros_like(w) for w in twice]
@@ -379,13 +379,13 @@ def test_a_single_element_is_not_squared() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_a_graph_replays_with_other_weights() -> None:
-    weights, readings, counted = weights_and_readings(torch.float32, "feature")
+    weights, readings, in_l1 = weights_and_readings(torch.float32, "feature")
     rule, groups = CRITERIA["hierarchical_sq_group_l12"], columns(weights, readings)
     scale = torch.tensor([0.5, 0.25], device=DEVICE)
 
     def step(outs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        values, slopes = hgsr_triton.value(weights, readings, None, groups, rule, counted)
-        hgsr_triton.gradient(weights, readings, None, slopes, rule, counted, scale, outs, accumulate=False)
+        values, slopes = hgsr_triton.value(weights, readings, None, groups, rule, in_l1)
+        hgsr_triton.gradient(weights, readings, None, slopes, rule, in_l1, scale, outs, accumulate=False)
         return values, slopes
 
     side = torch.cuda.Stream()

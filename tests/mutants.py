@@ -296,9 +296,9 @@ MUTANTS = (
         "left, right = channel(max(1, at - 1)), channel(axis.size - max(1, at - 1))",
     ),
     Mutant(
-        "frozen units forgotten when channels meet",
+        "locked units forgotten when channels meet",
         "netsurgery/axes.py",
-        "    if leaf.frozen is not None:\n        freeze(axis, leaf.frozen)\n    leaf.bound = axis",
+        "    if leaf.locked is not None:\n        lock(axis, leaf.locked)\n    leaf.bound = axis",
         "    leaf.bound = axis",
     ),
     Mutant(
@@ -323,7 +323,7 @@ MUTANTS = (
     Mutant(
         "parts of a chunk not kept equal",
         "netsurgery/analysis/rules.py",
-        'op.analysis.tie(parts, op.reason("equal parts that are built differently"))',
+        'op.analysis.equate(parts, op.reason("equal parts that are built differently"))',
         "pass",
     ),
     Mutant(
@@ -353,31 +353,31 @@ MUTANTS = (
     Mutant(
         "flip, sort and select pass through",
         "netsurgery/analysis/rules.py",
-        'op.freeze(op.dims(op["self"])[at], BY_POSITION)',
+        'op.lock(op.dims(op["self"])[at], BY_POSITION)',
         "pass",
     ),
     Mutant(
         "unknown operations pass through",
         "netsurgery/analysis/rules.py",
-        'return frozen(op, "no rule for this operation (netsurgery.rule teaches one)")',
+        'return locked(op, "no rule for this operation (netsurgery.rule teaches one)")',
         "return filled(op)",
     ),
     Mutant(
         "the positions of a block may go",
         "netsurgery/analysis/rules.py",
-        "op.freeze(within, BY_POSITION)",
+        "op.lock(within, BY_POSITION)",
         "pass",
     ),
     Mutant(
         "brackets lock nothing",
         "netsurgery/notation.py",
-        "                    self.op.freeze(axis, BY_POSITION)",
+        "                    self.op.lock(axis, BY_POSITION)",
         "                    pass",
     ),
     Mutant(
         "indices lock nothing",
         "netsurgery/analysis/rules.py",
-        "            op.freeze(axis, BY_POSITION)\n        starts.add",
+        "            op.lock(axis, BY_POSITION)\n        starts.add",
         "            pass\n        starts.add",
     ),
     Mutant(
@@ -389,7 +389,7 @@ MUTANTS = (
     Mutant(
         "gathering passes through",
         "netsurgery/analysis/rules.py",
-        "        op.freeze(dims[i], BY_POSITION)\n        op.freeze(index[i], BY_POSITION)\n",
+        "        op.lock(dims[i], BY_POSITION)\n        op.lock(index[i], BY_POSITION)\n",
         "        pass\n",
     ),
     Mutant(
@@ -419,7 +419,7 @@ MUTANTS = (
     Mutant(
         "tensors that a taught rule does not name pass through",
         "netsurgery/analysis/custom_rules.py",
-        'op.freeze(axis, "not named by its rule")',
+        'op.lock(axis, "not named by its rule")',
         "pass",
     ),
     Mutant(
@@ -429,9 +429,9 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "the network's output is not frozen",
+        "the network's output is not locked",
         "netsurgery/analysis/network.py",
-        'freeze(axis, Edge("network output"))',
+        'lock(axis, Edge("network output"))',
         "pass",
     ),
     Mutant(
@@ -607,7 +607,7 @@ MUTANTS = (
     Mutant(
         "locks are forgotten after a removal",
         "netsurgery/pipeline.py",
-        "network.with_frozen(locks).with_scores(",
+        "network.with_locked(locks).with_scores(",
         "network.with_scores(",
         ("test_targets.py",),
     ),
@@ -707,28 +707,28 @@ MUTANTS = (
     # the oracles themselves
     Mutant(
         "statistics of silenced norms taken over everything",
-        "netsurgery/verification/oracles.py",
+        "netsurgery/verification/silencing.py",
         "    full = stays.expand_as(x)\n",
         "    full = torch.ones_like(stays).expand_as(x)\n",
     ),
     Mutant(
         "reductions taken over everything",
-        "netsurgery/verification/oracles.py",
+        "netsurgery/verification/silencing.py",
         '"self": a["self"].masked_select(stays).reshape(sizes)',
         '"self": a["self"]',
     ),
     Mutant(
         "nothing is silenced",
-        "netsurgery/verification/oracles.py",
-        "            stays[_units({} if axis in whole else keep)(axis)] = True\n",
+        "netsurgery/verification/silencing.py",
+        "            stays[units_in({} if axis in whole else keep)(axis)] = True\n",
         "            stays[:] = True\n",
     ),
     # the penalty: which kernels, which groups, which factors
     Mutant(
         "a layer's blocks share outer groups",
         "kernels/criteria.py",
-        "    return Reading(groups, (int(",
-        "    return Reading(1, (int(",
+        "    return WeightView(groups, (int(",
+        "    return WeightView(1, (int(",
     ),
     Mutant(
         "transposed weights read as others",
@@ -939,14 +939,14 @@ MUTANTS = (
     Mutant(
         "of effects on samples the signs cancel",
         "passes/loss_increase.py",
-        "rises.abs().sum(1)[None]",
-        "rises.sum(1)[None].abs()",
+        "loss_deltas.abs().sum(1)[None]",
+        "loss_deltas.sum(1)[None].abs()",
         ("test_readings.py",),
     ),
     Mutant(
         "races by the effect sum rises",
         "passes/racing.py",
-        "        rises = self.read(rises)\n",
+        "        loss_deltas = self.read(loss_deltas)\n",
         "",
         ("test_readings.py",),
     ),
@@ -1195,7 +1195,7 @@ MUTANTS = (
     Mutant(
         "what is assigned to .data is not followed",
         "netsurgery/capture/recorder.py",
-        "        self.alias(bare, tensor)\n",
+        "        self.alias(meta, tensor)\n",
         "",
         ("test_computed_weights.py",),
     ),

@@ -13,7 +13,7 @@ from netsurgery.verification import permuted_difference
 
 @dataclass(frozen=True)
 class RandomKeep(netsurgery.Pass):
-    """Keep a random set of units of every group that is not frozen; ``share`` of all units, or any number if None."""
+    """Keep a random set of units of every group that is not locked; ``share`` of all units, or any number if None."""
 
     seed: int = 0
     share: float | None = None
@@ -26,9 +26,9 @@ class RandomKeep(netsurgery.Pass):
         for group in network.prunable:
             some = int(torch.randint(1, group.size, (), generator=generator)) if group.size > 1 else 1
             counts[group.name] = some if self.share is None else max(1, round(self.share * group.size))
-        for tied in network.ties:
+        for tied in network.equal_sizes:
             if any(name in counts for name in tied):
-                counts.update(dict.fromkeys(tied, counts[tied[0]]))  # fails where only some of them are frozen
+                counts.update(dict.fromkeys(tied, counts[tied[0]]))  # fails where only some of them are locked
         keep = {}
         for name, count in counts.items():
             chosen = torch.randperm(network[name].size, generator=generator)[:count]

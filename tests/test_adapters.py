@@ -148,7 +148,7 @@ def test_units_of_adapted_layers_are_scored_as_if_merged_and_cut_exactly(kind: A
     plain = merged(model)
     torch.testing.assert_close(model(x), plain(x))
     network, other = netsurgery.trace(model, x), netsurgery.trace(plain, x)
-    pairs = {plain_name: name for plain_name, name in twins(network, other).items() if network[name].frozen is None}
+    pairs = {plain_name: name for plain_name, name in twins(network, other).items() if network[name].locked is None}
     assert any(network[name].size in (12, 4, 3) and network[name].unit != "rank" for name in pairs.values())
     for score in SCORES.values():
         found, wanted = score.run(network).scores, score.run(other).scores
@@ -167,7 +167,7 @@ def test_units_of_adapted_layers_are_scored_as_if_merged_and_cut_exactly(kind: A
 def test_what_the_norm_is_taken_over_is_locked_with_the_reason() -> None:
     model, x = linear(Beside)
     network = netsurgery.trace(model.double(), x)
-    (why,) = [group.frozen for group in network.groups if group.size == 16]
+    (why,) = [group.locked for group in network.groups if group.size == 16]
     assert why is not None and why.startswith("the rest of a weight that is computed across its units would change")
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import netsurgery
 from netsurgery.models import resnet20
 from netsurgery.passes import LossIncreaseScore
-from netsurgery.passes.ablation import Loss, Trials
+from netsurgery.passes.ablation import Ablation, Loss
 from test_loss_increase import (
     READINGS,
     AcrossSamples,
@@ -172,13 +172,13 @@ def test_a_unit_of_a_resnet_takes_few_calls(dear: Callable[[], None]) -> None:
 
 def test_racing_traces_few_sizes(dear: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = set[tuple[int, int]]()
-    trace = Trials.trace
+    trace = Ablation.trace
 
-    def noted(trials: Trials, rows: int, copies: int, start: int) -> netsurgery.Network:
+    def noted(trials: Ablation, rows: int, copies: int, start: int) -> netsurgery.Network:
         sizes.add((rows, copies))
         return trace(trials, rows, copies, start)
 
-    monkeypatch.setattr(Trials, "trace", noted)
+    monkeypatch.setattr(Ablation, "trace", noted)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
     data = torch.randn(1000, 8), torch.arange(1000) % 4

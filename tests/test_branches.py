@@ -267,5 +267,5 @@ class ByNumber(Part):
 )
 def test_branches_that_no_input_tells_apart_are_locked(run: Any, part: nn.Module, why: str) -> None:
     network = netsurgery.trace(net(run, part), (X,))
-    reasons = [group.frozen for group in network.groups if group.frozen and "part" in group.frozen]
+    reasons = [group.locked for group in network.groups if group.locked and "part" in group.locked]
     assert any(why in reason for reason in reasons)

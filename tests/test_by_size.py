@@ -62,7 +62,7 @@ def test_heads_and_channels_of_a_graph_attention() -> None:
 def test_a_number_computed_from_a_size_locks_that_size_alone() -> None:
     small, edit = check(Graph(scaled=True).double().eval(), (X, EDGES), 1e-10, share=0.5)
     assert units(edit.network) == {4} and (small.a.heads, small.a.out_channels) == (2, 8)
-    (why,) = {group.frozen for group in edit.network.groups if group.size == 8 and group.frozen}
+    (why,) = {group.locked for group in edit.network.groups if group.size == 8 and group.locked}
     assert "computes other=2.828" in why and " in a" in why
 
 
@@ -90,5 +90,5 @@ def test_integers_of_one_size_follow_together_or_not_at_all() -> None:
     small, edit = check(model.double().eval(), (X, EDGES), 1e-10, share=0.5)
     assert (small.a.heads, small.a.out_channels) == (2, 2)
     network = netsurgery.trace(model, (X, EDGES))
-    assert [[network[name].size for name in names] for names in network.ties] == [[4, 4]]
+    assert [[network[name].size for name in names] for names in network.equal_sizes] == [[4, 4]]
     assert len(edit.keep) == 2

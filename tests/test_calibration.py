@@ -17,7 +17,7 @@ from netsurgery.passes import (
     TaylorScore,
     measure,
 )
-from netsurgery.passes.calibration import draw, draw_inputs
+from netsurgery.passes.calibration import draw_inputs, draw_samples
 
 X = torch.arange(300.0)[:, None]
 Y = torch.cat([torch.zeros(200), torch.ones(70), torch.full((30,), 2)]).long()  # classes of very different sizes
@@ -43,7 +43,7 @@ class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def classes(data: Any, count: int, seed: int = 0) -> list[int]:
-    return torch.bincount(draw(data, count, seed).targets, minlength=3).tolist()
+    return torch.bincount(draw_samples(data, count, seed).targets, minlength=3).tolist()
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def classes(data: Any, count: int, seed: int = 0) -> list[int]:
     ],
 )
 def test_classes_are_balanced_and_every_form_gives_the_same(data: Any) -> None:
-    found = draw(data, 60)
+    found = draw_samples(data, 60)
     assert torch.bincount(found.targets).tolist() == [20, 20, 20]
-    assert torch.equal(found.targets, draw((X, Y), 60).targets)
-    assert torch.equal(found.inputs[0][0], draw((X, Y), 60).inputs[0][0])
+    assert torch.equal(found.targets, draw_samples((X, Y), 60).targets)
+    assert torch.equal(found.inputs[0][0], draw_samples((X, Y), 60).inputs[0][0])
     assert torch.equal(Y[found.inputs[0][0][:, 0].long()], found.targets)
     assert torch.bincount(found.targets[:12]).tolist() == [4, 4, 4]  # beginnings are balanced too
 
@@ -73,7 +73,7 @@ def test_small_classes_are_taken_whole() -> None:
 
 
 def test_the_seed_fixes_the_choice() -> None:
-    one, same, other = (draw((X, Y), 30, seed).inputs[0][0] for seed in (1, 1, 2))
+    one, same, other = (draw_samples((X, Y), 30, seed).inputs[0][0] for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -84,14 +84,14 @@ def test_data_that_list_no_labels() -> None:
         DataLoader(Streamed(), 10),
         [(X[:90], Y[:90]), (X[90:], Y[90:])],
     ):
-        found = draw(data, 60)
+        found = draw_samples(data, 60)
         assert found.count == 60 and torch.equal(Y[found.inputs[0][0][:, 0].long()], found.targets)
     assert min(classes(Unlisted(), 60)) >= 8  # of twice as many, drawn at random
 
 
 def test_dictionaries_and_collate_functions() -> None:
     items = [{"input_ids": torch.tensor([i, i]), "attention_mask": torch.ones(2), "labels": i % 2} for i in range(20)]
-    found = draw(DataLoader(items, 4), 10)  # type: ignore[arg-type]  # a list is a data set
+    found = draw_samples(DataLoader(items, 4), 10)  # type: ignore[arg-type]  # a list is a data set
     assert sorted(found.inputs[1]) == ["attention_mask", "input_ids"] and torch.bincount(found.targets).tolist() == [
         5,
         5,
@@ -101,7 +101,7 @@ def test_dictionaries_and_collate_functions() -> None:
         return torch.stack([x for x, _ in rows]) / 2, torch.tensor([int(y) for _, y in rows])
 
     halved = DataLoader(Listed(), 4, collate_fn=halves)
-    assert torch.equal(draw(halved, 9).inputs[0][0] * 2, draw(Listed(), 9).inputs[0][0])
+    assert torch.equal(draw_samples(halved, 9).inputs[0][0] * 2, draw_samples(Listed(), 9).inputs[0][0])
 
 
 class Bare(Dataset[Tensor]):
@@ -141,7 +141,7 @@ def test_inputs_alone_of_batches() -> None:
     with pytest.raises(InputError, match=r"a batch of the data is tuple, expected inputs, or \(inputs, targets\)"):
         draw_inputs(iter([(X, X, X)]), 7)
     with pytest.raises(InputError, match="a batch of the data is Tensor, expected"):
-        draw(X, 7)
+        draw_samples(X, 7)
 
 
 @pytest.mark.parametrize("form", [lambda x, y: (x, y), TensorDataset, lambda x, y: DataLoader(TensorDataset(x, y), 7)])
@@ -149,14 +149,14 @@ def test_inputs_alone_of_batches() -> None:
 def test_labels_that_losses_ignore_are_no_class(form: Any, ignored: int) -> None:
     y = Y.clone()
     y[::2] = ignored
-    found = draw(form(X, y), 60, ignored=ignored).targets
+    found = draw_samples(form(X, y), 60, ignored=ignored).targets
     assert found.bincount().tolist() == [23, 22, 15]
-    assert len(draw(form(X, y), 1000, ignored=ignored).targets) == 150
+    assert len(draw_samples(form(X, y), 1000, ignored=ignored).targets) == 150
     places = torch.full((300, 4), ignored)
     places[:40, 1] = 3
-    assert draw(form(X, places), 300, ignored=ignored).count == 40
+    assert draw_samples(form(X, places), 300, ignored=ignored).count == 40
     with pytest.raises(InputError, match=f"every label of the data is {ignored}, which losses ignore"):
-        draw(form(X, torch.full((300,), ignored)), 9, ignored=ignored)
+        draw_samples(form(X, torch.full((300,), ignored)), 9, ignored=ignored)
 
 
 @pytest.mark.parametrize(
@@ -168,17 +168,17 @@ def test_labels_that_losses_ignore_are_no_class(form: Any, ignored: int) -> None
     ],
 )
 def test_a_list_of_samples_is_a_data_set(samples: Any) -> None:
-    drawn = draw(samples, 60)
-    assert torch.equal(drawn.targets, draw(Unlisted(), 60).targets)
+    drawn = draw_samples(samples, 60)
+    assert torch.equal(drawn.targets, draw_samples(Unlisted(), 60).targets)
     (inputs,) = drawn.inputs[0] or drawn.inputs[1].values()
     assert inputs.shape == (60, 1) and torch.equal(Y[inputs[:, 0].long()], drawn.targets)
     assert draw_inputs(samples, 60).count == 60
-    assert draw(samples[:2], 60).count == 2
+    assert draw_samples(samples[:2], 60).count == 2
 
 
 def test_targets_that_are_no_classes() -> None:
-    assert draw((X, torch.randn(300)), 50).count == 50
-    assert draw((X, torch.zeros(300, 4, 4).long()), 50).targets.shape == (50, 4, 4)
+    assert draw_samples((X, torch.randn(300)), 50).count == 50
+    assert draw_samples((X, torch.zeros(300, 4, 4).long()), 50).targets.shape == (50, 4, 4)
 
 
 def test_random_transforms_leave_no_trace() -> None:
@@ -188,7 +188,7 @@ def test_random_transforms_leave_no_trace() -> None:
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert torch.equal(draw(Noisy(), 9).inputs[0][0], draw(Noisy(), 9).inputs[0][0])
+    assert torch.equal(draw_samples(Noisy(), 9).inputs[0][0], draw_samples(Noisy(), 9).inputs[0][0])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -206,7 +206,7 @@ def test_random_transforms_leave_no_trace() -> None:
 )
 def test_data_that_cannot_be_used(data: Any, count: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        draw(data, count)
+        draw_samples(data, count)
 
 
 # What can be read once -----------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_the_stream_is_one_group_where_it_is_padded() -> None:
     network = netsurgery.trace(CifarResNet(14, widths=(4, 6, 10)), (torch.zeros(1, 3, 32, 32),))
     sizes = {name: network[name].size for name in ("stem.0", "stages.1.0.conv2", "stages.2.0.conv2")}
     assert sizes == {"stem.0": 4, "stages.1.0.conv2": 2, "stages.2.0.conv2": 4}
-    assert [group.name for group in network.groups if group.frozen] == ["stem.0:in", "head"]
+    assert [group.name for group in network.groups if group.locked] == ["stem.0:in", "head"]
     members = {member.parameter for member in network["stem.0"].members}
     assert {f"stages.{i}.{j}.conv2.weight" for i in range(3) for j in range(2)} < members
 

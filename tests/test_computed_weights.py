@@ -133,7 +133,7 @@ def test_what_stays_of_a_computed_weight_stays_as_it_is(name: str, inplace: bool
     model = made(KEPT[name])
     network = netsurgery.trace(model, X)
     first = "a" if isinstance(model, Computed) else "0:2" if name == "grouped" else "0"
-    assert network[first].frozen is None
+    assert network[first].locked is None
     assert permuted_difference(model, network, X) < 1e-10
     edit = netsurgery.Edit(network, {first: tuple(range(1, network[first].size, 2))})
     silent(model, list(range(0, 8, 2)))
@@ -165,7 +165,7 @@ def test_what_cannot_stay_is_locked(name: str) -> None:
     model = made(LOCKED[name])
     network = netsurgery.trace(model, X)
     first = network["a" if isinstance(model, Computed) else "0"]
-    assert first.frozen is not None and first.frozen.startswith(
+    assert first.locked is not None and first.locked.startswith(
         "the rest of a weight that is computed across its units"
     )
     edit = netsurgery.plan(model, [RandomKeep(1)], X) if network.prunable else None
@@ -494,7 +494,7 @@ def pointed_elsewhere(m: Any) -> None:
 def test_writes_that_cannot_be_followed_lock_what_they_touch(write: Callable[[Any], object], trains: bool) -> None:
     network = netsurgery.trace(overwritten(write, trains), X)
     assert network.prunable == ()
-    assert all(group.frozen for group in network.groups)
+    assert all(group.locked for group in network.groups)
 
 
 def test_data_that_changes_its_shape_is_followed() -> None:
@@ -561,8 +561,8 @@ def normalised_by_rows(m: Any) -> None:
 @pytest.mark.parametrize("write", [normalised_in_place, normalised_by_rows])
 def test_a_weight_that_is_normalised_in_place_is_locked(write: Callable[[Any], object]) -> None:
     network = netsurgery.trace(overwritten(write), X)
-    (frozen,) = [g.frozen for g in network.groups if g.name == "a"]
-    assert frozen is not None and "computed across its units" in frozen
+    (locked,) = [g.locked for g in network.groups if g.name == "a"]
+    assert locked is not None and "computed across its units" in locked
 
 
 # Low-rank updates that are not merged ------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_page():
         "| two | exact | 1,234 | 7 | 2 | 50.0 % | 50.0 % | 2.0e-07 | 3.0e-07 | 0.50 | 0.25 | 1: `l.0` |",
         "| three | REFUSED |  |  |  |  |  |  |  |  |  |  |",
         "- three: REFUSED: `TraceError: no more`",
-        "Only inputs, outputs and positions are frozen in 1 of these models.",
+        "Only inputs, outputs and positions are locked in 1 of these models.",
         "- two:\n  - 2 groups: `no rule for this operation: aten.roll at a_b.py:53`",
     ]:
         assert f"\n{line}\n" in text

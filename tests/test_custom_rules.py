@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.analysis.rules import TAUGHT
+from netsurgery.analysis.rules import CUSTOM_RULES
 from netsurgery.capture.custom_modules import leaf_of
 from netsurgery.errors import InputError, TraceError
 from netsurgery.notation import Op
@@ -79,9 +79,9 @@ class Uses(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
-    before = dict(TAUGHT)
+    before = dict(CUSTOM_RULES)
     yield
-    assert before == TAUGHT, "a test left a rule behind"
+    assert before == CUSTOM_RULES, "a test left a rule behind"
 
 
 def free(model: nn.Module, x: Tensor = X) -> list[str]:
@@ -90,7 +90,7 @@ def free(model: nn.Module, x: Tensor = X) -> list[str]:
 
 def test_an_operation() -> None:
     model = Scales().double().eval()
-    why = netsurgery.trace(model, (X,))["a"].frozen or ""
+    why = netsurgery.trace(model, (X,))["a"].locked or ""
     assert "no rule for this operation (netsurgery.rule teaches one): netsurgery_tests.scale at tests/" in why
     for target in ("netsurgery_tests::scale", scale, torch.ops.netsurgery_tests.scale.default):
         with netsurgery.rule(target, "*s c, c -> *s c") as taught:
@@ -102,7 +102,7 @@ def test_an_operation() -> None:
 
 def test_operands_by_name_and_what_is_not_named() -> None:
     with netsurgery.rule(scale, "*s -> *s", operands="x"):
-        reasons = [group.frozen or "" for group in netsurgery.trace(Scales().double(), (X,)).groups]
+        reasons = [group.locked or "" for group in netsurgery.trace(Scales().double(), (X,)).groups]
         assert free(Scales().double()) == ["a"]  # which is wrong, as verify would show: by is added to nothing
         assert any("not named by its rule: netsurgery_tests.scale" in reason for reason in reasons)
     with netsurgery.rule(scale, "c, *s c -> *s c", operands="by x"):
@@ -112,7 +112,7 @@ def test_operands_by_name_and_what_is_not_named() -> None:
 def test_brackets_lock_one_dimension() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).double()
     with netsurgery.rule(torch.ops.aten.addmm, "n, m k, k [n] -> m n"):
-        assert "told apart by position: aten.addmm in 0" in (netsurgery.trace(model, X[0])["0"].frozen or "")
+        assert "told apart by position: aten.addmm in 0" in (netsurgery.trace(model, X[0])["0"].locked or "")
 
 
 def test_functions_and_locks() -> None:
@@ -124,7 +124,7 @@ def test_functions_and_locks() -> None:
         assert free(model) == ["by", "a"]  # the function says nothing of by
         with netsurgery.rule(scale, None):
             assert "locked by netsurgery.rule: netsurgery_tests.scale" in (
-                netsurgery.trace(model, (X,))["a"].frozen or ""
+                netsurgery.trace(model, (X,))["a"].locked or ""
             )
         assert free(model) == ["by", "a"]  # the rule before holds again
     with (
@@ -179,7 +179,7 @@ def test_tensors_of_a_module_that_are_not_named_are_locked() -> None:
     with netsurgery.rule(Heads, **partly):
         network = netsurgery.trace(Uses().double(), (X,))
         (group,) = (g for g in network.groups for m in g.members if m.parameter == "heads.gain")
-        assert (group.frozen or "").startswith("not named by its rule: Heads in heads at tests/test_custom_rules.py")
+        assert (group.locked or "").startswith("not named by its rule: Heads in heads at tests/test_custom_rules.py")
 
 
 @pytest.mark.parametrize(

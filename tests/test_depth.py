@@ -113,7 +113,7 @@ def test_tries_of_a_tiny_llama_do_not_grow_with_depth(heads: tuple[int, int], mo
 
 
 def locked_by_code(network: netsurgery.Network) -> dict[str, str]:
-    return {group.name: group.frozen for group in network.groups if group.frozen and "other sizes" in group.frozen}
+    return {group.name: group.locked for group in network.groups if group.locked and "other sizes" in group.locked}
 
 
 @pytest.mark.parametrize("model", [stacked(Vague, 5), by_turns(6)], ids=["alike", "by turns"])

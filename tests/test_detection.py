@@ -95,7 +95,7 @@ def test_half_of_every_group(name: str) -> None:
     network = netsurgery.trace(model, inputs)
     assert network.programs[0].values == "all"
     assert permuted_difference(model, network, inputs) < 1e-9
-    locked = [g for g in network.groups if g.frozen and not g.name.endswith(":in")]
+    locked = [g for g in network.groups if g.locked and not g.name.endswith(":in")]
     assert [g.name for g in locked if not re.search(LAST, g.name)] == []
 
     sorts = sorted({group.unit for group in network.prunable})  # one by one: a ratio cuts one factor of several

@@ -159,7 +159,7 @@ def test_any_number_of_heads_and_dimensions(seed: int) -> None:
 
 def test_a_size_that_is_only_asked_for_is_locked_at_the_users_line() -> None:
     model = lines(lambda m, x: m.b(einops.repeat(m.a(x), "b c -> b c k", c=32, k=2).sum(-1))).double()
-    reason = netsurgery.trace(model, (ROWS,))["a"].frozen or ""
+    reason = netsurgery.trace(model, (ROWS,))["a"].locked or ""
     assert "the code refuses other sizes" in reason and "test_einops.py" in reason and "einops/" not in reason
 
 

@@ -341,8 +341,8 @@ def test_what_a_constant_feeds_is_an_input(run: str) -> None:
     reads = [
         group for group in network.groups if any((m.parameter, m.axis) == ("read.weight", 1) for m in group.members)
     ]
-    assert reads and all(group.frozen for group in reads)
-    assert any("what a constant feeds is an input" in (group.frozen or "") for group in reads)
+    assert reads and all(group.locked for group in reads)
+    assert any("what a constant feeds is an input" in (group.locked or "") for group in reads)
     assert cut(model, ROWS, PruneChannels(0.5)).read.weight.shape == (16, 8)
 
 
@@ -356,7 +356,7 @@ def test_a_state_that_begins_with_zeros_is_no_input() -> None:
             return self.out(self.cell(x[:, 0]))
 
     network = netsurgery.trace(nn.Sequential(Step()), ROWS)
-    assert [group.name for group in network.groups if group.frozen is None] == ["0.cell", "0.cell:in:2"]
+    assert [group.name for group in network.groups if group.locked is None] == ["0.cell", "0.cell:in:2"]
 
 
 def test_what_a_constant_is_added_to_is_none() -> None:

@@ -215,7 +215,7 @@ class Whole(nn.Module):
 
 
 def test_a_reason_never_has_an_empty_path() -> None:
-    reasons = [group.frozen for group in netsurgery.trace(Whole(), (X.float(),)).groups if group.frozen]
+    reasons = [group.locked for group in netsurgery.trace(Whole(), (X.float(),)).groups if group.locked]
     assert reasons and not any("  " in why or why.endswith((" of", " in")) for why in reasons)
 
 

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import GradientScore, LossIncreaseScore, PruneChannels, TaylorScore, unit_scores
-from netsurgery.passes.ablation import Trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
 from test_language_models import MASKED, MODELS
 from test_loss_increase import NETWORKS, data_for, randomised
@@ -26,7 +26,7 @@ from test_loss_increase import NETWORKS, data_for, randomised
 def slopes(model: nn.Module, data: tuple[Any, Tensor], loss: Any = None, example: Any = None) -> dict[str, Tensor]:
     """The slope of the loss summed over samples, by a gate on each unit at its readers."""
     network = netsurgery.trace(model, data[0][:2] if example is None else example)
-    found = gate_slopes(Trials(LossIncreaseScore(None, loss), network, draw(data, 12)))
+    found = gate_slopes(Ablation(LossIncreaseScore(None, loss), network, draw_samples(data, 12)))
     return {name: slope.sum(0) for name, slope in found.items()}
 
 
@@ -36,7 +36,7 @@ def scores(model: nn.Module, x: Any, **options: Any) -> dict[str, Tensor]:
 
 def trained(model: nn.Module, data: tuple[Any, Tensor]) -> None:
     """Gradients of the loss summed over the samples that scores of data draw."""
-    drawn = draw(data, 12)
+    drawn = draw_samples(data, 12)
     F.cross_entropy(model(*drawn.inputs[0]), drawn.targets, reduction="sum").backward()
 
 
@@ -86,7 +86,7 @@ def test_without_norms_the_weights_and_biases_that_make_a_unit_say_the_same() ->
 def test_of_one_sample_it_is_the_taylor_score() -> None:
     model = randomised(Plain())
     data = data_for(model)
-    drawn = draw(data, 1)
+    drawn = draw_samples(data, 1)
     F.cross_entropy(model(*drawn.inputs[0]), drawn.targets).backward()
     network = netsurgery.trace(model, data[0][:2])
     expected = TaylorScore(data, samples=1).run(network)
@@ -113,7 +113,7 @@ def test_a_filter_in_front_of_a_batch_norm_says_nothing_but_its_readers_do() -> 
 def test_language_models(name: str) -> None:
     build, loss, targets, group, _ = MODELS[name]
     model, example = build(), {key: value[:2] for key, value in MASKED.items()}
-    drawn = draw((MASKED, targets), 12)
+    drawn = draw_samples((MASKED, targets), 12)
     inputs, target = drawn.rows(slice(0, 12), torch.device("cpu"))
     loss(model(**inputs[1]), target).sum().backward()
     found, expected = scores(model, example)[group], slopes(model, (MASKED, targets), loss, example)[group]

@@ -385,7 +385,7 @@ def under_checkpoint(m: Any, x: Tensor) -> Tensor:
 def test_what_cannot_be_rewritten_is_locked(run: Callable[..., Tensor], why: str) -> None:
     model = build(Attention(run))
     network = netsurgery.trace(model, X)
-    reasons = [g.frozen or "" for g in network.groups if g.unit == "head_dim"]
+    reasons = [g.locked or "" for g in network.groups if g.unit == "head_dim"]
     assert any(f"the code of inside {why}" in reason for reason in reasons)
     oracles.check(model, (X,), 1e-9, share=0.5)
 
@@ -470,7 +470,7 @@ def test_what_a_module_remembers_from_run_to_run_locks_it(run: Callable[..., Ten
     inside = Attention(run)
     inside.rounds, inside.length = 0, 3
     model = build(inside)
-    reasons = [g.frozen or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
+    reasons = [g.locked or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
     assert any(f"the code of inside {why}" in reason for reason in reasons), reasons
     oracles.check(model, (X,), 1e-9, share=0.5)
 
@@ -507,7 +507,7 @@ def test_code_that_is_given_objects_is_locked() -> None:
             return self.last(x + self.inside(x, object()))
 
     network = netsurgery.trace(Gives(GivenAnObject(default_scale)).double(), X)
-    assert any("is given a object" in (g.frozen or "") for g in network.groups if g.unit == "head_dim")
+    assert any("is given a object" in (g.locked or "") for g in network.groups if g.unit == "head_dim")
 
 
 def test_what_a_module_keeps_in_containers_is_cut_too() -> None:
@@ -532,7 +532,7 @@ def test_the_whole_model_is_rewritten_as_its_parts_are() -> None:
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     small, edit = oracles.check(model, (x,), 1e-9, share=0.5)
     assert isinstance(small, Attention) and list(edit.replaced) == [""]
-    assert all(g.frozen is None for g in edit.network.groups if g.unit != "channel")
+    assert all(g.locked is None for g in edit.network.groups if g.unit != "channel")
 
 
 def by_position(m: Any, x: Tensor) -> Tensor:
@@ -547,7 +547,7 @@ def for_each(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("run", [by_position, for_each], ids=lambda run: run.__name__)
 def test_loops_over_positions_are_not_rewritten(run: Callable[..., Tensor]) -> None:
     model = build(Attention(run))
-    reasons = [g.frozen or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
+    reasons = [g.locked or "" for g in netsurgery.trace(model, X).groups if g.unit == "head_dim"]
     assert any("does other things for inputs of other sizes" in reason for reason in reasons)
 
 
@@ -587,7 +587,7 @@ def test_copies_that_protect_from_later_writes_stay() -> None:
 
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     network = netsurgery.trace(Writes().double(), x)
-    assert all(group.frozen for group in network.groups if group.size == 2)
+    assert all(group.locked for group in network.groups if group.size == 2)
 
 
 @functools.lru_cache

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from netsurgery.kernels import CRITERIA, hgsr, hgsr_cpu, hgsr_flat
-from netsurgery.kernels.criteria import Name, Reading, reading
+from netsurgery.kernels.criteria import Name, WeightView, reading
 from netsurgery.kernels.hgsr_reference import reference
 from netsurgery.kernels.sparsity import Layout, add_gradient, values
 
@@ -59,7 +59,7 @@ def some_weights(dtype: torch.dtype, how: str = "contiguous", *, seed: int = 0) 
     return weights
 
 
-def expected(weights: Sequence[Tensor], criterion: Name, readings: Sequence[Reading], *more: object) -> list[Tensor]:
+def expected(weights: Sequence[Tensor], criterion: Name, readings: Sequence[WeightView], *more: object) -> list[Tensor]:
     """Value and gradients of the reference in float64."""
     exact = [weight.detach().double().requires_grad_() for weight in weights]
     value = reference(exact, criterion, readings, *more)  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def test_adding_in_place_equals_autograd(dtype: torch.dtype) -> None:
 
 def test_two_readings_of_one_weight() -> None:
     weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    layout = Layout((Reading(1, (1,)), Reading(1, (0,))), (True, False))
+    layout = Layout((WeightView(1, (1,)), WeightView(1, (0,))), (True, False))
     out = torch.zeros_like(weight)
     factors = torch.tensor([1.0, 1.0], dtype=torch.float64)
     add_gradient([weight, weight], layout, "group_lasso", factors, [out, out])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from netsurgery.kernels import CRITERIA, hgsr_flat
-from netsurgery.kernels.criteria import Name, Reading, column_count, reading
+from netsurgery.kernels.criteria import Name, WeightView, column_count, reading
 from netsurgery.kernels.hgsr_reference import reference
 from netsurgery.kernels.sparsity import Layout, add_gradient, values
 
@@ -22,7 +22,7 @@ SHAPES = [
 READINGS = [
     reading((4, 6, 3, 3), "feature"), reading((5, 4), "neuron"), reading((6, 2, 3, 3), "feature", groups=2),
     reading((7, 5), "feature"), reading((3, 4, 3, 3), "neuron"), reading((40, 30), "feature"),
-    Reading(1, (1, 3), (0, 2)), Reading(2, (0,), (1,)),
+    WeightView(1, (1, 3), (0, 2)), WeightView(2, (0,), (1,)),
 ]  # fmt: skip
 COUNTED = (True, False, True, False, True, True, False, True)
 

@@ -51,9 +51,9 @@ def captured(weights: list[torch.Tensor], outs: list[torch.Tensor | None], index
     readings = tuple(reading(tuple(weight.shape), "feature") for weight in weights)
     groups = sum(weight.shape[1] for weight in weights)
     index = torch.arange(groups) if indexed else None
-    rule, counted, scale = CRITERIA["group_l12"], (True,) * len(weights), torch.ones(2)
-    _, slopes = hgsr_triton.value(weights, readings, index, groups, rule, counted)
-    hgsr_triton.gradient(weights, readings, index, slopes, rule, counted, scale, outs, accumulate=True)
+    rule, in_l1, scale = CRITERIA["group_l12"], (True,) * len(weights), torch.ones(2)
+    _, slopes = hgsr_triton.value(weights, readings, index, groups, rule, in_l1)
+    hgsr_triton.gradient(weights, readings, index, slopes, rule, in_l1, scale, outs, accumulate=True)
 
 
 def kept() -> list[Any]:

@@ -146,7 +146,7 @@ SIZES: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_code_that_follows_a_size_through_a_value_locks(name: str) -> None:
-    assert netsurgery.trace(net(SIZES[name]), X)["a"].frozen
+    assert netsurgery.trace(net(SIZES[name]), X)["a"].locked
 
 
 class Quantised(nn.Module):
@@ -270,7 +270,7 @@ def test_memory_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deep network that looks at its last activation: at no time are more than a few of them kept."""
     most = 0
 
-    class Counting(values.Values):
+    class Counting(values.ConcreteValues):
         def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             nonlocal most
             held = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for _, v in self.of.items.values()}
@@ -336,7 +336,7 @@ def test_a_small_model_that_does_something_else_is_refused() -> None:
 def test_python_that_reads_what_another_run_knows() -> None:
     """At other sizes the code reads values that it did not read before."""
     model = net(lambda m, h: m.b(h) if h.shape[1] == 8 else m.b(h) * h.mean().tolist())
-    assert "the code" in (netsurgery.trace(model, X)["a"].frozen or "")
+    assert "the code" in (netsurgery.trace(model, X)["a"].locked or "")
 
 
 class Few(nn.Module):
@@ -362,8 +362,8 @@ def test_layers_that_run_on_no_rows_are_coupled_as_on_some() -> None:
     network = netsurgery.trace(model, X)
     model.threshold = 1e9
     empty = netsurgery.trace(model, X)
-    assert {g.name: (g.size, g.members, g.frozen is None) for g in empty.groups} == {
-        g.name: (g.size, g.members, g.frozen is None) for g in network.groups
+    assert {g.name: (g.size, g.members, g.locked is None) for g in empty.groups} == {
+        g.name: (g.size, g.members, g.locked is None) for g in network.groups
     }
     assert [group.name for group in empty.prunable] == ["conv", "conv:2", "up", "b"]
     edit = netsurgery.Edit(network, netsurgery.plan(model, HALF, X).keep)  # planned where no row runs
@@ -433,7 +433,7 @@ def test_experts_that_are_modules(seed: int) -> None:
     _, edit = check(model, (torch.randn(24, 4, dtype=torch.float64),), 1e-10, seed)
     widths = {f"experts.experts.{i}.up" for i in range(3)}
     assert {group.name for group in edit.network.prunable} == {"a", *widths}
-    assert "told apart by position: aten.topk" in edit.network["experts.gate"].frozen
+    assert "told apart by position: aten.topk" in edit.network["experts.gate"].locked
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -445,7 +445,7 @@ def test_experts_in_one_parameter(seed: int) -> None:
     count, width = small.experts.up.shape[0], small.experts.down.shape[2]
     assert count == 3 and small.experts.up.shape[1] == 2 * width < 20
     stacks = [g for g in edit.network.groups if ("experts.up", 0) in [(m.parameter, m.axis) for m in g.members]]
-    assert "told apart by position: aten.select" in stacks[0].frozen
+    assert "told apart by position: aten.select" in stacks[0].locked
 
 
 def test_an_expert_that_no_token_chooses_keeps_its_width() -> None:
@@ -456,5 +456,5 @@ def test_an_expert_that_no_token_chooses_keeps_its_width() -> None:
         model.a.bias[0] = 1e3
         model.experts.gate.weight[1:, 0] = 10.0
     network = netsurgery.trace(model, X)
-    assert network["experts.experts.0.up"].frozen == "not used in the recorded run"
-    assert network["experts.experts.1.up"].frozen is None
+    assert network["experts.experts.0.up"].locked == "not used in the recorded run"
+    assert network["experts.experts.1.up"].locked is None

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.ablation import Trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
 
 IDS = torch.randint(1, 64, (12, 8), generator=torch.Generator().manual_seed(0))
@@ -60,8 +60,8 @@ def test_slopes_are_those_of_the_weights_that_read_a_unit(name: str, rows: int |
     build, loss, targets, group, readers = MODELS[name]
     model, data = build(), (MASKED, targets)
     network = netsurgery.trace(model, {key: value[:2] for key, value in MASKED.items()})
-    samples = draw(data, 12)
-    found = gate_slopes(Trials(LossIncreaseScore(None, loss, rows=rows), network, samples))[group]
+    samples = draw_samples(data, 12)
+    found = gate_slopes(Ablation(LossIncreaseScore(None, loss, rows=rows), network, samples))[group]
     axis = {m.parameter: m.axis for m in network[group].members}
     parameters = [dict(model.named_parameters())[reader] for reader in readers]
     for row in range(12):

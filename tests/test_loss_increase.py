@@ -21,8 +21,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore
-from netsurgery.passes.ablation import Loss, Trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.ablation import Ablation, Loss
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.readings import Reading
 
 
@@ -188,7 +188,7 @@ READINGS: dict[Reading, Callable[[Tensor], float]] = {
 
 
 def drawn(data: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
-    chosen = draw(data, count)
+    chosen = draw_samples(data, count)
     return chosen.inputs[0][0], chosen.targets
 
 
@@ -203,7 +203,7 @@ def test_a_score_is_the_change_of_the_loss_where_the_unit_is_cut_out(
     network = netsurgery.trace(model, data[0][:3])
     scores = LossIncreaseScore(data, samples=16, rows=rows, by=by).run(network).scores
     x, y = drawn(data, 16)
-    tied = {name for names in network.ties for name in names}
+    tied = {name for names in network.equal_sizes for name in names}
     assert set(scores) == {group.name for group in network.prunable}
     assert len(scores) >= 2
     for group in network.prunable:
@@ -329,7 +329,7 @@ def test_samples_come_from_the_part_that_a_sampler_names() -> None:
         DataLoader(data, 4, sampler=sampler),
         DataLoader(data, batch_sampler=BatchSampler(sampler, 4, False)),
     ):
-        assert sorted(draw(loader, 20).inputs[0][0].flatten().tolist()) == list(range(40, 50))
+        assert sorted(draw_samples(loader, 20).inputs[0][0].flatten().tolist()) == list(range(40, 50))
 
 
 class Listing(Dataset[tuple[Tensor, int]]):
@@ -347,13 +347,13 @@ class Listing(Dataset[tuple[Tensor, int]]):
 
 @pytest.mark.parametrize("listed", [20, 40])
 def test_targets_listed_of_other_items_are_not_those_of_the_items(listed: int) -> None:
-    found = draw(Listing(listed), 9).targets
+    found = draw_samples(Listing(listed), 9).targets
     assert found.bincount().tolist() == [3, 3, 3]
 
 
 def test_no_samples() -> None:
     with pytest.raises(InputError, match="the data holds no samples"):
-        draw((torch.zeros(0, 4), torch.zeros(0).long()), 9)
+        draw_samples((torch.zeros(0, 4), torch.zeros(0).long()), 9)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -458,8 +458,8 @@ def test_racing_finds_the_selection_and_sees_fewer_samples(by: Reading) -> None:
         raced = race.run(network).scores["0"]
         lowest = [set(score.argsort(stable=True)[:24].tolist()) for score in (exact, raced)]
         found += len(lowest[0] & lowest[1])
-        (ledger,) = race._known.values()
-        assert int(ledger.entries["0"][1].sum()) < 48 * 1000 / 2
+        (checkpoint,) = race._known.values()
+        assert int(checkpoint.entries["0"][1].sum()) < 48 * 1000 / 2
     assert found >= 0.9 * 24 * seeds
     with pytest.raises(InputError, match="racing compares samples: let the loss return one number for each"):
         LossIncreaseScore(data, F.cross_entropy, racing=True, by=by).run(network)
@@ -572,7 +572,9 @@ def test_a_loss_is_known_again_in_another_process() -> None:
     model, data = small_regression()
     network = netsurgery.trace(model, data[0])
     losses = [functools.partial(squares, times=2.0) for _ in range(2)]
-    one, other = (Trials(LossIncreaseScore(data, loss), network, draw(data, 20)).fingerprint() for loss in losses)
+    one, other = (
+        Ablation(LossIncreaseScore(data, loss), network, draw_samples(data, 20)).fingerprint() for loss in losses
+    )
     assert one == other
 
 

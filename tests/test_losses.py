@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import FisherScore, LossIncreaseScore, TaylorScore
-from netsurgery.passes.ablation import Trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.losses import Loss, cross_entropy
 
 SCORES = (LossIncreaseScore, TaylorScore, FisherScore)
@@ -141,7 +141,7 @@ def test_labels_that_are_ignored_count_for_nothing(score: Any, loss: Loss | None
     traced = netsurgery.trace(network(3), X[:2])
     found, wanted = score((X, ignored), loss).run(traced), score((X[:40], Y[:40]), loss).run(traced)
     torch.testing.assert_close(found.scores["0"], wanted.scores["0"], rtol=1e-3, atol=1e-6)
-    few = draw((X, ignored), 9, ignored=getattr(loss, "ignore_index", -100))
+    few = draw_samples((X, ignored), 9, ignored=getattr(loss, "ignore_index", -100))
     assert few.targets.bincount().tolist() == [3, 3, 3]
 
 
@@ -165,12 +165,12 @@ def test_scores_that_are_kept_are_of_these_targets(place: int, shares: bool, tmp
     model, later = network(3), Y.clone()
     later[place] = (later[place] + 1) % 3
     traced = netsurgery.trace(model, X[:2])
-    ordered = draw((X, torch.zeros(70)), 70)  # all samples, in the order in which they are drawn
+    ordered = draw_samples((X, torch.zeros(70)), 70)  # all samples, in the order in which they are drawn
     prints = []
     for y in (Y, later):
         targets = F.one_hot(y, 3).float() if shares else y
         kept = type(ordered)(((X,), {}), targets, 70)
-        prints.append(Trials(LossIncreaseScore(None), traced, kept).fingerprint())
+        prints.append(Ablation(LossIncreaseScore(None), traced, kept).fingerprint())
     assert prints[0] != prints[1]
 
 
@@ -178,7 +178,7 @@ def test_a_kept_file_is_refused_where_late_targets_changed(tmp_path: Path) -> No
     model, shares = network(3), F.one_hot(Y, 3).float()
     traced = netsurgery.trace(model, X[:2])
     LossIncreaseScore((X, shares), file=tmp_path / "scores").run(traced)
-    order = draw((torch.arange(70), NUMBERS), 70).inputs[0][0]
+    order = draw_samples((torch.arange(70), NUMBERS), 70).inputs[0][0]
     late = shares.clone()
     late[order[-1]] = late[order[-1]].roll(1)
     with pytest.raises(InputError, match="holds scores of another model, other samples or other settings"):

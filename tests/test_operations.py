@@ -42,7 +42,7 @@ def conv(*sizes: int, **options: Any) -> nn.Conv2d:
 
 @dataclass(frozen=True)
 class Case:
-    """``free``: the groups that are prunable, all others being frozen; ``why``: a reason that must be among theirs."""
+    """``free``: the groups that are prunable, all others being locked; ``why``: a reason that must be among theirs."""
 
     run: Run
     parts: dict[str, nn.Module]
@@ -77,7 +77,7 @@ NEAREST = ("nearest", "nearest-exact")
 POSITIONS = torch.tensor([[0, 3, 1], [2, 2, 4]])
 
 CASES: dict[str, Case] = {
-    # order and positions: the dimension worked along is frozen, features are not
+    # order and positions: the dimension worked along is locked, features are not
     "roll": rows(lambda m, h: h.roll((1, -2), (0, 1)), "a"),
     "roll features": rows(lambda m, h: h.roll(1, -1), "", APART),
     "flip": rows(lambda m, h: h.flip(1), "a"),
@@ -425,7 +425,7 @@ def test_operation(name: str) -> None:
     x = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     network = netsurgery.trace(model, (x,))
     assert {group.name for group in network.prunable} == set(case.free.split())
-    assert case.why in " ".join(group.frozen or "" for group in network.groups)
+    assert case.why in " ".join(group.locked or "" for group in network.groups)
     if case.free:
         for seed in range(2):
             check(model, (x,), 1e-9, seed)

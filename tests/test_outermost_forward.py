@@ -205,7 +205,7 @@ def test_a_size_that_cannot_be_followed_is_locked_with_the_reason() -> None:
             return x.view(-1, 400)
 
     network = netsurgery.trace(LeNet(quiet).double().eval(), IMAGES)
-    reason = network["conv2"].frozen or ""
+    reason = network["conv2"].locked or ""
     assert "aten.view at" in reason and "shape '[-1, 400]' is invalid" in reason
     line = quiet.__code__.co_firstlineno + 1
     assert reason.endswith(f"(the code of the model uses no_grad at tests/test_outermost_forward.py:{line})")

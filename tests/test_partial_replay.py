@@ -11,7 +11,7 @@ import netsurgery
 import zoo
 from netsurgery.analysis.replay import look_up_constants
 from netsurgery.capture.copies import named_tensors
-from netsurgery.passes.partial_replay import Removal, Suffixes, Unsuited
+from netsurgery.passes.partial_replay import PartialReplay, Removal, Unsuited
 from netsurgery.verification.silencing import silenced
 from random_networks import Program, build, example, programs
 
@@ -24,7 +24,7 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
     given, tensors = (inputs, {}), dict(named_tensors(model))
     look_up_constants(model, network, given)
     try:
-        suffixes = Suffixes(network, tensors)
+        suffixes = PartialReplay(network, tensors)
     except Unsuited:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
     worst = 0.0
     for index, group in enumerate(groups[:most]):
         others = {other.name: some(other) for other in groups[index + 1 :: 2]}
-        tied = network.tied_to(group.name)
+        tied = network.equal_to(group.name)
         for names, before in (((group.name,), {}), ((group.name,), others), (tied, others)):
             before = {name: units for name, units in before.items() if name not in names}
             suffix = suffixes.suffix(names, frozenset(before))

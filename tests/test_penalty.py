@@ -283,8 +283,8 @@ def test_weights_used_otherwise_than_they_are_kept() -> None:
     weight = net.code.weight.detach()  # it reads the units of `kernel` along axis 1, and its own along axis 0
     torch.testing.assert_close(scores["code"], weight.norm(dim=1))
     torch.testing.assert_close(scores["kernel"], weight.norm(dim=0))
-    counted = HGSR(net, x, grouping="coupled", strength=1.0, l1_ratio=1.0)
-    torch.testing.assert_close(counted(), sum(net.get_parameter(name).abs().sum() for name in counted.layers))
+    in_l1 = HGSR(net, x, grouping="coupled", strength=1.0, l1_ratio=1.0)
+    torch.testing.assert_close(in_l1(), sum(net.get_parameter(name).abs().sum() for name in in_l1.layers))
 
 
 def test_computed_weights_are_listed_and_scored_but_not_penalised() -> None:
@@ -413,7 +413,7 @@ def test_each_part_of_a_concatenation_has_its_own_units() -> None:
     torch.testing.assert_close(by_layer["a"], weight[:, :3].norm(dim=0) + weight[:, 8:].norm(dim=0))
 
 
-def counted(kind: str) -> tuple[nn.Module, HGSR]:
+def in_l1(kind: str) -> tuple[nn.Module, HGSR]:
     """A model, and a penalty whose strength is 10 to the number of steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -424,8 +424,8 @@ def counted(kind: str) -> tuple[nn.Module, HGSR]:
 @pytest.mark.parametrize("when", ["before the first call", "between calls", "twice", "back again"])
 def test_steps_go_on_after_the_model_has_moved(kind: str, when: str) -> None:
     """What is kept beside the weights is made anew for another device or type; the count of the steps is not."""
-    model, penalty = counted(kind)
-    twin, reference = counted(kind)
+    model, penalty = in_l1(kind)
+    twin, reference = in_l1(kind)
     one = reference().item()
     if when == "before the first call":
         model.double()

@@ -285,7 +285,7 @@ def test_a_pass_that_returns_something_else(model: nn.Module) -> None:
         ({"block.conv1": (0, 8)}, "must be ascending, distinct and in 0..7"),
         ({"block.conv1": (-1, 2)}, "must be ascending"),
         ({"block.conv1": (2, 2)}, "must be ascending"),
-        ({"head": (0,)}, "'head' is frozen: network output"),
+        ({"head": (0,)}, "'head' is locked: network output"),
     ],
 )
 def test_impossible_edits(keep: dict, message: str) -> None:
@@ -368,8 +368,8 @@ def test_hard_coded_sizes_that_cannot_follow_are_named_and_frozen() -> None:
     model = HardCoded()
     network = netsurgery.trace(model, (X,))
     assert [group.name for group in network.prunable] == ["b"]
-    assert "size 8 is fixed by the code: aten.view" in network["a"].frozen
-    assert "test_pipeline.py:" in network["a"].frozen
+    assert "size 8 is fixed by the code: aten.view" in network["a"].locked
+    assert "test_pipeline.py:" in network["a"].locked
     edit = netsurgery.plan(model, HALF, (X,))  # plan finds it by itself
     assert list(edit.keep) == ["b"]
     assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (X,)) < 1e-6
@@ -387,7 +387,7 @@ def test_a_number_computed_from_a_size_freezes() -> None:
 
     network = netsurgery.trace(Mean(), torch.randn(2, 3))
     assert not network.prunable
-    assert "the code computes other=2.828" in network["a"].frozen
+    assert "the code computes other=2.828" in network["a"].locked
     with pytest.raises(InputError, match="nothing of Mean can be pruned"):
         netsurgery.apply(Mean(), HALF, torch.randn(2, 3))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
-from netsurgery.passes.ablation import Trials
+from netsurgery.passes.ablation import Ablation
 from test_loss_increase import NETWORKS, Deciding, Normed, WritesIntoViews, by_surgery, data_for, loss_of, randomised
 
 
@@ -231,13 +231,13 @@ def trained() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 def test_a_tolerance_of_each_group_is_not_that_of_the_network() -> None:
     model, data = trained()
-    rises, scores = {}, {}
+    loss_deltas, scores = {}, {}
     for mode in ("per-group", "cumulative"):
         score: Any = LossIncreaseScore(data, mode=mode, tolerance=0.05, samples=400)  # type: ignore[arg-type]
         edit = netsurgery.plan(model, [score, PruneChannels(threshold=0.05)], data[0][:3])
-        rises[mode], scores[mode] = rise(model, edit, data), edit.network.scores
+        loss_deltas[mode], scores[mode] = rise(model, edit, data), edit.network.scores
         assert edit.counts
-    assert rises["cumulative"] <= 0.05 < rises["per-group"]
+    assert loss_deltas["cumulative"] <= 0.05 < loss_deltas["per-group"]
 
 
 def test_of_each_group_alone_the_scores_are_the_rises_of_prefixes() -> None:
@@ -292,18 +292,18 @@ def test_what_is_interrupted_goes_on_to_the_same(after: int, tmp_path: Path, mon
         return dict(score.run(network).scores)
 
     tried: list[tuple[str, int]] = []
-    rises = Trials.rises
+    loss_deltas = Ablation.loss_deltas
 
     def until(limit: float) -> None:
-        def some(trials: Trials, due: Any, start: int, stop: int) -> Iterator[Any]:
-            for name, units, found in rises(trials, due, start, stop):
+        def some(trials: Ablation, due: Any, start: int, stop: int) -> Iterator[Any]:
+            for name, units, found in loss_deltas(trials, due, start, stop):
                 if len(tried) == limit:
                     raise Interrupted
                 tried.append((name, start))
                 yield name, units, found
 
         tried.clear()
-        monkeypatch.setattr(Trials, "rises", some)
+        monkeypatch.setattr(Ablation, "rises", some)
 
     until(math.inf)
     whole = run()
@@ -329,8 +329,8 @@ def test_trials_that_are_refused_from_some_number_on_count_once(mode: Any, monke
     def scores() -> Tensor:
         score = LossIncreaseScore(data, mode=mode, tolerance=0.3, samples=24, rows=9)
         found = score.run(network).scores["conv"]
-        (ledger,) = score._known.values()
-        assert all(int(seen.max()) == 24 for _, seen in ledger.entries.values())
+        (checkpoint,) = score._known.values()
+        assert all(int(seen.max()) == 24 for _, seen in checkpoint.entries.values())
         return found
 
     def refusing(model: nn.Module, edit: netsurgery.Edit) -> nn.Module:

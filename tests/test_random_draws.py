@@ -20,7 +20,7 @@ import netsurgery
 from netsurgery.analysis.replay import draws
 from netsurgery.capture.randomness import seeded
 from netsurgery.passes import LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.calibration import draw_samples
 
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(40) % 4
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_a_generator_that_the_model_keeps_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("rows", [None, 9])
 @pytest.mark.parametrize("name", NOISES)
 def test_scores_are_those_of_a_loop_with_the_same_draw(name: str, rows: int | None) -> None:
-    model, samples = noisy(name), draw(DATA, 40)
+    model, samples = noisy(name), draw_samples(DATA, 40)
     network = netsurgery.trace(model, DATA[0][:3])
     scores = LossIncreaseScore(DATA, rows=rows).run(network).scores
     base = loss(model, network, {}, rows or 40, samples)
@@ -152,7 +152,7 @@ def test_two_calls_give_the_same_and_name_the_line(
 @pytest.mark.parametrize("name", ["dropout", "rand", "numpy"])
 def test_what_goes_by_and_by_meets_the_same_draw(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "netsurgery")
-    model, samples = noisy(name), draw(DATA, 40)
+    model, samples = noisy(name), draw_samples(DATA, 40)
     network = netsurgery.trace(model, DATA[0][:3])
     score = LossIncreaseScore(DATA, mode="cumulative", tolerance=0.1, rows=9)
     edit = PruneChannels(threshold=0.1).run(score.run(network))

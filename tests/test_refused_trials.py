@@ -15,8 +15,8 @@ from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
 from netsurgery.errors import RewriteError
 from netsurgery.passes import LossIncreaseScore, PruneChannels
-from netsurgery.passes.ablation import Trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.verification.silencing import silenced
 from test_language_models import IDS, built
 
@@ -107,10 +107,10 @@ def effects(model: nn.Module, network: netsurgery.Network, samples: Any) -> dict
 @pytest.mark.parametrize("name", some_slow(MODELS))
 def test_scores_are_the_effects_by_the_oracle(name: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[name]()
-    samples = draw((IDS, IDS), 12)
+    samples = draw_samples((IDS, IDS), 12)
     network = trace_untried(model, samples.inputs[0])  # as ``plan`` starts
     if not parts:
-        monkeypatch.setattr(Trials, "engine", lambda *_: None)
+        monkeypatch.setattr(Ablation, "engine", lambda *_: None)
     scores = LossIncreaseScore((IDS, IDS), of_logits, samples=12).run(network).scores
     for group, wanted in effects(model, network, samples).items():
         assert scores[group].tolist() == pytest.approx(wanted, rel=1e-6, abs=1e-12), group

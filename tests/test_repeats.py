@@ -18,7 +18,7 @@ from oracles import RandomKeep, check
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def roughened(model: nn.Module) -> Any:
+def perturb_constants(model: nn.Module) -> Any:
     """The model in eval mode, with statistics and affine parameters that differ from unit to unit."""
     torch.manual_seed(0)
     for module in model.modules():
@@ -42,7 +42,7 @@ def test_branches_of_timm_are_folded_after_surgery(name: str, scope: Any) -> Non
     timm = pytest.importorskip("timm")
     from timm.utils.model import reparameterize_model
 
-    model = roughened(timm.create_model(name))
+    model = perturb_constants(timm.create_model(name))
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5, scope=scope)], x)
     small = netsurgery.rewrite(model, edit)
@@ -89,7 +89,7 @@ class RepVGG(nn.Module):
 @pytest.mark.parametrize("groups", [1, 16, 4])
 def test_a_fold_of_branches_reads_its_own_numbers(name: str, groups: int) -> None:
     body = nn.Sequential(nn.Conv2d(3, 16, 3), RepVGG(16, groups, name), nn.Conv2d(16, 2, 3))
-    small, _ = halved(roughened(body))
+    small, _ = halved(perturb_constants(body))
     left = groups if groups < 16 else 8
     assert (getattr(small[1], name), small[1].groups) == (8, left)
     expected = small(X)
@@ -100,7 +100,7 @@ def test_a_fold_of_branches_reads_its_own_numbers(name: str, groups: int) -> Non
 def test_random_removals_stay_exact() -> None:
     body = nn.Sequential(nn.Conv2d(3, 16, 3), RepVGG(16), nn.Conv2d(16, 12, 3), RepVGG(12, 12), nn.Conv2d(12, 2, 1))
     for seed in range(3):
-        small, _ = check(roughened(body), (X,), 1e-10, seed, None)
+        small, _ = check(perturb_constants(body), (X,), 1e-10, seed, None)
         for place in (1, 3):
             assert small[place].ch == small[place].wide.out_channels  # type: ignore[index, union-attr]
 
@@ -130,7 +130,7 @@ class Wrapper(nn.Module):
 
 def depthwise(**numbers: Any) -> nn.Module:
     middle = Wrapper(nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), **numbers)
-    return roughened(nn.Sequential(nn.Conv2d(3, 16, 3), middle, nn.Conv2d(16, 2, 1)))
+    return perturb_constants(nn.Sequential(nn.Conv2d(3, 16, 3), middle, nn.Conv2d(16, 2, 1)))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ class Frames(nn.Module):
 
 
 def test_channels_are_found_in_any_dimension_of_any_input() -> None:
-    small, _ = halved(roughened(Frames()))
+    small, _ = halved(perturb_constants(Frames()))
     inner = small.inner
     assert (inner.in_channels, inner.out_channels, inner.groups, inner.conv.in_channels) == (8, 8, 8, 8)
 
@@ -204,7 +204,7 @@ class OneByOne(nn.Module):
 @pytest.mark.parametrize("groups", [1, 4, 16])
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_convolutions_of_single_images_hold_their_channels(kind: Any, groups: int) -> None:
-    small, _ = halved(roughened(OneByOne(kind(16, 16, 3, groups=groups))))
+    small, _ = halved(perturb_constants(OneByOne(kind(16, 16, 3, groups=groups))))
     middle = small.middle
     assert (middle.in_channels, middle.out_channels, middle.groups) == (8, 8, min(groups, 8))
 
@@ -226,7 +226,7 @@ def test_numbers_of_other_kinds_follow() -> None:
 def test_numbers_in_a_list_follow_together() -> None:
     def body(**numbers: Any) -> nn.Module:
         layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 4, 1)
-        return roughened(Wrapper(*layers, **numbers))
+        return perturb_constants(Wrapper(*layers, **numbers))
 
     small, _ = halved(body(sizes=[16, 32], chs=(3, 16), planes=[[16], [4, 32]]))
     assert (small.sizes, small.chs, small.planes) == ([8, 16], (3, 8), [[8], [4, 16]])
@@ -276,7 +276,7 @@ def test_a_config_that_modules_share() -> None:
     config = Config(16, Inner(24, 16))
     first, last = (Wrapper(nn.Conv2d(i, o, 1), nn.ReLU(), cfg=config) for i, o in ((3, 16), (24, 2)))
     middle = nn.Conv2d(16, 24, 1)
-    model = roughened(Wrapper(first, middle, last, cfg=config))
+    model = perturb_constants(Wrapper(first, middle, last, cfg=config))
     small, _ = halved(model)
     assert small.cfg == Config(8, Inner(12, 16))  # words such as kernel and classes mean something else
     assert small.cfg is small.layers[0].cfg and small.cfg is small.layers[2].cfg
@@ -290,7 +290,9 @@ def test_a_config_that_modules_share() -> None:
 
 def test_two_numbers_of_one_value_are_not_half_updated() -> None:
     """The middle layer has 16 channels in and 16 out, and only those in between shrink."""
-    model = roughened(Wrapper(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1), left=16, right=16))
+    model = perturb_constants(
+        Wrapper(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1), left=16, right=16)
+    )
     small, edit = cut(model, {"layers.1": 8})
     assert (small.left, small.right) == (16, 16)
     line = edit.summary().splitlines()[-1]
@@ -302,7 +304,7 @@ def test_two_numbers_of_one_value_are_not_half_updated() -> None:
 
 def test_names_tell_two_numbers_of_one_value_apart() -> None:
     inner = Wrapper(nn.Conv2d(16, 16, 1), in_chs=16, out_chs=16, in_channels=16, out_channels=16, ch=16)
-    model = roughened(Wrapper(nn.Conv2d(3, 16, 1), inner, nn.Conv2d(16, 2, 1)))
+    model = perturb_constants(Wrapper(nn.Conv2d(3, 16, 1), inner, nn.Conv2d(16, 2, 1)))
     small, edit = cut(model, {"layers.1.layers.0": 8})
     found = small.layers[1]
     assert (found.in_chs, found.out_chs, found.in_channels, found.out_channels, found.ch) == (16, 8, 16, 8, 16)
@@ -311,7 +313,7 @@ def test_names_tell_two_numbers_of_one_value_apart() -> None:
 
 def test_the_names_that_stay_are_counted() -> None:
     numbers = {f"number{letter}": 16 for letter in "abcde"}
-    model = roughened(Wrapper(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1), **numbers))
+    model = perturb_constants(Wrapper(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1), **numbers))
     _, edit = cut(model, {"layers.1": 8})
     assert edit.summary().endswith("; and 2 more")
 
@@ -352,7 +354,7 @@ class Asked(Wrapper):
 @pytest.mark.parametrize("kind", [Scaled, Counted, Helped])
 def test_what_the_forward_computes_with_stays(kind: Any) -> None:
     inner = kind(nn.Conv2d(16, 16, 3, groups=16), dim=16, ch=16)
-    model = roughened(nn.Sequential(nn.Conv2d(3, 16, 3), inner, nn.Conv2d(16, 2, 1)))
+    model = perturb_constants(nn.Sequential(nn.Conv2d(3, 16, 3), inner, nn.Conv2d(16, 2, 1)))
     small, edit = check(model, (X,), 1e-10, 0, 0.5)
     assert not edit.replaced
     assert small[1].dim == 16  # type: ignore[index, union-attr]
@@ -363,14 +365,14 @@ def test_what_the_forward_computes_with_stays(kind: Any) -> None:
 
 def test_the_size_of_images_is_no_width() -> None:
     info = {"input_size": (3, 8, 8), "pool_size": (8, 8), "num_chs": 8}
-    model = roughened(Wrapper(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), info=info))
+    model = perturb_constants(Wrapper(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), info=info))
     small, _ = halved(model)
     assert small.info == {**info, "num_chs": 4}
 
 
 def test_what_the_forward_asks_for_follows() -> None:
     inner = Asked(nn.Conv2d(16, 16, 3, groups=16), dim=16, ch=16)
-    model = roughened(nn.Sequential(nn.Conv2d(3, 16, 3), inner, nn.Conv2d(16, 2, 1)))
+    model = perturb_constants(nn.Sequential(nn.Conv2d(3, 16, 3), inner, nn.Conv2d(16, 2, 1)))
     small, _ = check(model, (X,), 1e-10, 0, 0.5)
     assert (small[1].dim, small[1].ch) == (8, 8)  # type: ignore[index, union-attr]
 
@@ -380,7 +382,7 @@ def test_a_config_that_the_forward_computes_with_stays() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layers(x) * self.cfg.width
 
-    model = roughened(Net(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1), cfg=Config(16, Inner(24, 16))))
+    model = perturb_constants(Net(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1), cfg=Config(16, Inner(24, 16))))
     small, edit = check(model, (X,), 1e-10, 0, 0.5)
     assert small.cfg == model.cfg and "cfg (the code computes with it)" in edit.summary()
 

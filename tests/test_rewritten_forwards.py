@@ -206,7 +206,7 @@ def check(between: Callable[[Any, Tensor], Tensor]) -> netsurgery.Edit:
 
 
 def reasons(network: netsurgery.Network) -> str:
-    return " ".join(group.frozen or "" for group in network.groups)
+    return " ".join(group.locked or "" for group in network.groups)
 
 
 def under(context: Any, x: Tensor) -> Tensor:

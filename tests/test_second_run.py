@@ -46,7 +46,7 @@ def test_code_that_follows_a_size_locks(name: str) -> None:
     torch.manual_seed(0)
     model = Net(FOLLOWS[name]).double().eval()
     network = netsurgery.trace(model, X)
-    assert network["a"].frozen and len(network.prunable) <= 1  # what else there is keeps its freedom
+    assert network["a"].locked and len(network.prunable) <= 1  # what else there is keeps its freedom
     small = netsurgery.rewrite(model, edit := RandomKeep(share=0.5).run(network))
     assert netsurgery.verify(model, small, edit, X) < 1e-10
 
@@ -61,7 +61,7 @@ def test_operations_left_out_at_the_end_lock() -> None:
             h = self.a(x)
             return self.b(h) * 3 if h.shape[1] >= 6 else self.b(h)
 
-    assert "does other things at other sizes" in (netsurgery.trace(Last().double(), X)["a"].frozen or "")
+    assert "does other things at other sizes" in (netsurgery.trace(Last().double(), X)["a"].locked or "")
 
 
 def test_another_of_the_same_results_locks() -> None:
@@ -74,7 +74,7 @@ def test_another_of_the_same_results_locks() -> None:
             h = self.a(x)
             return (self.c(h), self.b(h))[h.shape[1] >= 6]
 
-    assert "does other things at other sizes" in (netsurgery.trace(Last().double(), X)["a"].frozen or "")
+    assert "does other things at other sizes" in (netsurgery.trace(Last().double(), X)["a"].locked or "")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -110,7 +110,7 @@ class Gate(nn.Module):
 
 def test_what_only_training_does_counts() -> None:
     network = netsurgery.trace(Trains(lambda h: h.flip(1)), torch.randn(1, 4))
-    assert "told apart by position: aten.flip" in (network["a"].frozen or "")
+    assert "told apart by position: aten.flip" in (network["a"].locked or "")
     for model in (Trains(torch.relu), Trains(torch.relu, Gate())):
         x = torch.randn(3, 4)
         edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], x)
@@ -216,5 +216,5 @@ def test_numbers_that_code_draws_are_the_same_in_every_run() -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         network = netsurgery.trace(Drawn().double(), (torch.randn(5, 4, dtype=torch.float64),))
-        assert network["a"].frozen is None
+        assert network["a"].locked is None
     assert before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002

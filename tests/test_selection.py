@@ -165,7 +165,7 @@ class Halves(nn.Module):
 
 def test_tied_groups_keep_equally_many_units() -> None:
     network = netsurgery.trace(Halves(), torch.randn(1, 4))
-    assert network.ties == (("a", "a:2"),)
+    assert network.equal_sizes == (("a", "a:2"),)
     for scope in ("layer", "global"):
         edit = netsurgery.plan(Halves(), [RandomScore(3), PruneChannels(0.4, scope=scope)], torch.randn(1, 4))
         assert len(edit.keep["a"]) == len(edit.keep["a:2"]) and edit.keep["a"] != edit.keep["a:2"]

@@ -108,10 +108,10 @@ def test_what_a_pass_locks_is_locked() -> None:
     model = nn.Sequential(lin(4, 8), nn.ReLU(), lin(8, 8), nn.ReLU(), lin(8, 3))
     network = netsurgery.trace(model, X)
     assert prunable_share(network) == 1
-    one = network.with_frozen({"0": "no"})
+    one = network.with_locked({"0": "no"})
     assert prunable_share(one) == pytest.approx((64 + 24) / (32 + 128 + 24))
     assert "47.8% of its inner dimensions prunable" in str(one)
-    assert prunable_share(one.with_frozen({"2": "no"})) == 0
+    assert prunable_share(one.with_locked({"2": "no"})) == 0
 
 
 def test_nothing_but_inputs_and_outputs() -> None:

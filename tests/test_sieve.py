@@ -15,7 +15,7 @@ import netsurgery
 from netsurgery.demo import digits
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore, PruneChannels, forecast, progress
-from netsurgery.passes.score_checkpoint import Ledger
+from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.sieve import Regression, Sieve, at_most, drawn
 from test_loss_increase import NETWORKS, Deciding, data_for, randomised, separable
 
@@ -111,12 +111,12 @@ def test_what_slopes_decide_is_the_exact_selection_at_the_stated_confidence(
         r"chance of 95%"
     )
     decided, bound = map(float, re.fullmatch(pattern, said).groups())  # type: ignore[union-attr]
-    (ledger,) = race._known.values()
-    assert sum(int((seen == 0).sum()) for _, seen in ledger.entries.values()) == decided > 200
+    (checkpoint,) = race._known.values()
+    assert sum(int((seen == 0).sum()) for _, seen in checkpoint.entries.values()) == decided > 200
     wrong = 1 - sum(shared(found[name], exact[name]) for name in exact) / 2
     assert bound <= 10 and wrong <= 0.1
     assert samples > 96 or wrong <= bound / 100  # all that were tried, on all samples
-    for name, (_, seen) in ledger.entries.items():
+    for name, (_, seen) in checkpoint.entries.items():
         whole = seen == samples
         torch.testing.assert_close(found[name][whole], exact[name][whole], rtol=1e-4, atol=1e-7)
 
@@ -124,26 +124,28 @@ def test_what_slopes_decide_is_the_exact_selection_at_the_stated_confidence(
 def test_predictions_that_say_nothing_decide_little() -> None:
     torch.manual_seed(0)
     sizes = {"a": 400, "b": 600, "c": 30}
-    rises = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    loss_deltas = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
     draw = drawn(sizes, 0.9, 0)
     assert draw is not None and [len(units) for units in draw.units.values()] == [63, 94, 12]
     assert [*draw.equal.values()] == [63, 94, 5]
     for noise, least, most in ((3.0, 0.7, 1.0), (0.1, 0.15, 0.4)):
         regressions = {}
         for name, units in draw.units.items():
-            told = rises[name] + noise * torch.randn(sizes[name], dtype=torch.float64)
-            regressions[name] = Regression(torch.stack([told, torch.zeros_like(told)], 1), units, rises[name][units])
+            told = loss_deltas[name] + noise * torch.randn(sizes[name], dtype=torch.float64)
+            regressions[name] = Regression(
+                torch.stack([told, torch.zeros_like(told)], 1), units, loss_deltas[name][units]
+            )
         sieve = Sieve(regressions, draw, {name: size // 2 for name, size in sizes.items()}, 0.9)
         while more := sieve.more():
             for name, units in more.items():
                 assert not {*units} & {*draw.units[name]}
-                regressions[name].learn(units, rises[name][units])
+                regressions[name].learn(units, loss_deltas[name][units])
         assert least <= sum(map(len, sieve.tried.values())) / 1030 <= most
         assert sieve.missed <= 0.1
         for name, units in sieve.tried.items():
             known = regressions[name].estimates.clone()
-            known[units] = rises[name][units]
-            assert shared(known, rises[name]) >= 0.9
+            known[units] = loss_deltas[name][units]
+            assert shared(known, loss_deltas[name]) >= 0.9
             assert {*draw.units[name]} <= {*units}
 
 
@@ -194,9 +196,9 @@ def test_a_race_that_is_interrupted_goes_on(after: int, tmp_path: Path, monkeypa
     network = netsurgery.trace(model, data[0][:3])
     settings: dict[str, Any] = {"samples": 96, "racing": True, "rows": 48, "confidence": 0.9}
     whole = LossIncreaseScore(data, **settings).run(network).scores
-    add, count = Ledger.add, 0
+    add, count = ScoreCheckpoint.add, 0
 
-    def stopping(self: Ledger, *args: Any) -> None:
+    def stopping(self: ScoreCheckpoint, *args: Any) -> None:
         nonlocal count
         count += 1
         if count == after:
@@ -204,17 +206,17 @@ def test_a_race_that_is_interrupted_goes_on(after: int, tmp_path: Path, monkeypa
         add(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "add", stopping)
+        patch.setattr(ScoreCheckpoint, "add", stopping)
         with pytest.raises(Stopped):
             LossIncreaseScore(data, file=tmp_path / "scores", **settings).run(network)
     tried = 0
 
-    def counting(self: Ledger, name: str, units: list[int], *args: Any) -> None:
+    def counting(self: ScoreCheckpoint, name: str, units: list[int], *args: Any) -> None:
         nonlocal tried
         tried += len(units)
         add(self, name, units, *args)
 
-    monkeypatch.setattr(Ledger, "add", counting)
+    monkeypatch.setattr(ScoreCheckpoint, "add", counting)
     resumed = LossIncreaseScore(data, file=tmp_path / "scores", **settings).run(network).scores
     assert tried
     for name, score in whole.items():

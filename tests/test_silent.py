@@ -225,7 +225,7 @@ LOCKED = {
 def test_locked_by_a_named_operation(name):
     model = LOCKED[name]
     network = netsurgery.trace(model, (X,))
-    reasons = [g.frozen or "" for g in network.groups if any((m.parameter, m.axis) == MIDDLE for m in g.members)]
+    reasons = [g.locked or "" for g in network.groups if any((m.parameter, m.axis) == MIDDLE for m in g.members)]
     assert all(re.search(r"aten\.\w+.* at tests/test_silent.py:\d+", reason) for reason in reasons)
     operation = re.escape(name.partition(",")[0])
     assert any(re.search(rf"{operation}\b", reason) for reason in reasons)
@@ -247,7 +247,7 @@ def test_size_read_by_the_code_is_exact_or_refused():
 def test_branch_on_a_size_is_locked():
     model = between(lambda net, x: y.relu() if (y := net.a(x)).shape[1] == 8 else y)
     assert not pruned(model)
-    assert "aten.relu" in netsurgery.trace(model, (X,))["a"].frozen
+    assert "aten.relu" in netsurgery.trace(model, (X,))["a"].locked
 
 
 # Attention ---------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_attention_within_a_model(options):
     pruned(model, (x,))
     network = netsurgery.trace(model, (x,))
     for group in network.groups:
-        assert group.frozen is None or re.search(r"network (in|out)put|a single unit| in attention\b", group.frozen)
+        assert group.locked is None or re.search(r"network (in|out)put|a single unit| in attention\b", group.locked)
 
 
 def test_bare_attention():
@@ -374,7 +374,7 @@ def test_impossible_units_are_refused(units, message):
 @pytest.mark.parametrize("group", ["a:in", "b"])
 def test_inputs_and_outputs_are_refused(group):
     network = netsurgery.trace(between(lambda net, x: net.a(x)), (X,))
-    with pytest.raises(InputError, match=r"frozen: network (in|out)put"):
+    with pytest.raises(InputError, match=r"locked: network (in|out)put"):
         netsurgery.Edit(network, {group: (0, 1)})
 
 

@@ -25,7 +25,7 @@ IMAGE = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator()
 
 def alone(network: netsurgery.Network) -> list[tuple[str, ...]]:
     """The open groups, each with those that are tied to it."""
-    tied = {name: names for names in network.ties for name in names}
+    tied = {name: names for names in network.equal_sizes for name in names}
     return list(dict.fromkeys(tied.get(group.name, (group.name,)) for group in network.prunable))
 
 
@@ -178,11 +178,11 @@ def test_in_the_code_of_a_part(name: str) -> None:
 
 def test_what_is_tied() -> None:
     """A size that the outermost code takes from another group: both have it, or neither changes."""
-    ties = {name: assert_open_is_open(*CODES[name]).ties for name in CODES}
-    assert ties["channel attention"] == (("q", "k"),)
-    assert ties["an rnn cell"] == (("cell", "cell:in"),)
-    assert ties["of the same shape"] == ties["an outer product"] == (("a", "b"),)
-    assert ties["a gru cell"] == ties["squeeze and excite"] == ()
+    equal_sizes = {name: assert_open_is_open(*CODES[name]).equal_sizes for name in CODES}
+    assert equal_sizes["channel attention"] == (("q", "k"),)
+    assert equal_sizes["an rnn cell"] == (("cell", "cell:in"),)
+    assert equal_sizes["of the same shape"] == equal_sizes["an outer product"] == (("a", "b"),)
+    assert equal_sizes["a gru cell"] == equal_sizes["squeeze and excite"] == ()
 
 
 def test_ties_are_found_in_each_layer() -> None:
@@ -196,7 +196,7 @@ def test_ties_are_found_in_each_layer() -> None:
             return x + of_the_same_shape(self, x)
 
     network = assert_open_is_open(nn.Sequential(nn.Linear(6, 6), *(Layer() for _ in range(4))), SEQUENCE)
-    assert network.ties == tuple((f"{i}.a", f"{i}.b") for i in range(1, 5))
+    assert network.equal_sizes == tuple((f"{i}.a", f"{i}.b") for i in range(1, 5))
     half = [netsurgery.passes.RandomScore(), netsurgery.passes.PruneChannels(0.5)]
     assert netsurgery.plan(nn.Sequential(Layer()), half, (SEQUENCE.float(),)).counts == {"0.a": 4, "0.b": 4}
 
@@ -205,8 +205,8 @@ def test_tied_groups_keep_equally_many_units() -> None:
     network = netsurgery.trace(Code(of_the_same_shape, **lin(6, 8, 6, 8, 16, 3)), (SEQUENCE.float(),))
     with pytest.raises(netsurgery.errors.InputError, match="must keep equally many units"):
         netsurgery.Edit(network, {"a": (0, 1)})
-    frozen = network.with_frozen({"b": "because"})
-    assert frozen["a"].frozen == "because"
+    locked = network.with_locked({"b": "because"})
+    assert locked["a"].locked == "because"
 
 
 def test_what_no_partner_helps_is_locked() -> None:
@@ -216,7 +216,7 @@ def test_what_no_partner_helps_is_locked() -> None:
 
     code = Code(run, **lin(6, 8, 6, 16, 8, 3))
     network = assert_open_is_open(code, SEQUENCE)
-    assert "is fixed by the code" in network["a"].frozen or "fails at other sizes" in network["a"].frozen
+    assert "is fixed by the code" in network["a"].locked or "fails at other sizes" in network["a"].locked
 
 
 @pytest.mark.parametrize("run", CASES, ids=lambda run: run.__name__)

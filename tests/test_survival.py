@@ -612,14 +612,14 @@ def test_gradients_of_its_own_are_not_lost(before: Callable[[Tensor], Tensor]) -
     why = re.compile(
         r"\(the code of 1 (uses|runs the torch.autograd.Function|asks for requires_grad).* at tests/test_sur"
     )
-    assert all(why.search(g.frozen or "") for g in edit.network.groups if g.unit == "head_dim")
+    assert all(why.search(g.locked or "") for g in edit.network.groups if g.unit == "head_dim")
     assert small(x).shape == (2, 5, 3)
 
 
 def test_plain_code_is_rewritten() -> None:
     _, edit, _ = halved(Heads())
     assert list(edit.replaced) == ["1"]
-    assert all(g.frozen is None for g in edit.network.groups if g.unit == "head_dim")
+    assert all(g.locked is None for g in edit.network.groups if g.unit == "head_dim")
 
 
 def in_double(x: Tensor, dim: int) -> Tensor:
@@ -721,7 +721,7 @@ def test_what_longer_inputs_need_stays() -> None:
     torch.manual_seed(0)
     model = Positions().eval()
     network = netsurgery.trace(model, torch.randn(2, 5, 8))
-    rest = [g for g in network.groups if g.frozen == "beyond what the recorded run uses"]
+    rest = [g for g in network.groups if g.locked == "beyond what the recorded run uses"]
     assert [g.name for g in rest] == ["learned:2", "ids", "mask", "mask:2"] and {g.size for g in rest} == {7}
     edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], torch.randn(2, 5, 8))
     assert list(edit.keep) == ["first"]

@@ -334,7 +334,7 @@ class Lock(netsurgery.Pass):
     names: tuple[str, ...]
 
     def run(self, network: netsurgery.Network) -> netsurgery.Network:
-        return network.with_frozen(dict.fromkeys(self.names, "kept by hand"))
+        return network.with_locked(dict.fromkeys(self.names, "kept by hand"))
 
 
 def test_a_pass_that_only_locks() -> None:

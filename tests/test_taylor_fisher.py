@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.ablation import Trials
-from netsurgery.passes.calibration import draw
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
 from netsurgery.passes.readings import Reading
 from test_loss_increase import NETWORKS, data_for, randomised
@@ -19,7 +19,7 @@ from test_loss_increase import NETWORKS, data_for, randomised
 
 def slopes(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     network = netsurgery.trace(model, data[0][:2])
-    return gate_slopes(Trials(LossIncreaseScore(None), network, draw(data, 12)))
+    return gate_slopes(Ablation(LossIncreaseScore(None), network, draw_samples(data, 12)))
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "attention"])  # norms read units, too
@@ -28,7 +28,7 @@ def test_the_sum_of_the_slopes_is_that_of_the_weights_that_read_a_unit(name: str
     model = NETWORKS[name]()
     data = data_for(model)
     found = slopes(model, data)
-    drawn = draw(data, 12)
+    drawn = draw_samples(data, 12)
     F.cross_entropy(model(*drawn.inputs[0]), drawn.targets, reduction="sum").backward()
     network = netsurgery.trace(model, data[0][:2])
     checked = 0
@@ -78,7 +78,7 @@ def test_slopes_of_each_sample(build: Callable[[], nn.Module], name: str, reader
     model = randomised(build())
     data = data_for(model)
     found = slopes(model, data)[name]
-    drawn = draw(data, 12)
+    drawn = draw_samples(data, 12)
     parameters = [dict(model.named_parameters())[reader] for reader in readers]
     for row in (0, 7):
         loss = F.cross_entropy(model(drawn.inputs[0][0][row : row + 1]), drawn.targets[row : row + 1])

@@ -47,7 +47,7 @@ def rewritten(network: Network, model: nn.Module, keep: Mapping[str, tuple[int, 
 
 def cut(network: Network, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Likewise, of those tensors alone that lose any."""
-    places = netsurgery.Edit(dataclasses.replace(network, ties=()), keep).positions
+    places = netsurgery.Edit(dataclasses.replace(network, equal_sizes=()), keep).positions
     changed = {name: axes for name, axes in network.axes.items() if places.changes(axes)}
     shapes = {name: network.tensors[name].shape for name in changed}
     return {
@@ -84,7 +84,7 @@ def hold_rewritten(network: Network, model: nn.Module) -> int:
     entries = importance(network)
     twin, count = numbered(model), 0
     for group in network.prunable:
-        for unit in some_units(group) if network.tied_to(group.name) == (group.name,) else ():
+        for unit in some_units(group) if network.equal_to(group.name) == (group.name,) else ():
             left = rewritten(network, twin, {group.name: tuple(one for one in range(group.size) if one != unit)})
             if left is not None:
                 count += 1

@@ -44,8 +44,8 @@ def test_half_of_every_group(name):
     assert far > 1e-3  # what went did matter, so that the comparison proves something
 
     if not name.startswith("shufflenet"):
-        locked = [group for group in network.groups if group.frozen and group.size > 1]
-        assert {group.frozen.partition(":")[0].split()[1] for group in locked} == {"input", "output"}
+        locked = [group for group in network.groups if group.locked and group.size > 1]
+        assert {group.locked.partition(":")[0].split()[1] for group in locked} == {"input", "output"}
 
     assert edit.before == netsurgery.cost(model, inputs)
     assert edit.after == netsurgery.cost(small, inputs)
@@ -112,8 +112,8 @@ SHUFFLENET = {
 @pytest.mark.parametrize("name", SHUFFLENET)
 def test_what_shufflenet_locks(name):
     network = netsurgery.trace(zoo.build(name), (zoo.images(name),))
-    locked = [group for group in network.groups if group.frozen and not group.frozen.startswith("network")]
-    assert Counter((g.name.partition(".")[0], g.frozen.partition(" in ")[0]) for g in locked) == SHUFFLENET[name]
+    locked = [group for group in network.groups if group.locked and not group.locked.startswith("network")]
+    assert Counter((g.name.partition(".")[0], g.locked.partition(" in ")[0]) for g in locked) == SHUFFLENET[name]
 
 
 @pytest.mark.parametrize("name", zoo.REPRESENTATIVES)

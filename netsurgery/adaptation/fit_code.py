@@ -1,7 +1,7 @@
 """Does the model's own code follow the new sizes? Run it without data and compare every operation with the prediction.
 
 Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute a number from one
-(``x / x.shape[1]``). Such an operation is found here, before anything is changed, and its groups are frozen.
+(``x / x.shape[1]``). Such an operation is found here, before anything is changed, and its groups are locked.
 """
 
 from __future__ import annotations
@@ -17,39 +17,48 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from netsurgery.adaptation.attributes import follow
-from netsurgery.adaptation.forwards import Adaptation, by_mode, compiled, joined, kinds, merge, rebuild, solve
+from netsurgery.adaptation.forwards import (
+    Adaptation,
+    by_mode,
+    compiled,
+    generate_forward,
+    joined,
+    kinds,
+    merge,
+    solve_attributes,
+)
 from netsurgery.adaptation.gradient_check import difference
-from netsurgery.adaptation.module_tracer import Deaf, Heard, OtherInTraining, hear
+from netsurgery.adaptation.module_tracer import DiffersInTraining, ModuleTrace, Untraceable, trace_module
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.rules import SIZED, Op
 from netsurgery.axes import Axis, leaves
 from netsurgery.capture.copies import named_modules, named_tensors
-from netsurgery.capture.known_values import Known, draw, is_number, select
-from netsurgery.capture.lockstep import Alongside, LeftPath, source_of
+from netsurgery.capture.known_values import KnownValues, draw, is_number, select
+from netsurgery.capture.lockstep import Lockstep, PathDiverged, source_of
 from netsurgery.capture.meta_shapes import infer
 from netsurgery.capture.recorder import (
     RAISED_BY_MODELS,
     Call,
     Inputs,
     Program,
-    bare_inputs,
+    bind_inputs,
     format_where,
     home,
     is_namedtuple,
-    lend_inputs,
+    meta_copy,
+    meta_inputs,
     raised_at,
     run_guarded,
-    skeleton,
     tensors_in,
 )
 from netsurgery.errors import InputError, RewriteError
 
-__all__ = ["adapt", "channels_of", "follows", "with_repeats"]
+__all__ = ["channels_of", "fit_code", "follows", "with_repeats"]
 
 
-def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
+def fit_code(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
     """What the model's code needs so that groups have these numbers of units, and the groups that it does not let, why.
 
     Raises:
@@ -66,7 +75,7 @@ def adapt(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tupl
         around = path if around is None else around
         kind = kinds[path], kinds[around]
         if kind not in culprits:
-            culprits[kind] = around, _culprit(model, network, counts, path, around)
+            culprits[kind] = around, _bisect(model, network, counts, path, around)
         alike = _counterparts(network, culprits[kind][1], culprits[kind][0], around)
         reason = next(iter(why.values()))
         found.update({name: why.get(name, reason) for name in alike if name in counts})
@@ -117,12 +126,12 @@ def _tried(
     return attempt.adaptation, {}
 
 
-def _culprit(model: nn.Module, network: Network, counts: Mapping[str, int], path: str, around: str) -> list[str]:
+def _bisect(model: nn.Module, network: Network, counts: Mapping[str, int], path: str, around: str) -> list[str]:
     """Of all changed groups one that makes the code of a module fail, with those tied to it.
 
     Groups of the module ``around`` are tried by themselves first.
     """
-    together = list(dict.fromkeys(network.tied_to(name) for name in counts))
+    together = list(dict.fromkeys(network.equal_to(name) for name in counts))
     near = [names for names in together if any(_is_in(network[name], around) for name in names)]
 
     def fails(tried: list[Tied]) -> bool:
@@ -189,20 +198,20 @@ class _Attempt:
         """The modules whose code does not follow, by path: groups and why; where these are suspects, their module."""
         found: Lost = {}
         for program in self.network.programs:
-            bare, names = skeleton(self.model, program.mode, self.shapes)
-            follow(bare, self.network, self.sizes)
-            self.adaptation.carry_out(bare)
-            inputs = bare_inputs(self.network.inputs)
+            meta, names = meta_copy(self.model, program.mode, self.shapes)
+            follow(meta, self.network, self.sizes)
+            self.adaptation.carry_out(meta)
+            inputs = meta_inputs(self.network.inputs)
             looks = program.values != "none"
-            known = _known(self.network, self.sizes, bare, names, inputs) if looks else None
+            known = _known(self.network, self.sizes, meta, names, inputs) if looks else None
             checker = _Checker(program, self.network, self.kinds, self.sizes, self.changed, known)
-            checker.begin(names, inputs, bare)
+            checker.begin(names, inputs, meta)
             if self.hurry:
                 checker.concerned = _concerned(program, self.changed)
-            checker.finish(run_guarded(bare, checker, inputs, home(self.model)))
+            checker.finish(run_guarded(meta, checker, inputs, home(self.model)))
             self.more |= checker.more
             for path, why in checker.blamed.items():
-                found.setdefault(path, (why, checker.vague.get(path)))
+                found.setdefault(path, (why, checker.suspected.get(path)))
         return found
 
     def remedy(self, path: str, why: dict[str, str]) -> bool:
@@ -213,7 +222,7 @@ class _Attempt:
             runs = self.heard(path)
             if path not in self.tried:
                 self.tried.add(path)
-                found = [solve(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
+                found = [solve_attributes(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
                 agreed, enough = merge(found)
                 if agreed:
                     self.adaptation.attributes[path] = agreed
@@ -226,7 +235,7 @@ class _Attempt:
                 return False
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
             self.adaptation.code[path] = self.written(path, module, attributes)
-        except Deaf as reason:
+        except Untraceable as reason:
             if path not in self.by_size:
                 self.by_size.add(path)
                 if alike := self.adaptation.attributes.get(path) or self.of_these_sizes(path):
@@ -271,12 +280,14 @@ class _Attempt:
 
         def joined_code(graphs: list[fx.Graph]) -> str:
             by_channel = self.network.by_channel
-            texts = [rebuild(one, module, sizes, attributes, by_channel, written_only=not path) for one in graphs]
+            texts = [
+                generate_forward(one, module, sizes, attributes, by_channel, written_only=not path) for one in graphs
+            ]
             return joined(zip(map(kinds, graphs), texts, strict=True))
 
         try:
             return joined_code([run.whole for run in self.heard(path)])
-        except OtherInTraining:
+        except DiffersInTraining:
             trained = self.heard(path, in_training=True)
             return by_mode(
                 joined_code([run.alone for run in self.heard(path)]), joined_code([run.alone for run in trained])
@@ -302,7 +313,7 @@ class _Attempt:
             )
             program.heard[alike] = next((one for one in found if one is not None), None)
         if program.heard[alike] is not None:
-            raise Deaf(f"has other gradients as a graph, which {program.heard[alike]}")
+            raise Untraceable(f"has other gradients as a graph, which {program.heard[alike]}")
 
     def recorded(self, path: str, in_training: bool = False) -> Program:
         """The program in which a module runs.
@@ -313,10 +324,10 @@ class _Attempt:
         programs = [p for p in self.network.programs if p.mode == "train" or not in_training]
         program = next((p for p in programs if any(call.path == path for call in p.calls)), None)
         if program is None:
-            raise Deaf("runs other code in training, and that run is not recorded")
+            raise Untraceable("runs other code in training, and that run is not recorded")
         return program
 
-    def heard(self, path: str, in_training: bool = False) -> list[Heard]:
+    def heard(self, path: str, in_training: bool = False) -> list[ModuleTrace]:
         """What the code of a module does, each time it runs.
 
         Raises:
@@ -327,13 +338,13 @@ class _Attempt:
         if key not in program.heard or program.heard[key][0]() is not module:
             try:
                 calls = [call for call in program.calls if call.path == path]
-                runs = [hear(module, program, call, self.network, in_training) for call in calls]
+                runs = [trace_module(module, program, call, self.network, in_training) for call in calls]
                 program.heard[key] = weakref.ref(module), runs
-            except Deaf as reason:
+            except Untraceable as reason:
                 program.heard[key] = weakref.ref(module), str(reason)
-        found: list[Heard] | str = program.heard[key][1]
+        found: list[ModuleTrace] | str = program.heard[key][1]
         if isinstance(found, str):
-            raise Deaf(found)
+            raise Untraceable(found)
         return found
 
 
@@ -350,20 +361,20 @@ def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
     return lambda channel: torch.arange(sizes(channel))
 
 
-def _known(network: Network, sizes: Sizes, bare: nn.Module, names: Mapping[int, str], inputs: Inputs) -> Known:
+def _known(network: Network, sizes: Sizes, meta: nn.Module, names: Mapping[int, str], inputs: Inputs) -> KnownValues:
     """What is known of a model's tensors at other sizes, and of its inputs: integers."""
-    values = Known(next((t.device for t in network.tensors.values()), torch.device("cpu")))
-    for _, tensor in named_tensors(bare):
+    values = KnownValues(next((t.device for t in network.tensors.values()), torch.device("cpu")))
+    for _, tensor in named_tensors(meta):
         if (name := names.get(id(tensor), "")) in network.tensors and not is_number(tensor):
-            values.lend(tensor, select(network.tensors[name].detach(), network.axes[name], _first(sizes)))
-    lend_inputs(values, inputs, draw(network.inputs, values.device))
+            values.bind(tensor, select(network.tensors[name].detach(), network.axes[name], _first(sizes)))
+    bind_inputs(values, inputs, draw(network.inputs, values.device))
     return values
 
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-class _Checker(Alongside):
+class _Checker(Lockstep):
     def __init__(
         self,
         program: Program,
@@ -371,7 +382,7 @@ class _Checker(Alongside):
         kinds: Mapping[str, type],
         sizes: Sizes,
         changed: Mapping[Axis, str],
-        known: Known | None,
+        known: KnownValues | None,
     ):
         super().__init__(program, known)
         self.known = known
@@ -383,13 +394,13 @@ class _Checker(Alongside):
         self.blamed: dict[str, dict[str, str]] = {}  # by module path: groups, and why
         self.more: set[str] = set()  # paths where the code does more with sizes than to write them down
         self.concerned: list[int] | None = None  # if known, how many operations before each place need to run
-        self.vague: dict[str, str] = {}  # paths where these groups are only suspects: the module that holds them
+        self.suspected: dict[str, str] = {}  # paths where these groups are only suspects: the module that holds them
 
     def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index, self.calls = self.calls, self.calls + 1
         call = self.program.calls[index] if index < len(self.program.calls) else None
         if call is None or call.path != path:
-            raise LeftPath(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
+            raise PathDiverged(f"{path} runs where {call.path if call else 'nothing'} ran when it was traced")
         self.arrive(call.begin)
         if self.concerned is not None and self.concerned[call.begin] == self.concerned[call.end]:
             return self.passed_over(call)
@@ -401,11 +412,11 @@ class _Checker(Alongside):
                 call, args
             ):  # what follows from a size already found wrong says nothing new
                 first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-                left = isinstance(error, LeftPath)
+                left = isinstance(error, PathDiverged)
                 does = "does other things at" if left else "refuses"
                 shapes = isinstance(error, RuntimeError) and not left  # as torch raises where shapes do not fit
                 place = f" {format_where(raised_at(error))}".rstrip()
-                self.blame_module(f"the code {does} other sizes ({first}){place}", path, more=not shapes)
+                self.attribute_to_module(f"the code {does} other sizes ({first}){place}", path, more=not shapes)
             out = self.passed_over(call)
         return out
 
@@ -428,7 +439,7 @@ class _Checker(Alongside):
         while self.position < position and self.leave_out(self.program.operations[self.position]):
             pass
         if self.position != position:
-            raise LeftPath(f"{self.program.operations[min(self.position, position)].target} is left out")
+            raise PathDiverged(f"{self.program.operations[min(self.position, position)].target} is left out")
 
     def predicted(self, out: Any) -> Any:
         """What a module should have returned, without data, to go on and find all obstacles in one run."""
@@ -445,7 +456,7 @@ class _Checker(Alongside):
             return out._make(map(self.predicted, out))
         return {key: self.predicted(item) for key, item in out.items()} if type(out) is dict else out
 
-    def blame(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:
+    def attribute_failure(self, axes: Iterable[Axis], node: fx.Node, why: str) -> None:
         """Blame the changed groups in some axes, or else those of the module that an operation runs in."""
         path = self.modules[-1] if self.modules else ""
         names = [self.changed[leaf] for axis in axes for leaf in leaves(axis) if leaf in self.changed]
@@ -453,9 +464,9 @@ class _Checker(Alongside):
         if names:
             self.blamed.setdefault(path, {}).update(dict.fromkeys(names, reason))
         else:
-            self.blame_module(reason, path, more=False)
+            self.attribute_to_module(reason, path, more=False)
 
-    def blame_module(self, reason: str, path: str, more: bool = True) -> None:
+    def attribute_to_module(self, reason: str, path: str, more: bool = True) -> None:
         """Blame the groups of the innermost module around that holds a changed one.
 
         Args:
@@ -472,7 +483,7 @@ class _Checker(Alongside):
             if names := [group.name for group in groups if _is_in(group, around)]:
                 why = dict.fromkeys(names, f"{reason} in {around or 'the model'}")
                 self.blamed.setdefault(path, {}).update(why)
-                self.vague[path] = around
+                self.suspected[path] = around
                 return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
@@ -488,7 +499,7 @@ class _Checker(Alongside):
         *_, output = self.program.graph.nodes
         results = [self.sources.get(id(self.stand_in(tensor))) for tensor in tensors_in(outputs)]
         if not self.blamed and results != [*map(self.origin, output.args[0])]:
-            self.blame_module("the code does other things at other sizes", "")
+            self.attribute_to_module("the code does other things at other sizes", "")
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
@@ -503,7 +514,7 @@ class _Checker(Alongside):
         if node is None:
             source = self.sources.get(id(args[0]))
             if isinstance(source, fx.Node | tuple) and self.written_later(source):
-                raise LeftPath("a copy is made that was not made when it was traced")
+                raise PathDiverged("a copy is made that was not made when it was traced")
             out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
             return self.same(args[0], out)
         out = self.answer(node, func, args, kwargs)
@@ -526,7 +537,7 @@ class _Checker(Alongside):
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
-            self.blame(
+            self.attribute_failure(
                 hard_coded or _touched(node, *node.all_input_nodes),
                 node,
                 f"fails at other sizes ({str(error).splitlines()[0]})",
@@ -534,17 +545,17 @@ class _Checker(Alongside):
             return self.substitute(node, args, predicted)
         actual = [t.shape if isinstance(t, Tensor) else None for t in (out if isinstance(out, list | tuple) else [out])]
         if len(actual) != len(predicted):
-            self.blame(_flat(dims), node, "returns another number of parts")
+            self.attribute_failure(_flat(dims), node, "returns another number of parts")
             return self.substitute(node, args, predicted)
         pairs = [
             (axes, shape) for axes, shape in zip(dims, actual, strict=True) if axes is not None and shape is not None
         ]
         if any(len(axes) != len(shape) for axes, shape in pairs):
-            self.blame(_flat(dims), node, "returns another number of dimensions")
+            self.attribute_failure(_flat(dims), node, "returns another number of dimensions")
             return self.substitute(node, args, predicted)
         if wrong := self.wrong(pairs):
             size = next(n for axes, shape in pairs for a, n in zip(axes, shape, strict=True) if a is wrong[0])
-            self.blame(wrong, node, f"size {size} is fixed by the code")
+            self.attribute_failure(wrong, node, f"size {size} is fixed by the code")
             return self.substitute(node, args, predicted)
         return out
 
@@ -571,7 +582,7 @@ class _Checker(Alongside):
             constant = self.program.constants.get(source) if isinstance(source, str) else None
             if constant is None:
                 if self.sources.get(id(now)) != source:
-                    raise LeftPath(f"{node.target} reads something else than when it was traced")
+                    raise PathDiverged(f"{node.target} reads something else than when it was traced")
                 continue
             real = self.reals.get(id(now))
             if real is None or constant.is_meta:  # its values cannot be seen without data
@@ -580,7 +591,7 @@ class _Checker(Alongside):
                 differs = real.shape != constant.shape or not torch.equal(real, constant)
             if differs:
                 touched = _touched(node, *node.all_input_nodes)
-                self.blame(touched, node, "a tensor that the code makes may follow a size")
+                self.attribute_failure(touched, node, "a tensor that the code makes may follow a size")
                 self.more.add(self.modules[-1] if self.modules else "")
                 return True
         return False
@@ -598,11 +609,11 @@ class _Checker(Alongside):
                     length = args[0].shape[Op(node, None)["dim"]]
                     now = min(max(now + length if now < 0 else now, 0), length)
                 if isinstance(now, int) and now != self.sizes(expected[name]):
-                    self.blame([expected[name]], node, f"{name}={now} is fixed by the code")
+                    self.attribute_failure([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
             elif name not in sized and now != then and _is_number(now):
                 reason = Op(node, None).reason(f"the code computes {name}={then} from a size")
-                self.blame_module(reason, self.modules[-1] if self.modules else "")
+                self.attribute_to_module(reason, self.modules[-1] if self.modules else "")
                 return True
         return False
 

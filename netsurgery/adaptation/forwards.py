@@ -1,6 +1,6 @@
 """Code that hard-codes a size is made to follow: by integer attributes of its module, or as a rewritten graph.
 
-``solve`` finds the attributes, ``rebuild`` writes the graph with the new sizes; an ``Adaptation`` is what a whole
+``solve`` finds the attributes, ``generate_forward`` writes the graph with the new sizes; an ``Adaptation`` is what a whole
 model needs. A module whose graph was rewritten stays the same object with the same parameters, submodules, hooks
 and attributes; its class becomes a subclass of its own class with another ``forward``.
 """
@@ -22,12 +22,22 @@ import torch
 from torch import fx, nn
 
 from netsurgery.adaptation.input_guards import EXPECTATIONS
-from netsurgery.adaptation.module_tracer import Deaf, Worth
+from netsurgery.adaptation.module_tracer import SizeEvaluator, Untraceable
 from netsurgery.adaptation.repeated_sizes import Repeat
 from netsurgery.analysis.costs import Sizes
 from netsurgery.axes import Axis, leaves
 
-__all__ = ["Adaptation", "Rewritten", "by_mode", "compiled", "joined", "kinds", "merge", "rebuild", "solve"]
+__all__ = [
+    "Adaptation",
+    "Rewritten",
+    "by_mode",
+    "compiled",
+    "generate_forward",
+    "joined",
+    "kinds",
+    "merge",
+    "solve_attributes",
+]
 
 Attributes = Mapping[str, Any]
 
@@ -144,7 +154,7 @@ def _wants(graph: fx.Graph) -> list[tuple[fx.Node, tuple[int, ...], Any, Axis]]:
     return found
 
 
-def solve(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, Any], bool]:
+def solve_attributes(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, Any], bool]:
     """The attributes of a module that are sizes of dimensions, at other sizes; and whether that is all they are."""
     found: dict[tuple[str, int | None], set[int]] = {}
     for _, _, value, axis in _wants(graph):
@@ -218,7 +228,7 @@ def _placed(place: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...
         yield place, value
 
 
-def rebuild(
+def generate_forward(
     graph: fx.Graph,
     module: nn.Module,
     sizes: Sizes,
@@ -243,7 +253,7 @@ def rebuild(
     for old, new in renamed.items():
         new.meta = dict(old.meta)
     known = {name: attributes.get(name, value) for name, value in module.__dict__.items()}
-    values = Worth(sizes, known, units)
+    values = SizeEvaluator(sizes, known, units)
     _settle_other_uses(new_graph, attributes)
     written = _written(new_graph, values)
     for node, place, value, axis in _wants(new_graph):
@@ -255,7 +265,7 @@ def rebuild(
         with new_graph.inserting_before(node):
             node.args = (_with_constants(node.args[0], written), *node.args[1:])
         if written_only and not values(node.args[0]):
-            raise Deaf("asks for a size that changes")
+            raise Untraceable("asks for a size that changes")
     for node in list(new_graph.nodes):
         axis = node.meta.get("scale")
         if axis is not None and sizes(axis) != axis.size:
@@ -264,8 +274,8 @@ def rebuild(
             new_graph.erase_node(node)
     for node in reversed(list(new_graph.nodes)):
         picks = node.target in (operator.getitem, getattr) and "sizes" not in node.meta  # no operation on a tensor
-        bare = "value" in node.meta or node.op == "get_attr" or picks
-        if bare and not node.users and node.op != "placeholder":
+        meta = "value" in node.meta or node.op == "get_attr" or picks
+        if meta and not node.users and node.op != "placeholder":
             new_graph.erase_node(node)
     code = new_graph.python_code("self")
     foreign = {name: f for name, f in code.globals.items() if name not in _SCOPE and name in code.src}
@@ -291,7 +301,7 @@ def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
     by_kind: dict[tuple[str, ...], str] = {}
     for kind, code in ways:
         if by_kind.setdefault(kind, code) != code:
-            raise Deaf("takes several ways for inputs of one kind")
+            raise Untraceable("takes several ways for inputs of one kind")
     codes = [by_kind[kind] for kind in sorted(by_kind, key=len, reverse=True)]  # what is made sure of more comes first
     if len(set(codes)) == 1:
         return codes[0]
@@ -331,14 +341,14 @@ def compiled(code: str) -> dict[str, Any]:
     return scope
 
 
-def _settle_parts(node: fx.Node, values: Worth) -> None:
+def _settle_parts(node: fx.Node, values: SizeEvaluator) -> None:
     """Parts that are not all of one size any more are split by their sizes."""
     parts = node.meta["parts"]
     wanted = [values.sizes(part) for part in parts]
     if wanted == _chunks(sum(wanted), len(wanted)) or wanted == [part.size for part in parts]:
         return
     if any(map(values.free, parts)):
-        raise Deaf("takes parts of a dimension that inputs and units share")
+        raise Untraceable("takes parts of a dimension that inputs and units share")
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     node.op, node.target, node.args, node.kwargs = "call_method", "split", (node.args[0], wanted, dim), {}
 
@@ -349,7 +359,7 @@ def _chunks(size: int, count: int) -> list[int]:
     return [min(whole, size - start) for start in range(0, size, whole)]
 
 
-def _written(graph: fx.Graph, values: Worth) -> dict[int, int]:
+def _written(graph: fx.Graph, values: SizeEvaluator) -> dict[int, int]:
     """The sizes that are written in the code and change, such as a number of heads, and what they become.
 
     And the product of those of one call: ``view(n, 3, 4, c // 12)``.
@@ -366,7 +376,7 @@ def _written(graph: fx.Graph, values: Worth) -> dict[int, int]:
 
 
 def _mended(
-    value: Any, axis: Axis, values: Worth, node: fx.Node, written: Mapping[int, int], written_only: bool
+    value: Any, axis: Axis, values: SizeEvaluator, node: fx.Node, written: Mapping[int, int], written_only: bool
 ) -> Any:
     """An expression that has the right value: the old one with other constants, or a constant."""
     sizes = values.sizes
@@ -379,7 +389,7 @@ def _mended(
         if values(other) == sizes(axis):
             return other
     if values.free(axis) or written_only:
-        raise Deaf(f"computes {value} in a way that cannot be followed")
+        raise Untraceable(f"computes {value} in a way that cannot be followed")
     return sizes(axis)
 
 

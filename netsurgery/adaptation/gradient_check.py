@@ -61,16 +61,16 @@ def _both(
     device = next((t.device for t in tensors.values() if not t.is_meta), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), _differentiated(module, device, half):
         own = {id(tensor): _bare(tensor, device) for _, tensor in named_tensors(module)}
-        bare = copy_with(module, own).eval()
-        bare.training = training
+        meta = copy_with(module, own).eval()
+        meta.training = training
         given = [v for v in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(v, fx.Node | Named)]
         leaves = {value: _Given(value, tensors, device) for value in given}
         try:
-            wanted = _run(type(bare).forward, bare, call, leaves)
+            wanted = _run(type(meta).forward, meta, call, leaves)
         except RAISED_BY_MODELS as error:
             raise _DoesNotRun from error
         try:
-            return _run(forward, bare, call, leaves), wanted
+            return _run(forward, meta, call, leaves), wanted
         except RAISED_BY_MODELS as error:
             return (str(error).splitlines() or [type(error).__name__])[0], wanted
 
@@ -119,7 +119,7 @@ class _Given:
         return self.leaf.clone().as_strided(*self.layout)
 
 
-def _run(forward: Callable[..., Any], bare: nn.Module, call: Call, leaves: Mapping[Any, _Given]) -> list[Tensor]:
+def _run(forward: Callable[..., Any], meta: nn.Module, call: Call, leaves: Mapping[Any, _Given]) -> list[Tensor]:
     """The results of a ``forward``, and what it left of its inputs."""
     given = {value: leaf() for value, leaf in leaves.items()}
 
@@ -128,7 +128,7 @@ def _run(forward: Callable[..., Any], bare: nn.Module, call: Call, leaves: Mappi
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     torch.clear_autocast_cache()
-    out = forward(bare, *args, **kwargs)
+    out = forward(meta, *args, **kwargs)
     return [*tensors_in(out), *given.values()]
 
 

@@ -2,7 +2,7 @@
 
 The module is run alone on tensors without data. Calls of torch functions in its own code become nodes of a
 ``torch.fx`` graph; its submodules stay whole. An integer read from a shape or from an attribute of the module is
-a ``Number``: a node of the graph too, whatever is computed from it. Where an argument is the size of a dimension,
+a ``TracedInt``: a node of the graph too, whatever is computed from it. Where an argument is the size of a dimension,
 the node says of which (``node.meta["sizes"]``), so that it can be worked out anew for other sizes.
 """
 
@@ -33,35 +33,35 @@ from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, channel, concat, leaves
 from netsurgery.capture.caches import caches_kept, caches_passed_by
 from netsurgery.capture.copies import named_modules, named_tensors, on_meta
-from netsurgery.capture.custom_modules import LEAVES
-from netsurgery.capture.fake_device import Posing
+from netsurgery.capture.custom_modules import CUSTOM_MODULES
+from netsurgery.capture.fake_device import FakeDevice
 from netsurgery.capture.meta_shapes import infer
 from netsurgery.capture.recorder import (
     RAISED_BY_MODELS,
     Call,
     Named,
+    OpObserver,
     Program,
-    Watcher,
     format_where,
     is_library,
     location,
-    skeleton,
+    meta_copy,
     track,
 )
 from netsurgery.capture.side_effects import Effects
 
-__all__ = ["Deaf", "Heard", "OtherInTraining", "Worth", "hear"]
+__all__ = ["DiffersInTraining", "ModuleTrace", "SizeEvaluator", "Untraceable", "trace_module"]
 
 
-class Deaf(Exception):
+class Untraceable(Exception):
     """The code of a module does something that a graph of torch functions cannot express."""
 
 
-class OtherInTraining(Deaf):
+class DiffersInTraining(Untraceable):
     """The code of a module computes other things in training."""
 
 
-class Number(int):
+class TracedInt(int):
     """An integer, and the node of the graph that computes it."""
 
     node: fx.Node
@@ -73,21 +73,21 @@ class Number(int):
         return (int(self),)
 
 
-def _number(value: int, node: fx.Node) -> Number:
-    number = Number(value)
+def _number(value: int, node: fx.Node) -> TracedInt:
+    number = TracedInt(value)
     number.node = node
     node.meta["value"] = int(value)
     return number
 
 
 def _nodes(value: Any) -> Any:
-    return value.node if isinstance(value, Number) else value
+    return value.node if isinstance(value, TracedInt) else value
 
 
 def _computed(function: Callable[..., Any], reverse: bool = False) -> Callable[..., Any]:
     """Arithmetic: the result of integers remembers how it came about; one with a fraction is settled."""
 
-    def compute(self: Number, *others: Any) -> Any:
+    def compute(self: TracedInt, *others: Any) -> Any:
         operands = (*others, self) if reverse else (self, *others)
         if not all(isinstance(o, int) for o in others):
             return NotImplemented if others and not isinstance(others[0], float) else _settle(function, operands)
@@ -100,9 +100,9 @@ def _computed(function: Callable[..., Any], reverse: bool = False) -> Callable[.
 
 
 def _settle(function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
-    plain = [int(o) if isinstance(o, Number) else o for o in operands]
+    plain = [int(o) if isinstance(o, TracedInt) else o for o in operands]
     for operand in operands:
-        if isinstance(operand, Number):
+        if isinstance(operand, TracedInt):
             _guard(operator.eq, operand, int(operand))
     return function(*plain)
 
@@ -110,7 +110,7 @@ def _settle(function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
 def _compared(function: Callable[..., bool]) -> Callable[..., Any]:
     """Comparison: the way the code then takes holds only while the answer stays."""
 
-    def compare(self: Number, other: Any) -> Any:
+    def compare(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int | float):
             return NotImplemented
         return _guard(function, self, other)
@@ -129,7 +129,7 @@ _OPPOSITE = {
 
 
 def _guard(function: Callable[..., bool], number: Any, other: Any) -> bool:
-    answer = bool(function(int(number), int(other) if isinstance(other, Number) else other))
+    answer = bool(function(int(number), int(other) if isinstance(other, TracedInt) else other))
     graph = number.node.graph
     condition = graph.call_function(function if answer else _OPPOSITE[function], (number.node, _nodes(other)))
     condition.meta["value"] = True
@@ -139,18 +139,18 @@ def _guard(function: Callable[..., bool], number: Any, other: Any) -> bool:
 
 
 for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
-    setattr(Number, f"__{_name}__", _computed(getattr(operator, _name)))
-    setattr(Number, f"__r{_name}__", _computed(getattr(operator, _name), reverse=True))
+    setattr(TracedInt, f"__{_name}__", _computed(getattr(operator, _name)))
+    setattr(TracedInt, f"__r{_name}__", _computed(getattr(operator, _name), reverse=True))
 for _name in ("neg", "pos", "abs"):
-    setattr(Number, f"__{_name}__", _computed(getattr(operator, _name)))
+    setattr(TracedInt, f"__{_name}__", _computed(getattr(operator, _name)))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Number, f"__{_name}__", _compared(getattr(operator, _name)))
-Number.__bool__ = lambda self: _guard(operator.ne, self, 0)  # type: ignore[method-assign]
-Number.__float__ = lambda self: float(_settle(int, (self,)))  # type: ignore[method-assign]
-Number.__int__ = int.__int__  # type: ignore[method-assign]
+    setattr(TracedInt, f"__{_name}__", _compared(getattr(operator, _name)))
+TracedInt.__bool__ = lambda self: _guard(operator.ne, self, 0)  # type: ignore[method-assign]
+TracedInt.__float__ = lambda self: float(_settle(int, (self,)))  # type: ignore[method-assign]
+TracedInt.__int__ = int.__int__  # type: ignore[method-assign]
 
 
-class Fraction(float):
+class TracedFloat(float):
     """A number with a fraction that is an attribute, such as a rate of dropout, and the node that reads it there.
 
     What is computed from it is a plain number.
@@ -173,7 +173,7 @@ class Shape(tuple[int, ...]):
 Size = tuple[
     tuple[int, ...], Axis
 ]  # where among a node's arguments an integer stands, and the dimension it is the size of
-Slot = tuple["_Ears", list[Any], dict[str, Any], Any]
+Slot = tuple["_FunctionRecorder", list[Any], dict[str, Any], Any]
 
 _NEW = {"new_zeros", "new_ones", "new_empty", "zeros", "ones", "empty", "rand", "randn"}
 
@@ -280,12 +280,12 @@ def _reads_attribute(node: fx.Node) -> bool:
     return "attribute" in node.meta or any(map(_reads_attribute, sources))
 
 
-class _Plain(Watcher):
+class _MetaExecutor(OpObserver):
     """Answers operations, and lets the ears know which submodules run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ears: _Ears | None = None
+        self.recorder: _FunctionRecorder | None = None
         self.dims: dict[int, Any] = {}
         self.alive: list[Any] = []
         self.done: list[fx.Node] = []
@@ -293,13 +293,13 @@ class _Plain(Watcher):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = infer(func, args, kwargs)
         self.place(out, None)
-        self.hear_scripted(func, args, kwargs, out)
+        self.record_scripted(func, args, kwargs, out)
         return out
 
-    def hear_scripted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def record_scripted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Scripted functions run operations without calling torch functions: the ears hear these here."""
-        if self.ears is not None and not self.ears.paused and not self.ears.busy:
-            self.ears.bind(out, self.ears.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
+        if self.recorder is not None and not self.recorder.paused and not self.recorder.busy:
+            self.recorder.bind(out, self.recorder.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
@@ -316,14 +316,14 @@ class _Plain(Watcher):
         self.alive.append(out)
 
     def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not path or self.ears is None or self.ears.paused:
+        if not path or self.recorder is None or self.recorder.paused:
             return super().call(path, forward, args, kwargs)
-        with self.ears.pause(path):
+        with self.recorder.pause(path):
             out = super().call(path, forward, _plain(args), _plain(kwargs))
-        return self.ears.heard_module(path, args, kwargs, out)
+        return self.recorder.record_module(path, args, kwargs, out)
 
 
-class _Follower(_Plain):
+class _Follower(_MetaExecutor):
     """Runs beside the recorded operations of one call, and knows the dimensions of every tensor."""
 
     def __init__(self, program: Program, call: Call):
@@ -333,11 +333,11 @@ class _Follower(_Plain):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = next(self.operations, None)
         if node is None or node.target is not func:
-            raise Deaf(f"{func} runs where {node.target if node else 'nothing'} ran before")
+            raise Untraceable(f"{func} runs where {node.target if node else 'nothing'} ran before")
         out = infer(func, args, kwargs)
         self.place(out, node.meta["dims"])
         self.done.append(node)
-        self.hear_scripted(func, args, kwargs, out)
+        self.record_scripted(func, args, kwargs, out)
         return out
 
 
@@ -360,13 +360,13 @@ _OF_RECORDING = {
 _SETTLED = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, torch.memory_format, complex)
 
 
-class _Ears(TorchFunctionMode):
+class _FunctionRecorder(TorchFunctionMode):
     """Hears each call of a torch function in a module's own code."""
 
-    def __init__(self, module: nn.Module, names: dict[int, str], watcher: _Plain, device: torch.device):
+    def __init__(self, module: nn.Module, names: dict[int, str], watcher: _MetaExecutor, device: torch.device):
         super().__init__()
         self.module = module
-        self.answers = Posing(_illegible, device).answers
+        self.answers = FakeDevice(_illegible, device).answers
         self.graph = fx.Graph()
         self.names, self.watcher = names, watcher
         self.known: dict[int, fx.Node] = {}
@@ -410,7 +410,7 @@ class _Ears(TorchFunctionMode):
         node = self.attribute(attribute)
         for step in _keys(self.module.get_submodule(owner).__dict__[key], tensor) or ():
             if not isinstance(step, str | int):
-                raise Deaf(f"keeps a tensor under a {type(step).__name__}")
+                raise Untraceable(f"keeps a tensor under a {type(step).__name__}")
             node = self.graph.call_function(operator.getitem, (node, step))
         return node
 
@@ -420,16 +420,16 @@ class _Ears(TorchFunctionMode):
             if id(value) in self.known:
                 return self.known[id(value)]
             if id(value) not in self.names:
-                raise Deaf("uses a tensor from outside")
+                raise Untraceable("uses a tensor from outside")
             name = self.names[id(value)]
             return self.contained(value, name) if "[" in name else self.attribute(name)
-        if isinstance(value, Number | Fraction):
+        if isinstance(value, TracedInt | TracedFloat):
             return value.node
         if isinstance(value, torch.dtype):
             return self.dtypes.get(value, value)
         if isinstance(value, torch.device):
             if not self.known:
-                raise Deaf("makes a tensor on a device before it has seen an input")
+                raise Untraceable("makes a tensor on a device before it has seen an input")
             return self.graph.call_function(getattr, (next(iter(self.known.values())), "device"))
         if isinstance(value, slice):
             return slice(*map(self.node_of, (value.start, value.stop, value.step)))
@@ -440,7 +440,7 @@ class _Ears(TorchFunctionMode):
         if isinstance(value, _SETTLED):
             plain: Any = next((kind for kind in (float, complex, str) if isinstance(value, kind)), None)
             return value if plain is None else plain(value)  # numpy has subclasses of these
-        raise Deaf(f"hands over a {type(value).__name__}")
+        raise Untraceable(f"hands over a {type(value).__name__}")
 
     def inputs(self, signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Placeholders for what the module is given; integers among it remember so."""
@@ -450,7 +450,7 @@ class _Ears(TorchFunctionMode):
             default = () if parameter.default is parameter.empty else (parameter.default,)
             if not all(isinstance(value, _SETTLED) for value in default):
                 if name not in bound.arguments:
-                    raise Deaf(f"has an argument {name} with a default that is no plain value")
+                    raise Untraceable(f"has an argument {name} with a default that is no plain value")
                 default = (...,)  # what was traced is refused where this is left out
             stars, absent = _STARS.get(parameter.kind, ("", parameter.default))
             nodes[name] = self.graph.placeholder(stars + name, None, *default)
@@ -486,7 +486,7 @@ class _Ears(TorchFunctionMode):
         elif isinstance(value, _SETTLED):
             self.graph.call_function(expect_value, (node, value, name))  # type: ignore[arg-type]
         else:
-            raise Deaf(f"is given a {type(value).__name__} ({name})")
+            raise Untraceable(f"is given a {type(value).__name__} ({name})")
         return value
 
     def integers(self, module: nn.Module) -> None:
@@ -507,10 +507,10 @@ class _Ears(TorchFunctionMode):
         for path, part in named_modules(module).items():
             for name, value in part.__dict__.items():
                 if type(value) is float and not name.startswith("_"):
-                    part.__dict__[name] = fraction = Fraction(value)
+                    part.__dict__[name] = fraction = TracedFloat(value)
                     fraction.node = self.attribute(f"{path}.{name}" if path else name)
 
-    def integer(self, value: int, name: str, index: int | None, node: fx.Node) -> Number:
+    def integer(self, value: int, name: str, index: int | None, node: fx.Node) -> TracedInt:
         node.meta["attribute"] = name, index
         return _number(value, node)
 
@@ -519,9 +519,9 @@ class _Ears(TorchFunctionMode):
         value = self.module.__dict__[name]
         sizes = value if type(value) in (tuple, list) else [value]
         earlier = before if type(before) in (tuple, list) else [] if before is None else [before]
-        if not all(isinstance(size, Number) and not _reads_attribute(size.node) for size in sizes):
+        if not all(isinstance(size, TracedInt) and not _reads_attribute(size.node) for size in sizes):
             return False
-        if not all(isinstance(size, Number) and not size.node.users for size in earlier):
+        if not all(isinstance(size, TracedInt) and not size.node.users for size in earlier):
             return False
         self.written[name] = _plain(value)
         self.graph.call_function(operator.setitem, (self.graph.get_attr("__dict__"), name, self.node_of(value)))
@@ -547,9 +547,9 @@ class _Ears(TorchFunctionMode):
                 if isinstance(item, Tensor | tuple | list | dict):
                     self.bind(item, self.graph.call_function(operator.getitem, (node, key)))
         elif out is not None:
-            raise Deaf(f"gets a {type(out).__name__}")
+            raise Untraceable(f"gets a {type(out).__name__}")
 
-    def heard_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def record_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """A submodule has run."""
         node = self.graph.call_module(target, self.node_of(args), self.node_of(kwargs))
         self.bind(out, node)
@@ -557,16 +557,16 @@ class _Ears(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with self.effects.aside() if self.effects else contextlib.nullcontext():
-            return self.hear(func, args, dict(kwargs or {}))
+            return self.trace_module(func, args, dict(kwargs or {}))
 
-    def hear(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def trace_module(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of a torch function, noted."""
         if func is F.multi_head_attention_forward:
             with self:
                 return _inlined(func)(*args, **kwargs)
         name = func.__name__
         if name in _OF_GRADIENTS:
-            raise Deaf(_placed(f"calls {name}"))
+            raise Untraceable(_placed(f"calls {name}"))
         if func in self.answers:
             return self.answers[func]
         if func in _LIKE:
@@ -603,7 +603,7 @@ class _Ears(TorchFunctionMode):
         axes = self.watcher.dims.get(id(x), (None,) * x.dim())
         source = self.node_of(x)
 
-        def read(dim: int) -> Number:
+        def read(dim: int) -> TracedInt:
             node = self.graph.call_method("size", (source, dim))
             node.meta["axis"] = axes[dim]
             return _number(x.shape[dim], node)
@@ -633,7 +633,7 @@ class _Ears(TorchFunctionMode):
         elif isinstance(func, OpOverload) or (resolve_name(func) or "").startswith("torch."):
             node = self.graph.call_function(func, *given)
         else:
-            raise Deaf(f"calls {func}")
+            raise Untraceable(f"calls {func}")
         node.meta["sizes"] = sizes
         if name in ("chunk", "tensor_split") and isinstance(out, tuple | list):
             node.meta["parts"] = [axes.of(part)[kwargs.get("dim", args[2] if len(args) > 2 else 0)] for part in out]
@@ -649,7 +649,7 @@ _AS_METHODS = ("reshape", "view", "expand", "unflatten")
 
 
 def _illegible(tensor: Tensor) -> Tensor:
-    raise Deaf(_placed("looks at values"))
+    raise Untraceable(_placed("looks at values"))
 
 
 def _placed(what: str) -> str:
@@ -678,9 +678,9 @@ def _keys(value: Any, tensor: Tensor) -> list[Any] | None:
 
 def _plain(value: Any) -> Any:
     """Arguments with plain integers."""
-    if isinstance(value, Number):
+    if isinstance(value, TracedInt):
         return int(value)
-    if isinstance(value, Fraction):
+    if isinstance(value, TracedFloat):
         return float(value)
     if isinstance(value, slice):
         return slice(*map(_plain, (value.start, value.stop, value.step)))
@@ -695,7 +695,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass
-class Heard:
+class ModuleTrace:
     """One run of a module's own code, as it was recorded.
 
     Attributes:
@@ -706,7 +706,7 @@ class Heard:
 
     usual: fx.Graph
     doubts: list[str]
-    again: Callable[..., _Ears]  # in training? with other dtypes? at which sizes?
+    again: Callable[..., _FunctionRecorder]  # in training? with other dtypes? at which sizes?
     free: list[Axis]  # channels of the inputs that may be of any size
     attributes: dict[str, Any]
     training: bool = False
@@ -720,13 +720,13 @@ class Heard:
             Deaf: there is none; the message says why.
         """
         if self.doubts:
-            raise Deaf(self.doubts[0])
+            raise Untraceable(self.doubts[0])
         self.try_other_inputs()
         graph, told = copy.deepcopy(self.usual), True
         if any(map(_reads_dtype, graph.nodes)):
             try:
                 told = _tell_dtypes_apart(graph, self.again(self.training, True).graph)
-            except Deaf:
+            except Untraceable:
                 told = False
         if not told:
             _keep_dtypes(graph)
@@ -740,17 +740,17 @@ class Heard:
             Deaf: there is none; the message says why.
         """
         if self.doubts:
-            raise Deaf(self.doubts[0])
+            raise Untraceable(self.doubts[0])
         self.try_other_inputs()
         trained = self.again(True, False)
         if trained.doubts:
-            raise Deaf(trained.doubts[0])
+            raise Untraceable(trained.doubts[0])
         told = True
         for training, graph in ((False, self.usual), (True, trained.graph)):
             if any(map(_reads_dtype, graph.nodes)):
                 try:
                     told &= _tell_dtypes_apart(graph, self.again(training, True).graph)
-                except Deaf:
+                except Untraceable:
                     told = False
         merged = _merged(copy.deepcopy(self.usual), trained.graph)
         if not told:
@@ -767,12 +767,12 @@ class Heard:
             sizes = Sizes({axis: 2 * axis.size for axis in chosen})
             try:
                 other = self.again(self.training, False, sizes).graph
-            except Deaf:  # the code does not run so; one size at a time may do
+            except Untraceable:  # the code does not run so; one size at a time may do
                 continue
-            worth = Worth(sizes, self.attributes, ())
+            worth = SizeEvaluator(sizes, self.attributes, ())
             held = all(worth(node.args[0]) for node in self.usual.nodes if node.meta.get("guard"))
             if held and not _alike(self.usual, other):
-                raise Deaf("does other things for inputs of other sizes")
+                raise Untraceable("does other things for inputs of other sizes")
             if chosen is self.free:
                 return
 
@@ -784,25 +784,27 @@ def _keep_dtypes(graph: fx.Graph) -> None:
             node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
 
 
-def hear(module: nn.Module, program: Program, call: Call, network: Network, in_training: bool = False) -> Heard:
+def trace_module(
+    module: nn.Module, program: Program, call: Call, network: Network, in_training: bool = False
+) -> ModuleTrace:
     """What one run of a module's own code did, as it was recorded.
 
     Raises:
         Deaf: the code cannot be expressed as a graph; the message says why.
     """
-    if type(module) in LEAVES:
-        raise Deaf("is one operation")
+    if type(module) in CUSTOM_MODULES:
+        raise Untraceable("is one operation")
     device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
-    usual = skeleton(module, program.mode)
+    usual = meta_copy(module, program.mode)
 
-    def listen(training: bool, other: bool, sizes: Sizes | None = None) -> _Ears:
-        bare, names = _in_other_dtypes(*skeleton(module, program.mode)) if other else usual
-        watcher = _Plain() if training != in_training or other or sizes else _Follower(program, call)
-        track(bare, watcher)
-        ears = _Ears(bare, names, watcher, device)
-        _run(bare, ears, call, network, training, other, sizes)
-        missed = ears.effects is not None and ears.effects.missed and not ears.doubts
-        return listen(training, other, sizes) if missed else ears
+    def listen(training: bool, other: bool, sizes: Sizes | None = None) -> _FunctionRecorder:
+        meta, names = _in_other_dtypes(*meta_copy(module, program.mode)) if other else usual
+        watcher = _MetaExecutor() if training != in_training or other or sizes else _Follower(program, call)
+        track(meta, watcher)
+        recorder = _FunctionRecorder(meta, names, watcher, device)
+        _run(meta, recorder, call, network, training, other, sizes)
+        missed = recorder.effects is not None and recorder.effects.missed and not recorder.doubts
+        return listen(training, other, sizes) if missed else recorder
 
     heard = listen(training=in_training, other=False)
     if heard.written and not _writes_again(usual[0], heard, functools.partial(listen, in_training, False)):
@@ -811,25 +813,25 @@ def hear(module: nn.Module, program: Program, call: Call, network: Network, in_t
     free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
     code = frozenset(heard.effects.ran if heard.effects else ())
-    return Heard(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training, code)
+    return ModuleTrace(heard.graph, heard.doubts, listen, free, dict(module.__dict__), in_training, code)
 
 
-def _writes_again(bare: nn.Module, heard: _Ears, listen: Callable[[], _Ears]) -> bool:
+def _writes_again(meta: nn.Module, heard: _FunctionRecorder, listen: Callable[[], _FunctionRecorder]) -> bool:
     """Whether the code does the same where it finds the sizes that it has kept."""
-    before = dict(bare.__dict__)
-    bare.__dict__.update(heard.written)
+    before = dict(meta.__dict__)
+    meta.__dict__.update(heard.written)
     second = listen()
-    bare.__dict__.clear()
-    bare.__dict__.update(before)
+    meta.__dict__.clear()
+    meta.__dict__.update(before)
     return second.written == heard.written and _alike(heard.graph, second.graph)
 
 
-def _in_other_dtypes(bare: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
+def _in_other_dtypes(meta: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
     """A skeleton with float tensors of another dtype each."""
-    known = list(named_tensors(bare))  # they stay alive, and their ids good
-    bare._apply(lambda tensor: tensor.to(_other(tensor.dtype)))
+    known = list(named_tensors(meta))  # they stay alive, and their ids good
+    meta._apply(lambda tensor: tensor.to(_other(tensor.dtype)))
     own = {name: names[id(tensor)] for name, tensor in known}
-    return bare, {id(tensor): own[name] for name, tensor in named_tensors(bare)}
+    return meta, {id(tensor): own[name] for name, tensor in named_tensors(meta)}
 
 
 def _other(dtype: torch.dtype) -> torch.dtype:
@@ -839,9 +841,15 @@ def _other(dtype: torch.dtype) -> torch.dtype:
 
 
 def _run(
-    module: nn.Module, ears: _Ears, call: Call, network: Network, training: bool, other: bool, sizes: Sizes | None
+    module: nn.Module,
+    recorder: _FunctionRecorder,
+    call: Call,
+    network: Network,
+    training: bool,
+    other: bool,
+    sizes: Sizes | None,
 ) -> None:
-    attributes, watcher = [(part, dict(part.__dict__)) for part in named_modules(module).values()], ears.watcher
+    attributes, watcher = [(part, dict(part.__dict__)) for part in named_modules(module).values()], recorder.watcher
     given: dict[Any, Tensor] = {}
 
     def stand_in(value: Any) -> Any:
@@ -863,24 +871,24 @@ def _run(
 
     try:
         args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
-        args, kwargs = ears.inputs(inspect.signature(module.forward), args, kwargs)
-        ears.integers(module)
-        ears.fractions(module)
+        args, kwargs = recorder.inputs(inspect.signature(module.forward), args, kwargs)
+        recorder.integers(module)
+        recorder.fractions(module)
         module.training = training
         placed = dict(module.__dict__)
         watched: Any = contextlib.nullcontext()
-        with caches_kept(module), caches_passed_by(module, Number), torch.no_grad():
+        with caches_kept(module), caches_passed_by(module, TracedInt), torch.no_grad():
             if not other and sizes is None:
-                watched = ears.effects = ears.watch()
-            with watcher, ears, watched:
-                watcher.ears = ears
+                watched = recorder.effects = recorder.watch()
+            with watcher, recorder, watched:
+                watcher.recorder = recorder
                 out = module.forward(*args, **kwargs)
-                ears.take_back(placed)
-        ears.graph.output(ears.node_of(out))
-        ears.doubts += ears.effects.found if ears.effects is not None else []
+                recorder.take_back(placed)
+        recorder.graph.output(recorder.node_of(out))
+        recorder.doubts += recorder.effects.found if recorder.effects is not None else []
     except RAISED_BY_MODELS as error:  # it looks at values, or needs what runs around it
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Deaf(f"does not run on its own without data: {first}") from error
+        raise Untraceable(f"does not run on its own without data: {first}") from error
     finally:
         for part, own in attributes:
             part.__dict__.clear()
@@ -920,7 +928,7 @@ def _guards(graph: fx.Graph) -> set[Any]:
     return {(a.target, tuple(x if not isinstance(x, fx.Node) else x.meta.get("value") for x in a.args)) for a in asked}
 
 
-class Worth:
+class SizeEvaluator:
     """What the numbers of a graph are at other sizes, given the attributes of its module.
 
     Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
@@ -1015,10 +1023,10 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
         if isinstance(x, float) and x == 0 and isinstance(y, fx.Node | float):
             with usual.inserting_after(twin[y] if isinstance(y, fx.Node) else mode):
                 return usual.call_function(operator.mul, (settled(y), mode))
-        raise OtherInTraining("computes other things in training")
+        raise DiffersInTraining("computes other things in training")
 
     if _guards(training) - _guards(usual):
-        raise Deaf("asks for other sizes in training")
+        raise Untraceable("asks for other sizes in training")
     left, last = _live(usual)[::-1], mode
     for other in _live(training):
         node = left[-1] if left else None
@@ -1028,16 +1036,16 @@ def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
                     twin[other] = usual.get_attr(str(other.target))
                 continue
             if other.target is not F.dropout or other.args[0] not in twin:
-                raise OtherInTraining("runs other code in training")
+                raise DiffersInTraining("runs other code in training")
             rate = settled(other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5))
             with usual.inserting_after(last):
                 last = twin[other] = usual.call_function(F.dropout, (twin[other.args[0]], rate, mode))  # type: ignore[index]
             continue
         if node.kwargs.keys() != other.kwargs.keys():
-            raise OtherInTraining("runs other code in training")
+            raise DiffersInTraining("runs other code in training")
         last = twin[other] = left.pop()
         node.args = same(node.args, other.args)
         node.kwargs = {key: same(value, other.kwargs[key]) for key, value in node.kwargs.items()}
     if left:
-        raise OtherInTraining("runs other code in training")
+        raise DiffersInTraining("runs other code in training")
     return usual

@@ -1,4 +1,4 @@
-"""Can each group be cut alone? One that cannot is tied to the group whose size the code takes for its own, or frozen.
+"""Can each group be cut alone? One that cannot is tied to the group whose size the code takes for its own, or locked.
 
 All groups at half their sizes may run where one alone does not: ``y.view_as(x)`` is right while both shrink alike.
 So all are tried at once with different shares of their units left; where that does not run, or sizes are too small for
@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
-from netsurgery.adaptation.fit_code import adapt, channels_of, follows
+from netsurgery.adaptation.fit_code import channels_of, fit_code, follows
 from netsurgery.analysis.network import Group, Network
 
 __all__ = ["settle_alone"]
@@ -29,7 +29,7 @@ def settle_alone(model: nn.Module, network: Network) -> Network:
         names = [name for name in names if name in doubtful]
         if not names or follows(model, network, _counts(network, names)):
             continue
-        while found := adapt(model, network, _counts(network, names))[1]:  # each round ties or freezes at least one
+        while found := fit_code(model, network, _counts(network, names))[1]:  # each round ties or locks at least one
             network = _settled(model, network, near, found)
     return network
 
@@ -43,7 +43,7 @@ def _near(network: Network) -> Any:
         for node in program.operations:
             found = [network.by_channel.get(channel) for channel in channels_of(node)]
             here = handled.setdefault(node.meta["module"], {})
-            here.update((group.name, None) for group in found if group is not None and group.frozen is None)
+            here.update((group.name, None) for group in found if group is not None and group.locked is None)
     for here in handled.values():
         graph.add_edges_from((a, b) for a in here for b in here if a != b)
     return graph
@@ -79,7 +79,7 @@ def _unlike(size: int, shares: set[float]) -> tuple[int, float]:
 
 def _classes(network: Network, near: Any) -> list[tuple[str, ...]]:
     """The open groups, those that are tied together."""
-    return list(dict.fromkeys(network.tied_to(name) for name in near))
+    return list(dict.fromkeys(network.equal_to(name) for name in near))
 
 
 def _apart(near: Any) -> list[list[str]]:
@@ -96,15 +96,15 @@ def _apart(near: Any) -> list[list[str]]:
 
 def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
     """About two thirds of the units of the open ones among some groups, and of those tied to them."""
-    every = dict.fromkeys(other for name in names for other in network.tied_to(name))
-    return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].frozen is None}
+    every = dict.fromkeys(other for name in names for other in network.equal_to(name))
+    return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].locked is None}
 
 
 def _settled(model: nn.Module, network: Network, near: Any, found: Mapping[str, str]) -> Network:
-    """Groups that a partner helps are tied to it, others frozen; partners are found once for groups in like places."""
+    """Groups that a partner helps are tied to it, others locked; partners are found once for groups in like places."""
     partners: dict[str, str | None] = {}
-    ties: list[tuple[str, ...]] = []
-    frozen: dict[str, str] = {}
+    equal_sizes: list[tuple[str, ...]] = []
+    locked: dict[str, str] = {}
     for name, why in found.items():
         place = _place(network[name])
         others = [other for other in near[name] if _may_be_tied(network, name, other)]
@@ -113,10 +113,10 @@ def _settled(model: nn.Module, network: Network, near: Any, found: Mapping[str, 
             partners[place] = None if partner is None else _place(network[partner])
         partner = next((other for other in others if _place(network[other]) == partners[place]), None)
         if partner is None:
-            frozen[name] = why
+            locked[name] = why
         else:
-            ties.append((name, partner))
-    return network.with_ties(ties).with_frozen(frozen)
+            equal_sizes.append((name, partner))
+    return network.with_equal_sizes(equal_sizes).with_locked(locked)
 
 
 def _place(group: Group) -> str:
@@ -125,10 +125,10 @@ def _place(group: Group) -> str:
 
 
 def _may_be_tied(network: Network, name: str, other: str) -> bool:
-    tied = any(name in names and other in names for names in network.ties)
-    return network[other].frozen is None and network[other].size == network[name].size and not tied
+    tied = any(name in names and other in names for names in network.equal_sizes)
+    return network[other].locked is None and network[other].size == network[name].size and not tied
 
 
 def _follows(model: nn.Module, network: Network, names: Iterable[str]) -> bool:
     """Whether the code follows when some groups are cut together."""
-    return not adapt(model, network, _counts(network, names))[1]
+    return not fit_code(model, network, _counts(network, names))[1]

@@ -20,13 +20,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from netsurgery.axes import Axis, find, freeze, leaves
+from netsurgery.axes import Axis, find, leaves, lock
 from netsurgery.capture.recorder import Program
 from netsurgery.notation import Op
 
 __all__ = [
-    "Computations", "ancestors", "freeze_normalised", "is_moved", "is_stream", "meetings", "packet_of", "peeled",
-    "places", "scaled", "worked_across", "writers",
+    "Computations",
+    "ancestors",
+    "is_moved",
+    "is_stream",
+    "lock_normalised",
+    "meetings",
+    "packet_of",
+    "peeled",
+    "places",
+    "scaled",
+    "worked_across",
+    "writers",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -247,7 +257,7 @@ class _Computed:
         return found
 
 
-def freeze_normalised(programs: tuple[Program, ...], parameters: set[str]) -> None:
+def lock_normalised(programs: tuple[Program, ...], parameters: set[str]) -> None:
     """Lock the units that the computation of a weight works across, or note the parameter that makes up for it.
 
     A node of such a weight then says which channels its computation must see whole (``meta["whole"]``), and the weight
@@ -272,7 +282,7 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
     stream = is_stream(weight)
     whole: dict[Axis, _Across] = {}
     for leaf, across in of.mixed(weight).items():
-        if leaf.frozen is not None or (stream and across.layer):
+        if leaf.locked is not None or (stream and across.layer):
             continue
         if leaf in own or leaf in carried:
             whole[leaf] = across
@@ -290,7 +300,7 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
 
 
 def _freeze(leaf: Axis, across: _Across) -> None:
-    freeze(leaf, Op(across.node, None).reason("the rest of a weight that is computed across its units would change"))
+    lock(leaf, Op(across.node, None).reason("the rest of a weight that is computed across its units would change"))
 
 
 # What makes up for it ----------------------------------------------------------------------------------------------

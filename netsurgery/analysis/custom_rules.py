@@ -11,20 +11,20 @@ import torch
 from torch import fx, nn
 from torch._library.custom_ops import CustomOpDef
 
-from netsurgery.analysis.rules import TAUGHT, Rule, frozen, title
-from netsurgery.capture.custom_modules import LEAVES, Leaf, Shape, arguments_of
+from netsurgery.analysis.rules import CUSTOM_RULES, Rule, locked, title
+from netsurgery.capture.custom_modules import CUSTOM_MODULES, CustomModule, Shape, arguments_of
 from netsurgery.errors import InputError
 from netsurgery.notation import Misfit, Op, names_in, parse, relate, results
 
-__all__ = ["Taught", "rule"]
+__all__ = ["RuleHandle", "rule"]
 
 
-class Taught(AbstractContextManager["Taught"]):
+class RuleHandle(AbstractContextManager["RuleHandle"]):
     """A rule that was taught. ``remove()`` forgets it, and so does the end of a ``with`` block."""
 
     def __init__(self, key: Any, says: str):
         self.key, self.says = key, says
-        books: tuple[dict[Any, Any], ...] = (TAUGHT, LEAVES)
+        books: tuple[dict[Any, Any], ...] = (CUSTOM_RULES, CUSTOM_MODULES)
         self.before = [(book, book.get(key)) for book in books]
 
     def remove(self) -> None:
@@ -48,7 +48,7 @@ def rule(
     operands: str | None = None,
     parameters: Mapping[str, str] | None = None,
     sizes: Mapping[str, str] | None = None,
-) -> Taught:
+) -> RuleHandle:
     """Teach what an operation does to dimensions; nothing is run or changed, the next ``trace`` uses it.
 
     Args:
@@ -107,10 +107,10 @@ def rule(
             learned = _Calling(says)
     except ValueError as error:
         raise InputError(f"no rule for {title(target)}: {error}") from None
-    handle = Taught(key, str(learned))
-    TAUGHT[key] = learned, str(learned)
+    handle = RuleHandle(key, str(learned))
+    CUSTOM_RULES[key] = learned, str(learned)
     if isinstance(learned, _Relation) and isinstance(key, type):
-        LEAVES[key] = learned.shapes
+        CUSTOM_MODULES[key] = learned.shapes
     return handle
 
 
@@ -148,7 +148,7 @@ class _Relation:
         nodes = [value if isinstance(value := op[name], fx.Node) else None for name in self.operands]
         for node in op.inputs:
             for axis in op.dims(node) if node not in nodes else ():
-                op.freeze(axis, "not named by its rule")
+                op.lock(axis, "not named by its rule")
         try:
             known = {name: int(self.size(op, argument)) for name, argument in self.sizes.items()}
             out = relate(op, self.notation, nodes, known)
@@ -157,7 +157,7 @@ class _Relation:
             given = ", ".join(f"{name} {shape}" for name, shape in zip(self.operands, shapes, strict=True))
             raise InputError(f"the rule '{self.notation}' does not fit {op.place} ({given}): {error}") from error
         follow = {argument: op.node.meta["names"][name] for name, argument in self.sizes.items()}
-        if isinstance(op.node.target, Leaf):
+        if isinstance(op.node.target, CustomModule):
             op.node.meta["attributes"] = follow
         else:
             op.expect(follow)
@@ -165,7 +165,7 @@ class _Relation:
 
     def size(self, op: Op, argument: str) -> Any:
         target = op.node.target
-        return getattr(target.module, argument) if isinstance(target, Leaf) else op[argument]
+        return getattr(target.module, argument) if isinstance(target, CustomModule) else op[argument]
 
     def shapes(self, module: nn.Module, given: dict[str, Shape]) -> Sequence[Shape]:
         """The shapes of a module's results."""
@@ -187,11 +187,11 @@ class _Calling:
     function: Rule | None
 
     def __str__(self) -> str:
-        return "whatever it touches is frozen" if self.function is None else f"see {self.function.__qualname__}"
+        return "whatever it touches is locked" if self.function is None else f"see {self.function.__qualname__}"
 
     def __call__(self, op: Op) -> Any:
         if self.function is None:
-            return frozen(op, "locked by netsurgery.rule")
+            return locked(op, "locked by netsurgery.rule")
         out = self.function(op)
         sizes = [None if dims is None else tuple(axis.size for axis in dims) for dims in out]
         if sizes != [None if shape is None else tuple(shape) for shape in op.shapes()]:

@@ -1,7 +1,7 @@
 """The network as surgery sees it: a recorded graph, the dimensions of every tensor, and the groups they share.
 
 A **group** is a set of units (channels, neurons, heads) that live or die together wherever they appear. Its
-**members** are the parameter axes that carry it. A group is **frozen** when removing a unit would change what the
+**members** are the parameter axes that carry it. A group is **locked** when removing a unit would change what the
 network means; the reason names the operation and the line of source.
 
 ``trace`` makes a Network; passes read it and return scores laid on it, or an Edit. Nothing here changes a tensor.
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from netsurgery.analysis.computed_weights import freeze_normalised
+from netsurgery.analysis.computed_weights import lock_normalised
 from netsurgery.analysis.costs import Cost, Sizes, Term, total
 from netsurgery.analysis.rules import apply_rule
 from netsurgery.analysis.units import Unit, units_of, units_of_products
-from netsurgery.axes import Axis, Edge, Fixed, channel, find, freeze, leaves, resolve, tie
+from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, leaves, lock, resolve
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.recorder import Inputs, Program, format_where
 from netsurgery.errors import InputError
@@ -57,7 +57,7 @@ class Group:
         name: the module that first produces the units, in the order of the state dict.
         size: number of units.
         members: where they occur, in the order of the state dict.
-        frozen: why none may be removed, or None.
+        locked: why none may be removed, or None.
         channel: the group's place in the expressions of dimensions.
         unit: what its units are: attention heads, dimensions within heads, groups of a convolution or normalisation,
             ranks of a low-rank product, or channels of any other sort.
@@ -66,12 +66,12 @@ class Group:
     name: str
     size: int
     members: tuple[Member, ...]
-    frozen: str | None
+    locked: str | None
     channel: Axis = field(repr=False, compare=False)
     unit: Unit = "channel"
 
     def __repr__(self) -> str:
-        locked = "" if self.frozen is None else f", frozen={self.frozen!r}"
+        locked = "" if self.locked is None else f", locked={self.locked!r}"
         return f"Group({self.name!r}, size={self.size}, unit={self.unit!r}, {len(self.members)} members{locked})"
 
 
@@ -98,7 +98,7 @@ class Network:
     tensors: Mapping[str, Tensor] = field(repr=False)
     axes: Mapping[str, tuple[Axis, ...]] = field(repr=False)
     groups: tuple[Group, ...]
-    ties: tuple[tuple[str, ...], ...]
+    equal_sizes: tuple[tuple[str, ...], ...]
     inputs: Inputs = field(repr=False)
     model: nn.Module = field(repr=False, compare=False)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Network:
         """The dependency graph: module -> group it produces (or carries), group -> module that consumes it."""
         graph = nx.MultiDiGraph()
         for group in self.groups:
-            graph.add_node(group.name, kind="group", size=group.size, frozen=group.frozen)
+            graph.add_node(group.name, kind="group", size=group.size, locked=group.locked)
             for member in group.members:
                 module = f"module:{member.module}"
                 graph.add_node(module, kind="module")
@@ -143,16 +143,16 @@ class Network:
 
     @property
     def prunable(self) -> tuple[Group, ...]:
-        """The groups that are not frozen."""
-        return tuple(group for group in self.groups if group.frozen is None)
+        """The groups that are not locked."""
+        return tuple(group for group in self.groups if group.locked is None)
 
-    def tied_to(self, name: str) -> tuple[str, ...]:
+    def equal_to(self, name: str) -> tuple[str, ...]:
         """The names of the groups that must keep as many units as a group, its own among them."""
-        return self._tied.get(name, (name,))
+        return self._equal.get(name, (name,))
 
     @cached_property
-    def _tied(self) -> dict[str, tuple[str, ...]]:
-        return {name: names for names in self.ties for name in names}
+    def _equal(self) -> dict[str, tuple[str, ...]]:
+        return {name: names for names in self.equal_sizes for name in names}
 
     @cached_property
     def terms(self) -> tuple[list[Term], list[Term]]:
@@ -200,23 +200,23 @@ class Network:
         """
         return dataclasses.replace(self, scores=dict(scores), comparable=comparable, ordinal=ordinal)
 
-    def with_frozen(self, reasons: Mapping[str, str]) -> Network:
-        """The same network with more groups frozen; groups tied to these are frozen with them."""
+    def with_locked(self, reasons: Mapping[str, str]) -> Network:
+        """The same network with more groups locked; groups tied to these are locked with them."""
         reasons = dict(reasons)
-        for tied in self.ties:
+        for tied in self.equal_sizes:
             why = next((reasons[name] for name in tied if name in reasons), None)
             reasons.update({name: why for name in tied if why is not None and name not in reasons})
-        groups = [dataclasses.replace(g, frozen=g.frozen or reasons.get(g.name)) for g in self.groups]
+        groups = [dataclasses.replace(g, locked=g.locked or reasons.get(g.name)) for g in self.groups]
         return dataclasses.replace(self, groups=tuple(groups))
 
-    def with_ties(self, ties: Iterable[tuple[str, ...]]) -> Network:
+    def with_equal_sizes(self, equal_sizes: Iterable[tuple[str, ...]]) -> Network:
         """The same network with more groups that must keep equally many units."""
         graph = nx.Graph()
-        for names in (*self.ties, *ties):
+        for names in (*self.equal_sizes, *equal_sizes):
             nx.add_path(graph, names)
         order = {group.name: index for index, group in enumerate(self.groups)}
         joined = [tuple(sorted(names, key=order.__getitem__)) for names in nx.connected_components(graph)]
-        return dataclasses.replace(self, ties=tuple(sorted(joined, key=lambda names: order[names[0]])))
+        return dataclasses.replace(self, equal_sizes=tuple(sorted(joined, key=lambda names: order[names[0]])))
 
     def axis_expression(self, axis: Axis) -> str:
         """An axis in the words of the groups, such as ``conv1*7*7`` or ``conv1+conv2``."""
@@ -252,7 +252,7 @@ class Analysis:
         self.axes = {name: tuple(channel(n) for n in shape) for name, shape in shapes.items()}
         self.parameters = parameters  # names of those that are learned
         self.roles: list[tuple[str, Axis, Axis, str]] = []
-        self.ties: list[tuple[list[Axis], str]] = []
+        self.equal_sizes: list[tuple[list[Axis], str]] = []
         self.used: set[str] = set()
         self.units: list[tuple[Axis, Unit]] = []
         self.constants: list[tuple[Axis, str]] = []  # dimensions of tensors that nobody has learned, and why
@@ -261,9 +261,9 @@ class Analysis:
         """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
         self.roles.extend((name, source, axis, role) for name in node.meta["params"])
 
-    def tie(self, parts: list[Axis], reason: str) -> None:
+    def equate(self, parts: list[Axis], reason: str) -> None:
         """The parts must keep equal sizes."""
-        self.ties.append((parts, reason))
+        self.equal_sizes.append((parts, reason))
 
     def interpret(self, program: Program) -> None:
         """Give every node of a program its dimensions."""
@@ -281,7 +281,7 @@ class Analysis:
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     for axis in result.meta["dims"]:
-                        freeze(axis, Edge("network output"))
+                        lock(axis, Edge("network output"))
             elif "dims" not in node.meta:
                 if all("params" in source.meta for source in node.all_input_nodes):
                     names = dict.fromkeys(name for source in node.all_input_nodes for name in source.meta["params"])
@@ -296,20 +296,20 @@ class Analysis:
         """A tensor that nobody has learned has these dimensions."""
         self.constants.extend((axis, reason) for axis in dims)
 
-    def settle_ties(self) -> list[list[Axis]]:
+    def settle_equal_sizes(self) -> list[list[Axis]]:
         """Classes of channels that must keep equal counts."""
         pairs: dict[tuple[Axis, Axis], str] = {}
         while True:
-            wanted = [(parts[0], part, reason) for parts, reason in self.ties for part in parts[1:]]
+            wanted = [(parts[0], part, reason) for parts, reason in self.equal_sizes for part in parts[1:]]
             wanted += [(a, b, reason) for (a, b), reason in pairs.items()]  # what was tied stays so when it is refined
             before, pairs = pairs, {}
             for one, other, reason in wanted:
-                pairs.update(dict.fromkeys(tie(one, other, reason), reason))
+                pairs.update(dict.fromkeys(equate(one, other, reason), reason))
             if pairs == before:
                 break
         classes: dict[Axis, list[Axis]] = {}
         for a, b in pairs:
-            if a.frozen is None and b.frozen is None:
+            if a.locked is None and b.locked is None:
                 _merge(classes, a, b)
         return [members for members in {id(c): c for c in classes.values()}.values() if len(members) > 1]
 
@@ -337,30 +337,30 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
         analysis.units.extend(units_of_products(program))
     for name in [name for name in tensors if name not in analysis.used]:
         for axis in analysis.axes[name]:
-            freeze(axis, "not used in the recorded run")
-    _freeze_what_is_cut_off(analysis, programs)
-    freeze_normalised(programs, parameters)
+            lock(axis, "not used in the recorded run")
+    _lock_what_is_cut_off(analysis, programs)
+    lock_normalised(programs, parameters)
     sources = analysis.axes
-    classes = analysis.settle_ties()
+    classes = analysis.settle_equal_sizes()
     memo = analysis.resolve()
     roles = _roles(analysis, sources, memo)
-    _freeze_what_constants_feed(analysis, roles, classes)
+    _lock_what_constants_feed(analysis, roles, classes)
     groups = _groups(analysis, roles, memo)
     names = {group.channel: group.name for group in groups}
-    ties = [tuple(names[leaf] for leaf in members if leaf in names and not leaf.frozen) for members in classes]
+    equal_sizes = [tuple(names[leaf] for leaf in members if leaf in names and not leaf.locked) for members in classes]
     return Network(
         type(model).__name__,
         programs,
         tensors,
         analysis.axes,
         groups,
-        tuple(t for t in ties if len(t) > 1),
+        tuple(t for t in equal_sizes if len(t) > 1),
         inputs,
         model,
     )
 
 
-def _freeze_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
+def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
     """Of a position embedding or a mask the code takes as much as the input needs; a longer one needs the rest."""
     working = {leaf for _, _, axis, role in analysis.roles if role in ("produces", "consumes") for leaf in leaves(axis)}
     read: set[Axis] = set()
@@ -369,10 +369,10 @@ def _freeze_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -
         for node in program.graph.nodes:
             if node.op == "get_attr" and node.target in analysis.axes:
                 for leaf in set(_leaves_of(node)) - working - read:
-                    if leaf.frozen is None:
+                    if leaf.locked is None:
                         (read if _reads(node, leaf) else idle).add(leaf)
     for leaf in idle - read:
-        freeze(leaf, "beyond what the recorded run uses")
+        lock(leaf, "beyond what the recorded run uses")
 
 
 _CUTS = (torch.ops.aten.slice.Tensor, operator.getitem)
@@ -416,7 +416,7 @@ def _roles(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: di
     return roles
 
 
-def _freeze_what_constants_feed(analysis: Analysis, roles: Roles, classes: Sequence[Sequence[Axis]]) -> None:
+def _lock_what_constants_feed(analysis: Analysis, roles: Roles, classes: Sequence[Sequence[Axis]]) -> None:
     """The columns of a table of coordinates, say, are inputs, unless something that is learned makes them too."""
     made: set[Axis] = set()
     weights = {name for (name, _, _), role in roles.items() if role == "consumes"}
@@ -430,11 +430,11 @@ def _freeze_what_constants_feed(analysis: Analysis, roles: Roles, classes: Seque
     for axis, reason in analysis.constants:
         for leaf in leaves(axis):
             if leaf not in made and leaf.size > 1:
-                freeze(leaf, reason)
+                lock(leaf, reason)
     for together in classes:
-        for reason in [leaf.frozen for leaf in together if leaf.frozen]:
+        for reason in [leaf.locked for leaf in together if leaf.locked]:
             for leaf in together:
-                freeze(leaf, reason)
+                lock(leaf, reason)
 
 
 def _groups(analysis: Analysis, roles: Roles, memo: dict[Axis, Axis]) -> tuple[Group, ...]:
@@ -448,14 +448,14 @@ def _groups(analysis: Analysis, roles: Roles, memo: dict[Axis, Axis]) -> tuple[G
     taken: set[str] = set()
     for leaf, found in members.items():
         only_read = all(role in ("window", "consumes") for _, _, role in found)
-        if isinstance(leaf.frozen, Fixed) and (leaf.size == 1 or only_read):
+        if isinstance(leaf.locked, Fixed) and (leaf.size == 1 or only_read):
             continue
-        if leaf.size == 1 and leaf.frozen is None:
+        if leaf.size == 1 and leaf.locked is None:
             continue
         name, place, role = min(found, key=lambda m: {"produces": 0, "carries": 1}.get(m[2], 2))
         base = (name.rpartition(".")[0] or name) + (":in" if role in ("consumes", "window") else "")
         unique = next(n for i in range(1, len(members) + 2) if (n := base if i == 1 else f"{base}:{i}") not in taken)
         taken.add(unique)
         listed = tuple(Member(n, p, r if r != "window" else "carries") for n, p, r in found)  # type: ignore[arg-type]
-        groups.append(Group(unique, leaf.size, listed, leaf.frozen, leaf, units.get(leaf, "channel")))
+        groups.append(Group(unique, leaf.size, listed, leaf.locked, leaf, units.get(leaf, "channel")))
     return tuple(groups)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.rules import Op
 from netsurgery.axes import Axis
-from netsurgery.capture.known_values import answer, flat, is_number, laid_out, told
+from netsurgery.capture.known_values import any_layout, flat, is_number, remapped, replay_decision
 from netsurgery.capture.recorder import (
     TRANSPARENT,
     Inputs,
@@ -156,9 +156,9 @@ def replay(
                         (s, values[s].clone()) for s in read if isinstance(s, torch.fx.Node) and is_number(values[s])
                     )
                 if "decided" in node.meta:
-                    values[node] = answer(node.target, args, kwargs, told(node, units or units_in({})))
+                    values[node] = replay_decision(node.target, args, kwargs, remapped(node, units or units_in({})))
                 else:
-                    values[node] = laid_out(node.target)(*args, **kwargs)
+                    values[node] = any_layout(node.target)(*args, **kwargs)
             if after is not None and node.op != "output":
                 values[node] = after(node, values, values[node])
     raise AssertionError("a recorded graph ends in its output")

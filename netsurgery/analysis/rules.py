@@ -1,7 +1,7 @@
 """What each ATen operation says about dimensions.
 
 Most operators are one line in the notation of ``netsurgery.notation``; those whose arguments decide get a short
-function. An operator without a rule freezes whatever it touches; ``netsurgery.rule`` teaches one.
+function. An operator without a rule locks whatever it touches; ``netsurgery.rule`` teaches one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import fx
 from netsurgery.axes import Axis, Edge, channel, concat, cut, find, product
 from netsurgery.notation import BY_POSITION, Dims, Op, relate
 
-__all__ = ["RULES", "SIZED", "TAUGHT", "Op", "Rule", "apply_rule", "frozen", "table", "title"]
+__all__ = ["CUSTOM_RULES", "RULES", "SIZED", "Op", "Rule", "apply_rule", "locked", "table", "title"]
 
 aten = torch.ops.aten
 Rule = Callable[[Op], Any]
 RULES: dict[Any, tuple[Rule, str]] = {}  # by overload, operator, or name such as "torchvision::nms"
-TAUGHT: dict[Any, tuple[Rule, str]] = {}  # by netsurgery.rule; asked first
+CUSTOM_RULES: dict[Any, tuple[Rule, str]] = {}  # by netsurgery.rule; asked first
 SIZED: dict[Any, frozenset[str]] = {}
 
 
@@ -90,7 +90,7 @@ def find_rule(target: Any) -> Rule:
     namespace, _, base = target._schema.name.rpartition("::")
     if namespace == "aten" and base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
         keys += [getattr(functional, target._overloadname, None), functional]
-    found = next((book[key] for book in (TAUGHT, RULES) for key in keys if key in book), None)
+    found = next((book[key] for book in (CUSTOM_RULES, RULES) for key in keys if key in book), None)
     if found is None:
         pointwise = any(torch.Tag.pointwise in getattr(key, "tags", ()) for key in keys)
         found = RULES["pointwise" if pointwise else "unknown"]
@@ -107,7 +107,7 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
     except ValueError as error:  # a Misfit, or axes of different sizes
         why = str(error)
     if why:
-        dims = frozen(op, f"no rule for these shapes ({why})")
+        dims = locked(op, f"no rule for these shapes ({why})")
     node.meta["dims"] = dims[0] if isinstance(dims, list) and not isinstance(node.meta["shape"], list) else dims
 
 
@@ -119,7 +119,7 @@ def _fits(axes: Dims | None, shape: tuple[int, ...] | None) -> bool:
 
 def table() -> list[tuple[str, str]]:
     """Every rule: operator, and what it says."""
-    known = {title(one): says for book in (RULES, TAUGHT) for one, (_, says) in book.items()}
+    known = {title(one): says for book in (RULES, CUSTOM_RULES) for one, (_, says) in book.items()}
     return sorted(known.items())
 
 
@@ -128,11 +128,11 @@ def title(target: Any) -> str:
     return target.__qualname__ if isinstance(target, type) else str(target).replace("aten::", "").replace("aten.", "")
 
 
-def frozen(op: Op, why: str) -> Any:
+def locked(op: Op, why: str) -> Any:
     """Freeze whatever an operation touches."""
     for node in op.inputs:
         for axis in op.dims(node):
-            op.freeze(axis, why)
+            op.lock(axis, why)
     reason = op.reason(why)
     return [None if shape is None else tuple(channel(n, reason) for n in shape) for shape in op.shapes()]
 
@@ -350,7 +350,7 @@ def extreme(op: Op) -> Any:
 def along(op: Op) -> Any:
     """the dimensions worked along are told apart by position; the others pass through"""
     for at in _worked_along(op):
-        op.freeze(op.dims(op["self"])[at], BY_POSITION)
+        op.lock(op.dims(op["self"])[at], BY_POSITION)
     return _without(op, _worked_along(op))
 
 
@@ -378,7 +378,7 @@ def diagonal(op: Op) -> Any:
     dims, shape = op.dims(op["self"]), op.shapes()[0] or ()
     gone = _positions([op["dim1"], op["dim2"]], len(dims))
     for at in gone:
-        op.freeze(dims[at], BY_POSITION)
+        op.lock(dims[at], BY_POSITION)
     return [(*(axis for i, axis in enumerate(dims) if i not in gone), op.fixed(shape[-1]))]
 
 
@@ -388,7 +388,7 @@ def diagonal_matrix(op: Op) -> Any:
     dims = op.dims(op["self"])
     shape = op.shapes()[0] or ()
     if op["offset"]:
-        op.freeze(dims[-1], BY_POSITION)
+        op.lock(dims[-1], BY_POSITION)
     own = dims[-1] if not op["offset"] else op.fixed(shape[op["dim1"]])
     at = _positions([op["dim1"], op["dim2"]], len(shape))
     rest = iter(dims[:-1])
@@ -417,7 +417,7 @@ def index_put(op: Op) -> Any:
     """indexed dimensions are told apart by position; the others are those of the values, which are broadcast"""
     for axis, value in zip(_indexed(op)[::-1], op.dims(op["values"])[::-1], strict=False):
         if axis is None:
-            op.freeze(value, BY_POSITION)
+            op.lock(value, BY_POSITION)
         elif axis.size == value.size:
             op.unify(axis, value)
     return [op.dims(op["self"])]
@@ -438,7 +438,7 @@ def _indexed(op: Op) -> list[Axis | None]:
         own = op.dims(node)
         span = len(own) if mask else 1
         for axis in (*dims[at : at + span], *(own if mask else ())):
-            op.freeze(axis, BY_POSITION)
+            op.lock(axis, BY_POSITION)
         starts.add(len(kept))
         found.append((None,) if mask else own)
         at += span
@@ -456,7 +456,7 @@ def _broadcast(op: Op, tensors: list[tuple[Axis | None, ...]]) -> list[Axis | No
         largest = max(axes, key=lambda axis: axis.size, default=None)
         for axis in axes:
             if None in met:
-                op.freeze(axis, BY_POSITION)
+                op.lock(axis, BY_POSITION)
             elif largest is not None and axis.size == largest.size:
                 op.unify(axis, largest)
         out.append(None if None in met else largest)
@@ -482,8 +482,8 @@ def scatter(op: Op) -> Any:
 def _pick(op: Op, index: Dims) -> None:
     dims, at = op.dims(op["self"]), _worked_along(op)
     for i in at:
-        op.freeze(dims[i], BY_POSITION)
-        op.freeze(index[i], BY_POSITION)
+        op.lock(dims[i], BY_POSITION)
+        op.lock(index[i], BY_POSITION)
     _begin(op, dims, index, at)
 
 
@@ -624,7 +624,7 @@ def split(op: Op) -> Any:
         parts.append(part)
         out.append((*dims[:at], part, *dims[at + 1 :]))
     if "split_size" in op.arguments and len({find(part).size for part in parts}) == 1:
-        op.analysis.tie(parts, op.reason("equal parts that are built differently"))
+        op.analysis.equate(parts, op.reason("equal parts that are built differently"))
     return out
 
 
@@ -644,10 +644,10 @@ def slice_(op: Op) -> Any:
     elif taken * step == axis.size:  # positions of a block are told apart, not the blocks
         before, within, part = channel(start, op.reason(BY_POSITION)), channel(step), channel(taken)
         op.unify(product([part, within]), axis)
-        op.freeze(within, BY_POSITION)
+        op.lock(within, BY_POSITION)
     else:
         before, part = channel(start, op.reason(BY_POSITION)), op.fixed(taken)
-        op.freeze(axis, BY_POSITION)
+        op.lock(axis, BY_POSITION)
     op.expect({"start": before})
     return [(*dims[:at], part, *dims[at + 1 :])]
 
@@ -702,10 +702,10 @@ def filled(op: Op) -> Any:
 )  # fmt: skip
 def counted(op: Op) -> Any:
     """positions are counted, so they are told apart"""
-    return frozen(op, BY_POSITION)
+    return locked(op, BY_POSITION)
 
 
 @rule("unknown")
 def unknown(op: Op) -> Any:
-    """an operation without a rule: whatever it touches is frozen"""
-    return frozen(op, "no rule for this operation (netsurgery.rule teaches one)")
+    """an operation without a rule: whatever it touches is locked"""
+    return locked(op, "no rule for this operation (netsurgery.rule teaches one)")

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from netsurgery.errors import InputError
 
-__all__ = ["LEAVES", "Leaf", "arguments_of", "leaf_of"]
+__all__ = ["CUSTOM_MODULES", "CustomModule", "arguments_of", "leaf_of"]
 
 Shape = tuple[int, ...]
 
 #: By class: the shapes of the results, from the module and the shapes of its arguments by name.
-LEAVES: dict[type[nn.Module], Callable[[nn.Module, dict[str, Shape]], Sequence[Shape]]] = {}
+CUSTOM_MODULES: dict[type[nn.Module], Callable[[nn.Module, dict[str, Shape]], Sequence[Shape]]] = {}
 
 
 def arguments_of(kind: type[nn.Module]) -> list[str]:
@@ -33,7 +33,7 @@ def arguments_of(kind: type[nn.Module]) -> list[str]:
     return [p.name for p in parameters]
 
 
-class Leaf:
+class CustomModule:
     """Stands in a recorded graph where an ATen operation would: its own tensors are arguments like its inputs.
 
     Without data it returns what its rule says of the copy that ran last, which may have other sizes; with data it is
@@ -56,7 +56,9 @@ class Leaf:
         return self.__name__
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Leaf) and self.overloadpacket is other.overloadpacket  # of a smaller model, say
+        return (
+            isinstance(other, CustomModule) and self.overloadpacket is other.overloadpacket
+        )  # of a smaller model, say
 
     def __hash__(self) -> int:
         return hash(self.overloadpacket)
@@ -80,7 +82,7 @@ class Leaf:
         given = dict(zip(self.own + self.inputs, values, strict=True))
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         if any(tensor.is_meta for tensor in tensors.values()):
-            shapes = LEAVES[self.overloadpacket](
+            shapes = CUSTOM_MODULES[self.overloadpacket](
                 self._copy() or self.module, {n: tuple(t.shape) for n, t in tensors.items()}
             )
             dtype = next(t.dtype for name, t in reversed(tensors.items()) if t.is_floating_point())
@@ -96,13 +98,13 @@ class Leaf:
                 part.training = training
 
 
-_LEAF_OF: weakref.WeakKeyDictionary[nn.Module, Leaf] = weakref.WeakKeyDictionary()
+_LEAF_OF: weakref.WeakKeyDictionary[nn.Module, CustomModule] = weakref.WeakKeyDictionary()
 
 
-def leaf_of(module: nn.Module) -> Leaf:
+def leaf_of(module: nn.Module) -> CustomModule:
     """The operation that a module is: the same one in each run."""
     if module not in _LEAF_OF or _LEAF_OF[module].own != list(_tensors(module)):
-        _LEAF_OF[module] = Leaf(module)
+        _LEAF_OF[module] = CustomModule(module)
     return _LEAF_OF[module]
 
 

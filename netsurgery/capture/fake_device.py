@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Posing"]
+__all__ = ["FakeDevice"]
 
 
-class Posing(TorchFunctionMode):
+class FakeDevice(TorchFunctionMode):
     """Lets tensors without data pass for tensors of the model's device, whose values Python can read.
 
     Args:
@@ -49,16 +49,16 @@ class Posing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in self.answers and func not in _POSED:
             return func(*args, **kwargs)
-        bare = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
-        if bare and func in self.answers:
+        meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if meta and func in self.answers:
             return self.answers[func]
-        if bare and func in _MOVES:
+        if meta and func in _MOVES:
             return args[0]
-        if bare and func is torch.Tensor.to:
+        if meta and func is torch.Tensor.to:
             return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
-        if bare and func == _GET_DATA and self.alias is not None:
+        if meta and func == _GET_DATA and self.alias is not None:
             return self.alias(args[0], func(*args))
-        if bare and func == _SET_DATA and self.assign is not None:
+        if meta and func == _SET_DATA and self.assign is not None:
             return func(args[0], self.assign(*args))
         if func in _READS:
             args = (self.read(args[0]), *args[1:])

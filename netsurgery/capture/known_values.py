@@ -23,18 +23,18 @@ from netsurgery.positions import positions
 
 __all__ = [
     "VIEWS",
-    "Known",
+    "ConcreteValues",
+    "KnownValues",
     "TensorMap",
-    "Values",
-    "answer",
+    "any_layout",
     "decisions",
     "draw",
     "flat",
     "is_number",
-    "laid_out",
     "needs_values",
+    "remapped",
+    "replay_decision",
     "select",
-    "told",
 ]
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def decisions(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
     return found if isinstance(out, list | tuple) else found[0]
 
 
-def told(node: fx.Node, units: Callable[[Axis], Tensor]) -> Any:
+def remapped(node: fx.Node, units: Callable[[Axis], Tensor]) -> Any:
     """The decisions of a node, with the units of each dimension as ``units`` lists them."""
     decided, dims = node.meta["decided"], node.meta["dims"]
     if not isinstance(decided, list):
@@ -167,12 +167,12 @@ def select(tensor: Tensor, dims: tuple[Axis, ...], units: Callable[[Axis], Tenso
     return tensor.clone()
 
 
-def laid_out(func: Any) -> Any:
+def any_layout(func: Any) -> Any:
     """An operation that does not mind how the memory of its argument is laid out."""
     return torch.ops.aten.reshape if func in VIEWS else func
 
 
-def answer(func: Any, args: Any, kwargs: dict[str, Any], decided: Any) -> Any:
+def replay_decision(func: Any, args: Any, kwargs: dict[str, Any], decided: Any) -> Any:
     """The result of an operation as it was decided; numbers that go with a choice are those of the new arguments."""
     schema = func._schema
     if _writes(func):
@@ -195,7 +195,7 @@ def _taken(x: Tensor, dim: int, indices: Tensor) -> Tensor:
     return x.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
 
 
-class Values:
+class ConcreteValues:
     """What the tensors without data of a run hold, as long as these live.
 
     Those that are the user's are read where they are. Before one is written to, it is copied.
@@ -206,9 +206,9 @@ class Values:
         self.of: TensorMap[Tensor] = TensorMap()
         self.borrowed: set[int] = set()  # addresses of memory that is the user's
 
-    def lend(self, bare: Tensor, value: Tensor) -> None:
+    def bind(self, meta: Tensor, value: Tensor) -> None:
         """Note the value of a tensor that is the user's."""
-        self.of[bare] = value.detach()
+        self.of[meta] = value.detach()
         self.borrowed.add(value.untyped_storage().data_ptr())
 
     def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
@@ -238,7 +238,7 @@ class Values:
         if func is _PACK:
             data, sizes = func(args[0], args[1].cpu(), *args[2:])
             return data, sizes.to(self.device)
-        return laid_out(func)(*args, **kwargs)
+        return any_layout(func)(*args, **kwargs)
 
     def written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors of known value that an operation writes to."""
@@ -265,13 +265,13 @@ class Values:
 
     def keep(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
         """The result without data of an operation whose result with values is ``real``."""
-        out = self.bare(func, args, kwargs, real)
+        out = self.meta(func, args, kwargs, real)
         for part, value in zip(flat(out), flat(real), strict=True):
             if isinstance(part, Tensor):
                 self.of[part] = value
         return out
 
-    def bare(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
+    def meta(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
         """The result of an operation without data; where that needs values, it is like ``real``."""
         try:
             if _BY_DATA.isdisjoint(func.tags):
@@ -294,15 +294,15 @@ def _bare(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, _like, values)
 
 
-class Known(Values):
+class KnownValues(ConcreteValues):
     """Values that depend on no floating-point numbers: of integers and constants, and of what follows from these."""
 
-    def lend(self, bare: Tensor, value: Tensor) -> None:
+    def bind(self, meta: Tensor, value: Tensor) -> None:
         """Note the value of a tensor that is the user's, unless it holds floating-point numbers."""
         if not is_number(value) and not value.is_meta:
-            super().lend(bare, value)
+            super().bind(meta, value)
 
-    def bare(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
+    def meta(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
         """The result of an operation without data, as it is with values."""
         return self.like_real(args, real)
 
@@ -338,7 +338,7 @@ class Known(Values):
             for value in written:
                 self.forget(value)
             return self.like(func, args, kwargs)
-        decided = told(node, units)
+        decided = remapped(node, units)
         if _writes(func):
             for value in written:
                 value.copy_(decided)
@@ -353,9 +353,9 @@ class Known(Values):
     def packed(self, args: Any) -> Any:
         """Sequences without data, one after the other by their known lengths."""
         data, sizes = _PACK(args[0], self.real(args[1]).cpu(), *args[2:])
-        bare = _like(sizes)
-        self.of[bare] = sizes.to(self.device)
-        return data, bare
+        meta = _like(sizes)
+        self.of[meta] = sizes.to(self.device)
+        return data, meta
 
     def like(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result without data of an operation on values that are not known: zeros where it needs some."""

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from netsurgery.capture.known_values import VIEWS, Values
-from netsurgery.capture.recorder import Program, Watcher
+from netsurgery.capture.known_values import VIEWS, ConcreteValues
+from netsurgery.capture.recorder import OpObserver, Program
 
-__all__ = ["Alongside", "LeftPath", "source_of"]
+__all__ = ["Lockstep", "PathDiverged", "source_of"]
 
 
-class LeftPath(RuntimeError):
+class PathDiverged(RuntimeError):
     """The code ran another operation than the recorded one."""
 
 
-class Alongside(Watcher):
+class Lockstep(OpObserver):
     """Sees each operation of a run, and which recorded one it is."""
 
-    def __init__(self, program: Program, values: Values | None = None):
+    def __init__(self, program: Program, values: ConcreteValues | None = None):
         super().__init__(values)
         self.program = program
         self.position = 0  # operations so far
@@ -40,7 +40,7 @@ class Alongside(Watcher):
             if not self.leave_out(node):
                 break
         ran = operations[self.position].target if self.position < len(operations) else "nothing"
-        raise LeftPath(f"{func} runs where {ran} ran when it was traced")
+        raise PathDiverged(f"{func} runs where {ran} ran when it was traced")
 
     def leave_out(self, node: fx.Node) -> bool:
         """Pass over a recorded copy that the memory's layout did not ask for here, if nothing writes to it."""

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from netsurgery.capture.caches import caches_kept
 from netsurgery.capture.copies import copy_with, named_modules, named_tensors, on_meta
-from netsurgery.capture.custom_modules import LEAVES, Leaf, leaf_of
-from netsurgery.capture.fake_device import Posing
-from netsurgery.capture.known_values import Known, TensorMap, Values, draw, needs_values
+from netsurgery.capture.custom_modules import CUSTOM_MODULES, CustomModule, leaf_of
+from netsurgery.capture.fake_device import FakeDevice
+from netsurgery.capture.known_values import ConcreteValues, KnownValues, TensorMap, draw, needs_values
 from netsurgery.capture.meta_shapes import infer
 from netsurgery.capture.randomness import seeded
 from netsurgery.errors import TraceError
@@ -37,21 +37,21 @@ __all__ = [
     "Inputs",
     "Mode",
     "Named",
+    "OpObserver",
     "Program",
-    "Watcher",
     "as_inputs",
-    "bare_inputs",
+    "bind",
+    "bind_inputs",
     "home",
     "is_library",
     "is_namedtuple",
-    "lend",
-    "lend_inputs",
     "location",
+    "meta_copy",
+    "meta_inputs",
     "names_used",
     "raised_at",
     "record",
     "run_guarded",
-    "skeleton",
     "tensors_in",
     "track",
     "without_fast_path",
@@ -164,10 +164,10 @@ _COPY = torch.ops.aten._to_copy.default
 TRANSPARENT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 
 
-class Watcher(TorchDispatchMode):
+class OpObserver(TorchDispatchMode):
     """Sees each ATen operation of a run on a skeleton; ``modules`` is the stack of module paths being run."""
 
-    def __init__(self, values: Values | None = None) -> None:
+    def __init__(self, values: ConcreteValues | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.values = values
         self.reads = False  # whether the operation makes a copy that Python can read
@@ -211,7 +211,7 @@ class Watcher(TorchDispatchMode):
         out = self.see(func, args, kwargs)
         return self.legible(out) if self.reads else out
 
-    def read(self, bare: Tensor) -> Tensor:
+    def read(self, meta: Tensor) -> Tensor:
         """A copy of a tensor that Python can read.
 
         Raises:
@@ -221,18 +221,18 @@ class Watcher(TorchDispatchMode):
             raise TraceError(f"the code reads values {format_where(location())}")
         self.reads = True
         try:
-            copied: Tensor = _COPY(bare)
+            copied: Tensor = _COPY(meta)
             return copied
         finally:
             self.reads = False
 
-    def legible(self, bare: Tensor) -> Tensor:
+    def legible(self, meta: Tensor) -> Tensor:
         """The value of a tensor without data, where it is known, to be used in its place."""
-        value = self.values.of.get(bare) if self.values is not None else None
+        value = self.values.of.get(meta) if self.values is not None else None
         if value is None:
-            return bare
+            return meta
         value = value.to("cpu", copy=True)
-        self.constants[id(value)] = value, bare
+        self.constants[id(value)] = value, meta
         return value
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
@@ -253,11 +253,11 @@ class Watcher(TorchDispatchMode):
         dimensions of the parameter, so that both are cut alike.
         """
         with torch.no_grad():
-            bare: Tensor = self.stand_in(value)
-            if bare.shape == tensor.shape and bare.dtype == tensor.dtype:
-                torch.ops.aten.copy.default(tensor, bare)
-        self.alias(bare, tensor)
-        return bare
+            meta: Tensor = self.stand_in(value)
+            if meta.shape == tensor.shape and meta.dtype == tensor.dtype:
+                torch.ops.aten.copy.default(tensor, meta)
+        self.alias(meta, tensor)
+        return meta
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one operation, its arguments without data."""
@@ -272,13 +272,13 @@ class Watcher(TorchDispatchMode):
             self.modules.pop()
 
 
-def _run_leaf(leaf: Leaf, bare: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run_leaf(leaf: CustomModule, meta: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Show the watcher the run of a module as one operation."""
     watcher = _get_current_dispatch_mode()
-    if not isinstance(watcher, Watcher):
+    if not isinstance(watcher, OpObserver):
         raise TraceError(f"{leaf!r} has no data to run on")
     with torch._C.DisableTorchFunction(), _disable_current_modes():  # the leaf sees what its tensors are
-        return watcher.see(leaf, watcher.stand_in(leaf.bind(bare, args, kwargs)), {})
+        return watcher.see(leaf, watcher.stand_in(leaf.bind(meta, args, kwargs)), {})
 
 
 @functools.cache
@@ -296,8 +296,8 @@ class NeedsValues(BaseException):
     """The code looks at values, and there are none. No Exception, so that the code does not catch it."""
 
 
-class _Recorder(Watcher):
-    def __init__(self, program: Program, names: dict[int, str], values: Values | None):
+class _Recorder(OpObserver):
+    def __init__(self, program: Program, names: dict[int, str], values: ConcreteValues | None):
         super().__init__(values)
         self.program, self.names = program, names
         self.nodes: TensorMap[fx.Node] = TensorMap()
@@ -311,8 +311,8 @@ class _Recorder(Watcher):
         node.meta.setdefault("dtype", tensor.dtype)
         return node
 
-    def read(self, bare: Tensor) -> Tensor:
-        copied = None if self.values is None else super().read(bare)
+    def read(self, meta: Tensor) -> Tensor:
+        copied = None if self.values is None else super().read(meta)
         if copied is None or (copied.is_meta and self.program.values != "all"):
             raise self.needed(format_where(location()))
         return copied
@@ -354,9 +354,9 @@ class _Recorder(Watcher):
         return node
 
     def assign(self, tensor: Tensor, value: Tensor) -> Tensor:
-        bare = super().assign(tensor, value)
-        self.memory[id(tensor)] = _memory(bare)
-        return bare
+        meta = super().assign(tensor, value)
+        self.memory[id(tensor)] = _memory(meta)
+        return meta
 
     def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -445,7 +445,7 @@ def _shapes(value: Any) -> str:
     return ", ".join("x".join(map(str, tensor.shape)) or "()" for tensor in tensors_in(value))
 
 
-def _tracked(forward: Callable[..., Any], path: str, watcher: Watcher) -> Callable[..., Any]:
+def _tracked(forward: Callable[..., Any], path: str, watcher: OpObserver) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return watcher.call(path, forward, args, kwargs)
 
@@ -477,7 +477,7 @@ def trains_otherwise(module: nn.Module) -> bool:
     return (bool(module._modules) or reads_training(module)) and not isinstance(module, nn.modules.batchnorm._NormBase)
 
 
-def skeleton(
+def meta_copy(
     model: nn.Module, mode: Mode, shapes: dict[str, tuple[int, ...]] | None = None
 ) -> tuple[nn.Module, dict[int, str]]:
     """A copy of a model without weights, in eval or train mode, and the name of each of its tensors by id.
@@ -487,13 +487,13 @@ def skeleton(
     """
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
-    bare = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
+    meta = copy_with(model, {key: tensor for key, (_, tensor) in tensors.items()})
     originals = named_modules(model)
-    for path, module in named_modules(bare).items():
-        if type(module) in LEAVES:
+    for path, module in named_modules(meta).items():
+        if type(module) in CUSTOM_MODULES:
             module.__dict__["forward"] = functools.partial(_run_leaf, leaf_of(originals[path]), module)
         module.training = mode == "train" and trains_otherwise(module)
-    return bare, {id(tensor): name for name, tensor in tensors.values()}
+    return meta, {id(tensor): name for name, tensor in tensors.values()}
 
 
 def home(model: nn.Module) -> torch.device:
@@ -501,23 +501,23 @@ def home(model: nn.Module) -> torch.device:
     return next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
 
 
-def track(bare: nn.Module, watcher: Watcher) -> None:
+def track(meta: nn.Module, watcher: OpObserver) -> None:
     """Let a watcher know of each run of the modules of a skeleton."""
-    for path, module in named_modules(bare).items():
+    for path, module in named_modules(meta).items():
         forward = module.__dict__.get("forward", module.forward)
         module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, watcher)
 
 
-def run_skeleton(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
+def run_meta_copy(meta: nn.Module, watcher: OpObserver, inputs: Inputs, device: torch.device) -> Any:
     """Run a skeleton under a watcher, with tensors without data that say they are on ``device``."""
-    track(bare, watcher)
-    with torch.no_grad(), caches_kept(bare), without_fast_path(), contextlib.ExitStack() as stack:
+    track(meta, watcher)
+    with torch.no_grad(), caches_kept(meta), without_fast_path(), contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0, device))
         if "torch._dynamo" in sys.modules:  # functions under @torch.compile by their own operations
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(Posing(watcher.read, device, watcher.alias, watcher.assign))
+        stack.enter_context(FakeDevice(watcher.read, device, watcher.alias, watcher.assign))
         stack.enter_context(watcher)
-        return bare(*inputs[0], **inputs[1])
+        return meta(*inputs[0], **inputs[1])
 
 
 @contextlib.contextmanager
@@ -542,7 +542,7 @@ def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
     """
     with contextlib.suppress(NeedsValues):
         return _record(model, inputs, mode, None)
-    known, values = Known(home(model)), Values(home(model))
+    known, values = KnownValues(home(model)), ConcreteValues(home(model))
     inputs = draw(inputs, known.device)
     try:
         return _record(model, inputs, mode, known)
@@ -554,16 +554,16 @@ def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
     return _record(model, inputs, mode, values)
 
 
-def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None) -> Program:
-    bare, names = skeleton(model, mode)
-    looks: Any = "none" if values is None else "known" if isinstance(values, Known) else "all"
+def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: ConcreteValues | None) -> Program:
+    meta, names = meta_copy(model, mode)
+    looks: Any = "none" if values is None else "known" if isinstance(values, KnownValues) else "all"
     program = Program(fx.Graph(), mode, values=looks)
     recorder = _Recorder(program, names, values)
-    recorder.memory = {id(tensor): _memory(tensor) for _, tensor in named_tensors(bare)}
-    on_meta_inputs = bare_inputs(inputs)
+    recorder.memory = {id(tensor): _memory(tensor) for _, tensor in named_tensors(meta)}
+    on_meta_inputs = meta_inputs(inputs)
     if values is not None:
-        lend(values, model, bare, names)
-        lend_inputs(values, on_meta_inputs, inputs)
+        bind(values, model, meta, names)
+        bind_inputs(values, on_meta_inputs, inputs)
     given = tensors_in(on_meta_inputs)
     for index, tensor in enumerate(given):
         node = program.graph.placeholder(f"input_{index}")
@@ -571,7 +571,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: Values | None)
         node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
         recorder.remember(tensor, node)
     try:
-        out = run_guarded(bare, recorder, on_meta_inputs, home(model))
+        out = run_guarded(meta, recorder, on_meta_inputs, home(model))
     except TraceError as error:
         if recorder.need is not None:
             raise recorder.need from error
@@ -598,41 +598,41 @@ def _drop_unused(program: Program) -> None:
                 del node.meta["decided"]
 
 
-def bare_inputs(inputs: Inputs) -> Inputs:
+def meta_inputs(inputs: Inputs) -> Inputs:
     """Inputs without data; one that is given twice stays one."""
     made: dict[int, Tensor] = {}
 
-    def bare(tensor: Tensor) -> Tensor:
+    def meta(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             made[id(tensor)] = torch.empty_like(tensor, device="meta")
         return made[id(tensor)]
 
-    return pytree.tree_map_only(Tensor, bare, inputs)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(Tensor, meta, inputs)  # type: ignore[no-any-return]
 
 
-def lend(values: Values, model: nn.Module, bare: nn.Module, names: dict[int, str]) -> None:
+def bind(values: ConcreteValues, model: nn.Module, meta: nn.Module, names: dict[int, str]) -> None:
     """Give the tensors of a model's skeleton their values."""
     tensors = dict(named_tensors(model))
-    for _, tensor in named_tensors(bare):
+    for _, tensor in named_tensors(meta):
         own = tensors.get(names.get(id(tensor), ""))
         if isinstance(own, nn.Parameter):
-            values.lend(tensor, own)
+            values.bind(tensor, own)
         elif own is not None:  # norms write to their statistics without saying so
-            values.lend(tensor, own.detach().clone())
+            values.bind(tensor, own.detach().clone())
 
 
-def lend_inputs(values: Values, bare: Inputs, inputs: Inputs) -> None:
+def bind_inputs(values: ConcreteValues, meta: Inputs, inputs: Inputs) -> None:
     """Give inputs without data their values."""
-    for tensor, value in zip(tensors_in(bare), tensors_in(inputs), strict=True):
-        values.lend(tensor, value)
+    for tensor, value in zip(tensors_in(meta), tensors_in(inputs), strict=True):
+        values.bind(tensor, value)
 
 
-def run_guarded(bare: nn.Module, watcher: Watcher, inputs: Inputs, device: torch.device) -> Any:
+def run_guarded(meta: nn.Module, watcher: OpObserver, inputs: Inputs, device: torch.device) -> Any:
     """Run a skeleton; whatever its own code raises becomes a TraceError that says where."""
     try:
-        return run_skeleton(bare, watcher, inputs, device)
+        return run_meta_copy(meta, watcher, inputs, device)
     except RAISED_BY_MODELS as error:
-        raise TraceError(_explain(bare, error, inputs)) from error
+        raise TraceError(_explain(meta, error, inputs)) from error
 
 
 def raised_at(error: Exception) -> tuple[str, int] | None:
@@ -645,16 +645,16 @@ def raised_at(error: Exception) -> tuple[str, int] | None:
     return where
 
 
-def _explain(bare: nn.Module, error: Exception, inputs: Inputs) -> str:
+def _explain(meta: nn.Module, error: Exception, inputs: Inputs) -> str:
     where = raised_at(error)
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     if any(inputs) and not tensors_in(inputs):
         return (
-            f"{type(bare).__name__} does not run on example_inputs that hold no tensor "
+            f"{type(meta).__name__} does not run on example_inputs that hold no tensor "
             f"({type(error).__name__}: {first}): pass tensors, such as example_inputs=torch.zeros(1, 3, 224, 224)"
         )
     return (
-        f"{type(bare).__name__} does not run on inputs of shape {_shapes(inputs)}: "
+        f"{type(meta).__name__} does not run on inputs of shape {_shapes(inputs)}: "
         f"{type(error).__name__}: {first} {format_where(where)}. Pass example_inputs that fit the model"
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.adaptation.attributes import follow
-from netsurgery.adaptation.fit_code import adapt, with_repeats
+from netsurgery.adaptation.fit_code import fit_code, with_repeats
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.arguments import expect
 from netsurgery.axes import Axis
@@ -136,7 +136,7 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     known = edit.adaptation_for(model)
     if known is not None:
         return known
-    adaptation, refused = adapt(model, edit.network, edit.counts)
+    adaptation, refused = fit_code(model, edit.network, edit.counts)
     if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")

@@ -21,21 +21,21 @@ from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.replay import Drawn, Numbers, Units, inputs_read, look_up_constants, replay, run, units_in
 from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.known_values import Values, answer, draw, flat, is_number, select, told
-from netsurgery.capture.lockstep import Alongside, LeftPath
+from netsurgery.capture.known_values import ConcreteValues, draw, flat, is_number, remapped, replay_decision, select
+from netsurgery.capture.lockstep import Lockstep, PathDiverged
 from netsurgery.capture.randomness import seeded
 from netsurgery.capture.recorder import (
     Inputs,
     Program,
     as_inputs,
-    bare_inputs,
+    bind,
+    bind_inputs,
     format_where,
     home,
-    lend,
-    lend_inputs,
     location,
-    run_skeleton,
-    skeleton,
+    meta_copy,
+    meta_inputs,
+    run_meta_copy,
     tensors_in,
 )
 from netsurgery.edit import Edit
@@ -170,7 +170,7 @@ def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
     """The same edit, of the network that is recorded with these inputs.
 
     Raises:
-        InputError: a group is another there, or frozen.
+        InputError: a group is another there, or locked.
     """
     network = trace_untried(model, inputs[0] or inputs[1])
     for name in edit.keep:
@@ -190,10 +190,10 @@ def _places(group: Group) -> set[tuple[str, int]]:
 def _random_like(network: Network, model: nn.Module) -> Inputs:
     """The inputs of the trace with random numbers in floating-point tensors, on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    bare: Inputs = pytree.tree_map_only(
+    meta: Inputs = pytree.tree_map_only(
         Tensor, lambda t: t.to("meta") if t.dtype.is_floating_point else t, network.inputs
     )
-    drawn: Inputs = draw(bare, device)
+    drawn: Inputs = draw(meta, device)
     return drawn
 
 
@@ -237,13 +237,13 @@ def permuted_difference(model: nn.Module, network: Network, example_inputs: Any 
     return worst
 
 
-class _Follower(Alongside):
+class _Follower(Lockstep):
     """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from.
 
     Random numbers are those that were ``drawn`` in another run, by the operation that drew them.
     """
 
-    def __init__(self, program: Program, values: Values, units: Units, drawn: Drawn):
+    def __init__(self, program: Program, values: ConcreteValues, units: Units, drawn: Drawn):
         super().__init__(program, values)
         self.own, self.units, self.drawn = values, units, drawn
         self.numbers: list[Tensor] = []
@@ -251,7 +251,7 @@ class _Follower(Alongside):
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             node = self.expected(func)
-        except LeftPath as error:
+        except PathDiverged as error:
             raise InputError(
                 f"the small model does not do what the original did {format_where(location())}: {error}"
             ) from error
@@ -262,7 +262,7 @@ class _Follower(Alongside):
         if node in self.drawn:
             found = _drawn_again(func, positional, _selected(self.drawn[node], node.meta["dims"], self.units))
         else:
-            found = answer(func, positional, keyword, told(node, self.units))
+            found = replay_decision(func, positional, keyword, remapped(node, self.units))
         return self.own.keep(func, args, kwargs, found)
 
 
@@ -271,12 +271,12 @@ def follow(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of a model whose code is run with the decisions of a recorded run, and the numbers these rest on."""
     device = home(model)
-    bare, names = skeleton(model, program.mode)
-    values, given = Values(device), bare_inputs(inputs)
-    lend(values, model, bare, names)
-    lend_inputs(values, given, inputs)
+    meta, names = meta_copy(model, program.mode)
+    values, given = ConcreteValues(device), meta_inputs(inputs)
+    bind(values, model, meta, names)
+    bind_inputs(values, given, inputs)
     follower = _Follower(program, values, units, drawn)
-    outputs = run_skeleton(bare, follower, given, device)
+    outputs = run_meta_copy(meta, follower, given, device)
     return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
 
 
