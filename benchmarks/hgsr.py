@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from netsurgery.kernels import CRITERIA, hgsr
 from netsurgery.kernels.criteria import Name, reading
 from netsurgery.kernels.hgsr_reference import reference
-from netsurgery.kernels.sparsity import Layout, add_gradient
+from netsurgery.kernels.layout import Layout
+from netsurgery.kernels.sparsity import add_gradient
 
 Way = Callable[[], Sequence[Tensor]]
 

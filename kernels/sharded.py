@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from netsurgery.kernels.criteria import CRITERIA, Name, WeightView, accumulator, column_count
 from netsurgery.kernels.hgsr_reference import finalize
-from netsurgery.kernels.sparsity import Layout, backend
+from netsurgery.kernels.layout import Layout, backend
 
 __all__ = ["add_gradient", "values"]
 

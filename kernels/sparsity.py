@@ -10,72 +10,21 @@ the meaning.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from netsurgery.kernels import hgsr_cpu
 from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, WeightView, accumulator, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
+from netsurgery.kernels.layout import Layout, backend, parsed
 from netsurgery.kernels.placed import PLAIN, Placed
 
-__all__ = ["Layout", "add_gradient", "backend", "hgsr", "outer_terms", "values"]
+__all__ = ["add_gradient", "hgsr", "outer_terms", "values"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a list of weights falls into outer groups.
-
-    Attributes:
-        readings: how each weight is read. A weight may be listed twice, read in two ways.
-        counted: whether each is counted in the sum of absolute values.
-        index: int64, shape (columns of all weights,): each column's outer group, -1 for none; None: each its own.
-        groups: the number of outer groups; where there is no index, 0 says as many as there are columns.
-    """
-
-    readings: tuple[WeightView, ...]
-    in_l1: tuple[bool, ...]
-    index: Tensor | None = None
-    groups: int = 0
-
-    def to(self, device: torch.device) -> Layout:
-        """The layout for weights on a device."""
-        same = self.index is None or self.index.device == device
-        return self if same else replace(self, index=self.index.to(device))  # type: ignore[union-attr]
-
-    @property
-    def key(self) -> list[int]:
-        """The readings as an operator of torch takes them: of each its blocks, both kinds of axes as bits, counted."""
-        found: list[int] = []
-        for how, count in zip(self.readings, self.in_l1, strict=True):
-            found += [how.blocks, _bits(how.outer), _bits(how.window), int(count)]
-        return found
-
-
-def _bits(axes: tuple[int, ...]) -> int:
-    found = 0
-    for axis in axes:
-        found += 2**axis
-    return found
-
-
-@lru_cache(maxsize=256)
-def _parsed(key: tuple[int, ...]) -> tuple[tuple[WeightView, ...], tuple[bool, ...]]:
-    def axes(bits: int) -> tuple[int, ...]:
-        return tuple(axis for axis in range(bits.bit_length()) if bits >> axis & 1)
-
-    rows = [key[i : i + 4] for i in range(0, len(key), 4)]
-    return tuple(WeightView(n, axes(outer), axes(window)) for n, outer, window, _ in rows), tuple(
-        bool(r[3]) for r in rows
-    )
 
 
 def hgsr(
@@ -304,13 +253,6 @@ def _sharded(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def backend(weights: Sequence[Tensor]) -> Any:
-    """The module that does the work on the weights' device."""
-    if weights[0].is_cuda and find_spec("triton"):
-        return import_module("netsurgery.kernels.hgsr_triton")
-    return hgsr_cpu
-
-
 # Two operators, so that torch.compile takes each as one step --------------------------------------------------------
 
 
@@ -320,7 +262,7 @@ def _values(
     weights: Sequence[Tensor], index: Tensor | None, groups: int, layout: Sequence[int], criterion: str
 ) -> tuple[Tensor, Tensor]:
     """(R, sum of absolute values), shape (2,); and the derivative of R by the sum of each outer group."""
-    readings, in_l1 = _parsed(tuple(layout))
+    readings, in_l1 = parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     found: tuple[Tensor, Tensor] = backend(weights).value(weights, readings, index, groups, rule, in_l1)
     return found
@@ -337,7 +279,7 @@ def _gradient(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Of the weights whose gradient is not wanted, a tensor without elements."""
-    readings, in_l1 = _parsed(tuple(layout))
+    readings, in_l1 = parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
     backend(weights).gradient(weights, readings, index, slopes, rule, in_l1, scale, outs, False)

@@ -1,7 +1,7 @@
 """Which positions along an axis hold which units of its channels, and tensors of these alone.
 
-This is the one evaluator of axis expressions. The oracle (``netsurgery.verification.oracles``) has another, on purpose: it
-must not share a mistake.
+This is the one evaluator of axis expressions. The oracle (``netsurgery.verification``) has another, on purpose: it must
+not share a mistake.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def compensate(
         method: "bias" adds the mean of R to every output of such a layer, by its bias or else by the running mean of
             the batch norm that follows. "least-squares" also refits its weights: the changes W' and b' minimise
             ``|R - X W' - b'|^2 + ridge * mean(X^2) * |W'|^2``, summed over the data.
-        data: as for ``netsurgery.passes.calibration.draw_inputs``: inputs, with targets or without. They are drawn as they
-            come, not class-balanced: the means are those over the data.
+        data: as for ``netsurgery.passes.calibration.draw_inputs``: inputs, with targets or without. They are drawn as
+            they come, not class-balanced: the means are those over the data.
         samples: how many are drawn.
         ridge: positive; keeps weights that the data says nothing of as they are.
         memory: bytes that the sums over the data take at most; where those of all layers do not fit, the network runs

@@ -16,7 +16,7 @@ from netsurgery.axes import Axis, leaves, product, resolve
 from netsurgery.capture.recorder import Program
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import CRITERIA, WeightView, column_count
-from netsurgery.kernels.sparsity import Layout
+from netsurgery.kernels.layout import Layout
 from netsurgery.positions import units_at
 
 __all__ = [

@@ -34,8 +34,8 @@ def warn_of_falls(who: str, loss_deltas: Mapping[str, Tensor], said: set[str]) -
     count, units = sum(falls[name] for name in many), sum(len(loss_deltas[name]) for name in many)
     line = (
         f"{who}: the loss falls without {count} of {units} units ({count / units:.0%}) in {len(many)} of "
-        f"{len(loss_deltas)} groups ({first_of(map(repr, many), 2)}): they go first, and together they may raise the loss "
-        "by much; by='effect' ranks units by how much they change the loss of each sample, up or down"
+        f"{len(loss_deltas)} groups ({first_of(map(repr, many), 2)}): they go first, and together they may raise the "
+        "loss by much; by='effect' ranks units by how much they change the loss of each sample, up or down"
     )
     if line not in said:
         said.add(line)

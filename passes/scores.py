@@ -1,6 +1,7 @@
 """Importance of units by their weights: a non-negative number for each unit of each group. Lower goes first.
 
-The weights are those that layers use, masks, weight norms and low-rank updates carried out: ``netsurgery.analysis.weights``.
+The weights are those that layers use, with masks, weight norms and low-rank updates carried out: see
+``netsurgery.analysis.weights``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 from netsurgery.kernels import CRITERIA, hgsr, hgsr_cpu, hgsr_flat
 from netsurgery.kernels.criteria import Name, WeightView, reading
 from netsurgery.kernels.hgsr_reference import reference
-from netsurgery.kernels.sparsity import Layout, add_gradient, values
+from netsurgery.kernels.layout import Layout
+from netsurgery.kernels.sparsity import add_gradient, values
 
 # METHODS: the criteria on [[1, 4], [9, 16]] (rows: outputs), feature-wise and neuron-wise
 VECTORS = {

@@ -11,7 +11,8 @@ from torch import Tensor
 from netsurgery.kernels import CRITERIA, hgsr_flat
 from netsurgery.kernels.criteria import Name, WeightView, column_count, reading
 from netsurgery.kernels.hgsr_reference import reference
-from netsurgery.kernels.sparsity import Layout, add_gradient, values
+from netsurgery.kernels.layout import Layout
+from netsurgery.kernels.sparsity import add_gradient, values
 
 F16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 # Two windows and two types to add in; a weight of strange strides; groups; one that only its window's axes tell apart.

@@ -1,8 +1,8 @@
 """Code that hard-codes a size is made to follow: by integer attributes of its module, or as a rewritten graph.
 
-``solve`` finds the attributes, ``generate_forward`` writes the graph with the new sizes; an ``Adaptation`` is what a whole
-model needs. A module whose graph was rewritten stays the same object with the same parameters, submodules, hooks
-and attributes; its class becomes a subclass of its own class with another ``forward``.
+``solve_attributes`` finds the attributes, ``generate_forward`` writes the graph with the new sizes; an ``Adaptation``
+is all that a model needs. A module whose graph was rewritten stays the same object with the same parameters,
+submodules, hooks and attributes; its class becomes a subclass of its own class with another ``forward``.
 """
 
 from __future__ import annotations
