@@ -38,7 +38,8 @@ class Pass(abc.ABC):
     """A decision about a network. Derive a frozen dataclass: its fields are its arguments.
 
     Attributes:
-        needs: what earlier passes must have given, such as ``{"scores"}``.
+        needs: what earlier passes must have given: ``{"scores"}``; or ``{"edit"}``, of a pass that is run on that Edit
+            instead of the network, and returns it with other units or values.
         gives: what this pass gives: ``{"scores"}`` or ``{"edit"}``; nothing where it only locks groups
             (``network.with_locked``). Scores and locks hold for all passes that follow.
     """
@@ -47,7 +48,7 @@ class Pass(abc.ABC):
     gives: ClassVar[frozenset[str]] = frozenset()
 
     @abc.abstractmethod
-    def run(self, network: Network) -> Network | Edit:
+    def run(self, network: Any) -> Network | Edit:
         """Return the network with scores or locks laid on it, or an Edit of it. Must be pure."""
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
@@ -133,20 +134,25 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
 
 def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Edit, dict[str, str]]:
     """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any."""
+    earlier: Edit | None = None  # all but the last, which passes may still change
+    last: Edit | None = None
     edit: Edit | None = None
     for index, one in enumerate(passes):
-        result = one.run(network)
+        result = one.run(last if "edit" in one.needs else network)
         if isinstance(result, Network) and "edit" not in one.gives:
             network = result
         elif isinstance(result, Edit) and "edit" in one.gives:
-            edit = result if edit is None else edit.then(result)
+            if "edit" not in one.needs:
+                earlier = edit
+            last = result
+            edit = last if earlier is None else earlier.then(last)
             adaptation, found = fit_code(model, edit.network, edit.counts)
             if found:
                 return edit, found
             adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
-            if index + 1 < len(passes):  # later passes look at what this edit leaves
-                network = _left(model, result, edit)
+            if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
+                network = _left(model, last, edit)
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
     if edit is None:
@@ -188,9 +194,14 @@ def check_order(passes: Sequence[Pass]) -> None:
                 f"pass {position} is {one!r}, not a netsurgery.Pass: passes are instances, such as HGSRScore()"
             )
         if missing := sorted(one.needs - given):
+            advice = (
+                "a removal such as PruneChannels(0.5)"
+                if "edit" in missing
+                else "a score such as HGSRScore() or MagnitudeScore()"
+            )
             raise PassError(
                 f"pass {position}, {one!r}, needs {', '.join(missing)}, which no pass before it gives: "
-                "put a score such as HGSRScore() or MagnitudeScore() before it"
+                f"put {advice} before it"
             )
         given |= one.gives
     if "edit" not in given:

@@ -2,6 +2,7 @@
 
 if __name__ == "netsurgery.passes":
     from netsurgery.passes.agreement import measure as measure
+    from netsurgery.passes.compensation import Compensate as Compensate
     from netsurgery.passes.entries import unit_scores as unit_scores
     from netsurgery.passes.gradients import GradientScore as GradientScore
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore

@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from netsurgery.adaptation.fit_code import fit_code
 from netsurgery.compensated import Compensation
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.passes.bundles import is_count
 from netsurgery.passes.calibration import draw_inputs, in_eval_mode
 from netsurgery.passes.fits import LEVELS, Fit
 from netsurgery.passes.in_order import InOrder
@@ -23,12 +25,69 @@ from netsurgery.passes.least_squares import POSITIONS, Change, Sums, bytes_of
 from netsurgery.passes.lost import Lost
 from netsurgery.passes.portions import portions
 from netsurgery.passes.readers import Reader, readers_of
+from netsurgery.passes.reporting import DataPass
 from netsurgery.rewriting.surgery import rewrite
 
-__all__ = ["Method", "compensate"]
+__all__ = ["Compensate", "Method", "compensate"]
 
 Method = Literal["bias", "least-squares"]
 _log = logging.getLogger("netsurgery")
+
+
+@dataclass(frozen=True)
+class Compensate(DataPass):
+    """Make up for what a removal loses, in the layers that read the removed units: see ``compensate`` below.
+
+    Args:
+        method: "bias" changes a constant for each output of such a layer; "least-squares" also refits its weights.
+        data: what this is measured on, in eval mode: a DataLoader, Dataset, tensor or pair of tensors, as for
+            ``netsurgery.passes.calibration.draw_inputs``; it needs no labels. ``edit.measured`` is measured on it too.
+        samples: how many samples of it, drawn at random whatever their classes.
+        ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
+            the data says little; ten and a hundred times as much are tried too.
+        memory: bytes that the sums for the refit take at most.
+
+    ``PruneChannels(..., compensate=method, data=data)`` does the same in one.
+
+    Raises:
+        InputError: a number out of range, no data, or data that can be read once.
+
+    Source: He, Zhang and Sun, arXiv 1707.06168, and ThiNet (Luo, Wu and Lin), arXiv 1707.06342, as for ``compensate``.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import Compensate, MagnitudeScore, PruneChannels
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> passes = [MagnitudeScore(), PruneChannels(0.5), Compensate("least-squares", torch.randn(200, 4))]
+        >>> (found,) = netsurgery.plan(model, passes).compensations
+        >>> found.after < found.before
+        True
+    """
+
+    method: Method
+    data: Any = field(repr=False, compare=False)
+    samples: int = 512
+    ridge: float = 1e-2
+    memory: int = 1 << 30
+
+    needs: ClassVar[frozenset[str]] = frozenset({"edit"})
+    gives: ClassVar[frozenset[str]] = frozenset({"edit"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in get_args(Method):
+            raise InputError(f"Compensate({self.method!r}): 'bias' or 'least-squares'")
+        if self.data is None:
+            raise InputError("Compensate(data=None): pass the inputs that it is measured on")
+        if not is_count(self.samples) or self.samples < 1:
+            raise InputError(f"Compensate(samples={self.samples}): at least 1")
+        if not self.ridge > 0:
+            raise InputError(f"Compensate(ridge={self.ridge}): must be positive")
+
+    def run(self, network: Edit) -> Edit:
+        """The edit with new values."""
+        return compensate(network, self.method, self.data, self.samples, self.ridge, self.seed, self.memory)
 
 
 def compensate(

@@ -12,7 +12,7 @@ from netsurgery.analysis.network import Network, Unit
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
-from netsurgery.passes.compensation import Method, compensate
+from netsurgery.passes.compensation import Compensate, Method
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.reporting import DataPass
 
@@ -59,13 +59,11 @@ class PruneChannels(DataPass):
             of the group's importance for a share of its cost), else "mean".
         compensate: make up for what the removal loses in the layers that read it: "bias" by a constant for each output;
             "least-squares" also refits their weights so that the outputs stay as near as they can. What does not help
-            on samples that are held back is left alone: see ``netsurgery.passes.compensation.compensate``.
-        data: what this is measured on, in eval mode: a DataLoader, Dataset, tensor or pair of tensors, as for
-            ``netsurgery.passes.calibration.draw_inputs``; it needs no labels. ``edit.measured`` is measured on it too.
-        samples: how many samples of it, drawn at random whatever their classes.
-        ridge: of the refit, relative to the mean square of a layer's inputs: holds weights near what they were where
-            the data says little; ten and a hundred times as much are tried too.
-        memory: bytes that the sums for the refit take at most.
+            on samples that are held back is left alone. This is the pass ``Compensate``, run right after the removal.
+        data: as for ``Compensate``.
+        samples: likewise.
+        ridge: likewise.
+        memory: likewise.
 
     Budgets are met within one unit of the last group touched (one ``multiple_of`` step), priced from the expressions.
     ``edit.summary()`` says what was asked and what was removed, and which groups lost less or are locked, and why.
@@ -191,7 +189,7 @@ class PruneChannels(DataPass):
         edit = choice.edit(self._removed(choice))
         if self.compensate is None:
             return edit
-        return compensate(edit, self.compensate, self.data, self.samples, self.ridge, memory=self.memory)
+        return Compensate(self.compensate, self.data, self.samples, self.ridge, self.memory).run(edit)
 
     def by_cost(self, network: Network) -> bool:
         """Whether units are ranked by score for what they cost."""

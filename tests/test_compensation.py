@@ -18,11 +18,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import netsurgery
-from netsurgery.errors import InputError, RewriteError
+from netsurgery.errors import InputError, PassError, RewriteError
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation, least_squares, lost, progress
 from netsurgery.passes.calibration import draw_inputs
-from netsurgery.passes.compensation import compensate
+from netsurgery.passes.compensation import Compensate, compensate
 from netsurgery.passes.least_squares import windows
 from oracles import RandomKeep, snapshot
 from random_networks import Program, build, example, programs
@@ -807,3 +807,54 @@ def test_outputs_that_are_not_finite_are_left() -> None:
     edit = netsurgery.plan(model, [MagnitudeScore(), PruneChannels(0.5, compensate="bias", data=(x, y))], (x[1:3],))
     assert not edit.values
     assert set(edit.uncompensated.values()) == {"its inputs or outputs are not finite on the data"}
+
+
+# As a pass of its own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bias", "least-squares"])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_pass_is_what_the_removal_does_by_itself(method: str, rounds: int) -> None:
+    model = randomised(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)))
+    x = torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, apart = [], []
+    for _ in range(rounds):
+        one += [MagnitudeScore(), PruneChannels(0.3, compensate=method, data=x, samples=100)]
+        apart += [MagnitudeScore(), PruneChannels(0.3), Compensate(method, x, samples=100)]
+    found, wanted = (netsurgery.plan(model, passes, (x[:2],)) for passes in (apart, one))
+    assert found.keep == wanted.keep and found.compensations == wanted.compensations and len(found.values) > 1
+    torch.testing.assert_close(found.values, wanted.values, rtol=0, atol=0)
+    assert found.measured == wanted.measured is not None
+    small = netsurgery.rewrite(model, found)
+    assert netsurgery.verify(model, small, found, (x[:2],)) < 1e-9
+    plain = netsurgery.apply(model, [step for step in apart if not isinstance(step, Compensate)], (x[:2],))
+    with torch.no_grad():
+        assert (small(x) - model(x)).norm() < (plain(x) - model(x)).norm()
+
+
+def test_scores_after_the_pass_see_the_new_values() -> None:
+    model = randomised(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)))
+    x = torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first = [MagnitudeScore(), PruneChannels({"0": 0.5}), Compensate("least-squares", x)]
+    edit = netsurgery.plan(model, [*first, MagnitudeScore(), PruneChannels({"2": 0.5})], (x[:2],))
+    half = netsurgery.rewrite(model, netsurgery.plan(model, first, (x[:2],)))
+    wanted = netsurgery.plan(half, [MagnitudeScore(), PruneChannels({"2": 0.5})], (x[:2],)).keep["2"]
+    assert edit.keep["2"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("passes", "error", "text"),
+    [
+        (lambda: [Compensate("bias", DATA)], PassError, r"needs edit, which no pass before it gives: put a removal"),
+        (lambda: [MagnitudeScore(), Compensate("bias", DATA), PruneChannels(0.5)], PassError, "put a removal such as"),
+        (lambda: [Compensate("mean", DATA)], InputError, r"Compensate\('mean'\): 'bias' or 'least-squares'"),
+        (lambda: [Compensate("bias", None)], InputError, "pass the inputs that it is measured on"),
+        (lambda: [Compensate("bias", DATA, samples=0)], InputError, r"Compensate\(samples=0\): at least 1"),
+        (lambda: [Compensate("bias", DATA, ridge=0.0)], InputError, "must be positive"),
+        (lambda: [Compensate("bias", iter([DATA]))], InputError, "can be read once"),
+    ],
+)
+def test_wrong_arguments_of_the_pass(passes: Any, error: type[Exception], text: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    with pytest.raises(error, match=text):
+        netsurgery.plan(model, passes(), (torch.zeros(2, 6),))
