@@ -49,7 +49,7 @@ Key = tuple[str, str]  # kind and name of a model
 Facts = dict[str, list[str]]  # lines by field
 
 DEFAULT = "random,zoo,transformers"
-THEMES = dict.fromkeys(random_networks.THEMES, 30)  # networks of each
+THEMES = dict.fromkeys(random_networks.THEMES, 20)  # networks of each
 BOUNDS = {"random": 1e-10, "zoo": 1e-5}  # of the difference to the silenced original; of other kinds:
 BOUND = 1e-4
 LARGE = 150_000_000  # parameters; models with more are looked at without weights

@@ -2,11 +2,12 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from oracles import check
-from random_networks import Program, build, example, programs
+from oracles import Tally, check
+from random_networks import THEMES, Program, build, example, programs
 
 EXAMPLES = int(os.environ.get("NETSURGERY_EXAMPLES", "100"))  # of each of the six themes
 
@@ -20,45 +21,19 @@ exhaustive = settings(
 )
 
 
-def run(program: Program) -> float:
-    """Check one network; returns the share of its parameters that went."""
-    torch.manual_seed(0)
-    model, inputs = build(program), example(program)
-    _, edit = check(model, inputs, 1e-10, seed=program.seed)
-    return 1 - edit.after.params / edit.before.params
+#: The share of edits made by hand, whose sizes nothing has planned, that may be refused; of 40 of each theme none was.
+REFUSED = 0.02
 
 
-@exhaustive
-@given(programs("branches"))
-def test_branches(program):
-    run(program)
+@pytest.mark.parametrize("theme", THEMES)
+def test_random_networks(theme: str) -> None:
+    tally = Tally()
 
+    @exhaustive
+    @given(programs(theme))
+    def run(program: Program) -> None:
+        torch.manual_seed(0)
+        check(build(program), example(program), 1e-10, seed=program.seed, tally=tally)
 
-@exhaustive
-@given(programs("joins"))
-def test_joins(program):
-    run(program)
-
-
-@exhaustive
-@given(programs("groups"))
-def test_groups(program):
-    run(program)
-
-
-@exhaustive
-@given(programs("layouts"))
-def test_layouts(program):
-    run(program)
-
-
-@exhaustive
-@given(programs("code"))
-def test_code(program):
-    run(program)
-
-
-@exhaustive
-@given(programs("everything"))
-def test_everything(program):
-    run(program)
+    run()
+    assert tally.share <= REFUSED, tally
