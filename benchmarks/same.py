@@ -153,7 +153,7 @@ def described(network: netsurgery.Network) -> Facts:
     return {
         "groups": groups,
         "locks": [f"{group.name}: {group.locked}" for group in network.groups if group.locked is not None],
-        "equal sizes": [", ".join(tied) for tied in network.ties],
+        "equal sizes": [", ".join(tied) for tied in network.equal_sizes],
     }
 
 
