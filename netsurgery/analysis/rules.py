@@ -540,8 +540,30 @@ def _between_empty(dims: Iterable[Axis]) -> list[list[Axis]]:
 
 
 def _viewed(op: Op, dims: list[Axis], shape: list[int]) -> list[Axis]:
+    """The new dimensions, each block of them made of the smallest block of old ones that has as many units.
+
+    To align the products of all old and all new dimensions at once is not the same: it binds other channels, and where
+    a view meets the locks of a channel shuffle (ShuffleNet), it locks others.
+    """
     out = [channel(n) for n in shape]
-    op.unify(product(dims), product(out))
+    i = j = 0
+    while i < len(dims) or j < len(out):
+        block_in, block_out = [i, i], [j, j]
+        size_in = size_out = 1
+        while size_in != size_out or block_in[1] == i or block_out[1] == j:
+            if size_in <= size_out and block_in[1] < len(dims):
+                size_in *= dims[block_in[1]].size
+                block_in[1] += 1
+            elif block_out[1] < len(out):
+                size_out *= out[block_out[1]].size
+                block_out[1] += 1
+            elif block_in[1] < len(dims):
+                size_in *= dims[block_in[1]].size
+                block_in[1] += 1
+            else:
+                break
+        i, j = block_in[1], block_out[1]
+        op.unify(product(dims[slice(*block_in)]), product(out[slice(*block_out)]))
     return out
 
 
