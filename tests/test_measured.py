@@ -117,7 +117,7 @@ def test_at_most_512_samples_drawn_as_the_pass_draws_them() -> None:
     model = net(outputs=2)
     edit = netsurgery.plan(model, [TaylorScore((x, y)), PruneChannels(0.5)])
     assert edit.measured is not None and edit.measured.samples == 512
-    both = netsurgery.passes.calibration.draw((x, y), 512)
+    both = netsurgery.passes.calibration.draw_samples((x, y), 512)
     assert int(both.targets.sum()) == 30
     assert_same(edit.measured, expected(model, netsurgery.rewrite(model, edit), both.inputs[0][0], both.targets))
 
