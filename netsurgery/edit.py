@@ -77,7 +77,8 @@ class Edit:
 
     Raises:
         InputError: a name that is no group, a locked group, indices out of range, repeated or out of order, a
-            group left without units, tied groups left with different numbers of units, or values of another shape.
+            group left without units, groups of equal sizes left with different numbers of units, or values of another
+            shape.
 
     Example:
         >>> import torch, netsurgery
@@ -124,8 +125,8 @@ class Edit:
         object.__setattr__(
             self, "keep", {n: units for n, units in ordered.items() if len(units) < self.network[n].size}
         )
-        for tied in self.network.equal_sizes:
-            counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in tied}
+        for names in self.network.equal_sizes:
+            counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in names}
             if len(set(counts.values())) > 1:
                 raise InputError(
                     f"groups that the code splits into equal parts must keep equally many units, got {counts}"
@@ -232,10 +233,10 @@ class Edit:
                 raise InputError(f"group '{name}' of the later edit is none that this edit leaves")
             left = keep.get(names[name], tuple(range(self.network[names[name]].size)))
             keep[names[name]] = tuple(left[unit] for unit in units)
-        values, places = dict(self.values), self.positions
+        values, positions = dict(self.values), self.positions
         for name, value in later.values.items():
             full = values.get(name, self.network.tensors[name])
-            values[name] = places.put(full, self.network.axes[name], value)
+            values[name] = positions.put(full, self.network.axes[name], value)
         uncompensated = {**self.uncompensated, **later.uncompensated}
         outcomes = (*self.outcomes, *later.outcomes)
         gains = (*self.compensations, *later.compensations)
@@ -336,11 +337,11 @@ def counterparts(original: Network, later: Network, among: Iterable[str] | None 
     there = [original[name] for name in (original.by_name if among is None else among)]
     mine, theirs = ([g for g in groups if g.unit in ("head", "head_dim")] for groups in (there, later.groups))
     # Of one head that is left there is no group: the dimensions within it are alone in its places.
-    apart = _same(mine, theirs, lambda group: (_places(group), group.unit))
-    return {**apart, **_same(there, later.groups, _places)}
+    apart = _matched(mine, theirs, lambda group: (_occurrences(group), group.unit))
+    return {**apart, **_matched(there, later.groups, _occurrences)}
 
 
-def _same(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:
+def _matched(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:
     """Groups here and there that have the same key, by name, where there are equally many of these; in order."""
     found: list[dict[Any, list[str]]] = []
     for groups in (there, here):
@@ -353,5 +354,5 @@ def _same(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], 
     return {new: old for one, other in pairs if len(one) == len(other) for new, old in zip(one, other, strict=True)}
 
 
-def _places(group: Group) -> tuple[tuple[str, int], ...]:
+def _occurrences(group: Group) -> tuple[tuple[str, int], ...]:
     return tuple((member.parameter, member.axis) for member in group.members)

@@ -64,14 +64,14 @@ class Op:
         return node.meta["dims"]  # type: ignore[no-any-return]
 
     @functools.cached_property
-    def place(self) -> str:
+    def location(self) -> str:
         """The operation, the module and the line."""
         module = f" in {self.node.meta['module']}" if self.node.meta["module"] else ""
         return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
 
     def reason(self, why: str) -> str:
         """Why something is locked, with the operation, the module and the line."""
-        return f"{why}: {self.place}"
+        return f"{why}: {self.location}"
 
     def lock(self, axis: Axis, why: str) -> None:
         """Forbid removal along an axis."""
@@ -155,7 +155,7 @@ class _Names:
         self.axes: dict[str, Axis] = {}
         self.stars: dict[str, Dims] = {}
 
-    def same(self, name: str, a: Axis, b: Axis) -> None:
+    def identify(self, name: str, a: Axis, b: Axis) -> None:
         if a.size != b.size:
             raise Misfit(f"'{name}' is {a.size} in one place and {b.size} in another")
         self.op.unify(a, b)
@@ -163,14 +163,14 @@ class _Names:
     def meet(self, token: Token, axis: Axis) -> None:
         """One name, or a product of names, is this dimension."""
         if len(token.names) == 1:
-            self.same(token.names[0], self.axes.setdefault(token.names[0], axis), axis)
+            self.identify(token.names[0], self.axes.setdefault(token.names[0], axis), axis)
             return
         sizes = {n: self.axes[n].size if n in self.axes else self.known.get(n) for n in token.names}
         rest = axis.size // (prod(n for n in sizes.values() if n) or 1)
         for name in token.names:
             if name not in self.axes:
                 self.axes[name] = channel(sizes[name] or rest)
-        self.same(" ".join(token.names), product(self.axes[n] for n in token.names), axis)
+        self.identify(" ".join(token.names), product(self.axes[n] for n in token.names), axis)
 
     def read(self, tokens: tuple[Token, ...], dims: Dims) -> Iterator[tuple[str, Axis]]:
         """Match the dimensions of one operand; each name with the dimension that it was read from."""
@@ -185,7 +185,7 @@ class _Names:
                 length = lengths[token.names[0]]
                 part = tuple(next(rest) for _ in range(spare if length is None else length))
                 for old, new in zip(self.stars.setdefault(token.names[0], part), part, strict=True):
-                    self.same(token.names[0], old, new)
+                    self.identify(token.names[0], old, new)
                 found = [("*" + token.names[0], axis) for axis in part]
             else:
                 axis = next(rest)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.analysis.rules import CUSTOM_RULES
-from netsurgery.capture.custom_modules import leaf_of
+from netsurgery.capture.custom_modules import operation_of
 from netsurgery.errors import InputError, TraceError
 from netsurgery.notation import Op
 from netsurgery.passes import PruneChannels, RandomScore
@@ -91,12 +91,12 @@ def free(model: nn.Module, x: Tensor = X) -> list[str]:
 def test_an_operation() -> None:
     model = Scales().double().eval()
     why = netsurgery.trace(model, (X,))["a"].locked or ""
-    assert "no rule for this operation (netsurgery.rule teaches one): netsurgery_tests.scale at tests/" in why
+    assert "no rule for this operation (add one with netsurgery.rule): netsurgery_tests.scale at tests/" in why
     for target in ("netsurgery_tests::scale", scale, torch.ops.netsurgery_tests.scale.default):
-        with netsurgery.rule(target, "*s c, c -> *s c") as taught:
+        with netsurgery.rule(target, "*s c, c -> *s c") as handle:
             assert free(model) == ["a"]
             check(model, (X,), 1e-9)
-            assert "netsurgery_tests" in repr(taught) and repr(taught).endswith(": *s c, c -> *s c>")
+            assert "netsurgery_tests" in repr(handle) and repr(handle).endswith(": *s c, c -> *s c>")
     assert free(model) == []
 
 
@@ -141,10 +141,10 @@ def test_a_built_in_rule_is_overruled() -> None:
 
     model = nn.Sequential(nn.Linear(4, 8), Backwards(), nn.Linear(8, 3)).double()
     assert free(model) == []
-    taught = netsurgery.rule("aten::flip", "*s -> *s")
+    handle = netsurgery.rule("aten::flip", "*s -> *s")
     assert free(model) == ["0"]
-    taught.remove()
-    taught.remove()
+    handle.remove()
+    handle.remove()
     assert free(model) == []
 
 
@@ -247,11 +247,11 @@ def test_a_rule_does_not_keep_a_model_alive() -> None:
         network = netsurgery.trace(model, (X,))
         edit = netsurgery.Edit(network, {"a": (0, 3)})
         small, gone = netsurgery.rewrite(model, edit), weakref.ref(model.heads)
-        other, leaf = copy.deepcopy(model), leaf_of(model.heads)
+        other, operation = copy.deepcopy(model), operation_of(model.heads)
         del network, edit, model
         gc.collect()
         assert gone() is None
         with pytest.raises(InputError, match="the model that was traced is gone, and with it the code of Heads"):
-            _ = leaf.module
+            _ = operation.module
         edit = netsurgery.plan(other, [RandomScore(), PruneChannels(0.5)], X)
         assert isinstance(small, Uses) and edit.counts["heads.proj"] == 2

@@ -277,7 +277,7 @@ def test_memory_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
             most = max(most, sum(held.values()))
             return super().run(func, args, kwargs)
 
-    monkeypatch.setattr("netsurgery.capture.recorder.Values", Counting)
+    monkeypatch.setattr("netsurgery.capture.recorder.ConcreteValues", Counting)
 
     class Deep(nn.Module):
         def __init__(self) -> None:

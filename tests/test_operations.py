@@ -386,7 +386,7 @@ CASES: dict[str, Case] = {
         + torch.addcdiv(h, h, h.exp()) + F.rrelu(h) + F.softplus(h).clamp_(0.1, 2) + F.mish(h, True)
         + F.glu(h, 0).repeat(2, 1, 1), "a",
     ),
-    "no rule": rows(lambda m, h: h.masked_scatter(h[..., :1] > 1, h), "", "netsurgery.rule teaches one): aten"),
+    "no rule": rows(lambda m, h: h.masked_scatter(h[..., :1] > 1, h), "", "add one with netsurgery.rule): aten"),
     "lstm": rows(
         lambda m, h: m.b(h)[0], "a b", b=nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True), z=lin(12, 3)
     ),

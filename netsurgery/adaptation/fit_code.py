@@ -303,7 +303,7 @@ class _Attempt:
         """
         program, runs = self.recorded(path), self.heard(path)
         alike = type(module), *((str(run.usual), run.code) for run in runs)
-        if alike not in program.heard:
+        if alike not in program.module_traces:
             forward = compiled(self.code(path, module, Sizes({}), {}))["forward"]
             calls = [call for call in program.calls if call.path == path]
             found = (
@@ -311,9 +311,9 @@ class _Attempt:
                 for call in calls
                 for training in (False, True)
             )
-            program.heard[alike] = next((one for one in found if one is not None), None)
-        if program.heard[alike] is not None:
-            raise Untraceable(f"has other gradients as a graph, which {program.heard[alike]}")
+            program.module_traces[alike] = next((one for one in found if one is not None), None)
+        if program.module_traces[alike] is not None:
+            raise Untraceable(f"has other gradients as a graph, which {program.module_traces[alike]}")
 
     def recorded(self, path: str, in_training: bool = False) -> Program:
         """The program in which a module runs.
@@ -335,14 +335,14 @@ class _Attempt:
         """
         program = self.recorded(path, in_training)
         module, key = self.model.get_submodule(path), f"{path} in training" if in_training else path
-        if key not in program.heard or program.heard[key][0]() is not module:
+        if key not in program.module_traces or program.module_traces[key][0]() is not module:
             try:
                 calls = [call for call in program.calls if call.path == path]
                 runs = [trace_module(module, program, call, self.network, in_training) for call in calls]
-                program.heard[key] = weakref.ref(module), runs
+                program.module_traces[key] = weakref.ref(module), runs
             except Untraceable as reason:
-                program.heard[key] = weakref.ref(module), str(reason)
-        found: list[ModuleTrace] | str = program.heard[key][1]
+                program.module_traces[key] = weakref.ref(module), str(reason)
+        found: list[ModuleTrace] | str = program.module_traces[key][1]
         if isinstance(found, str):
             raise Untraceable(found)
         return found
@@ -501,7 +501,7 @@ class _Checker(Lockstep):
         if not self.blamed and results != [*map(self.origin, output.args[0])]:
             self.attribute_to_module("the code does other things at other sizes", "")
 
-    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+    def note_alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
         if id(tensor) in self.reals:
             self.reals[id(other)] = self.reals[id(tensor)]
@@ -516,7 +516,7 @@ class _Checker(Lockstep):
             if isinstance(source, fx.Node | tuple) and self.written_later(source):
                 raise PathDiverged("a copy is made that was not made when it was traced")
             out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
-            return self.same(args[0], out)
+            return self.note_alias(args[0], out)
         out = self.answer(node, func, args, kwargs)
         parts = out if isinstance(out, list | tuple) else [out]
         self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
@@ -533,7 +533,7 @@ class _Checker(Lockstep):
             if self.known is None:
                 out = infer(func, args, kwargs)
             else:
-                out = self.known.follow(node, func, args, kwargs, _first(self.sizes))
+                out = self.known.replay(node, func, args, kwargs, _first(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)

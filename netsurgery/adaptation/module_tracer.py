@@ -301,7 +301,7 @@ class _MetaExecutor(OpObserver):
         if self.recorder is not None and not self.recorder.paused and not self.recorder.busy:
             self.recorder.bind(out, self.recorder.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
 
-    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+    def note_alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
         if id(tensor) in self.dims:
             self.dims[id(other)] = self.dims[id(tensor)]

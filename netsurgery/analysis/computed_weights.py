@@ -1,9 +1,10 @@
 """Weights that the code computes from others, and what a removal must not do to them.
 
 A weight norm divides a filter by its length, weight standardisation by its deviation, spectral norm by its largest
-singular value: where some of the inputs go, the same code makes another weight of the rest. But what stays of a weight
-must stay as it is. So the units that such a computation works across are locked, unless a parameter multiplies the
-result and can make up for the change, as the length of a weight norm can (``scaled_by``; ``keeping.py`` does it).
+singular value: where some of the inputs go, the same code makes another weight of the rest. But the entries of a
+weight that stay must keep their values. So the units that such a computation works across are locked, unless a
+parameter multiplies the result and can make up for the change, as the length of a weight norm can. Such a parameter is
+noted as ``scaled_by``, and ``netsurgery.rewriting.kept_weights`` works out its new values.
 
 Queries, tokens and tables of positions come from parameters alone too, but layers work on them as on activations:
 norms and products inside of these are no computation of a weight.
@@ -26,6 +27,7 @@ from netsurgery.notation import Op
 
 __all__ = [
     "Computations",
+    "aligned_dims",
     "ancestors",
     "is_moved",
     "is_stream",
@@ -33,7 +35,6 @@ __all__ = [
     "meetings",
     "packet_of",
     "peeled",
-    "places",
     "scaled",
     "worked_across",
     "writers",
@@ -287,11 +288,11 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
         if leaf in own or leaf in carried:
             whole[leaf] = across
         elif not across.linear:
-            _freeze(leaf, across)
+            _lock_across(leaf, across)
     scale, kept = _limited(weight, set(whole), alone) or _scale(of, weight, list(whole), alone)
     for leaf, across in whole.items():
         if leaf not in kept:
-            _freeze(leaf, across)
+            _lock_across(leaf, across)
     if scale is not None:
         peeled(weight).meta["scaled_by"] = scale.target
         peeled(weight).meta["limited"] = _limited(weight, set(), alone) is not None
@@ -299,7 +300,7 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
             node.meta["whole"] = node.meta.get("whole", frozenset()) | frozenset(kept)
 
 
-def _freeze(leaf: Axis, across: _Across) -> None:
+def _lock_across(leaf: Axis, across: _Across) -> None:
     lock(leaf, Op(across.node, None).reason("the rest of a weight that is computed across its units would change"))
 
 
@@ -381,10 +382,10 @@ def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node
 
 def _fits(scale: fx.Node, weight: fx.Node) -> bool:
     """Whether each dimension of a parameter is one of the weight."""
-    return None not in places(scale, weight)
+    return None not in aligned_dims(scale, weight)
 
 
-def places(scale: fx.Node, weight: fx.Node) -> list[int | None]:
+def aligned_dims(scale: fx.Node, weight: fx.Node) -> list[int | None]:
     """Which dimension of a weight each dimension of a parameter that multiplies it is; those of size one left out."""
     own = [find(axis) for axis in peeled(weight).meta["dims"]]
     shift = len(own) - len(scale.meta["dims"])

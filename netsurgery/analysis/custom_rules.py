@@ -20,7 +20,7 @@ __all__ = ["RuleHandle", "rule"]
 
 
 class RuleHandle(AbstractContextManager["RuleHandle"]):
-    """A rule that was taught. ``remove()`` forgets it, and so does the end of a ``with`` block."""
+    """A rule that is registered. ``remove()`` takes it away, and so does the end of a ``with`` block."""
 
     def __init__(self, key: Any, says: str):
         self.key, self.says = key, says
@@ -28,7 +28,7 @@ class RuleHandle(AbstractContextManager["RuleHandle"]):
         self.before = [(book, book.get(key)) for book in books]
 
     def remove(self) -> None:
-        """Forget the rule; what was taught of the same target before holds again."""
+        """Take the rule away; an earlier rule of the same target holds again."""
         for book, value in self.before:
             book.pop(self.key, None)
             if value is not None:
@@ -49,7 +49,7 @@ def rule(
     parameters: Mapping[str, str] | None = None,
     sizes: Mapping[str, str] | None = None,
 ) -> RuleHandle:
-    """Teach what an operation does to dimensions; nothing is run or changed, the next ``trace`` uses it.
+    """Say what an operation does to dimensions; nothing is run or changed, the next ``trace`` uses it.
 
     Args:
         target: an operation (``"mylib::scale"``, ``torch.ops.mylib.scale``, a ``torch.library.custom_op``), built-in
@@ -68,7 +68,7 @@ def rule(
     it reports a difference where a rule is wrong, and also where the operation takes statistics over units (a norm).
 
     Returns:
-        A handle to forget the rule by: ``.remove()``, or ``with netsurgery.rule(...):``.
+        A handle that takes the rule away: ``.remove()``, or ``with netsurgery.rule(...):``.
 
     Raises:
         InputError: no such operation, a notation with a mistake, or operands that it does not have. Where a rule does
@@ -155,7 +155,7 @@ class _Relation:
         except ValueError as error:
             shapes = ["x".join(map(str, n.meta["shape"])) if n else "absent" for n in nodes]
             given = ", ".join(f"{name} {shape}" for name, shape in zip(self.operands, shapes, strict=True))
-            raise InputError(f"the rule '{self.notation}' does not fit {op.place} ({given}): {error}") from error
+            raise InputError(f"the rule '{self.notation}' does not fit {op.location} ({given}): {error}") from error
         follow = {argument: op.node.meta["names"][name] for name, argument in self.sizes.items()}
         if isinstance(op.node.target, CustomModule):
             op.node.meta["attributes"] = follow
@@ -195,7 +195,7 @@ class _Calling:
         out = self.function(op)
         sizes = [None if dims is None else tuple(axis.size for axis in dims) for dims in out]
         if sizes != [None if shape is None else tuple(shape) for shape in op.shapes()]:
-            raise InputError(f"the rule of {op.place} gives dimensions of sizes {sizes} to results of {op.shapes()}")
+            raise InputError(f"the rule of {op.location} gives dimensions of sizes {sizes} to results of {op.shapes()}")
         return out
 
 

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 #: By operation the arguments that are the weight of a layer, and its input.
 LAYER_WEIGHT = {aten.mm: "mat2", aten.addmm: "mat2", aten.convolution: "weight", aten.embedding: "weight"}
 LAYER_INPUT = {aten.mm: "self", aten.addmm: "mat1", aten.convolution: "input", aten.embedding: "indices"}
-_SAME = {aten.clone, aten._to_copy, aten._unsafe_view}
+_COPIES = {aten.clone, aten._to_copy, aten._unsafe_view}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _sums(node: fx.Node) -> Iterator[Adapted]:
         if updates and all(updates) and "params" in weight.meta:
             one = Adapted(layer, weight, factors, tuple(update for update in updates if update is not None))
             known = [factor for update in one.updates for factor in (update.factor, *factors)]
-            if all(_same(axis, out) for factor in known for _, axis in factor.vectors):
+            if all(_same_units(axis, out) for factor in known for _, axis in factor.vectors):
                 yield one
                 return
 
@@ -131,7 +131,7 @@ _OUTPUTS = {aten.mm: "n", aten.addmm: "n", aten.convolution: "o", aten.embedding
 
 def _terms(node: fx.Node, factor: Factor) -> Iterator[tuple[fx.Node, Factor]]:
     """What a sum is a sum of, and how often; but for what comes from parameters alone, as a bias does."""
-    node, number = _bare(node)
+    node, number = _peeled(node)
     factor = factor.times(number)
     if "params" in node.meta:
         return
@@ -159,13 +159,13 @@ def _by_vector(node: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, tu
     return (one if vectors[0] is other else other), (vectors[0], resolve(node.meta["dims"][at[0]], {}))
 
 
-def _bare(node: Any, factor: float = 1.0) -> tuple[fx.Node, float]:
+def _peeled(node: Any, factor: float = 1.0) -> tuple[fx.Node, float]:
     """A node without views, copies and constant factors around it."""
     while node.op == "call_function" and "params" not in node.meta:
         packet = packet_of(node)
         if packet in (aten.mul, aten.div) and isinstance(node.args[1], int | float):
             factor = factor * node.args[1] if packet is aten.mul else factor / node.args[1]
-        elif not (is_moved(node) or packet in _SAME):
+        elif not (is_moved(node) or packet in _COPIES):
             break
         node = node.all_input_nodes[0]
     return node, factor
@@ -176,12 +176,12 @@ def _update(up: fx.Node, factor: Factor, layer: fx.Node) -> Update | None:
     kind = packet_of(layer)
     if packet_of(up) not in ((aten.convolution,) if kind is aten.convolution else (aten.mm, aten.addmm)):
         return None
-    down, number = _bare(Op(up, None)[LAYER_INPUT[packet_of(up)]])
+    down, number = _peeled(Op(up, None)[LAYER_INPUT[packet_of(up)]])
     if packet_of(down) not in ((kind,) if kind in (aten.convolution, aten.embedding) else (aten.mm, aten.addmm)):
         return None
     if down is layer or not _feeds_only(down, up):
         return None
-    reads = [_bare(Op(one, None)[LAYER_INPUT[packet_of(one)]]) for one in (layer, down)]
+    reads = [_peeled(Op(one, None)[LAYER_INPUT[packet_of(one)]]) for one in (layer, down)]
     operands = [Op(one, None)[LAYER_WEIGHT[packet_of(one)]] for one in (down, up)]
     if reads[0][0] is not reads[1][0] or reads[0][1] != 1 or not all("params" in one.meta for one in operands):
         return None
@@ -194,7 +194,7 @@ def _feeds_only(node: fx.Node, reader: fx.Node) -> bool:
     """Whether nothing but one operation reads a result, be it through views, copies and constant factors."""
     return all(
         user is reader
-        or (_bare(user)[0] is _bare(node)[0] and user.op == "call_function" and _feeds_only(user, reader))
+        or (_peeled(user)[0] is _peeled(node)[0] and user.op == "call_function" and _feeds_only(user, reader))
         for user in node.users
     )
 
@@ -203,20 +203,24 @@ def _axis(node: fx.Node, name: str) -> Axis:
     return resolve(node.meta["names"][name], {})
 
 
-def _same(one: Axis, other: Axis) -> bool:
+def _same_units(one: Axis, other: Axis) -> bool:
     """Whether dimensions hold the same units; those of heads are products, each of its own."""
     if one is other:
         return True
     pairs = zip(one.terms, other.terms, strict=False)
-    return one.op == other.op != "" and len(one.terms) == len(other.terms) and all(_same(a, b) for a, b in pairs)
+    return one.op == other.op != "" and len(one.terms) == len(other.terms) and all(_same_units(a, b) for a, b in pairs)
 
 
 def _fits(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
     """Whether matrices are multiplied along the same dimensions."""
     first = "d" if packet_of(down) is aten.embedding else "n"
-    same_inputs = first == "d" or _same(_axis(layer, "k"), _axis(down, "k"))
+    same_inputs = first == "d" or _same_units(_axis(layer, "k"), _axis(down, "k"))
     last = "d" if packet_of(layer) is aten.embedding else "n"
-    return same_inputs and _same(_axis(down, first), _axis(up, "k")) and _same(_axis(layer, last), _axis(up, "n"))
+    return (
+        same_inputs
+        and _same_units(_axis(down, first), _axis(up, "k"))
+        and _same_units(_axis(layer, last), _axis(up, "n"))
+    )
 
 
 def _fits_convolution(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:

@@ -84,7 +84,7 @@ class Network:
         tensors: parameters, buffers and tensor attributes of the model by name (the model's own, not copies).
         axes: the dimensions of each of these tensors, as expressions over the groups' channels.
         groups: every group, in the order of the state dict.
-        ties: names of groups that must keep equally many units, though not the same ones.
+        equal_sizes: names of groups that must keep equally many units, though not the same ones.
         inputs: the example inputs: positional and keyword.
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
@@ -201,11 +201,11 @@ class Network:
         return dataclasses.replace(self, scores=dict(scores), comparable=comparable, ordinal=ordinal)
 
     def with_locked(self, reasons: Mapping[str, str]) -> Network:
-        """The same network with more groups locked; groups tied to these are locked with them."""
+        """The same network with more groups locked; groups that must keep as many units are locked with them."""
         reasons = dict(reasons)
-        for tied in self.equal_sizes:
-            why = next((reasons[name] for name in tied if name in reasons), None)
-            reasons.update({name: why for name in tied if why is not None and name not in reasons})
+        for names in self.equal_sizes:
+            why = next((reasons[name] for name in names if name in reasons), None)
+            reasons.update({name: why for name in names if why is not None and name not in reasons})
         groups = [dataclasses.replace(g, locked=g.locked or reasons.get(g.name)) for g in self.groups]
         return dataclasses.replace(self, groups=tuple(groups))
 
@@ -301,7 +301,9 @@ class Analysis:
         pairs: dict[tuple[Axis, Axis], str] = {}
         while True:
             wanted = [(parts[0], part, reason) for parts, reason in self.equal_sizes for part in parts[1:]]
-            wanted += [(a, b, reason) for (a, b), reason in pairs.items()]  # what was tied stays so when it is refined
+            wanted += [
+                (a, b, reason) for (a, b), reason in pairs.items()
+            ]  # equal sizes stay equal when an axis is refined
             before, pairs = pairs, {}
             for one, other, reason in wanted:
                 pairs.update(dict.fromkeys(equate(one, other, reason), reason))

@@ -1,7 +1,7 @@
 """What each ATen operation says about dimensions.
 
 Most operators are one line in the notation of ``netsurgery.notation``; those whose arguments decide get a short
-function. An operator without a rule locks whatever it touches; ``netsurgery.rule`` teaches one.
+function. An operator without a rule locks whatever it touches; ``netsurgery.rule`` adds one.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def title(target: Any) -> str:
 
 
 def locked(op: Op, why: str) -> Any:
-    """Freeze whatever an operation touches."""
+    """Lock whatever an operation touches."""
     for node in op.inputs:
         for axis in op.dims(node):
             op.lock(axis, why)
@@ -294,7 +294,7 @@ def aligned(op: Op, tensors: Iterable[Dims], shape: tuple[int, ...]) -> Dims:
     aten.clone, aten.detach, aten._to_copy, aten.native_dropout, aten.zero, aten.empty_like,
     aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like, aten.renorm,
 )  # fmt: skip
-def same(op: Op) -> Any:
+def unchanged(op: Op) -> Any:
     """the output has the dimensions of the input"""
     return [op.dims(op.inputs[0]) for _ in op.shapes()]
 
@@ -708,4 +708,4 @@ def counted(op: Op) -> Any:
 @rule("unknown")
 def unknown(op: Op) -> Any:
     """an operation without a rule: whatever it touches is locked"""
-    return locked(op, "no rule for this operation (netsurgery.rule teaches one)")
+    return locked(op, "no rule for this operation (add one with netsurgery.rule)")

@@ -74,7 +74,7 @@ def _ranks_beside(node: fx.Node) -> Iterator[Axis]:
 
 
 def _terms(node: fx.Node) -> Iterator[fx.Node]:
-    node = _core(node)
+    node = _peeled(node)
     if packet_of(node) in (aten.add, aten.add_) and "params" not in node.meta:
         for source in node.all_input_nodes:
             yield from _terms(source)
@@ -82,7 +82,7 @@ def _terms(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def _core(node: fx.Node) -> fx.Node:
+def _peeled(node: fx.Node) -> fx.Node:
     """A node without the views, copies and factors around it."""
     while node.op == "call_function" and "params" not in node.meta:
         moved = packet_of(node) in _SCALED or node.target is operator.getitem or is_moved(node)
@@ -103,7 +103,7 @@ def _has_bias(node: fx.Node) -> bool:
 
 
 def _source(layer: fx.Node) -> fx.Node:
-    return _core(Op(layer, None)[LAYER_INPUT[packet_of(layer)]])
+    return _peeled(Op(layer, None)[LAYER_INPUT[packet_of(layer)]])
 
 
 def _window(layer: fx.Node) -> int:

@@ -1,7 +1,7 @@
 """Weights as layers use them: parameters, and what the code computes from parameters alone.
 
-A weight norm, a mask, a low-rank update, a scale of the learning rate: what a unit weighs is told by the result, not by
-the parameters that go into it.
+A weight norm, a mask, a low-rank update, a scale of the learning rate: the result says what a unit weighs, and the
+parameters that go into it do not.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
             if wrapper.cache_info().currsize > size:
                 wrapper.cache_clear()
         for kind, old in held:
-            for key in _bare_keys(vars(kind), old):
+            for key in _meta_keys(vars(kind), old):
                 setattr(kind, key, old[key]) if key in old else delattr(kind, key)
         for box, kept in boxes:
             _put_back(box, kept)
@@ -61,19 +61,19 @@ def _boxes(names: Iterable[str], held: Iterable[tuple[type, dict[str, Any]]]) ->
     return list(found.values())
 
 
-def _bare_keys(now: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+def _meta_keys(now: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
     """Keys under which a tensor without data stands that did not before."""
-    return [key for key, value in now.items() if old.get(key) is not value and _is_bare(value)]
+    return [key for key, value in now.items() if old.get(key) is not value and _holds_meta(value)]
 
 
 def _put_back(box: Any, old: Any) -> None:
     if isinstance(box, dict):
-        for key in _bare_keys(box, old):
+        for key in _meta_keys(box, old):
             if key in old:
                 box[key] = old[key]
             else:
                 del box[key]
-    elif [*map(id, box)] != [*map(id, old)] and _is_bare([*box]):
+    elif [*map(id, box)] != [*map(id, old)] and _holds_meta([*box]):
         box.clear()
         box.extend(old)
 
@@ -169,6 +169,6 @@ def _cached(names: Names) -> list[Place]:
     return [(names, name, value) for name, value in names.items() if isinstance(value, functools._lru_cache_wrapper)]
 
 
-def _is_bare(value: Any) -> bool:
+def _holds_meta(value: Any) -> bool:
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return any(leaf.is_meta or isinstance(leaf, FakeTensor) for leaf in leaves)

@@ -24,8 +24,8 @@ class FakeDevice(TorchFunctionMode):
 
     Args:
         read: the value of a tensor.
-        alias: told of ``tensor.data``, which no operation makes: the tensor, and the other that shares its memory.
-        assign: told of ``tensor.data = value`` before it happens.
+        alias: called for ``tensor.data``, which no operation makes, with the tensor and the one that shares its memory.
+        assign: called before ``tensor.data = value``, with the tensor and the value.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FakeDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in self.answers and func not in _POSED:
+        if func not in self.answers and func not in _HANDLED:
             return func(*args, **kwargs)
         meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
         if meta and func in self.answers:
@@ -126,7 +126,7 @@ _INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
 _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_POSED = {
+_HANDLED = {
     _GET_DATA,
     _SET_DATA,
     *_READS,

@@ -204,12 +204,12 @@ class ConcreteValues:
     def __init__(self, device: torch.device):
         self.device = torch.device("cpu") if device.type == "meta" else device
         self.of: TensorMap[Tensor] = TensorMap()
-        self.borrowed: set[int] = set()  # addresses of memory that is the user's
+        self.shared: set[int] = set()  # addresses of memory that is the user's
 
     def bind(self, meta: Tensor, value: Tensor) -> None:
         """Note the value of a tensor that is the user's."""
         self.of[meta] = value.detach()
-        self.borrowed.add(value.untyped_storage().data_ptr())
+        self.shared.add(value.untyped_storage().data_ptr())
 
     def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
         """The result of an operation without data, and what it decided; all of it, where Python will read it."""
@@ -254,7 +254,7 @@ class ConcreteValues:
     def own(self, value: Tensor) -> None:
         """Give all that share memory with ``value`` a copy of it, where it is the user's."""
         storage = value.untyped_storage()
-        if storage.data_ptr() not in self.borrowed:
+        if storage.data_ptr() not in self.shared:
             return
         copied = storage.clone()
         for key, (ref, other) in list(self.of.items.items()):
@@ -290,7 +290,7 @@ def _like(value: Tensor) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def _bare(values: Any) -> Any:
+def _on_meta(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, _like, values)
 
 
@@ -325,7 +325,7 @@ class KnownValues(ConcreteValues):
             return self.like(func, args, kwargs), None
         return infer(func, args, kwargs), None
 
-    def follow(
+    def replay(
         self, node: fx.Node, func: Any, args: Any, kwargs: dict[str, Any], units: Callable[[Axis], Tensor]
     ) -> Any:
         """The same where decisions are known too: those of ``node``, with the units that ``units`` lists."""
@@ -344,7 +344,7 @@ class KnownValues(ConcreteValues):
                 value.copy_(decided)
             return infer(func, args, kwargs)
         several = isinstance(decided, list)
-        out = self.like(func, args, kwargs) if several and None in decided else _bare(decided)
+        out = self.like(func, args, kwargs) if several and None in decided else _on_meta(decided)
         for part, value in zip(_parts(out), _parts(decided), strict=True):
             if isinstance(value, Tensor) and value.shape == part.shape:
                 self.of[part] = value
@@ -365,7 +365,7 @@ class KnownValues(ConcreteValues):
             if not needs_values(func, error):
                 raise
         args, kwargs = self.reals(args, kwargs)
-        return _bare(func(*args, **kwargs))
+        return _on_meta(func(*args, **kwargs))
 
     def forget(self, value: Tensor) -> None:
         """What shares memory with ``value`` is not known any more."""

@@ -59,7 +59,7 @@ class Reach:
             _, label, before = self.held.get(id(value), (value, (None, ""), parts))
             for name in _differing(before, parts)[:1]:
                 label = label if isinstance(value, _CONTAINERS) else _below(value, label, name)
-                found.append(f"changes {_text(label)}{_place(label, code)}")
+                found.append(f"changes {_text(label)}{_line_naming(label, code)}")
         return found
 
     def again(self) -> Iterator[Held]:
@@ -101,14 +101,16 @@ class _Digest(int):
 def _differing(before: Parts, after: Parts) -> list[Any]:
     """The names that stand for something else than before."""
     pairs = zip(before, after, strict=False)
-    if len(before) == len(after) and all(a is b and _same(x, y) for (a, x), (b, y) in pairs):
+    if len(before) == len(after) and all(a is b and _unchanged(x, y) for (a, x), (b, y) in pairs):
         return []
     old, new = ({id(name): (name, item) for name, item in parts} for parts in (before, after))
     gone = [name for key, (name, _) in old.items() if key not in new]
-    return gone + [name for key, (name, item) in new.items() if key not in old or not _same(old[key][1], item)] or [""]
+    return gone + [
+        name for key, (name, item) in new.items() if key not in old or not _unchanged(old[key][1], item)
+    ] or [""]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _unchanged(one: Any, other: Any) -> bool:
     return one is other or (type(one) is _Digest and one == other)
 
 
@@ -256,7 +258,7 @@ def _lines(code: CodeType) -> dict[str, int]:
     return found
 
 
-def _place(label: Label | None, code: Iterable[CodeType]) -> str:
+def _line_naming(label: Label | None, code: Iterable[CodeType]) -> str:
     """The line that names the last part of a label that any line names."""
     while label is not None:
         label, name = label

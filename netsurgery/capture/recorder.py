@@ -2,7 +2,7 @@
 
 Nothing of the user's model is touched or run: a copy without weights is. Every node knows the module and the
 line of source it came from (``node.meta``: ``shape``, ``module``, ``where``). Where the code looks at values, it is
-run again with them behind the tensors without data, and what it decided is noted (see ``values.py``).
+run again with them behind the tensors without data, and what it decided is noted (see ``known_values``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from netsurgery.capture.caches import caches_kept
 from netsurgery.capture.copies import copy_with, named_modules, named_tensors, on_meta
-from netsurgery.capture.custom_modules import CUSTOM_MODULES, CustomModule, leaf_of
+from netsurgery.capture.custom_modules import CUSTOM_MODULES, CustomModule, operation_of
 from netsurgery.capture.fake_device import FakeDevice
 from netsurgery.capture.known_values import ConcreteValues, KnownValues, TensorMap, draw, needs_values
 from netsurgery.capture.meta_shapes import infer
@@ -84,7 +84,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     values: Literal["none", "known", "all"] = "none"
-    heard: dict[Any, Any] = field(default_factory=dict)  # what the code of modules does, by path: see listening.py
+    module_traces: dict[Any, Any] = field(default_factory=dict)  # what adaptation has traced of modules, by path
 
     def __repr__(self) -> str:
         return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"
@@ -165,7 +165,7 @@ TRANSPARENT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torc
 
 
 class OpObserver(TorchDispatchMode):
-    """Sees each ATen operation of a run on a skeleton; ``modules`` is the stack of module paths being run."""
+    """Sees each ATen operation of a run without data; ``modules`` is the stack of the paths of modules that run."""
 
     def __init__(self, values: ConcreteValues | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -197,7 +197,7 @@ class OpObserver(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_label(func):
             return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():  # scripted functions come here with Posing still around them
+        with torch._C.DisableTorchFunction():  # scripted functions come here inside of FakeDevice
             return self.dispatch(func, args, kwargs)
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -235,13 +235,13 @@ class OpObserver(TorchDispatchMode):
         self.constants[id(value)] = value, meta
         return value
 
-    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+    def note_alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         """Note that ``other`` is ``tensor`` under another name."""
         return other
 
     def alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         """Note that ``other`` is ``tensor`` under another name, with the same value."""
-        other = self.same(tensor, other)
+        other = self.note_alias(tensor, other)
         if self.values is not None and (value := self.values.of.get(tensor)) is not None:
             self.values.of[other] = value
         return other
@@ -272,13 +272,13 @@ class OpObserver(TorchDispatchMode):
             self.modules.pop()
 
 
-def _run_leaf(leaf: CustomModule, meta: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Show the watcher the run of a module as one operation."""
-    watcher = _get_current_dispatch_mode()
-    if not isinstance(watcher, OpObserver):
-        raise TraceError(f"{leaf!r} has no data to run on")
-    with torch._C.DisableTorchFunction(), _disable_current_modes():  # the leaf sees what its tensors are
-        return watcher.see(leaf, watcher.stand_in(leaf.bind(meta, args, kwargs)), {})
+def _run_custom_module(operation: CustomModule, meta: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Show the observer the run of a module as one operation."""
+    observer = _get_current_dispatch_mode()
+    if not isinstance(observer, OpObserver):
+        raise TraceError(f"{operation!r} has no data to run on")
+    with torch._C.DisableTorchFunction(), _disable_current_modes():  # the module sees that its tensors are on meta
+        return observer.see(operation, observer.stand_in(operation.bind(meta, args, kwargs)), {})
 
 
 @functools.cache
@@ -322,7 +322,7 @@ class _Recorder(OpObserver):
         self.need = NeedsValues(place)
         return self.need
 
-    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+    def note_alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.remember(other, self.node_of(tensor))
         return other
 
@@ -445,9 +445,9 @@ def _shapes(value: Any) -> str:
     return ", ".join("x".join(map(str, tensor.shape)) or "()" for tensor in tensors_in(value))
 
 
-def _tracked(forward: Callable[..., Any], path: str, watcher: OpObserver) -> Callable[..., Any]:
+def _tracked(forward: Callable[..., Any], path: str, observer: OpObserver) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return watcher.call(path, forward, args, kwargs)
+        return observer.call(path, forward, args, kwargs)
 
     run.__wrapped__ = run.untracked = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
     return run
@@ -491,7 +491,7 @@ def meta_copy(
     originals = named_modules(model)
     for path, module in named_modules(meta).items():
         if type(module) in CUSTOM_MODULES:
-            module.__dict__["forward"] = functools.partial(_run_leaf, leaf_of(originals[path]), module)
+            module.__dict__["forward"] = functools.partial(_run_custom_module, operation_of(originals[path]), module)
         module.training = mode == "train" and trains_otherwise(module)
     return meta, {id(tensor): name for name, tensor in tensors.values()}
 
@@ -501,22 +501,22 @@ def home(model: nn.Module) -> torch.device:
     return next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
 
 
-def track(meta: nn.Module, watcher: OpObserver) -> None:
-    """Let a watcher know of each run of the modules of a skeleton."""
+def track(meta: nn.Module, observer: OpObserver) -> None:
+    """Let an observer know of each run of the modules of a copy on meta."""
     for path, module in named_modules(meta).items():
         forward = module.__dict__.get("forward", module.forward)
-        module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, watcher)
+        module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, observer)
 
 
-def run_meta_copy(meta: nn.Module, watcher: OpObserver, inputs: Inputs, device: torch.device) -> Any:
-    """Run a skeleton under a watcher, with tensors without data that say they are on ``device``."""
-    track(meta, watcher)
+def run_meta_copy(meta: nn.Module, observer: OpObserver, inputs: Inputs, device: torch.device) -> Any:
+    """Run a copy on meta under an observer, with tensors without data that say they are on ``device``."""
+    track(meta, observer)
     with torch.no_grad(), caches_kept(meta), without_fast_path(), contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0, device))
         if "torch._dynamo" in sys.modules:  # functions under @torch.compile by their own operations
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(FakeDevice(watcher.read, device, watcher.alias, watcher.assign))
-        stack.enter_context(watcher)
+        stack.enter_context(FakeDevice(observer.read, device, observer.alias, observer.assign))
+        stack.enter_context(observer)
         return meta(*inputs[0], **inputs[1])
 
 
@@ -611,7 +611,7 @@ def meta_inputs(inputs: Inputs) -> Inputs:
 
 
 def bind(values: ConcreteValues, model: nn.Module, meta: nn.Module, names: dict[int, str]) -> None:
-    """Give the tensors of a model's skeleton their values."""
+    """Give the tensors of a copy on meta the values of the model's own."""
     tensors = dict(named_tensors(model))
     for _, tensor in named_tensors(meta):
         own = tensors.get(names.get(id(tensor), ""))
@@ -627,10 +627,10 @@ def bind_inputs(values: ConcreteValues, meta: Inputs, inputs: Inputs) -> None:
         values.bind(tensor, value)
 
 
-def run_guarded(meta: nn.Module, watcher: OpObserver, inputs: Inputs, device: torch.device) -> Any:
-    """Run a skeleton; whatever its own code raises becomes a TraceError that says where."""
+def run_guarded(meta: nn.Module, observer: OpObserver, inputs: Inputs, device: torch.device) -> Any:
+    """Run a copy on meta; an error that its own code raises becomes a TraceError that says where."""
     try:
-        return run_meta_copy(meta, watcher, inputs, device)
+        return run_meta_copy(meta, observer, inputs, device)
     except RAISED_BY_MODELS as error:
         raise TraceError(_explain(meta, error, inputs)) from error
 

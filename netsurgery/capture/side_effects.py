@@ -93,7 +93,7 @@ class Effects:
                 self.note(f"uses {_named(code)}", frame)
             elif not _is_library(code.co_filename):
                 self.ran.add(code)
-                if (first := _first(frame)) is not None:
+                if (first := _autograd_function(frame)) is not None:
                     self.note(f"runs the torch.autograd.Function '{first}', whose gradient is its own", frame.f_back)
         elif event == "c_call" and what in _ASKING and not is_library(frame.f_code.co_filename):
             self.note(f"uses {what.__name__}", frame)
@@ -122,7 +122,7 @@ def _named(code: CodeType) -> str:
     return "checkpoint" if code.co_filename == torch.utils.checkpoint.__file__ else code.co_qualname.partition(".")[0]
 
 
-def _first(frame: FrameType) -> str | None:
+def _autograd_function(frame: FrameType) -> str | None:
     """The name of the autograd function that a frame is part of: its first argument is the context."""
     code = frame.f_code
     context = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None

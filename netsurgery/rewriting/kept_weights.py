@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from netsurgery.analysis.computed_weights import places, scaled
+from netsurgery.analysis.computed_weights import aligned_dims, scaled
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.weights import nowhere, part
 from netsurgery.axes import Axis
@@ -74,7 +74,7 @@ def _positions(axis: Axis, units: Mapping[Axis, Tensor]) -> Tensor:
 
 def _ratio(node: fx.Node, source: fx.Node, wanted: Tensor, left: Tensor) -> Tensor:
     """What a parameter is to be multiplied by so that ``left`` becomes ``wanted``."""
-    at = [place for place in places(source, node) if place is not None]
+    at = [place for place in aligned_dims(source, node) if place is not None]
     dots, squares = (wanted * left, left * left)
     for dim in sorted(set(range(left.dim())) - set(at), reverse=True):
         dots, squares = dots.sum(dim), squares.sum(dim)

@@ -89,7 +89,7 @@ class OptimizerStates:
         edit: Edit,
         moved: bool,
     ):
-        self.axes, self.places, self.values = edit.network.axes, edit.positions, edit.values
+        self.axes, self.positions, self.values = edit.network.axes, edit.positions, edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.lists: list[list[Tensor]] = []
         self.states: list[MutableMapping[Any, Any]] = []
@@ -128,7 +128,7 @@ class OptimizerStates:
             return
         self.states.append(optimizer.state)
         names = [self.names[id(param)] for param in filter(self._is_ours, _params(optimizer))]
-        if any(name in self.values or self.places.changes(self.axes[name]) for name in names):
+        if any(name in self.values or self.positions.changes(self.axes[name]) for name in names):
             for key, entry in optimizer.state.items():
                 self._prepare(optimizer, key, entry)
 
@@ -165,13 +165,13 @@ class OptimizerStates:
                     shapes = f"has shape {tuple(value.shape)}, the parameter {tuple(key.shape)}"
                     raise self._refusal(optimizer, where, f"{shapes}, and which dimensions are the same is not clear")
                 if name in self.values and "master" in what and value.shape == key.shape:
-                    cut[what] = self.places.cut(self.values[name].to(value), axes)
-                elif self.places.changes(tuple(axis for axis in axes if axis is not None)):
-                    cut[what] = self.places.cut(value, axes)
+                    cut[what] = self.positions.cut(self.values[name].to(value), axes)
+                elif self.positions.changes(tuple(axis for axis in axes if axis is not None)):
+                    cut[what] = self.positions.cut(value, axes)
         self.entries.append((entry, cut))
 
     def _axes_of(self, what: str, value: Tensor, name: str, param: Tensor) -> tuple[Axis | None, ...] | None:
-        """The dimensions of a state tensor in those of its parameter; None where they cannot be told."""
+        """The dimensions of a state tensor in those of its parameter; None where that is not clear."""
         axes, shape, own = self.axes[name], tuple(param.shape), tuple(value.shape)
         if len(own) == len(shape):  # of each element, or reduced along dimensions that have size one then
             fits = all(n in (1, size) for n, size in zip(own, shape, strict=True))
@@ -183,13 +183,13 @@ class OptimizerStates:
             for dims in itertools.combinations(range(len(shape)), len(own))
             if tuple(shape[dim] for dim in dims) == own
         ]
-        alike = all(self._same(choice, choices[0]) for choice in choices)
+        alike = all(self._same_positions(choice, choices[0]) for choice in choices)
         return choices[0] if choices and alike else None
 
     def _told_apart(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
         """Whether dimensions of equal size lose the same: else a matrix may be of the rows alone (a preconditioner)."""
         pairs = itertools.combinations(zip(value.shape, axes, strict=True), 2)
-        return all(n != m or self._same((one,), (other,)) for (n, one), (m, other) in pairs)
+        return all(n != m or self._same_positions((one,), (other,)) for (n, one), (m, other) in pairs)
 
     def _is_usual(self, optimizer: Optimizer, what: str, value: Tensor, param: Tensor) -> bool:
         """Whether it is known to be of each element: by its name, or as it is so for a parameter that is not square."""
@@ -205,9 +205,9 @@ class OptimizerStates:
             if isinstance(other, Tensor)
         )
 
-    def _same(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
+    def _same_positions(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
         """Whether the same positions stay."""
-        found = ([None if axis is None else self.places(axis) for axis in axes] for axes in (one, other))
+        found = ([None if axis is None else self.positions(axis) for axis in axes] for axes in (one, other))
         pairs = zip(*found, strict=True)
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 

@@ -4,8 +4,9 @@ Both replay the recorded graph of the original network on real tensors. **Silenc
 result of every operation, and takes statistics (means, norms, softmax) over what stays. **Permutation** shuffles the
 units of every group in every parameter that carries it; the output must not change.
 
-Where a network decides by values (see ``values.py``), all runs are answered with the decisions of the recorded one, and
-where it draws random numbers, with those of the original; the numbers that these rest on are compared like outputs.
+Where a network decides by values (see ``capture.known_values``), all runs take the decisions of the recorded one. Where
+it draws random numbers, all runs take those of the original. The numbers that decisions are taken from are compared
+like outputs.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         with seeded(0, home(model)):
             want = silenced(edit.network, program, tensors, inputs, keep, numbers, drawn)
         if program.values == "all" or drawn:
-            found, read = follow(small, program, inputs, units, drawn)
+            found, read = run_with_decisions(small, program, inputs, units, drawn)
             worst = max(worst, _difference(read, _chosen(numbers, units)))
         else:
             found = run(small, program, inputs)
@@ -175,7 +176,11 @@ def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
     network = trace_untried(model, inputs[0] or inputs[1])
     for name in edit.keep:
         group = network.by_name.get(name)
-        if group is None or group.size != edit.network[name].size or _places(group) != _places(edit.network[name]):
+        if (
+            group is None
+            or group.size != edit.network[name].size
+            or _occurrences(group) != _occurrences(edit.network[name])
+        ):
             raise InputError(
                 f"these inputs take another way through the code of {network.model_name} than those of the trace, and "
                 f"the units of '{name}' are others there: plan the edit with such inputs"
@@ -183,7 +188,7 @@ def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
     return Edit(network, edit.keep, values=edit.values)
 
 
-def _places(group: Group) -> set[tuple[str, int]]:
+def _occurrences(group: Group) -> set[tuple[str, int]]:
     return {(member.parameter, member.axis) for member in group.members}
 
 
@@ -237,7 +242,7 @@ def permuted_difference(model: nn.Module, network: Network, example_inputs: Any 
     return worst
 
 
-class _Follower(Lockstep):
+class _DecisionReplay(Lockstep):
     """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from.
 
     Random numbers are those that were ``drawn`` in another run, by the operation that drew them.
@@ -266,7 +271,7 @@ class _Follower(Lockstep):
         return self.own.keep(func, args, kwargs, found)
 
 
-def follow(
+def run_with_decisions(
     model: nn.Module, program: Program, inputs: Inputs, units: Units, drawn: Drawn
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of a model whose code is run with the decisions of a recorded run, and the numbers these rest on."""
@@ -275,9 +280,9 @@ def follow(
     values, given = ConcreteValues(device), meta_inputs(inputs)
     bind(values, model, meta, names)
     bind_inputs(values, given, inputs)
-    follower = _Follower(program, values, units, drawn)
-    outputs = run_meta_copy(meta, follower, given, device)
-    return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
+    observer = _DecisionReplay(program, values, units, drawn)
+    outputs = run_meta_copy(meta, observer, given, device)
+    return [values.real(observer.stand_in(tensor)) for tensor in tensors_in(outputs)], observer.numbers
 
 
 def _drawn_again(func: Any, args: Any, drawn: Any) -> Any:

@@ -79,7 +79,7 @@ def silenced(
         if special is not None and "decided" not in node.meta:
             op = Op(node, network)
             dims = op.dims(op["self"] if "self" in op.arguments else op["input"])
-            kept = stays(node, dims, _first(values, op).device)
+            kept = stays(node, dims, _first_input(values, op).device)
             if kept is not None:
                 out = special(
                     {k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()},
@@ -94,7 +94,7 @@ def silenced(
     return replay(program, tensors, inputs, silence, numbers=numbers)
 
 
-def _first(values: Mapping[Any, Any], op: Op) -> Tensor:
+def _first_input(values: Mapping[Any, Any], op: Op) -> Tensor:
     return values[op.inputs[0]]  # type: ignore[no-any-return]
 
 
