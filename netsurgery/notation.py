@@ -17,14 +17,14 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import fx
 
 from netsurgery.axes import Axis, Fixed, channel, lock, product, unify
-from netsurgery.capture.recorder import format_where
+from netsurgery.capture.source_locations import format_where
 
-__all__ = ["BY_POSITION", "Dims", "Misfit", "Op", "names_in", "parse", "relate", "results"]
+__all__ = ["BY_POSITION", "Dims", "Findings", "Misfit", "Op", "Operation", "names_in", "parse", "relate", "results"]
 
 Dims = tuple[Axis, ...]
 
@@ -35,11 +35,11 @@ class Misfit(ValueError):
     """Dimensions that a notation does not fit."""
 
 
-class Op:
-    """One recorded operation while its rule looks at it: arguments by name, dimensions of its inputs and outputs."""
+class Operation:
+    """A recorded operation: its arguments by name, and the dimensions that its inputs have."""
 
-    def __init__(self, node: fx.Node, analysis: Any):
-        self.node, self.analysis = node, analysis
+    def __init__(self, node: fx.Node):
+        self.node = node
         target: Any = node.target
         self.name = target._schema.name.replace("::", ".")
 
@@ -63,15 +63,41 @@ class Op:
         """The dimensions of an argument."""
         return node.meta["dims"]  # type: ignore[no-any-return]
 
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """The shape of each result."""
+        shape = self.node.meta["shape"]
+        return shape if isinstance(shape, list) else [shape]
+
     @functools.cached_property
     def location(self) -> str:
-        """The operation, the module and the line."""
+        """The operation, the module and the line, such as ``aten.topk in experts at model.py:12``."""
         module = f" in {self.node.meta['module']}" if self.node.meta["module"] else ""
         return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
 
     def reason(self, why: str) -> str:
         """Why something is locked, with the operation, the module and the line."""
         return f"{why}: {self.location}"
+
+
+class Findings(Protocol):
+    """What rules say beside the dimensions of results; ``netsurgery.analysis.network`` collects it."""
+
+    def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
+        """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
+
+    def note_constant(self, dims: Iterable[Axis], reason: str) -> None:
+        """A tensor with these dimensions is not learned."""
+
+    def equate(self, parts: list[Axis], reason: str) -> None:
+        """The parts must keep equal sizes."""
+
+
+class Op(Operation):
+    """One recorded operation while its rule looks at it: the rule relates, locks and makes dimensions."""
+
+    def __init__(self, node: fx.Node, findings: Findings):
+        super().__init__(node)
+        self.findings = findings
 
     def lock(self, axis: Axis, why: str) -> None:
         """Forbid removal along an axis."""
@@ -80,11 +106,6 @@ class Op:
     def unify(self, a: Axis, b: Axis) -> None:
         """State that two axes index the same units."""
         unify(a, b, self.reason("sizes that do not align"))
-
-    def shapes(self) -> list[tuple[int, ...] | None]:
-        """The shape of each result."""
-        shape = self.node.meta["shape"]
-        return shape if isinstance(shape, list) else [shape]
 
     def expect(self, sizes: dict[str, Axis]) -> None:
         """State that integer arguments are the sizes of dimensions."""
@@ -316,5 +337,5 @@ def _note_roles(
             roles.append((source, names.axes.get(name, source), role))
         if "params" in node.meta:
             for source, axis, role in roles:
-                op.analysis.note_role(node, source, axis, role)
+                op.findings.note_role(node, source, axis, role)
             operands.append((node, roles))

@@ -323,7 +323,7 @@ MUTANTS = (
     Mutant(
         "parts of a chunk not kept equal",
         "netsurgery/analysis/rules.py",
-        'op.analysis.equate(parts, op.reason("equal parts that are built differently"))',
+        'op.findings.equate(parts, op.reason("equal parts that are built differently"))',
         "pass",
     ),
     Mutant(

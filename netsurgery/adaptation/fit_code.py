@@ -32,28 +32,18 @@ from netsurgery.adaptation.module_tracer import DiffersInTraining, ModuleTrace, 
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
-from netsurgery.analysis.rules import SIZED, Op
+from netsurgery.analysis.rules import SIZED
 from netsurgery.axes import Axis, leaves
 from netsurgery.capture.copies import named_modules, named_tensors
+from netsurgery.capture.inputs import Inputs, is_namedtuple, meta_inputs, tensors_in
 from netsurgery.capture.known_values import KnownValues, draw, is_number, select
 from netsurgery.capture.lockstep import Lockstep, PathDiverged, source_of
+from netsurgery.capture.meta_run import RAISED_BY_MODELS, bind_inputs, home, meta_copy, run_guarded
 from netsurgery.capture.meta_shapes import infer
-from netsurgery.capture.recorder import (
-    RAISED_BY_MODELS,
-    Call,
-    Inputs,
-    Program,
-    bind_inputs,
-    format_where,
-    home,
-    is_namedtuple,
-    meta_copy,
-    meta_inputs,
-    raised_at,
-    run_guarded,
-    tensors_in,
-)
+from netsurgery.capture.program import Call, Program
+from netsurgery.capture.source_locations import format_where, raised_at
 from netsurgery.errors import InputError, RewriteError
+from netsurgery.notation import Operation
 
 __all__ = ["channels_of", "fit_code", "follows", "with_repeats"]
 
@@ -460,7 +450,7 @@ class _Checker(Lockstep):
         """Blame the changed groups in some axes, or else those of the module that an operation runs in."""
         path = self.modules[-1] if self.modules else ""
         names = [self.changed[leaf] for axis in axes for leaf in leaves(axis) if leaf in self.changed]
-        reason = Op(node, None).reason(why)
+        reason = Operation(node).reason(why)
         if names:
             self.blamed.setdefault(path, {}).update(dict.fromkeys(names, reason))
         else:
@@ -606,13 +596,13 @@ class _Checker(Lockstep):
                 continue
             if name in expected:
                 if name == "start" and isinstance(now, int):  # as slicing reads it
-                    length = args[0].shape[Op(node, None)["dim"]]
+                    length = args[0].shape[Operation(node)["dim"]]
                     now = min(max(now + length if now < 0 else now, 0), length)
                 if isinstance(now, int) and now != self.sizes(expected[name]):
                     self.attribute_failure([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
             elif name not in sized and now != then and _is_number(now):
-                reason = Op(node, None).reason(f"the code computes {name}={then} from a size")
+                reason = Operation(node).reason(f"the code computes {name}={then} from a size")
                 self.attribute_to_module(reason, self.modules[-1] if self.modules else "")
                 return True
         return False

@@ -22,8 +22,8 @@ import torch
 from torch import fx
 
 from netsurgery.axes import Axis, find, leaves, lock
-from netsurgery.capture.recorder import Program
-from netsurgery.notation import Op
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = [
     "Computations",
@@ -192,7 +192,7 @@ def _counts(dims: Any) -> dict[Axis, int]:
 
 def _normalised(node: fx.Node) -> tuple[Axis, ...] | None:
     """The dimensions over which statistics are taken that every entry of the result depends on."""
-    packet, op = packet_of(node), Op(node, None)
+    packet, op = packet_of(node), Operation(node)
     if packet in (aten._softmax, aten._log_softmax, aten._safe_softmax):
         return (op.dims(op["self"])[op["dim"]],)
     if packet is aten.native_layer_norm:
@@ -301,7 +301,7 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
 
 
 def _lock_across(leaf: Axis, across: _Across) -> None:
-    lock(leaf, Op(across.node, None).reason("the rest of a weight that is computed across its units would change"))
+    lock(leaf, Operation(across.node).reason("the rest of a weight that is computed across its units would change"))
 
 
 # What makes up for it ----------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def _factors(of: _Computed, node: fx.Node, divides: bool = False) -> list[_Facto
 
 
 def _length_and_direction(of: _Computed, node: fx.Node, divides: bool) -> list[_Factor]:
-    op = Op(node, None)
+    op = Operation(node)
     along = frozenset(_counts(_normalised(node)))
     norm = _Factor(op["v"], frozenset(_counts(op.dims(op["v"])[op["dim"]])), along, divides=True)
     return [*_factors(of, op["v"], divides), *_factors(of, op["g"], divides), norm]

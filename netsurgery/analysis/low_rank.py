@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import is_moved, packet_of
 from netsurgery.axes import Axis, resolve
-from netsurgery.capture.recorder import Program
-from netsurgery.notation import Op
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = ["LAYER_INPUT", "LAYER_WEIGHT", "Adapted", "Update", "adapted_layers"]
 
@@ -115,7 +115,7 @@ def _sums(node: fx.Node) -> Iterator[Adapted]:
             continue
         factors = tuple(factor for term, factor in terms if term is layer)
         updates = [_update(term, factor, layer) for term, factor in terms if term is not layer]
-        weight = Op(layer, None)[LAYER_WEIGHT[packet_of(layer)]]
+        weight = Operation(layer)[LAYER_WEIGHT[packet_of(layer)]]
         out = _axis(layer, _OUTPUTS[packet_of(layer)])
         if updates and all(updates) and "params" in weight.meta:
             one = Adapted(layer, weight, factors, tuple(update for update in updates if update is not None))
@@ -176,13 +176,13 @@ def _update(up: fx.Node, factor: Factor, layer: fx.Node) -> Update | None:
     kind = packet_of(layer)
     if packet_of(up) not in ((aten.convolution,) if kind is aten.convolution else (aten.mm, aten.addmm)):
         return None
-    down, number = _peeled(Op(up, None)[LAYER_INPUT[packet_of(up)]])
+    down, number = _peeled(Operation(up)[LAYER_INPUT[packet_of(up)]])
     if packet_of(down) not in ((kind,) if kind in (aten.convolution, aten.embedding) else (aten.mm, aten.addmm)):
         return None
     if down is layer or not _feeds_only(down, up):
         return None
-    reads = [_peeled(Op(one, None)[LAYER_INPUT[packet_of(one)]]) for one in (layer, down)]
-    operands = [Op(one, None)[LAYER_WEIGHT[packet_of(one)]] for one in (down, up)]
+    reads = [_peeled(Operation(one)[LAYER_INPUT[packet_of(one)]]) for one in (layer, down)]
+    operands = [Operation(one)[LAYER_WEIGHT[packet_of(one)]] for one in (down, up)]
     if reads[0][0] is not reads[1][0] or reads[0][1] != 1 or not all("params" in one.meta for one in operands):
         return None
     if not (_fits_convolution(layer, down, up) if kind is aten.convolution else _fits(layer, down, up)):
@@ -225,7 +225,7 @@ def _fits(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
 
 def _fits_convolution(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
     """Whether a convolution of the same windows is followed by one that takes each position alone."""
-    ops = [Op(one, None) for one in (layer, down, up)]
+    ops = [Operation(one) for one in (layer, down, up)]
     settings = [[op[name] for name in ("stride", "padding", "dilation", "transposed", "groups")] for op in ops]
     window = [axis.size for axis in ops[2]["weight"].meta["dims"][2:]]
     alone = settings[2][:2] == [[1] * len(window), [0] * len(window)] and {*window} <= {1}

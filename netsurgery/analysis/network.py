@@ -27,7 +27,9 @@ from netsurgery.analysis.rules import apply_rule
 from netsurgery.analysis.units import Unit, units_of, units_of_products
 from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, leaves, lock, resolve
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.recorder import Inputs, Program, format_where
+from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.program import Program
+from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 
 __all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse"]

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from netsurgery.axes import Axis, Edge, channel, concat, cut, find, product
-from netsurgery.notation import BY_POSITION, Dims, Op, relate
+from netsurgery.notation import BY_POSITION, Dims, Findings, Op, relate
 
 __all__ = ["CUSTOM_RULES", "RULES", "SIZED", "Op", "Rule", "apply_rule", "locked", "table", "title"]
 
@@ -97,9 +97,9 @@ def find_rule(target: Any) -> Rule:
     return found[0]
 
 
-def apply_rule(node: fx.Node, analysis: Any) -> None:
+def apply_rule(node: fx.Node, findings: Findings) -> None:
     """Give a node its dimensions, relating them to those of its inputs."""
-    op = Op(node, analysis)
+    op = Op(node, findings)
     try:
         dims = find_rule(node.target)(op)
         wrong = [shape for axes, shape in zip(dims, op.shapes(), strict=True) if not _fits(axes, shape)]
@@ -624,7 +624,7 @@ def split(op: Op) -> Any:
         parts.append(part)
         out.append((*dims[:at], part, *dims[at + 1 :]))
     if "split_size" in op.arguments and len({find(part).size for part in parts}) == 1:
-        op.analysis.equate(parts, op.reason("equal parts that are built differently"))
+        op.findings.equate(parts, op.reason("equal parts that are built differently"))
     return out
 
 
@@ -693,7 +693,7 @@ def filled(op: Op) -> Any:
     dims = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
     if "zeros" not in op.name and op.arguments.get("fill_value") != 0:  # as states are in the beginning
         reason = Edge(op.reason("what a constant feeds is an input"))
-        op.analysis.note_constant([axis for one in dims for axis in one], reason)
+        op.findings.note_constant([axis for one in dims for axis in one], reason)
     return dims
 
 

@@ -12,7 +12,10 @@ from torch import nn
 from netsurgery.analysis.network import Network, analyse
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.example_inputs import infer_inputs
-from netsurgery.capture.recorder import Inputs, Program, as_inputs, names_used, reads_training, record
+from netsurgery.capture.inputs import Inputs, as_inputs
+from netsurgery.capture.meta_run import reads_training
+from netsurgery.capture.program import Program, names_used
+from netsurgery.capture.recorder import record
 from netsurgery.capture.refusals import refuse_unsupported
 from netsurgery.errors import InputError, TraceError
 

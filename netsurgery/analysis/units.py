@@ -18,8 +18,8 @@ from torch import fx
 from netsurgery.analysis.computed_weights import ancestors, is_moved, is_stream, meetings, packet_of
 from netsurgery.analysis.low_rank import LAYER_INPUT, LAYER_WEIGHT
 from netsurgery.axes import Axis
-from netsurgery.capture.recorder import Program
-from netsurgery.notation import Op
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = ["Unit", "units_of", "units_of_products"]
 
@@ -95,21 +95,21 @@ def _peeled(node: fx.Node) -> fx.Node:
 
 def _is_layer(node: fx.Node) -> bool:
     weight = LAYER_WEIGHT.get(packet_of(node))
-    return weight is not None and "params" not in node.meta and "params" in Op(node, None)[weight].meta
+    return weight is not None and "params" not in node.meta and "params" in Operation(node)[weight].meta
 
 
 def _has_bias(node: fx.Node) -> bool:
-    return packet_of(node) is aten.convolution and Op(node, None)["bias"] is not None
+    return packet_of(node) is aten.convolution and Operation(node)["bias"] is not None
 
 
 def _source(layer: fx.Node) -> fx.Node:
-    return _peeled(Op(layer, None)[LAYER_INPUT[packet_of(layer)]])
+    return _peeled(Operation(layer)[LAYER_INPUT[packet_of(layer)]])
 
 
 def _window(layer: fx.Node) -> int:
     """How many positions of its input an output of a layer is computed from."""
     convolution = packet_of(layer) is aten.convolution
-    return prod(Op(layer, None)["weight"].meta["shape"][2:]) if convolution else 1
+    return prod(Operation(layer)["weight"].meta["shape"][2:]) if convolution else 1
 
 
 def _ends(layer: fx.Node) -> tuple[Axis, Axis]:

@@ -26,7 +26,9 @@ from netsurgery.analysis.low_rank import adapted_layers
 from netsurgery.analysis.network import Group, Network, Role
 from netsurgery.analysis.replay import replay
 from netsurgery.axes import Axis, leaves, resolve
-from netsurgery.capture.recorder import Inputs, Program, format_where
+from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.program import Program
+from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 
 __all__ = ["Use", "Weight", "computed_weights", "evaluated", "is_computed", "nowhere", "part", "used_directly", "uses"]

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from netsurgery.capture.known_values import VIEWS, ConcreteValues
-from netsurgery.capture.recorder import OpObserver, Program
+from netsurgery.capture.op_observer import OpObserver
+from netsurgery.capture.program import Program
 
 __all__ = ["Lockstep", "PathDiverged", "source_of"]
 

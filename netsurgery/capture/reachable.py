@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 from torch import Tensor, nn
 
-from netsurgery.capture.recorder import format_where
+from netsurgery.capture.source_locations import format_where
 
 __all__ = ["Reach"]
 
@@ -139,7 +139,7 @@ def _text(label: Label | None) -> str:
 def _reader(kind: Any) -> Callable[[Any], Parts] | None:
     """What gives the parts of the objects of a class; None where code changes nothing in them."""
     read = next((read for known, read in _KNOWN.items() if issubclass(kind, known)), None)
-    if _is_library(kind):
+    if _is_library_class(kind):
         return _of_object if kind is SimpleNamespace else read
     return _of_object if read is None else _both(read) if issubclass(kind, _CONTAINERS) else read
 
@@ -165,7 +165,7 @@ def _of_module(module: Any) -> Parts:
 
 
 def _of_class(kind: Any) -> Parts:
-    own = [base for base in kind.__mro__ if not _is_library(base)]
+    own = [base for base in kind.__mro__ if not _is_library_class(base)]
     return [item for base in own for item in vars(base).items() if not _is_magic(item[0])]
 
 
@@ -215,7 +215,7 @@ _DRAWN = {
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "netsurgery"}
 
 
-def _is_library(kind: Any) -> bool:
+def _is_library_class(kind: Any) -> bool:
     """Whether a class is Python's own, torch's, numpy's or ours: their objects are no concern of the user's."""
     return str(kind.__module__).partition(".")[0] in _LIBRARIES
 

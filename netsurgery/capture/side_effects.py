@@ -7,8 +7,6 @@ calls come to the same functions of torch. What the code writes where others see
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -24,7 +22,7 @@ import torch.utils.checkpoint
 from torch.autograd import grad_mode
 
 from netsurgery.capture.reachable import Reach
-from netsurgery.capture.recorder import format_where, is_library, location
+from netsurgery.capture.source_locations import format_where, is_library, is_python, location
 
 __all__ = ["Effects"]
 
@@ -40,7 +38,6 @@ _ASKING = {
     for name, function in vars(torch._C).items()
     if any(word in name for word in ("autocast", "grad_enabled", "inference_mode_enabled")) and callable(function)
 }
-_PYTHON = os.path.dirname(os.__file__) + os.sep
 _RAN: weakref.WeakKeyDictionary[CodeType, set[CodeType]] = weakref.WeakKeyDictionary()
 
 
@@ -91,7 +88,7 @@ class Effects:
             code = frame.f_code
             if code.co_filename in _FILES and not code.co_name.startswith("is_"):  # such as is_autocast_available
                 self.note(f"uses {_named(code)}", frame)
-            elif not _is_library(code.co_filename):
+            elif not (is_library(code.co_filename) or is_python(code.co_filename)):
                 self.ran.add(code)
                 if (first := _autograd_function(frame)) is not None:
                     self.note(f"runs the torch.autograd.Function '{first}', whose gradient is its own", frame.f_back)
@@ -108,13 +105,6 @@ class Effects:
             self.found += self.reach.changes(self.ran, part)
             yield
             self.reach.note(part)
-
-
-@functools.cache
-def _is_library(filename: str) -> bool:
-    """Whether code is torch's, Python's own or ours."""
-    own = filename.startswith(_PYTHON) and "site-packages" not in filename
-    return own or filename.startswith("<frozen ") or is_library(filename)
 
 
 def _named(code: CodeType) -> str:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.recorder import tensors_in
+from netsurgery.capture.inputs import tensors_in
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 

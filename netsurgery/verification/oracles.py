@@ -22,23 +22,13 @@ from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.replay import Drawn, Numbers, Units, inputs_read, look_up_constants, replay, run, units_in
 from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
+from netsurgery.capture.inputs import Inputs, as_inputs, meta_inputs, tensors_in
 from netsurgery.capture.known_values import ConcreteValues, draw, flat, is_number, remapped, replay_decision, select
 from netsurgery.capture.lockstep import Lockstep, PathDiverged
+from netsurgery.capture.meta_run import bind, bind_inputs, home, meta_copy, run_meta_copy
+from netsurgery.capture.program import Program
 from netsurgery.capture.randomness import seeded
-from netsurgery.capture.recorder import (
-    Inputs,
-    Program,
-    as_inputs,
-    bind,
-    bind_inputs,
-    format_where,
-    home,
-    location,
-    meta_copy,
-    meta_inputs,
-    run_meta_copy,
-    tensors_in,
-)
+from netsurgery.capture.source_locations import format_where, location
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.verification.silencing import silenced

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import Drawn, Numbers, draws, replay, units_in
-from netsurgery.analysis.rules import Op
 from netsurgery.axes import Axis, find, leaves
+from netsurgery.capture.inputs import Inputs
 from netsurgery.capture.known_values import flat
-from netsurgery.capture.recorder import (
-    Inputs,
-    Program,
-)
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = ["STATISTICS", "entries", "is_view", "silenced"]
 
@@ -77,7 +75,7 @@ def silenced(
             drawn[node] = _copied(out)
         special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:
-            op = Op(node, network)
+            op = Operation(node)
             dims = op.dims(op["self"] if "self" in op.arguments else op["input"])
             kept = stays(node, dims, _first_input(values, op).device)
             if kept is not None:
@@ -94,7 +92,7 @@ def silenced(
     return replay(program, tensors, inputs, silence, numbers=numbers)
 
 
-def _first_input(values: Mapping[Any, Any], op: Op) -> Tensor:
+def _first_input(values: Mapping[Any, Any], op: Operation) -> Tensor:
     return values[op.inputs[0]]  # type: ignore[no-any-return]
 
 
