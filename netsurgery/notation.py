@@ -159,7 +159,7 @@ def parse(notation: str) -> tuple[tuple[tuple[Token, ...], ...], tuple[tuple[Tok
     tokens = [token for operand in (*left, *right) for token in operand]
     both = {t.names for t in tokens if t.star} & {(name,) for t in tokens if not t.star for name in t.names}
     if both:
-        raise ValueError(f"'{both.pop()[0]}' is one dimension here and any number of them there")
+        raise ValueError(f"'{both.pop()[0]}' stands for one dimension and for any number of them")
     return left, right
 
 
@@ -194,7 +194,7 @@ class _Names:
         self.identify(" ".join(token.names), product(self.axes[n] for n in token.names), axis)
 
     def read(self, tokens: tuple[Token, ...], dims: Dims) -> Iterator[tuple[str, Axis]]:
-        """Match the dimensions of one operand; each name with the dimension that it was read from."""
+        """Match the dimensions of one operand; yield each name with the dimension that it stands for."""
         lengths = {t.names[0]: self.length(t.names[0]) for t in tokens if t.star}
         spare = len(dims) - len(tokens) + len(lengths) - sum(n for n in lengths.values() if n is not None)
         unknown = sum(n is None for n in lengths.values())
@@ -256,7 +256,7 @@ def _text(tokens: Iterable[Token]) -> str:
 
 
 class _Trial:
-    """In place of an operation, where only sizes are asked for."""
+    """Stands in for an ``Op`` where only sizes are wanted."""
 
     unify = staticmethod(unify)
 
@@ -318,10 +318,10 @@ def relate(
 def _note_roles(
     op: Op, names: _Names, nodes: list[fx.Node], origins: list[list[tuple[str, Axis]]], written: set[str]
 ) -> None:
-    """What each name does in each parameter; a name that only one operand has is worked across."""
+    """Note the role of each name in each parameter. A name that only one operand has is worked across."""
     uses = [{name for name, _ in origin} for origin in origins]
     fed = {name for mine, node in zip(uses, nodes, strict=True) if "params" not in node.meta for name in mine}
-    # What comes from parameters: the node, and (source, axis, role) of its dimensions.
+    # Of each operand that comes from parameters: the node, and (source, axis, role) of its dimensions.
     operands = op.node.meta.setdefault("operands", [])
     for mine, origin, node in zip(uses, origins, nodes, strict=True):
         contracts = not mine <= written

@@ -192,7 +192,7 @@ def test_tensors_of_a_module_that_are_not_named_are_locked() -> None:
         (scale, "(a b, b -> a", {}, r"'\(' in '\(a b' is out of place"),
         (scale, "a 3, b -> a", {}, "'3' in 'a 3' is out of place"),
         (scale, "(a), b -> a", {}, "needs two names or more"),
-        (scale, "a *a, b -> a", {}, "'a' is one dimension here and any number of them there"),
+        (scale, "a *a, b -> a", {}, "'a' stands for one dimension and for any number of them"),
         (scale, "a -> a", {}, r"has 1 operands for 2 tensors \(x, by\): name those that are meant, as in operands='x'"),
         (scale, "a, a -> a", {"operands": "x y"}, "has no argument 'y', only x, by, times"),
         (scale, "a, a -> a", {"sizes": {"c": "times"}}, "sizes names 'c', which"),

@@ -137,10 +137,10 @@ class _Relation:
                 f"({', '.join(self.operands)}): name those that are meant, as in operands='{self.operands[0]}'"
             )
         if unknown := [name for name in self.sizes if name not in names_in((*left, *right))]:
-            raise ValueError(f"sizes names '{unknown[0]}', which '{self.notation}' has not")
+            raise ValueError(f"sizes has the name '{unknown[0]}', which is not in '{self.notation}'")
         if isinstance(key, type):
             if new := sorted(names_in(right) - names_in(left) - set(self.sizes)):
-                raise ValueError(f"the size of '{new[0]}' is not known: no operand has it, nor do sizes")
+                raise ValueError(f"the size of '{new[0]}' is not known: neither an operand nor sizes has it")
         elif unknown := [argument for argument in self.sizes.values() if argument not in arguments]:
             raise ValueError(f"it has no argument '{unknown[0]}', only {', '.join(arguments)}")
 

@@ -31,11 +31,11 @@ _COPIES = {aten.clone, aten._to_copy, aten._unsafe_view}
 
 @dataclass(frozen=True)
 class Factor:
-    """What a term of a sum is multiplied by.
+    """The factor of a term of a sum.
 
     Attributes:
-        number: that is the same for all outputs.
-        vectors: what comes from parameters, and the dimension that it has a number for each unit of.
+        number: the part that is the same for all outputs.
+        vectors: nodes that come from parameters and hold a number for each unit of a dimension, with that dimension.
     """
 
     number: float = 1.0
@@ -57,7 +57,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A layer and its updates: the operation, the operand that is its weight, how often, and the updates."""
+    """A layer and its updates: the operation, the operand that is its weight, its factors, and the updates."""
 
     layer: fx.Node
     weight: fx.Node
@@ -66,7 +66,7 @@ class Adapted:
 
     @property
     def vectors(self) -> tuple[fx.Node, ...]:
-        """What comes from parameters and multiplies a term."""
+        """The nodes that come from parameters and multiply a term."""
         factors = (*self.factors, *(update.factor for update in self.updates))
         return tuple(dict.fromkeys(node for factor in factors for node, _ in factor.vectors))
 
@@ -130,7 +130,7 @@ _OUTPUTS = {aten.mm: "n", aten.addmm: "n", aten.convolution: "o", aten.embedding
 
 
 def _terms(node: fx.Node, factor: Factor) -> Iterator[tuple[fx.Node, Factor]]:
-    """What a sum is a sum of, and how often; but for what comes from parameters alone, as a bias does."""
+    """The terms of a sum and their factors, without those that come from parameters alone, such as a bias."""
     node, number = _peeled(node)
     factor = factor.times(number)
     if "params" in node.meta:
@@ -148,7 +148,7 @@ def _terms(node: fx.Node, factor: Factor) -> Iterator[tuple[fx.Node, Factor]]:
 
 
 def _by_vector(node: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, tuple[fx.Node, Axis]] | None:
-    """Of a product the activations, and the parameters with one number for each unit of a dimension, and which."""
+    """Split a product: the activations, and a vector from parameters with the dimension that it has numbers for."""
     vectors = [source for source in (one, other) if "params" in source.meta]
     if len(vectors) != 1:
         return None

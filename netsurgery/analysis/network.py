@@ -90,9 +90,9 @@ class Network:
         inputs: the example inputs: positional and keyword.
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
-        comparable: whether scores mean the same in every group, as rises of the loss do.
-        ordinal: whether they only rank units, as LAMP's do: divided by what a unit costs they mean nothing.
-        original: the model that modules are named by, where passes before have led from it to this one.
+        comparable: whether scores mean the same in every group, as increases of the loss do.
+        ordinal: whether they only rank units, as LAMP's do; such scores must not be divided by costs.
+        original: the model that earlier passes have made this one from; modules are named as in it.
     """
 
     model_name: str
@@ -257,7 +257,7 @@ class Analysis:
         self.equal_sizes: list[tuple[list[Axis], str]] = []
         self.used: set[str] = set()
         self.units: list[tuple[Axis, Unit]] = []
-        self.constants: list[tuple[Axis, str]] = []  # dimensions of tensors that nobody has learned, and why
+        self.constants: list[tuple[Axis, str]] = []  # of tensors that are not learned, and the reason to lock
 
     def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
         """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
@@ -295,7 +295,7 @@ class Analysis:
                     self.units.extend(units_of(node))
 
     def note_constant(self, dims: Iterable[Axis], reason: str) -> None:
-        """A tensor that nobody has learned has these dimensions."""
+        """A tensor that is not learned has these dimensions."""
         self.constants.extend((axis, reason) for axis in dims)
 
     def settle_equal_sizes(self) -> list[list[Axis]]:
@@ -365,7 +365,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
 
 
 def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
-    """Of a position embedding or a mask the code takes as much as the input needs; a longer one needs the rest."""
+    """Lock the part of a position embedding or a mask that only inputs longer than the recorded one need."""
     working = {leaf for _, _, axis, role in analysis.roles if role in ("produces", "consumes") for leaf in leaves(axis)}
     read: set[Axis] = set()
     idle: set[Axis] = set()
@@ -421,7 +421,7 @@ def _roles(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: di
 
 
 def _lock_what_constants_feed(analysis: Analysis, roles: Roles, classes: Sequence[Sequence[Axis]]) -> None:
-    """The columns of a table of coordinates, say, are inputs, unless something that is learned makes them too."""
+    """Lock units that constants alone make, such as the columns of a table of coordinates: they are inputs."""
     made: set[Axis] = set()
     weights = {name for (name, _, _), role in roles.items() if role == "consumes"}
     for name, dims in analysis.axes.items():

@@ -1,4 +1,4 @@
-"""What each ATen operation says about dimensions.
+"""The rules: how each ATen operation relates the dimensions of its arguments and results.
 
 Most operators are one line in the notation of ``netsurgery.notation``; those whose arguments decide get a short
 function. An operator without a rule locks whatever it touches; ``netsurgery.rule`` adds one.
@@ -118,13 +118,13 @@ def _fits(axes: Dims | None, shape: tuple[int, ...] | None) -> bool:
 
 
 def table() -> list[tuple[str, str]]:
-    """Every rule: operator, and what it says."""
+    """The name of each operator, and its rule in one line."""
     known = {title(one): says for book in (RULES, CUSTOM_RULES) for one, (_, says) in book.items()}
     return sorted(known.items())
 
 
 def title(target: Any) -> str:
-    """What an operation or a class of modules is called."""
+    """The name of an operation or of a class of modules."""
     return target.__qualname__ if isinstance(target, type) else str(target).replace("aten::", "").replace("aten.", "")
 
 

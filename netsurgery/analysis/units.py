@@ -1,4 +1,4 @@
-"""What sort of units a dimension holds.
+"""The sort of units that a dimension holds.
 
 Attention heads, dimensions within heads, groups of a convolution or of a normalisation, and ranks of low-rank products
 are told apart from channels, which all others are: a ratio is a share of a layer's channels, and of factors of one

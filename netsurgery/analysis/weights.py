@@ -36,15 +36,15 @@ __all__ = ["Use", "Weight", "computed_weights", "evaluated", "is_computed", "now
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """What activations meet that comes from parameters alone.
+    """A tensor that comes from parameters alone and that operations combine with activations.
 
     Attributes:
         names: of the tensors of the model that it comes from.
         axes: its dimensions, as expressions over the groups' channels.
-        value: what it is now.
+        value: its present value.
         roles: of the channels in its dimensions, where an operation says what they do; ``(dimension, channel)``.
-        node: what computes it; None for a parameter itself.
-        parts: of a layer with low-rank updates: the weights of these, which are no weights of its units by themselves.
+        node: the operation that computes it; None for a parameter itself.
+        parts: the weights of a layer's low-rank updates; by themselves they are no weights of its units.
     """
 
     names: tuple[str, ...]
@@ -71,7 +71,7 @@ def is_computed(node: fx.Node) -> bool:
 
 
 def uses(network: Network, tensors: Mapping[str, Tensor] | None = None) -> dict[str, list[Use]]:
-    """By group, the axes of weights that carry its units: those of computed weights in place of what they come from.
+    """For each group the axes of weights that carry its units; a computed weight stands for its parameters.
 
     Args:
         tensors: of the model, by name; by default as they are now.
@@ -119,7 +119,7 @@ def _uses(
 def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[Weight]:
     """The weights that are computed from parameters, each once, with their values."""
     found: dict[int, Weight] = {}
-    known: set[str] = set()  # tensors whose use has been seen: what training does to them counts for nothing
+    known: set[str] = set()  # tensors whose use in eval mode was seen: their use in training does not count
     what = Computations()
     for program in network.programs:
         met: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
@@ -182,7 +182,7 @@ def part(program: Program, wanted: list[fx.Node], whole: bool = False) -> Progra
     """The part of a program that computes some nodes.
 
     Args:
-        whole: whether computations still see all units that the weights they make must keep their entries for.
+        whole: whether computations still see all units, as before a removal.
     """
     needed: dict[fx.Node, None] = {}
     for node in wanted:
@@ -212,7 +212,7 @@ def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], cons
 
 
 def nowhere(tensors: Mapping[str, Tensor]) -> Inputs:
-    """No inputs, on the device of some tensors: a part of a program that has none is run there."""
+    """Inputs for a part of a program that takes none: an empty tensor, which says on which device to run."""
     return tuple(tensor.new_empty(0) for tensor in list(tensors.values())[:1]), {}
 
 

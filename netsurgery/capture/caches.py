@@ -1,4 +1,4 @@
-"""What a run without data leaves in the caches of the code that ran is taken out again, and numbers pass them by."""
+"""Keep the caches of the user's code clean: what a run without data leaves there is taken out again."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Place = tuple[Names, str, Any]  # where a cached function is global, under which
 
 @contextlib.contextmanager
 def caches_kept(model: nn.Module) -> Iterator[None]:
-    """Leave what the code of a model's modules keeps as it was.
+    """Put back afterwards what the code of a model's modules keeps between its runs.
 
-    That is functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and deques in
-    these; a tensor without data that stays there would meet the user's own run, or stand where one of the user's was.
+    Code keeps things in functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and
+    deques in these. A tensor without data that stayed there would break the user's next run.
     """
     names = _own(model)
     found = [value for name in names for value in vars(sys.modules[name]).values()]
@@ -80,9 +80,10 @@ def _put_back(box: Any, old: Any) -> None:
 
 @contextlib.contextmanager
 def caches_passed_by(model: nn.Module, kind: type) -> Iterator[None]:
-    """Let cached functions of a model's code, and of all that it imports, work anew for arguments of some kind.
+    """Let cached functions of a model's code, and of all that it imports, run again for arguments of some kind.
 
-    What they have kept was worked out from equal integers, but not from these, which remember where they come from.
+    Such arguments are integers that remember which size they come from. A result that was cached for an equal plain
+    integer would not remember it.
     """
     places = [place for names in _reachable(_seen_by(model)) for place in _look_up(names, _cached)]
     places = [(names, name, wrapper) for names, name, wrapper in places if names.get(name) is wrapper]

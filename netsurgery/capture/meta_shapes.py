@@ -1,4 +1,4 @@
-"""What an ATen operation returns for tensors without data. torch knows; the most frequent are answered faster here."""
+"""The results of ATen operations on tensors without data: torch computes them, frequent ones are faster here."""
 
 from __future__ import annotations
 

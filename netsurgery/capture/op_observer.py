@@ -60,7 +60,7 @@ class OpObserver(TorchDispatchMode):
             return self.dispatch(func, args, kwargs)
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answer one operation: tensors that torch inserts are the same tensors, real ones get stand-ins."""
+        """Answer one operation: real tensors get stand-ins, and aliases that torch inserts are no operations."""
         kwargs = {key: self.stand_in(value) for key, value in kwargs.items()} if kwargs else {}
         args = tuple([self.stand_in(value) for value in args])
         if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
@@ -108,8 +108,8 @@ class OpObserver(TorchDispatchMode):
     def assign(self, tensor: Tensor, value: Tensor) -> Tensor:
         """Note that ``tensor`` will stand for ``value``, as after ``tensor.data = value``.
 
-        Where it can be, it is copied too, though nothing reads the copy: what a parameter is overwritten with has the
-        dimensions of the parameter, so that both are cut alike.
+        Where shapes and dtypes agree, a copy is run too, though nothing reads it: by the rule of a copy, the parameter
+        and its new value have the same dimensions, so that both are cut alike.
         """
         with torch.no_grad():
             meta: Tensor = self.stand_in(value)

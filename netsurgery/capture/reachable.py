@@ -1,4 +1,4 @@
-"""What code can reach, and what it changes there: arguments, attributes, containers, classes, globals, closures.
+"""Find what code changes in all that it can reach: arguments, attributes, containers, classes, globals, closures.
 
 A rewritten ``forward`` computes what the code computed, and writes nothing where others see it. So all that the code
 can reach is noted before it runs, object by object, and compared afterwards.
@@ -44,16 +44,16 @@ class Reach:
             self.note(root, (None, name))
 
     def note(self, root: Any, label: Label | None = None) -> None:
-        """Take all that can be reached from an object for what it is now."""
+        """Note the present state of all that can be reached from an object."""
         for one in self.walk(root, label or self.label(root)):
             self.held[id(one[0])] = one
 
     def label(self, value: Any) -> Label:
-        """What an object was found under."""
+        """The label under which an object was found."""
         return self.held[id(value)][1] if id(value) in self.held else (None, type(value).__name__)
 
     def changes(self, code: Iterable[CodeType], root: Any = None) -> list[str]:
-        """What is not as it was noted, in all or from one object on, and the first lines of some code that name it."""
+        """Each change since objects were noted (only below ``root``, if given), with a line of code that names it."""
         found = []
         for value, _, parts in self.again() if root is None else self.walk(root, self.label(root)):
             _, label, before = self.held.get(id(value), (value, (None, ""), parts))
@@ -132,12 +132,12 @@ def _text(label: Label | None) -> str:
     return f"{around}[{str(name)[:40]!r}]"
 
 
-# What objects are made of ----------------------------------------------------------------------------------------
+# The parts of objects ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _reader(kind: Any) -> Callable[[Any], Parts] | None:
-    """What gives the parts of the objects of a class; None where code changes nothing in them."""
+    """The function that lists the parts of a class's objects; None where code changes nothing in them."""
     read = next((read for known, read in _KNOWN.items() if issubclass(kind, known)), None)
     if _is_library_class(kind):
         return _of_object if kind is SimpleNamespace else read
@@ -220,7 +220,7 @@ def _is_library_class(kind: Any) -> bool:
     return str(kind.__module__).partition(".")[0] in _LIBRARIES
 
 
-# What functions can reach ----------------------------------------------------------------------------------------
+# The reach of functions ----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -231,7 +231,7 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 
 def _named(scope: Mapping[str, Any], names: tuple[str, ...]) -> Parts:
-    """What names stand for: globals, and what is asked of modules of the user's."""
+    """The objects that names stand for: globals, and attributes of the user's own modules."""
     found = []
     for name in names:
         if name in scope:

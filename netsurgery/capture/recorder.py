@@ -56,7 +56,10 @@ class _Recorder(OpObserver):
         return copied
 
     def needed(self, place: str) -> NeedsValues:
-        """What to raise where the code looks at values that are not there; a scripted function makes another error."""
+        """The exception to raise where the code looks at values that are not there.
+
+        It is kept, since a scripted function turns it into another error.
+        """
         self.need = NeedsValues(place)
         return self.need
 
@@ -215,7 +218,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: ConcreteValues
     results = [recorder.node_of(recorder.stand_in(tensor)) for tensor in tensors_in(out)]
     if not results:
         raise TraceError(
-            f"{type(model).__name__} returned no tensor ({type(out).__name__}): nothing holds its outputs fixed"
+            f"{type(model).__name__} returned no tensor ({type(out).__name__}): its outputs must hold tensors"
         )
     program.graph.output(tuple(results))
     _drop_unused(program)

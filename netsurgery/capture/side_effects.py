@@ -1,7 +1,8 @@
-"""What code does beside computing, which a graph of torch functions does not carry: seen while it runs.
+"""Watch code while it runs for effects that a graph of torch functions cannot express.
 
-Gradients that are switched off or replaced, autocast, checkpoints, hooks: whatever they are called in the code, the
-calls come to the same functions of torch. What the code writes where others see it is found by comparing (``Reach``).
+Such effects are gradients that are switched off or replaced, autocast, checkpoints and hooks. However the code spells
+them, they call the same functions of torch, and a profiler sees these. Writes to objects that others can see are found
+by comparing the objects before and after (``Reach``).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Effects:
         start: the code that is called.
 
     Attributes:
-        found: what it does, and where.
+        found: the effects, and where the code has them.
     """
 
     def __init__(self, roots: Mapping[str, Any], start: CodeType):
@@ -75,7 +76,7 @@ class Effects:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What runs now is not the code itself."""
+        """Do not watch what runs inside of this context."""
         sys.setprofile(None)
         try:
             yield
@@ -100,7 +101,7 @@ class Effects:
 
     @contextlib.contextmanager
     def of(self, part: Any) -> Iterator[None]:
-        """A part runs, which writes what it likes; what was written in it before was not its own."""
+        """Let a submodule run: it may write to itself, but the code around it may not."""
         with self.aside():
             self.found += self.reach.changes(self.ran, part)
             yield
@@ -108,7 +109,7 @@ class Effects:
 
 
 def _named(code: CodeType) -> str:
-    """What a function of torch is known as: the class that it is a method of, or its own name."""
+    """The name that users know a function of torch by: the class that it is a method of, or its own name."""
     return "checkpoint" if code.co_filename == torch.utils.checkpoint.__file__ else code.co_qualname.partition(".")[0]
 
 

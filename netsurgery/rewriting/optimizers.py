@@ -1,4 +1,4 @@
-"""What a training loop keeps beside a model is cut with it: the state of optimizers, and averages of the weights.
+"""Cut what a training loop keeps beside a model: the state of optimizers, and averages of the weights.
 
 An optimizer stays the same object (schedulers, hooks and gradient scalers hold it): its groups point to the smaller
 model's parameters, and its state tensors are cut as the parameters are. All is prepared before anything changes.
@@ -28,7 +28,7 @@ _QUANTISED = (torch.uint8, torch.int8)
 
 
 def as_list(given: Any, kind: type, name: str) -> list[Any]:
-    """What was given for an argument that is None, one object of a kind, or several.
+    """An argument as a list: it is None, one object of a kind, or several.
 
     Raises:
         InputError: it is something else.
@@ -42,7 +42,7 @@ def as_list(given: Any, kind: type, name: str) -> list[Any]:
 
 
 def averaged(ema: nn.Module, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    """The module of a model's names and shapes that an average of its weights is, or that it wraps.
+    """The module in an average of weights that has the model's names and shapes: the average itself, or one inside.
 
     Args:
         ema: such a module, or one around it: ``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``.
@@ -162,8 +162,10 @@ class OptimizerStates:
                     raise self._refusal(optimizer, where, f"is packed ({type(value).__name__}, {value.dtype})")
                 axes = self._axes_of(what, value, name, key)
                 if axes is None or not (self._told_apart(value, axes) or self._is_usual(optimizer, what, value, key)):
-                    shapes = f"has shape {tuple(value.shape)}, the parameter {tuple(key.shape)}"
-                    raise self._refusal(optimizer, where, f"{shapes}, and which dimensions are the same is not clear")
+                    shapes = f"has shape {tuple(value.shape)}, the parameter has {tuple(key.shape)}"
+                    raise self._refusal(
+                        optimizer, where, f"{shapes}, and it is not clear which dimensions are the same"
+                    )
                 if name in self.values and "master" in what and value.shape == key.shape:
                     cut[what] = self.positions.cut(self.values[name].to(value), axes)
                 elif self.positions.changes(tuple(axis for axis in axes if axis is not None)):
@@ -187,12 +189,12 @@ class OptimizerStates:
         return choices[0] if choices and alike else None
 
     def _told_apart(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
-        """Whether dimensions of equal size lose the same: else a matrix may be of the rows alone (a preconditioner)."""
+        """Whether dimensions of equal size lose the same; else a matrix may be of the rows alone (a preconditioner)."""
         pairs = itertools.combinations(zip(value.shape, axes, strict=True), 2)
         return all(n != m or self._same_positions((one,), (other,)) for (n, one), (m, other) in pairs)
 
     def _is_usual(self, optimizer: Optimizer, what: str, value: Tensor, param: Tensor) -> bool:
-        """Whether it is known to be of each element: by its name, or as it is so for a parameter that is not square."""
+        """Whether state is known to be of each element: by its name, or since that of a parameter not square is."""
         if value.shape == param.shape and (what in _OF_ELEMENTS or "master" in what):
             return True
         return any(
@@ -218,7 +220,7 @@ class OptimizerStates:
         )
 
 
-# What torch.optim keeps of each element of a parameter, under names that others use for the same.
+# Names under which torch.optim, and others after it, keep a number for each element of a parameter.
 _OF_ELEMENTS = frozenset((
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
     "sum", "ax", "prev", "step_size", "slow_buffer", "z",

@@ -132,7 +132,7 @@ def _check_weights(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -
 
 
 def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
-    """What the code of a model needs to follow the edit."""
+    """The changes that the code of a model needs to follow the edit."""
     known = edit.adaptation_for(model)
     if known is not None:
         return known

@@ -41,7 +41,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
 
     Args:
         model: the original, unchanged.
-        small: what ``rewrite`` made of it.
+        small: the model that ``rewrite`` made of it.
         edit: the edit that was carried out.
         example_inputs: inputs of the traced shapes; by default those of the trace, filled with random numbers. Where
             they take another way through the code than those of the trace (another mask, say), the original is recorded
@@ -50,15 +50,15 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     Returns:
         The largest absolute difference between the outputs over the largest absolute output of the silenced
         original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
-        Infinite where either has a number that is none (NaN), and where the shapes differ. Where an output is zero
-        everywhere, as with a head that starts at zero, or empty, it proves nothing. Where the code decides by values of
-        activations, both networks take the decisions of the recorded run, whatever these inputs would decide, and the
-        numbers these are taken from count as outputs; what the code draws at random is the same in both.
+        Infinite where either has a NaN, and where the shapes differ. An output that is zero everywhere, as with a head
+        that starts at zero, proves nothing. Where the code decides by values of activations, both networks take the
+        decisions of the recorded run, and the numbers that these are taken from count as outputs. Random numbers are
+        the same in both.
 
     Raises:
         InputError: the arguments in another order; a first model that is not the original; inputs of other shapes than
-            those of the trace, or that take a way through the code on which the edit cannot be; or a small model that
-            runs other operations where the code looks at values or draws random numbers.
+            those of the trace, or that take a way through the code to which the edit does not apply; or a small model
+            that runs other operations where the code looks at values or draws random numbers.
 
     Example:
         >>> import torch, netsurgery
@@ -173,7 +173,7 @@ def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
         ):
             raise InputError(
                 f"these inputs take another way through the code of {network.model_name} than those of the trace, and "
-                f"the units of '{name}' are others there: plan the edit with such inputs"
+                f"'{name}' has other units there: plan the edit with such inputs"
             )
     return Edit(network, edit.keep, values=edit.values)
 

@@ -43,10 +43,14 @@ def silenced(
     numbers: Numbers | None = None,
     drawn: Drawn | None = None,
 ) -> list[Tensor]:
-    """Outputs of the original network with every unit not in ``keep`` contributing nothing; ``numbers`` as above.
+    """Outputs of the original network where every unit that is not in ``keep`` contributes nothing.
 
-    What stays of a weight that is computed from others stays as it is: its computation sees all units.
-    ``drawn`` gets what each operation draws at random.
+    The computation of a weight from others sees all units, so that the entries that stay keep their values.
+
+    Args:
+        keep: the units that stay, by channel.
+        numbers: gets the floating-point numbers that decisions are taken from, with their nodes.
+        drawn: gets the random numbers that each operation draws.
     """
 
     @functools.cache
