@@ -42,7 +42,7 @@ class Axis:
         self.op = op
         self.terms = terms
         self.locked = locked  # only meaningful on a channel
-        self.bound: Axis | None = None  # what a channel has become
+        self.bound: Axis | None = None  # the axis that a channel has become
 
     def __repr__(self) -> str:
         axis = find(self)
@@ -68,7 +68,7 @@ def channel(size: int, locked: str | None = None) -> Axis:
 
 
 def find(axis: Axis) -> Axis:
-    """What ``axis`` stands for now."""
+    """The axis that ``axis`` has become; itself while it is bound to none."""
     while axis.bound is not None:
         if axis.bound.bound is not None:
             axis.bound = axis.bound.bound
@@ -129,7 +129,7 @@ def _parts(axis: Axis) -> list[Axis]:
     return list(axis.terms) if axis.op == "concat" else [axis]
 
 
-def cut(axis: Axis, at: int, reason: str = "cut through") -> tuple[Axis, Axis]:
+def cut(axis: Axis, at: int, reason: str = "a cut goes through a unit") -> tuple[Axis, Axis]:
     """Split an axis in two at a position. A unit that the cut goes through is locked for ``reason``."""
     axis = find(axis)
     if at <= 0 or at >= axis.size:
@@ -205,7 +205,7 @@ def _align_products(a: Axis, b: Axis, reason: str, meet: Meet) -> None:
             unify(x, y, reason, meet)
 
 
-def unify(a: Axis, b: Axis, reason: str = "sizes that do not align", meet: Meet = _bind) -> None:
+def unify(a: Axis, b: Axis, reason: str = "the sizes do not align", meet: Meet = _bind) -> None:
     """State that two axes of equal size index the same units.
 
     Args:

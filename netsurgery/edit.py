@@ -29,7 +29,7 @@ __all__ = ["Edit", "Outcome", "counterparts"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass was asked to remove and what it has removed.
+    """The removal that a pass was asked for, and the one that it made.
 
     Attributes:
         asked: such as ``50.0% of the channels of each layer``.
@@ -146,7 +146,7 @@ class Edit:
         return dict(self.adaptation.reasons) if self.adaptation else {}
 
     def adaptation_for(self, model: nn.Module) -> Adaptation | None:
-        """What the code of this very model needs, if it has been tried at the sizes of this edit."""
+        """The changes that the code of this very model needs, if it has been tried at the sizes of this edit."""
         known = self.adaptation
         return known if known is not None and known.model is not None and known.model() is model else None
 

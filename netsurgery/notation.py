@@ -3,7 +3,7 @@
     name      a dimension: the same name is the same dimension
     *name     any number of dimensions
     (g c)     a product: g blocks of c
-    [name]    a dimension whose units are told apart by position (indexed, sorted, rolled): locked; so is [*name]
+    [name]    a dimension whose units are identified by position (indexed, sorted, rolled): locked; so is [*name]
 
 ``"b (g i) *s, (g o) i *k, (g o) -> b (g o) *t"`` is a convolution with groups: operands stand left of the arrow,
 results right of it. A name that only one operand has, and no result, is worked across (a window, a kernel) and is
@@ -28,7 +28,7 @@ __all__ = ["BY_POSITION", "Dims", "Findings", "Misfit", "Op", "Operation", "name
 
 Dims = tuple[Axis, ...]
 
-BY_POSITION = "told apart by position"
+BY_POSITION = "units are identified by position"
 
 
 class Misfit(ValueError):
@@ -80,7 +80,7 @@ class Operation:
 
 
 class Findings(Protocol):
-    """What rules say beside the dimensions of results; ``netsurgery.analysis.network`` collects it."""
+    """Facts that rules state beside the dimensions of results; ``netsurgery.analysis.network`` collects them."""
 
     def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
         """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
@@ -105,7 +105,7 @@ class Op(Operation):
 
     def unify(self, a: Axis, b: Axis) -> None:
         """State that two axes index the same units."""
-        unify(a, b, self.reason("sizes that do not align"))
+        unify(a, b, self.reason("the sizes do not align"))
 
     def expect(self, sizes: dict[str, Axis]) -> None:
         """State that integer arguments are the sizes of dimensions."""
@@ -113,7 +113,7 @@ class Op(Operation):
 
     def fixed(self, size: int) -> Axis:
         """A new dimension that holds no channel."""
-        return channel(size, Fixed(self.reason("holds no units")))
+        return channel(size, Fixed(self.reason("the dimension holds no units")))
 
     def all_fixed(self, shape: Iterable[int]) -> Dims:
         """Dimensions that hold no channel."""
@@ -224,7 +224,7 @@ class _Names:
         return self.stars.get(name[1:], ()) if name[0] == "*" else (self.axes[name],)
 
     def joined(self, token: Token, size: int | None = None) -> Axis:
-        """What one name or a product stands for; a new name, of ``size`` or of a known size, holds no channel."""
+        """The axis of one name or of a product; a new name, of ``size`` or of a known size, holds no channel."""
         for name in token.names:
             if name not in self.axes:
                 own = self.known.get(name, size if len(token.names) == 1 else None)
@@ -321,7 +321,7 @@ def _note_roles(
     """Note the role of each name in each parameter. A name that only one operand has is worked across."""
     uses = [{name for name, _ in origin} for origin in origins]
     fed = {name for mine, node in zip(uses, nodes, strict=True) if "params" not in node.meta for name in mine}
-    # Of each operand that comes from parameters: the node, and (source, axis, role) of its dimensions.
+    # For each operand that comes from parameters: the node, and (source, axis, role) of its dimensions.
     operands = op.node.meta.setdefault("operands", [])
     for mine, origin, node in zip(uses, origins, nodes, strict=True):
         contracts = not mine <= written
@@ -329,7 +329,7 @@ def _note_roles(
         for name, source in origin:
             if name not in written and sum(name in other for other in uses) == 1:
                 role = "window"
-                lock(names.axes.get(name, source), Fixed(op.reason("works across positions")))
+                lock(names.axes.get(name, source), Fixed(op.reason("the operation works across positions")))
             elif name not in written:
                 role = "consumes"
             else:

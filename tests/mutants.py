@@ -323,7 +323,7 @@ MUTANTS = (
     Mutant(
         "parts of a chunk not kept equal",
         "netsurgery/analysis/rules.py",
-        'op.findings.equate(parts, op.reason("equal parts that are built differently"))',
+        'op.findings.equate(parts, op.reason("parts of equal size are built differently"))',
         "pass",
     ),
     Mutant(
@@ -359,7 +359,7 @@ MUTANTS = (
     Mutant(
         "unknown operations pass through",
         "netsurgery/analysis/rules.py",
-        'return locked(op, "no rule for this operation (add one with netsurgery.rule)")',
+        'return locked(op, "the operation has no rule (add one with netsurgery.rule)")',
         "return filled(op)",
     ),
     Mutant(
@@ -419,7 +419,7 @@ MUTANTS = (
     Mutant(
         "tensors that a custom rule does not name pass through",
         "netsurgery/analysis/custom_rules.py",
-        'op.lock(axis, "not named by its rule")',
+        'op.lock(axis, "the rule does not name this tensor")',
         "pass",
     ),
     Mutant(
@@ -431,7 +431,7 @@ MUTANTS = (
     Mutant(
         "the network's output is not locked",
         "netsurgery/analysis/network.py",
-        'lock(axis, Edge("network output"))',
+        'lock(axis, Edge("the network output has this dimension"))',
         "pass",
     ),
     Mutant(

@@ -301,7 +301,12 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
 
 
 def _lock_across(leaf: Axis, across: _Across) -> None:
-    lock(leaf, Operation(across.node).reason("the rest of a weight that is computed across its units would change"))
+    lock(
+        leaf,
+        Operation(across.node).reason(
+            "a weight is computed across these units, and a removal would change the rest of it"
+        ),
+    )
 
 
 # Parameters that compensate ------------------------------------------------------------------------------------------

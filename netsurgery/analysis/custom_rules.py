@@ -148,7 +148,7 @@ class _Relation:
         nodes = [value if isinstance(value := op[name], fx.Node) else None for name in self.operands]
         for node in op.inputs:
             for axis in op.dims(node) if node not in nodes else ():
-                op.lock(axis, "not named by its rule")
+                op.lock(axis, "the rule does not name this tensor")
         try:
             known = {name: int(self.size(op, argument)) for name, argument in self.sizes.items()}
             out = relate(op, self.notation, nodes, known)
@@ -191,7 +191,7 @@ class _Calling:
 
     def __call__(self, op: Op) -> Any:
         if self.function is None:
-            return locked(op, "locked by netsurgery.rule")
+            return locked(op, "netsurgery.rule locks the operation")
         out = self.function(op)
         sizes = [None if dims is None else tuple(axis.size for axis in dims) for dims in out]
         if sizes != [None if shape is None else tuple(shape) for shape in op.shapes()]:

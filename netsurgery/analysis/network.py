@@ -272,18 +272,24 @@ class Analysis:
         for node in program.graph.nodes:
             shape = node.meta.get("shape")
             if node.op == "placeholder":
-                node.meta["dims"] = tuple(channel(n, Edge(f"network input {node.name}")) for n in shape)
+                node.meta["dims"] = tuple(
+                    channel(n, Edge(f"the network input {node.name} has this dimension")) for n in shape
+                )
             elif node.op == "get_attr":
                 self.used.add(node.target)
                 node.meta["params"] = (node.target,)
-                own = tuple(channel(n, f"constant made by the code {format_where(node.meta['where'])}") for n in shape)
+                own = tuple(
+                    channel(n, f"the code makes this constant {format_where(node.meta['where'])}") for n in shape
+                )
                 node.meta["dims"] = self.axes.get(node.target, own)
                 if node.target not in self.parameters:
-                    self.note_constant(node.meta["dims"], Edge(f"what a constant feeds is an input: {node.target}"))
+                    self.note_constant(
+                        node.meta["dims"], Edge(f"a constant feeds this dimension, as an input would: {node.target}")
+                    )
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     for axis in result.meta["dims"]:
-                        lock(axis, Edge("network output"))
+                        lock(axis, Edge("the network output has this dimension"))
             elif "dims" not in node.meta:
                 if all("params" in source.meta for source in node.all_input_nodes):
                     names = dict.fromkeys(name for source in node.all_input_nodes for name in source.meta["params"])
@@ -341,7 +347,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
         analysis.units.extend(units_of_products(program))
     for name in [name for name in tensors if name not in analysis.used]:
         for axis in analysis.axes[name]:
-            lock(axis, "not used in the recorded run")
+            lock(axis, "the recorded run does not use this tensor")
     _lock_what_is_cut_off(analysis, programs)
     lock_normalised(programs, parameters)
     sources = analysis.axes
@@ -376,7 +382,7 @@ def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> 
                     if leaf.locked is None:
                         (read if _reads(node, leaf) else idle).add(leaf)
     for leaf in idle - read:
-        lock(leaf, "beyond what the recorded run uses")
+        lock(leaf, "the recorded run does not use this part of the tensor")
 
 
 _CUTS = (torch.ops.aten.slice.Tensor, operator.getitem)

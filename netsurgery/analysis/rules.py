@@ -107,7 +107,7 @@ def apply_rule(node: fx.Node, findings: Findings) -> None:
     except ValueError as error:  # a Misfit, or axes of different sizes
         why = str(error)
     if why:
-        dims = locked(op, f"no rule for these shapes ({why})")
+        dims = locked(op, f"no rule fits these shapes ({why})")
     node.meta["dims"] = dims[0] if isinstance(dims, list) and not isinstance(node.meta["shape"], list) else dims
 
 
@@ -337,7 +337,7 @@ def reduction(op: Op) -> Any:
 
 @rule(aten.max.dim, aten.min.dim)
 def extreme(op: Op) -> Any:
-    """a reduction; where the index is used, the dimension is told apart by position"""
+    """a reduction; where the index is used, the dimension is identified by position"""
     indexed = any(user.target is operator.getitem and user.args[1] == 1 for user in op.node.users)
     return along(op) if indexed else reduction(op)
 
@@ -348,7 +348,7 @@ def extreme(op: Op) -> Any:
     aten.logcumsumexp, aten._fft_r2c, aten._fft_c2r, aten._fft_c2c,
 )  # fmt: skip
 def along(op: Op) -> Any:
-    """the dimensions worked along are told apart by position; the others pass through"""
+    """the dimensions worked along are identified by position; the others pass through"""
     for at in _worked_along(op):
         op.lock(op.dims(op["self"])[at], BY_POSITION)
     return _without(op, _worked_along(op))
@@ -374,7 +374,7 @@ def _without(op: Op, gone: set[int]) -> list[Dims | None]:
 
 @rule(aten.diagonal, aten.diagonal_copy)
 def diagonal(op: Op) -> Any:
-    """two dimensions that are told apart by position become one at the end"""
+    """two dimensions that are identified by position become one at the end"""
     dims, shape = op.dims(op["self"]), op.shapes()[0] or ()
     gone = _positions([op["dim1"], op["dim2"]], len(dims))
     for at in gone:
@@ -384,7 +384,7 @@ def diagonal(op: Op) -> Any:
 
 @rule(aten.diag_embed)
 def diagonal_matrix(op: Op) -> Any:
-    """the last dimension becomes two that are the same; off the main diagonal it is told apart by position"""
+    """the last dimension becomes two that are the same; off the main diagonal it is identified by position"""
     dims = op.dims(op["self"])
     shape = op.shapes()[0] or ()
     if op["offset"]:
@@ -407,14 +407,14 @@ def block_diagonal(op: Op) -> Any:
 
 @rule(aten.index)
 def index(op: Op) -> Any:
-    """indexed dimensions are told apart by position; in their place are those of the indices, broadcast"""
+    """indexed dimensions are identified by position; in their place are those of the indices, broadcast"""
     shape = op.shapes()[0] or ()
     return [tuple(axis or op.fixed(n) for axis, n in zip(_indexed(op), shape, strict=True))]
 
 
 @rule(aten.index_put)
 def index_put(op: Op) -> Any:
-    """indexed dimensions are told apart by position; the others are those of the values, which are broadcast"""
+    """indexed dimensions are identified by position; the others are those of the values, which are broadcast"""
     for axis, value in zip(_indexed(op)[::-1], op.dims(op["values"])[::-1], strict=False):
         if axis is None:
             op.lock(value, BY_POSITION)
@@ -465,14 +465,14 @@ def _broadcast(op: Op, tensors: list[tuple[Axis | None, ...]]) -> list[Axis | No
 
 @rule(aten.gather)
 def gather(op: Op) -> Any:
-    """the dimension gathered along is told apart by position; the others are those of the index"""
+    """the dimension gathered along is identified by position; the others are those of the index"""
     _pick(op, op.dims(op["index"]))
     return [op.dims(op["index"])]
 
 
 @rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
 def scatter(op: Op) -> Any:
-    """the dimension scattered along is told apart by position; the others are those of the index and the source"""
+    """the dimension scattered along is identified by position; the others are those of the index and the source"""
     _pick(op, op.dims(op["index"]))
     if isinstance(op.arguments.get("src"), fx.Node):
         _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())
@@ -491,7 +491,7 @@ def _begin(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
     """An index may be shorter than what it indexes, along any dimension: it then concerns the first positions."""
     for i, (axis, part) in enumerate(zip(dims, index, strict=True)):
         if i not in without:
-            op.unify(cut(axis, part.size, op.reason("cut through"))[0], part)
+            op.unify(cut(axis, part.size, op.reason("a cut goes through a unit"))[0], part)
 
 
 def _replacing(op: Op, part: Dims) -> Any:
@@ -620,11 +620,11 @@ def split(op: Op) -> Any:
     dims = op.dims(op["self"])
     at, rest, out, parts = op["dim"] % len(dims), dims[op["dim"]], [], []
     for shape in op.shapes():
-        part, rest = cut(rest, (shape or ())[at], op.reason("cut through"))
+        part, rest = cut(rest, (shape or ())[at], op.reason("a cut goes through a unit"))
         parts.append(part)
         out.append((*dims[:at], part, *dims[at + 1 :]))
     if "split_size" in op.arguments and len({find(part).size for part in parts}) == 1:
-        op.findings.equate(parts, op.reason("equal parts that are built differently"))
+        op.findings.equate(parts, op.reason("parts of equal size are built differently"))
     return out
 
 
@@ -639,8 +639,8 @@ def slice_(op: Op) -> Any:
     if taken == axis.size:
         return [dims]
     if step == 1:
-        before, rest = cut(axis, start, op.reason("cut through"))
-        part = cut(rest, taken, op.reason("cut through"))[0]
+        before, rest = cut(axis, start, op.reason("a cut goes through a unit"))
+        part = cut(rest, taken, op.reason("a cut goes through a unit"))[0]
     elif taken * step == axis.size:  # positions of a block are told apart, not the blocks
         before, within, part = channel(start, op.reason(BY_POSITION)), channel(step), channel(taken)
         op.unify(product([part, within]), axis)
@@ -692,7 +692,7 @@ def filled(op: Op) -> Any:
     """every position is alike, so any may be removed, unless this constant, if not 0, is all that makes the units"""
     dims = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
     if "zeros" not in op.name and op.arguments.get("fill_value") != 0:  # as states are in the beginning
-        reason = Edge(op.reason("what a constant feeds is an input"))
+        reason = Edge(op.reason("a constant feeds this dimension, as an input would"))
         op.findings.note_constant([axis for one in dims for axis in one], reason)
     return dims
 
@@ -708,4 +708,4 @@ def counted(op: Op) -> Any:
 @rule("unknown")
 def unknown(op: Op) -> Any:
     """an operation without a rule: whatever it touches is locked"""
-    return locked(op, "no rule for this operation (add one with netsurgery.rule)")
+    return locked(op, "the operation has no rule (add one with netsurgery.rule)")

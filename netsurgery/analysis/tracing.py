@@ -19,12 +19,12 @@ from netsurgery.capture.recorder import record
 from netsurgery.capture.refusals import refuse_unsupported
 from netsurgery.errors import InputError, TraceError
 
-__all__ = ["few_collections", "trace_untried"]
+__all__ = ["gc_paused", "trace_untried"]
 
 
 @contextlib.contextmanager
-def few_collections() -> Iterator[None]:
-    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
+def gc_paused() -> Iterator[None]:
+    """Pause Python's garbage collector: thousands of new nodes would set it off again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -34,7 +34,7 @@ def few_collections() -> Iterator[None]:
             gc.enable()
 
 
-@few_collections()
+@gc_paused()
 def trace_untried(model: nn.Module, example_inputs: Any) -> Network:
     """The network before its code was tried at other sizes."""
     if not isinstance(model, nn.Module):

@@ -31,7 +31,17 @@ from netsurgery.capture.program import Program
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 
-__all__ = ["Use", "Weight", "computed_weights", "evaluated", "is_computed", "nowhere", "part", "used_directly", "uses"]
+__all__ = [
+    "Use",
+    "Weight",
+    "computed_weights",
+    "evaluated",
+    "is_computed",
+    "no_inputs",
+    "part",
+    "used_directly",
+    "uses",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +52,7 @@ class Weight:
         names: of the tensors of the model that it comes from.
         axes: its dimensions, as expressions over the groups' channels.
         value: its present value.
-        roles: of the channels in its dimensions, where an operation says what they do; ``(dimension, channel)``.
+        roles: by ``(dimension, channel)`` the role of a channel, where an operation gives it one.
         node: the operation that computes it; None for a parameter itself.
         parts: the weights of a layer's low-rank updates; by themselves they are no weights of its units.
     """
@@ -163,7 +173,7 @@ _STRENGTH = {"carries": 0, "window": 0, "consumes": 1, "produces": 2}
 
 
 def _roles(node: fx.Node, met: list[tuple[fx.Node, fx.Node]]) -> dict[tuple[int, Axis], Role]:
-    """What the channels in the dimensions of a weight do in the operations that it takes part in."""
+    """The roles that the channels of a weight have in the operations that read it."""
     found: dict[tuple[int, Axis], Role] = {}
     for weight, user in met:
         for operand, dims in user.meta.get("operands", ()):
@@ -211,7 +221,7 @@ def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], cons
     return new
 
 
-def nowhere(tensors: Mapping[str, Tensor]) -> Inputs:
+def no_inputs(tensors: Mapping[str, Tensor]) -> Inputs:
     """Inputs for a part of a program that takes none: an empty tensor, which says on which device to run."""
     return tuple(tensor.new_empty(0) for tensor in list(tensors.values())[:1]), {}
 
@@ -230,7 +240,7 @@ def evaluated(program: Program, nodes: list[fx.Node], tensors: Mapping[str, Tens
             raise InputError(
                 f"the weight that is computed from {names} {format_where(node.meta['where'])} cannot be scored: {why}"
             )
-    return replay(part(program, nodes), tensors, nowhere(tensors))
+    return replay(part(program, nodes), tensors, no_inputs(tensors))
 
 
 def _unknown(program: Program, node: fx.Node) -> str:

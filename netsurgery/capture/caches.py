@@ -117,7 +117,7 @@ def _own(model: nn.Module) -> list[str]:
 
 
 def _seen_by(model: nn.Module) -> list[Names]:
-    """What the code of a model's parts calls global: a class made by a function may have other code than its module."""
+    """The globals of the code of a model's parts; a class made by a function may have others than its module."""
     owners: list[Any] = list(model.modules())  # a module may have a forward of its own
     owners += dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
     methods = [value for owner in owners for value in vars(owner).values() if isinstance(value, FunctionType)]
@@ -137,7 +137,7 @@ def _reachable(start: Iterable[Names]) -> list[Names]:
 
 
 def _look_up(names: Names, what: Callable[[Names], list[Any]]) -> list[Any]:
-    """What a namespace holds, remembered while it has as many names: modules stay as they are once imported."""
+    """The result of ``what`` for a namespace, remembered while it has as many names: imported modules rarely change."""
     if names.get("__name__") == "__main__":
         return what(names)
     key = (id(names), len(names), what)

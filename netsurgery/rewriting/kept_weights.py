@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import aligned_dims, scaled
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.weights import nowhere, part
+from netsurgery.analysis.weights import no_inputs, part
 from netsurgery.axes import Axis
 from netsurgery.errors import RewriteError
 from netsurgery.positions import positions
@@ -37,7 +37,7 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
             continue
         # Other units, such as ranks, are gone in both runs: the weight is to lose them.
         full, cut = (
-            silenced(network, part(program, weights, whole), tensors, nowhere(tensors), units)
+            silenced(network, part(program, weights, whole), tensors, no_inputs(tensors), units)
             for whole in (True, False)
         )
         for node, wanted, left in zip(weights, full, cut, strict=True):

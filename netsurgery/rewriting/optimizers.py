@@ -161,7 +161,7 @@ class OptimizerStates:
                 if type(value) not in (Tensor, nn.Parameter, type(key.data)) or value.dtype in _QUANTISED:
                     raise self._refusal(optimizer, where, f"is packed ({type(value).__name__}, {value.dtype})")
                 axes = self._axes_of(what, value, name, key)
-                if axes is None or not (self._told_apart(value, axes) or self._is_usual(optimizer, what, value, key)):
+                if axes is None or not (self._unambiguous(value, axes) or self._is_usual(optimizer, what, value, key)):
                     shapes = f"has shape {tuple(value.shape)}, the parameter has {tuple(key.shape)}"
                     raise self._refusal(
                         optimizer, where, f"{shapes}, and it is not clear which dimensions are the same"
@@ -188,7 +188,7 @@ class OptimizerStates:
         alike = all(self._same_positions(choice, choices[0]) for choice in choices)
         return choices[0] if choices and alike else None
 
-    def _told_apart(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
+    def _unambiguous(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
         """Whether dimensions of equal size lose the same; else a matrix may be of the rows alone (a preconditioner)."""
         pairs = itertools.combinations(zip(value.shape, axes, strict=True), 2)
         return all(n != m or self._same_positions((one,), (other,)) for (n, one), (m, other) in pairs)

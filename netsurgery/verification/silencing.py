@@ -29,7 +29,7 @@ def _copied(value: Any) -> Any:
 
 
 def entries(masks: Sequence[Tensor]) -> Tensor:
-    """Which entries of a tensor stay, to be broadcast, from which positions of each of its dimensions do."""
+    """Which entries of a tensor stay, from masks of the positions that stay along each dimension; to be broadcast."""
     shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(masks))]) for dim, one in enumerate(masks)]
     return functools.reduce(torch.logical_and, shaped)
 
