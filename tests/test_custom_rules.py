@@ -197,7 +197,7 @@ def test_tensors_of_a_module_that_are_not_named_are_locked() -> None:
         (scale, "a *a, b -> a", {}, "'a' stands for one dimension and for any number of them"),
         (scale, "a -> a", {}, r"has 1 operands for 2 tensors \(x, by\): name those that are meant, as in operands='x'"),
         (scale, "a, a -> a", {"operands": "x y"}, "has no argument 'y', only x, by, times"),
-        (scale, "a, a -> a", {"sizes": {"c": "times"}}, "sizes names 'c', which"),
+        (scale, "a, a -> a", {"sizes": {"c": "times"}}, "sizes has the name 'c', which"),
         (scale, "a, a -> a", {"sizes": {"a": "often"}}, "has no argument 'often', only x, by, times"),
         (Heads, "*b i -> *b o, *b", {"operands": "x"}, "the size of 'o' is not known"),
         (Heads, None, {}, "a module needs a notation"),

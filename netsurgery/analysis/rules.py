@@ -641,7 +641,7 @@ def slice_(op: Op) -> Any:
     if step == 1:
         before, rest = cut(axis, start, op.reason("a cut goes through a unit"))
         part = cut(rest, taken, op.reason("a cut goes through a unit"))[0]
-    elif taken * step == axis.size:  # positions of a block are told apart, not the blocks
+    elif taken * step == axis.size:  # the positions within a block are distinct, the blocks are alike
         before, within, part = channel(start, op.reason(BY_POSITION)), channel(step), channel(taken)
         op.unify(product([part, within]), axis)
         op.lock(within, BY_POSITION)
@@ -701,7 +701,7 @@ def filled(op: Op) -> Any:
     aten.arange, aten.linspace, aten.logspace, aten.eye, aten.randperm, aten.tril_indices, aten.triu_indices,
 )  # fmt: skip
 def counted(op: Op) -> Any:
-    """positions are counted, so they are told apart"""
+    """positions are counted, so units are identified by position"""
     return locked(op, BY_POSITION)
 
 

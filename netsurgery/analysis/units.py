@@ -1,8 +1,8 @@
 """The sort of units that a dimension holds.
 
 Attention heads, dimensions within heads, groups of a convolution or of a normalisation, and ranks of low-rank products
-are told apart from channels, which all others are: a ratio is a share of a layer's channels, and of factors of one
-dimension only one should be cut for it.
+have sorts of their own; all other units are channels. A ratio is a share of a layer's channels. Where a dimension is a
+product of several sorts, only one of them should be cut for it.
 """
 
 from __future__ import annotations
