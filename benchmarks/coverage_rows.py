@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 import netsurgery
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, inner
-from netsurgery.capture.recorder import format_where, tensors_in
+from netsurgery.capture.inputs import tensors_in
+from netsurgery.capture.source_locations import format_where
 from netsurgery.passes import PruneChannels, RandomScore
 from netsurgery.report import entries, prunable_share
 from netsurgery.verification import permuted_difference

@@ -42,7 +42,7 @@ class Axis:
         self.op = op
         self.terms = terms
         self.locked = locked  # only meaningful on a channel
-        self.bound: Axis | None = None  # what a channel has become
+        self.bound: Axis | None = None  # the axis that a channel has become
 
     def __repr__(self) -> str:
         axis = find(self)
@@ -52,14 +52,14 @@ class Axis:
 
 
 class Fixed(str):
-    """A reason of dimensions that never held units: batch, space, time, windows."""
+    """Why a dimension that never held units is locked: batch, space, time, windows."""
 
 
 class Edge(str):
-    """A reason of the dimensions of a network's own inputs and outputs; what constants feed is an input."""
+    """Why a dimension of a network's inputs or outputs is locked. One that constants feed counts as an input."""
 
 
-Meet = Callable[["Axis", "Axis"], None]  # what happens when a channel meets an axis that it should be
+Meet = Callable[["Axis", "Axis"], None]  # what to do with a channel and the axis that it is to become
 
 
 def channel(size: int, locked: str | None = None) -> Axis:
@@ -68,7 +68,7 @@ def channel(size: int, locked: str | None = None) -> Axis:
 
 
 def find(axis: Axis) -> Axis:
-    """What ``axis`` stands for now."""
+    """The axis that ``axis`` has become; itself while it is bound to none."""
     while axis.bound is not None:
         if axis.bound.bound is not None:
             axis.bound = axis.bound.bound
@@ -107,7 +107,7 @@ def leaves(axis: Axis) -> Iterator[Axis]:
 
 
 def inner(leaf: Axis) -> bool:
-    """Whether a channel's units are a network's own, locked or not: no positions, inputs or outputs, nor single."""
+    """Whether a channel, locked or not, has several units of the network's own: no positions, inputs or outputs."""
     return leaf.size > 1 and not isinstance(leaf.locked, Fixed | Edge)
 
 
@@ -129,7 +129,7 @@ def _parts(axis: Axis) -> list[Axis]:
     return list(axis.terms) if axis.op == "concat" else [axis]
 
 
-def cut(axis: Axis, at: int, reason: str = "cut through") -> tuple[Axis, Axis]:
+def cut(axis: Axis, at: int, reason: str = "a cut goes through a unit") -> tuple[Axis, Axis]:
     """Split an axis in two at a position. A unit that the cut goes through is locked for ``reason``."""
     axis = find(axis)
     if at <= 0 or at >= axis.size:
@@ -205,7 +205,7 @@ def _align_products(a: Axis, b: Axis, reason: str, meet: Meet) -> None:
             unify(x, y, reason, meet)
 
 
-def unify(a: Axis, b: Axis, reason: str = "sizes that do not align", meet: Meet = _bind) -> None:
+def unify(a: Axis, b: Axis, reason: str = "the sizes do not align", meet: Meet = _bind) -> None:
     """State that two axes of equal size index the same units.
 
     Args:
@@ -238,9 +238,12 @@ def unify(a: Axis, b: Axis, reason: str = "sizes that do not align", meet: Meet 
 
 
 def equate(a: Axis, b: Axis, reason: str) -> list[tuple[Axis, Axis]]:
-    """State that two axes keep equal sizes, though their units differ; returns the pairs of channels that must.
+    """State that two axes keep equal sizes, though their units differ.
 
-    The finer structure of one is imposed on the other; what still differs in size is locked.
+    The finer structure of one is imposed on the other. Axes whose channels still differ in size are locked.
+
+    Returns:
+        The pairs of channels that must keep equal sizes.
     """
     if find(a) is find(b):
         return []

@@ -14,14 +14,14 @@ Taken = Literal["weights", "constant", "nothing"]
 
 @dataclass(frozen=True)
 class LayerError:
-    """What the outputs of one layer lack on samples that were held back, its inputs being the original's that stay.
+    """The error of one layer's outputs on held-back samples, when its inputs are those of the original that stay.
 
     Attributes:
         layer: path of the module.
-        before: mean square of what is lacking, relative to the variance of the outputs; without compensation.
+        before: mean square of the error, relative to the variance of the outputs; without compensation.
         after: the same with it.
         taken: what was changed.
-        ridge: of the refit, where weights were.
+        ridge: the penalty of the refit, where weights were changed.
     """
 
     layer: str
@@ -33,11 +33,11 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Compensation:
-    """What was made up for, layer by layer and in the network.
+    """The errors before and after a compensation, of each layer and of the network.
 
     Attributes:
         layers: every layer that reads removed units and can take up something, in the order in which they run.
-        taken: the most that the network as a whole was found to gain by.
+        taken: the strongest kind of change by which the network as a whole was found to gain.
         before: mean square of the difference of the cut network's outputs from the original's on samples that were held
             back, relative to the mean square of these; NaN where outputs cannot be compared.
         after: the same with compensation.
@@ -72,7 +72,7 @@ class Compensation:
         return f"{line}; outputs differ by {_share(self.after)} (before: {_share(self.before)})"
 
     def table(self) -> str:
-        """A row for each layer: what its outputs lack, as a share of how much they vary (roots of mean squares)."""
+        """A row for each layer: the error of its outputs, as a share of their standard deviation."""
         rows = [("layer", "before", "after", "taken", "ridge")]
         for one in self.layers:
             ridge = "" if one.ridge is None else f"{one.ridge:g}"

@@ -29,14 +29,14 @@ __all__ = ["Edit", "Outcome", "counterparts"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass was asked to remove and what it has removed.
+    """The removal that a pass was asked for, and the one that it made.
 
     Attributes:
         asked: such as ``50.0% of the channels of each layer``.
         got: likewise.
         short: groups that lose less than asked, or nothing because they are locked, and why.
-        few: groups of which a ranking of all units together leaves a tenth or less, or no more than ``max_ratio`` does,
-            and how many units stay.
+        few: groups that keep few units after all units were ranked together, and how many: a tenth or less, or as few
+            as ``max_ratio`` allows.
     """
 
     asked: str
@@ -68,16 +68,17 @@ class Edit:
     Args:
         network: the network the edit is for.
         keep: for each changed group the indices that stay.
-        values: new values of tensors of the model by name, at full size, that what stays is cut from: what a removal
-            loses may be made up for by them. They are for this network's model, and no part of the JSON.
-        uncompensated: weights (or groups) whose loss was to be made up for and is not, and why.
-        compensations: of each removal that was made up for, how far outputs are from the original's before and after.
-        outcomes: of each pass that led here, what it was asked for and what came of it.
+        values: new values of tensors of the model by name, at full size; these are cut in place of the old ones. They
+            compensate for a removal. They fit the weights of this model only, and are no part of the JSON.
+        uncompensated: weights (or groups) that could not be compensated, and why.
+        compensations: for each compensated removal, how far outputs are from the original's before and after.
+        outcomes: what each pass was asked to remove, and what it has removed.
         measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
 
     Raises:
         InputError: a name that is no group, a locked group, indices out of range, repeated or out of order, a
-            group left without units, tied groups left with different numbers of units, or values of another shape.
+            group left without units, groups of equal sizes left with different numbers of units, or values of another
+            shape.
 
     Example:
         >>> import torch, netsurgery
@@ -103,8 +104,8 @@ class Edit:
         for name, value in self.values.items():
             shape = tuple(axis.size for axis in self.network.axes.get(name, ()))
             if name not in self.network.axes or shape != tuple(value.shape):
-                found = f"it is {shape}" if name in self.network.axes else "there is none"
-                raise InputError(f"a value of shape {tuple(value.shape)} for '{name}': {found}")
+                found = f"the tensor has {shape}" if name in self.network.axes else "the model has no such tensor"
+                raise InputError(f"the new value of '{name}' has shape {tuple(value.shape)}, but {found}")
         order = {group.name: index for index, group in enumerate(self.network.groups)}
         kept: dict[str, list[int]] = {}
         for name, given in self.keep.items():
@@ -124,8 +125,8 @@ class Edit:
         object.__setattr__(
             self, "keep", {n: units for n, units in ordered.items() if len(units) < self.network[n].size}
         )
-        for tied in self.network.equal_sizes:
-            counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in tied}
+        for names in self.network.equal_sizes:
+            counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in names}
             if len(set(counts.values())) > 1:
                 raise InputError(
                     f"groups that the code splits into equal parts must keep equally many units, got {counts}"
@@ -145,7 +146,7 @@ class Edit:
         return dict(self.adaptation.reasons) if self.adaptation else {}
 
     def adaptation_for(self, model: nn.Module) -> Adaptation | None:
-        """What the code of this very model needs, if it has been tried at the sizes of this edit."""
+        """The changes that the code of this very model needs, if it has been tried at the sizes of this edit."""
         known = self.adaptation
         return known if known is not None and known.model is not None and known.model() is model else None
 
@@ -189,18 +190,17 @@ class Edit:
 
     @property
     def _scaled(self) -> list[str]:
-        """Parameters that keep the rest of a computed weight as it is: ``rewrite`` works out by how much."""
+        """The parameters that ``rewrite`` scales, so that the rest of each computed weight keeps its values."""
         channels = {self.network[name].channel for name in self.keep}
         return [node.meta["scaled_by"] for program in self.network.programs for node in scaled(program, channels)]
 
     def summary(self) -> str:
-        """What was asked, what was removed, which groups fell short and why, and of which little stays.
+        """Say what was asked and what was removed, which groups fell short and why, and which keep few units.
 
-        A line, with loss and agreement before and after where they are measured; then one for each of these groups.
-
-        A line for each compensation says what it gained: ``print(edit.compensations[0].table())`` shows layers.
-        A last line names numbers of modules (``block.width=16``) that no forward needs and whose meaning is not clear:
-        they stay as they are, though dimensions of that size change.
+        The first line has loss and agreement before and after, where they are measured. A line for each of these groups
+        follows, and one for each compensation (``print(edit.compensations[0].table())`` shows its layers). The last
+        line names integers on modules (``block.width=16``) that no forward needs and whose meaning is not clear: they
+        stay as they are, though dimensions of that size change.
         """
         outcomes = self.outcomes or (f"removed {self._removed()}",)
         lines = ["; ".join(map(str, (*outcomes, *filter(None, [self.measured]))))]
@@ -229,13 +229,13 @@ class Edit:
         names = self.names_in(later.network)
         for name, units in later.keep.items():
             if name not in names:
-                raise InputError(f"group '{name}' of the later edit is none that this edit leaves")
+                raise InputError(f"the later edit names group '{name}', which this edit does not leave")
             left = keep.get(names[name], tuple(range(self.network[names[name]].size)))
             keep[names[name]] = tuple(left[unit] for unit in units)
-        values, places = dict(self.values), self.positions
+        values, positions = dict(self.values), self.positions
         for name, value in later.values.items():
             full = values.get(name, self.network.tensors[name])
-            values[name] = places.put(full, self.network.axes[name], value)
+            values[name] = positions.put(full, self.network.axes[name], value)
         uncompensated = {**self.uncompensated, **later.uncompensated}
         outcomes = (*self.outcomes, *later.outcomes)
         gains = (*self.compensations, *later.compensations)
@@ -244,7 +244,7 @@ class Edit:
         )
 
     def names_in(self, later: Network) -> dict[str, str]:
-        """For each group of the network that this edit leads to, its name here: they occur in the same places."""
+        """The names here of the groups of the smaller network: they occur in the same places."""
         left = {group.name: self.counts.get(group.name, group.size) for group in self.network.groups}
         found = counterparts(self.network, later, [name for name, count in left.items() if count > 1])
         return {new: old for new, old in found.items() if later[new].size == left[old]}
@@ -293,7 +293,7 @@ FORMAT = 2  # of the JSON; the first had no number, and inputs of positional ten
 
 
 def _read(text: str) -> dict[str, Any]:
-    """The JSON of an edit, which has all that an edit has."""
+    """Read the JSON of an edit and make sure that nothing is missing."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -320,7 +320,9 @@ def _integers(name: str, units: Any) -> list[int]:
     try:
         return [operator.index(unit) for unit in units]
     except TypeError:
-        raise InputError(f"group '{name}': the units that stay are a list of whole numbers, got {units!r}") from None
+        raise InputError(
+            f"group '{name}': the units that stay must be a list of whole numbers, got {units!r}"
+        ) from None
 
 
 def _start(units: list[int], most: int = 10) -> str:
@@ -328,20 +330,20 @@ def _start(units: list[int], most: int = 10) -> str:
 
 
 def counterparts(original: Network, later: Network, among: Iterable[str] | None = None) -> dict[str, str]:
-    """For groups of a network that was made of another, their names in that one: they occur in the same places.
+    """The names in an original network of the groups of a later one: they occur in the same places.
 
     Args:
         among: names of the original's groups that may be meant; by default of all.
     """
     there = [original[name] for name in (original.by_name if among is None else among)]
     mine, theirs = ([g for g in groups if g.unit in ("head", "head_dim")] for groups in (there, later.groups))
-    # Of one head that is left there is no group: the dimensions within it are alone in its places.
-    apart = _same(mine, theirs, lambda group: (_places(group), group.unit))
-    return {**apart, **_same(there, later.groups, _places)}
+    # A single head that is left is no group: the dimensions within it stand alone in its places.
+    apart = _matched(mine, theirs, lambda group: (_occurrences(group), group.unit))
+    return {**apart, **_matched(there, later.groups, _occurrences)}
 
 
-def _same(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:
-    """Groups here and there that have the same key, by name, where there are equally many of these; in order."""
+def _matched(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:
+    """Pairs of groups with the same key, by name here: in order, where both sides have equally many."""
     found: list[dict[Any, list[str]]] = []
     for groups in (there, here):
         names: dict[Any, list[str]] = {}
@@ -353,5 +355,5 @@ def _same(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], 
     return {new: old for one, other in pairs if len(one) == len(other) for new, old in zip(one, other, strict=True)}
 
 
-def _places(group: Group) -> tuple[tuple[str, int], ...]:
+def _occurrences(group: Group) -> tuple[tuple[str, int], ...]:
     return tuple((member.parameter, member.axis) for member in group.members)

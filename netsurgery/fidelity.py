@@ -9,7 +9,7 @@ __all__ = ["Measured"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model and the smaller one give on the same samples, in eval mode.
+    """How the outputs of a smaller model compare with the original's on the same samples, in eval mode.
 
     Attributes:
         samples: how many; 0 where nothing could be measured.
@@ -17,7 +17,7 @@ class Measured:
         agreement: the share of samples (or of positions that have a label) whose largest logit is that of the original.
         kl: the Kullback-Leibler divergence of the smaller one's classes from the original's, its mean over these.
         error: the norm of the difference of all outputs over that of the original's.
-        why: what could not be measured, and why; empty where all could.
+        why: what could not be measured, and why; empty where everything could.
 
     Example:
         >>> from netsurgery.fidelity import Measured

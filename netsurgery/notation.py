@@ -3,7 +3,7 @@
     name      a dimension: the same name is the same dimension
     *name     any number of dimensions
     (g c)     a product: g blocks of c
-    [name]    a dimension whose units are told apart by position (indexed, sorted, rolled): locked; so is [*name]
+    [name]    a dimension whose units are identified by position (indexed, sorted, rolled): locked; so is [*name]
 
 ``"b (g i) *s, (g o) i *k, (g o) -> b (g o) *t"`` is a convolution with groups: operands stand left of the arrow,
 results right of it. A name that only one operand has, and no result, is worked across (a window, a kernel) and is
@@ -17,29 +17,29 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import fx
 
 from netsurgery.axes import Axis, Fixed, channel, lock, product, unify
-from netsurgery.capture.recorder import format_where
+from netsurgery.capture.source_locations import format_where
 
-__all__ = ["BY_POSITION", "Dims", "Misfit", "Op", "names_in", "parse", "relate", "results"]
+__all__ = ["BY_POSITION", "Dims", "Findings", "Misfit", "Op", "Operation", "names_in", "parse", "relate", "results"]
 
 Dims = tuple[Axis, ...]
 
-BY_POSITION = "told apart by position"
+BY_POSITION = "units are identified by position"
 
 
 class Misfit(ValueError):
     """Dimensions that a notation does not fit."""
 
 
-class Op:
-    """One recorded operation while its rule looks at it: arguments by name, dimensions of its inputs and outputs."""
+class Operation:
+    """A recorded operation: its arguments by name, and the dimensions that its inputs have."""
 
-    def __init__(self, node: fx.Node, analysis: Any):
-        self.node, self.analysis = node, analysis
+    def __init__(self, node: fx.Node):
+        self.node = node
         target: Any = node.target
         self.name = target._schema.name.replace("::", ".")
 
@@ -63,15 +63,41 @@ class Op:
         """The dimensions of an argument."""
         return node.meta["dims"]  # type: ignore[no-any-return]
 
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """The shape of each result."""
+        shape = self.node.meta["shape"]
+        return shape if isinstance(shape, list) else [shape]
+
     @functools.cached_property
-    def place(self) -> str:
-        """The operation, the module and the line."""
+    def location(self) -> str:
+        """The operation, the module and the line, such as ``aten.topk in experts at model.py:12``."""
         module = f" in {self.node.meta['module']}" if self.node.meta["module"] else ""
         return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
 
     def reason(self, why: str) -> str:
         """Why something is locked, with the operation, the module and the line."""
-        return f"{why}: {self.place}"
+        return f"{why}: {self.location}"
+
+
+class Findings(Protocol):
+    """Facts that rules state beside the dimensions of results; ``netsurgery.analysis.network`` collects them."""
+
+    def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
+        """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
+
+    def note_constant(self, dims: Iterable[Axis], reason: str) -> None:
+        """A tensor with these dimensions is not learned."""
+
+    def equate(self, parts: list[Axis], reason: str) -> None:
+        """The parts must keep equal sizes."""
+
+
+class Op(Operation):
+    """One recorded operation while its rule looks at it: the rule relates, locks and makes dimensions."""
+
+    def __init__(self, node: fx.Node, findings: Findings):
+        super().__init__(node)
+        self.findings = findings
 
     def lock(self, axis: Axis, why: str) -> None:
         """Forbid removal along an axis."""
@@ -79,12 +105,7 @@ class Op:
 
     def unify(self, a: Axis, b: Axis) -> None:
         """State that two axes index the same units."""
-        unify(a, b, self.reason("sizes that do not align"))
-
-    def shapes(self) -> list[tuple[int, ...] | None]:
-        """The shape of each result."""
-        shape = self.node.meta["shape"]
-        return shape if isinstance(shape, list) else [shape]
+        unify(a, b, self.reason("the sizes do not align"))
 
     def expect(self, sizes: dict[str, Axis]) -> None:
         """State that integer arguments are the sizes of dimensions."""
@@ -92,7 +113,7 @@ class Op:
 
     def fixed(self, size: int) -> Axis:
         """A new dimension that holds no channel."""
-        return channel(size, Fixed(self.reason("holds no units")))
+        return channel(size, Fixed(self.reason("the dimension holds no units")))
 
     def all_fixed(self, shape: Iterable[int]) -> Dims:
         """Dimensions that hold no channel."""
@@ -138,7 +159,7 @@ def parse(notation: str) -> tuple[tuple[tuple[Token, ...], ...], tuple[tuple[Tok
     tokens = [token for operand in (*left, *right) for token in operand]
     both = {t.names for t in tokens if t.star} & {(name,) for t in tokens if not t.star for name in t.names}
     if both:
-        raise ValueError(f"'{both.pop()[0]}' is one dimension here and any number of them there")
+        raise ValueError(f"'{both.pop()[0]}' stands for one dimension and for any number of them")
     return left, right
 
 
@@ -155,7 +176,7 @@ class _Names:
         self.axes: dict[str, Axis] = {}
         self.stars: dict[str, Dims] = {}
 
-    def same(self, name: str, a: Axis, b: Axis) -> None:
+    def identify(self, name: str, a: Axis, b: Axis) -> None:
         if a.size != b.size:
             raise Misfit(f"'{name}' is {a.size} in one place and {b.size} in another")
         self.op.unify(a, b)
@@ -163,17 +184,17 @@ class _Names:
     def meet(self, token: Token, axis: Axis) -> None:
         """One name, or a product of names, is this dimension."""
         if len(token.names) == 1:
-            self.same(token.names[0], self.axes.setdefault(token.names[0], axis), axis)
+            self.identify(token.names[0], self.axes.setdefault(token.names[0], axis), axis)
             return
         sizes = {n: self.axes[n].size if n in self.axes else self.known.get(n) for n in token.names}
         rest = axis.size // (prod(n for n in sizes.values() if n) or 1)
         for name in token.names:
             if name not in self.axes:
                 self.axes[name] = channel(sizes[name] or rest)
-        self.same(" ".join(token.names), product(self.axes[n] for n in token.names), axis)
+        self.identify(" ".join(token.names), product(self.axes[n] for n in token.names), axis)
 
     def read(self, tokens: tuple[Token, ...], dims: Dims) -> Iterator[tuple[str, Axis]]:
-        """Match the dimensions of one operand; each name with the dimension that it was read from."""
+        """Match the dimensions of one operand; yield each name with the dimension that it stands for."""
         lengths = {t.names[0]: self.length(t.names[0]) for t in tokens if t.star}
         spare = len(dims) - len(tokens) + len(lengths) - sum(n for n in lengths.values() if n is not None)
         unknown = sum(n is None for n in lengths.values())
@@ -185,7 +206,7 @@ class _Names:
                 length = lengths[token.names[0]]
                 part = tuple(next(rest) for _ in range(spare if length is None else length))
                 for old, new in zip(self.stars.setdefault(token.names[0], part), part, strict=True):
-                    self.same(token.names[0], old, new)
+                    self.identify(token.names[0], old, new)
                 found = [("*" + token.names[0], axis) for axis in part]
             else:
                 axis = next(rest)
@@ -203,7 +224,7 @@ class _Names:
         return self.stars.get(name[1:], ()) if name[0] == "*" else (self.axes[name],)
 
     def joined(self, token: Token, size: int | None = None) -> Axis:
-        """What one name or a product stands for; a new name, of ``size`` or of a known size, holds no channel."""
+        """The axis of one name or of a product; a new name, of ``size`` or of a known size, holds no channel."""
         for name in token.names:
             if name not in self.axes:
                 own = self.known.get(name, size if len(token.names) == 1 else None)
@@ -235,7 +256,7 @@ def _text(tokens: Iterable[Token]) -> str:
 
 
 class _Trial:
-    """In place of an operation, where only sizes are asked for."""
+    """Stands in for an ``Op`` where only sizes are wanted."""
 
     unify = staticmethod(unify)
 
@@ -297,10 +318,10 @@ def relate(
 def _note_roles(
     op: Op, names: _Names, nodes: list[fx.Node], origins: list[list[tuple[str, Axis]]], written: set[str]
 ) -> None:
-    """What each name does in each parameter; a name that only one operand has is worked across."""
+    """Note the role of each name in each parameter. A name that only one operand has is worked across."""
     uses = [{name for name, _ in origin} for origin in origins]
     fed = {name for mine, node in zip(uses, nodes, strict=True) if "params" not in node.meta for name in mine}
-    # What comes from parameters: the node, and (source, axis, role) of its dimensions.
+    # For each operand that comes from parameters: the node, and (source, axis, role) of its dimensions.
     operands = op.node.meta.setdefault("operands", [])
     for mine, origin, node in zip(uses, origins, nodes, strict=True):
         contracts = not mine <= written
@@ -308,7 +329,7 @@ def _note_roles(
         for name, source in origin:
             if name not in written and sum(name in other for other in uses) == 1:
                 role = "window"
-                lock(names.axes.get(name, source), Fixed(op.reason("works across positions")))
+                lock(names.axes.get(name, source), Fixed(op.reason("the operation works across positions")))
             elif name not in written:
                 role = "consumes"
             else:
@@ -316,5 +337,5 @@ def _note_roles(
             roles.append((source, names.axes.get(name, source), role))
         if "params" in node.meta:
             for source, axis, role in roles:
-                op.analysis.note_role(node, source, axis, role)
+                op.findings.note_role(node, source, axis, role)
             operands.append((node, roles))

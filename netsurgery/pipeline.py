@@ -22,7 +22,7 @@ from netsurgery.adaptation.fit_code import fit_code, with_repeats
 from netsurgery.adaptation.one_by_one import settle_alone
 from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.tracing import few_collections, trace_untried
+from netsurgery.analysis.tracing import gc_paused, trace_untried
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
@@ -59,7 +59,7 @@ class Pass(abc.ABC):
         return None
 
 
-@few_collections()
+@gc_paused()
 def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
@@ -86,7 +86,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
     return settle_alone(model, network)
 
 
-@few_collections()
+@gc_paused()
 def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
     """Decide what to remove, and carry nothing out.
 

@@ -57,10 +57,11 @@ def html(caption: str, rows: Rows, right: Sequence[int] = ()) -> str:
 
 
 def prunable_share(network: Network) -> float:
-    """How much of what a removal could take at best it can take.
+    """The share of a network's inner dimensions that a removal can take.
 
-    The entries of parameters that go when every open group loses the same small share of its units, relative to those
-    that go when every dimension does but inputs, outputs and positions. A matrix counts half if one axis is locked.
+    Let every group that is not locked lose the same small share of its units, and count the entries of parameters that
+    go. The result is relative to the count where all dimensions lose that share, except inputs, outputs and positions.
+    A matrix with one locked axis counts half.
 
     Example:
         >>> import torch, netsurgery
@@ -75,7 +76,7 @@ def prunable_share(network: Network) -> float:
 
 
 def entries(network: Network, channels: Container[Axis]) -> float:
-    """Entries of parameters at units of some channels: of each parameter once for each axis that has such units."""
+    """Entries of parameters at units of some channels: an entry counts once for each axis that has such units."""
     return sum(
         prod(axis.size for axis in dims) * sum(_part(axis, channels) for axis in dims)
         for name, dims in network.axes.items()
@@ -84,7 +85,7 @@ def entries(network: Network, channels: Container[Axis]) -> float:
 
 
 def _part(axis: Axis, channels: Container[Axis]) -> float:
-    """The share of an axis that some channels have a part in; of factors one is enough."""
+    """The share of an axis's positions that hold units of some channels; one factor of a product is enough."""
     axis = find(axis)
     if not axis.op:
         return float(axis in channels)
@@ -128,7 +129,7 @@ def network_rows(network: Network) -> list[tuple[str, ...]]:
 
 
 def network_table(network: Network) -> str:
-    """What it costs and how much of it is open to removal; then a row for each group."""
+    """A line with the network's cost and how much of it can be removed; then a row for each group."""
     cost = network.cost()
     inputs = ", ".join(
         "x".join(map(str, node.meta["shape"])) for node in network.programs[0].graph.nodes if node.op == "placeholder"
@@ -188,7 +189,7 @@ def cost_rows(cost: Cost) -> Rows:
 
 
 def cost_table(cost: Cost) -> str:
-    """What each module costs."""
+    """The cost of each module."""
     return columns(cost_rows(cost), right=(1, 2))
 
 

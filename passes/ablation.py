@@ -20,8 +20,9 @@ from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import look_up_constants
 from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
+from netsurgery.capture.inputs import Inputs, tensors_in
+from netsurgery.capture.meta_run import home
 from netsurgery.capture.randomness import seeded
-from netsurgery.capture.recorder import Inputs, home, tensors_in
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes.calibration import Samples, in_eval_mode

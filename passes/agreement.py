@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from netsurgery.capture.recorder import home, tensors_in
+from netsurgery.capture.inputs import tensors_in
+from netsurgery.capture.meta_run import home
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured

@@ -22,8 +22,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from netsurgery.capture.inputs import Inputs, as_inputs
+from netsurgery.capture.meta_run import RAISED_BY_MODELS
 from netsurgery.capture.randomness import seeded
-from netsurgery.capture.recorder import RAISED_BY_MODELS, Inputs, as_inputs
 from netsurgery.errors import InputError
 
 __all__ = [

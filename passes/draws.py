@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import draws
-from netsurgery.capture.recorder import format_where, location, tensors_in
+from netsurgery.capture.inputs import tensors_in
+from netsurgery.capture.source_locations import format_where, location
 
 __all__ = ["drawn_at"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.axes import Axis
-from netsurgery.capture.recorder import format_where, tensors_in
+from netsurgery.capture.inputs import tensors_in
+from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 from netsurgery.passes.ablation import Ablation
 from netsurgery.passes.partial_replay import PartialReplay, Step

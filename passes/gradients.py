@@ -14,7 +14,7 @@ from netsurgery.analysis.network import Group, Network, Role
 from netsurgery.analysis.proportional import proportional_to
 from netsurgery.analysis.weights import Use, Weight, uses
 from netsurgery.axes import Axis, leaves
-from netsurgery.capture.recorder import format_where
+from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 from netsurgery.passes.entries import ROLES, accumulated, as_roles, in_roles, listed, summed, unit_sums
 from netsurgery.pipeline import Pass

@@ -13,7 +13,7 @@ from netsurgery.analysis.computed_weights import peeled
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.weights import Weight, computed_weights, used_directly
 from netsurgery.axes import Axis, leaves, product, resolve
-from netsurgery.capture.recorder import Program
+from netsurgery.capture.program import Program
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import CRITERIA, WeightView, column_count
 from netsurgery.kernels.layout import Layout

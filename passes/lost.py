@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.recorder import Inputs, home
+from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.meta_run import home
 from netsurgery.edit import Edit
 from netsurgery.passes.agreement import squares
 from netsurgery.passes.calibration import HELD_BACK, Samples, outputs_of

@@ -30,9 +30,10 @@ from netsurgery.analysis.computed_weights import ancestors, worked_across, write
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import draws
 from netsurgery.axes import Axis, find, leaves
+from netsurgery.capture.inputs import Inputs, tensors_in
 from netsurgery.capture.known_values import any_layout, replay_decision
+from netsurgery.capture.meta_run import home
 from netsurgery.capture.randomness import torch_seeded
-from netsurgery.capture.recorder import Inputs, home, tensors_in
 from netsurgery.positions import masked
 from netsurgery.verification.silencing import STATISTICS, entries, is_view
 

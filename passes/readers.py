@@ -14,7 +14,7 @@ from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, resolve
 from netsurgery.capture.copies import named_modules
 from netsurgery.edit import Edit
-from netsurgery.notation import Op
+from netsurgery.notation import Operation
 from netsurgery.passes.least_squares import Change
 from netsurgery.passes.scores import BATCH_NORMS
 from netsurgery.positions import Positions
@@ -149,9 +149,9 @@ def _shift(network: Network, path: str, nodes: list[fx.Node]) -> tuple[str, int]
     norms = [user for node in nodes for user in node.users]
     if not norms or any(getattr(norm.target, "overloadpacket", None) not in BATCH_NORMS for norm in norms):
         return None
-    if any(Op(norm, network)["input"] not in nodes for norm in norms):
+    if any(Operation(norm)["input"] not in nodes for norm in norms):
         return None
-    means = {getattr(Op(norm, network)["running_mean"], "target", None) for norm in norms}
+    means = {getattr(Operation(norm)["running_mean"], "target", None) for norm in norms}
     name = str(means.pop())
     alone = not means and name in network.tensors and set(_uses(network, name)) == set(norms)
     return (name, -1) if alone else None

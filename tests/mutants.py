@@ -149,8 +149,8 @@ MUTANTS = (
     Mutant(
         "running_var cut out of running_mean",
         "netsurgery/rewriting/surgery.py",
-        "_copy(t, values.get(name, t), network.axes[name], places)",
-        "_copy(t, tensors[name.replace('running_var', 'running_mean')], network.axes[name], places)",
+        "_copy(t, values.get(name, t), network.axes[name], positions)",
+        "_copy(t, tensors[name.replace('running_var', 'running_mean')], network.axes[name], positions)",
     ),
     Mutant(
         "concatenations one position off",
@@ -173,7 +173,7 @@ MUTANTS = (
     Mutant(
         "gradients left uncut",
         "netsurgery/rewriting/surgery.py",
-        "new.grad = places.cut(tensor.grad, axes)",
+        "new.grad = positions.cut(tensor.grad, axes)",
         "new.grad = tensor.grad[: len(new)]",
     ),
     Mutant(
@@ -186,8 +186,8 @@ MUTANTS = (
     Mutant(
         "momentum left at the first units",
         "netsurgery/rewriting/optimizers.py",
-        "cut[what] = self.places.cut(value, axes)",
-        "cut[what] = value[tuple(slice(len(self.places.cut(value.movedim(d, 0), (a,)))) for d, a in enumerate(axes))]",
+        "cut[what] = self.positions.cut(value, axes)",
+        "cut[what] = value[tuple(slice(len(self.positions.cut(value.movedim(d, 0), (a,)))) for d, a in enumerate(axes))]",
     ),
     Mutant(
         "states stay with the old parameters",
@@ -243,8 +243,8 @@ MUTANTS = (
     Mutant(
         "new values lost where the model itself is changed",
         "netsurgery/rewriting/surgery.py",
-        "cuts.append(_cut_all(tensors, edit, places, _valued(tensors, edit, edit.values)))",
-        "cuts.append(_cut_all(tensors, edit, places, {}))",
+        "cuts.append(_cut_all(tensors, edit, positions, _valued(tensors, edit, edit.values)))",
+        "cuts.append(_cut_all(tensors, edit, positions, {}))",
         ("test_compensation.py",),
     ),
     # copying: what the model keeps
@@ -323,7 +323,7 @@ MUTANTS = (
     Mutant(
         "parts of a chunk not kept equal",
         "netsurgery/analysis/rules.py",
-        'op.analysis.equate(parts, op.reason("equal parts that are built differently"))',
+        'op.findings.equate(parts, op.reason("parts of equal size are built differently"))',
         "pass",
     ),
     Mutant(
@@ -359,7 +359,7 @@ MUTANTS = (
     Mutant(
         "unknown operations pass through",
         "netsurgery/analysis/rules.py",
-        'return locked(op, "no rule for this operation (netsurgery.rule teaches one)")',
+        'return locked(op, "the operation has no rule (add one with netsurgery.rule)")',
         "return filled(op)",
     ),
     Mutant(
@@ -417,13 +417,13 @@ MUTANTS = (
         '"*b c h w -> *b (p q c) l"',
     ),
     Mutant(
-        "tensors that a taught rule does not name pass through",
+        "tensors that a custom rule does not name pass through",
         "netsurgery/analysis/custom_rules.py",
-        'op.lock(axis, "not named by its rule")',
+        'op.lock(axis, "the rule does not name this tensor")',
         "pass",
     ),
     Mutant(
-        "taught rules are never forgotten",
+        "custom rules are never taken away",
         "netsurgery/analysis/custom_rules.py",
         "            book.pop(self.key, None)\n",
         "",
@@ -431,7 +431,7 @@ MUTANTS = (
     Mutant(
         "the network's output is not locked",
         "netsurgery/analysis/network.py",
-        'lock(axis, Edge("network output"))',
+        'lock(axis, Edge("the network output has this dimension"))',
         "pass",
     ),
     Mutant(
@@ -675,7 +675,7 @@ MUTANTS = (
     Mutant(
         "the user's tensors are written to",
         "netsurgery/capture/known_values.py",
-        "if storage.data_ptr() not in self.borrowed:",
+        "if storage.data_ptr() not in self.shared:",
         "if True:",
     ),
     Mutant(

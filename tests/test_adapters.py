@@ -168,7 +168,9 @@ def test_what_the_norm_is_taken_over_is_locked_with_the_reason() -> None:
     model, x = linear(Beside)
     network = netsurgery.trace(model.double(), x)
     (why,) = [group.locked for group in network.groups if group.size == 16]
-    assert why is not None and why.startswith("the rest of a weight that is computed across its units would change")
+    assert why is not None and why.startswith(
+        "a weight is computed across these units, and a removal would change the rest of it"
+    )
 
 
 def test_the_rank_of_an_update_of_few_channels_is_told_by_its_window() -> None:

@@ -85,7 +85,7 @@ CASES: list[tuple[Callable[[Made], Any], str]] = [
     (lambda m: Edit(m.model, {}), EDIT + "Sequential, dict$"),  # type: ignore[arg-type]
     (lambda m: Edit({"0": (1,)}, m.network), EDIT + "dict, Network$"),  # type: ignore[arg-type]
     (lambda m: Edit(m.network, HALF), EDIT + "Network, list$"),  # type: ignore[arg-type]
-    (lambda m: Edit(m.network, {"0": 3}), r"^group '0': the units that stay are a list of whole numbers, got 3$"),  # type: ignore[dict-item]
+    (lambda m: Edit(m.network, {"0": 3}), r"^group '0': the units that stay must be a list of whole numbers, got 3$"),  # type: ignore[dict-item]
     (lambda m: Edit(m.network, {"0": "ab"}), "a list of whole numbers, got 'ab'$"),  # type: ignore[dict-item]
     (lambda m: Edit(m.network, {"0": (0.5, 1.7)}), r"a list of whole numbers, got \(0.5, 1.7\)$"),  # type: ignore[dict-item]
     (lambda m: Edit(m.network, {0: (1,)}), "^'0' is no group of this network"),  # type: ignore[dict-item]

@@ -772,9 +772,9 @@ def test_values_are_for_a_model_of_the_same_weights() -> None:
 
 def test_values_must_fit() -> None:
     network = netsurgery.trace(Reads(), (ROWS[:2],))
-    with pytest.raises(InputError, match=r"a value of shape \(2,\) for 'b.bias': it is \(3,\)"):
+    with pytest.raises(InputError, match=r"the new value of 'b.bias' has shape \(2,\), but the tensor has \(3,\)"):
         netsurgery.Edit(network, {"a": (0,)}, values={"b.bias": torch.zeros(2)})
-    with pytest.raises(InputError, match=r"a value of shape \(2,\) for 'c': there is none"):
+    with pytest.raises(InputError, match=r"the new value of 'c' has shape \(2,\), but the model has no such tensor"):
         netsurgery.Edit(network, {"a": (0,)}, values={"c": torch.zeros(2)})
 
 

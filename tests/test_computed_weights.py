@@ -165,9 +165,7 @@ def test_what_cannot_stay_is_locked(name: str) -> None:
     model = made(LOCKED[name])
     network = netsurgery.trace(model, X)
     first = network["a" if isinstance(model, Computed) else "0"]
-    assert first.locked is not None and first.locked.startswith(
-        "the rest of a weight that is computed across its units"
-    )
+    assert first.locked is not None and first.locked.startswith("a weight is computed across these units")
     edit = netsurgery.plan(model, [RandomKeep(1)], X) if network.prunable else None
     if edit is not None:
         assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, X) < 1e-10
@@ -224,7 +222,7 @@ def test_a_filter_of_which_only_zeros_would_stay_is_refused() -> None:
     with torch.no_grad():
         model[2].parametrizations.weight.original1[3, :4] = 0
     edit = netsurgery.Edit(netsurgery.trace(model, X), {"0": (0, 1, 2, 3)})
-    with pytest.raises(RewriteError, match=r"'2\.parametrizations\.weight\.original0' nothing but zeros would stay"):
+    with pytest.raises(RewriteError, match=r"'2\.parametrizations\.weight\.original0' would keep nothing but zeros"):
         netsurgery.rewrite(model, edit)
 
 
@@ -562,7 +560,7 @@ def normalised_by_rows(m: Any) -> None:
 def test_a_weight_that_is_normalised_in_place_is_locked(write: Callable[[Any], object]) -> None:
     network = netsurgery.trace(overwritten(write), X)
     (locked,) = [g.locked for g in network.groups if g.name == "a"]
-    assert locked is not None and "computed across its units" in locked
+    assert locked is not None and "computed across these units" in locked
 
 
 # Low-rank updates that are not merged ------------------------------------------------------------------------------

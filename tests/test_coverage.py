@@ -62,8 +62,8 @@ def test_exact(monkeypatch):
     assert found["share"] == 1.0  # all but inputs and outputs
     assert found["difference"] < 1e-6 and found["permuted"] < 1e-6 and found["changed"] > 0.1
     assert [(one["reason"], one["groups"]) for one in found["reasons"]] == [
-        ("network input input_0", 1),
-        ("network output", 1),
+        ("the network input input_0 has this dimension", 1),
+        ("the network output has this dimension", 1),
     ]
 
 
@@ -125,9 +125,9 @@ def test_verdict():
 
 
 def test_reasons_are_merged():
-    here = "no rule for this operation: aten.roll in layers.{} at timm/models/swin.py:53"
+    here = "the operation has no rule: aten.roll in layers.{} at timm/models/swin.py:53"
     there = "fails at other sizes (shape '[2, {}]' is invalid): aten.view in blocks.{} at a.py:7 in blocks.{}.attn"
-    assert coverage_rows.short(here.format(1)) == "no rule for this operation: aten.roll at timm/models/swin.py:53"
+    assert coverage_rows.short(here.format(1)) == "the operation has no rule: aten.roll at timm/models/swin.py:53"
     assert coverage_rows.short("the code refuses other sizes (no) in the model") == "the code refuses other sizes (no)"
     training = " at a.py:7{} ({} runs other code in training)"
     assert coverage_rows.short(training.format(" in a.b", "the code of a.b")) == training.format("", "its code")
@@ -153,8 +153,8 @@ def test_what_a_reason_holds():
     for model.flips in (False, True):
         facts = coverage_rows.facts(netsurgery.trace(model, torch.zeros(2, 7, 5)))
         held.append({one["reason"].partition(":")[0]: one["entries"] for one in facts["reasons"]})
-    assert held[0]["told apart by position"] == 0
-    assert held[1]["told apart by position"] > 0 == held[1]["network output"]
+    assert held[0]["units are identified by position"] == 0
+    assert held[1]["units are identified by position"] > 0 == held[1]["the network output has this dimension"]
 
 
 def test_every_timm_module():
@@ -208,8 +208,8 @@ def test_randomise_leaves_nothing_still():
 
 
 def test_page():
-    reason = {"reason": "no rule for this operation: aten.roll at a_b.py:53", "groups": 2, "entries": 9.0}
-    edge = {"reason": "network input input_0", "groups": 1, "entries": 0.0}
+    reason = {"reason": "the operation has no rule: aten.roll at a_b.py:53", "groups": 2, "entries": 9.0}
+    edge = {"reason": "the network input input_0 has this dimension", "groups": 1, "entries": 0.0}
     figures = {"machine": "M", "parameters": 1234, "groups": 7, "locked": 2, "removed": 0.5, "difference": 2e-7,
                "permuted": 3e-7, "trace_s": 0.5, "rewrite_s": 0.25}  # fmt: skip
     rows = [
@@ -228,7 +228,7 @@ def test_page():
         "| three | REFUSED |  |  |  |  |  |  |  |  |  |  |",
         "- three: REFUSED: `TraceError: no more`",
         "Only inputs, outputs and positions are locked in 1 of these models.",
-        "- two:\n  - 2 groups: `no rule for this operation: aten.roll at a_b.py:53`",
+        "- two:\n  - 2 groups: `the operation has no rule: aten.roll at a_b.py:53`",
     ]:
         assert f"\n{line}\n" in text
     assert "## c" not in text

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.analysis.rules import CUSTOM_RULES
-from netsurgery.capture.custom_modules import leaf_of
+from netsurgery.capture.custom_modules import operation_of
 from netsurgery.errors import InputError, TraceError
 from netsurgery.notation import Op
 from netsurgery.passes import PruneChannels, RandomScore
@@ -91,12 +91,12 @@ def free(model: nn.Module, x: Tensor = X) -> list[str]:
 def test_an_operation() -> None:
     model = Scales().double().eval()
     why = netsurgery.trace(model, (X,))["a"].locked or ""
-    assert "no rule for this operation (netsurgery.rule teaches one): netsurgery_tests.scale at tests/" in why
+    assert "the operation has no rule (add one with netsurgery.rule): netsurgery_tests.scale at tests/" in why
     for target in ("netsurgery_tests::scale", scale, torch.ops.netsurgery_tests.scale.default):
-        with netsurgery.rule(target, "*s c, c -> *s c") as taught:
+        with netsurgery.rule(target, "*s c, c -> *s c") as handle:
             assert free(model) == ["a"]
             check(model, (X,), 1e-9)
-            assert "netsurgery_tests" in repr(taught) and repr(taught).endswith(": *s c, c -> *s c>")
+            assert "netsurgery_tests" in repr(handle) and repr(handle).endswith(": *s c, c -> *s c>")
     assert free(model) == []
 
 
@@ -104,7 +104,7 @@ def test_operands_by_name_and_what_is_not_named() -> None:
     with netsurgery.rule(scale, "*s -> *s", operands="x"):
         reasons = [group.locked or "" for group in netsurgery.trace(Scales().double(), (X,)).groups]
         assert free(Scales().double()) == ["a"]  # which is wrong, as verify would show: by is added to nothing
-        assert any("not named by its rule: netsurgery_tests.scale" in reason for reason in reasons)
+        assert any("the rule does not name this tensor: netsurgery_tests.scale" in reason for reason in reasons)
     with netsurgery.rule(scale, "c, *s c -> *s c", operands="by x"):
         check(Scales().double().eval(), (X,), 1e-9)
 
@@ -112,7 +112,7 @@ def test_operands_by_name_and_what_is_not_named() -> None:
 def test_brackets_lock_one_dimension() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).double()
     with netsurgery.rule(torch.ops.aten.addmm, "n, m k, k [n] -> m n"):
-        assert "told apart by position: aten.addmm in 0" in (netsurgery.trace(model, X[0])["0"].locked or "")
+        assert "identified by position: aten.addmm in 0" in (netsurgery.trace(model, X[0])["0"].locked or "")
 
 
 def test_functions_and_locks() -> None:
@@ -123,7 +123,7 @@ def test_functions_and_locks() -> None:
     with netsurgery.rule(scale, says):
         assert free(model) == ["by", "a"]  # the function says nothing of by
         with netsurgery.rule(scale, None):
-            assert "locked by netsurgery.rule: netsurgery_tests.scale" in (
+            assert "netsurgery.rule locks the operation: netsurgery_tests.scale" in (
                 netsurgery.trace(model, (X,))["a"].locked or ""
             )
         assert free(model) == ["by", "a"]  # the rule before holds again
@@ -141,10 +141,10 @@ def test_a_built_in_rule_is_overruled() -> None:
 
     model = nn.Sequential(nn.Linear(4, 8), Backwards(), nn.Linear(8, 3)).double()
     assert free(model) == []
-    taught = netsurgery.rule("aten::flip", "*s -> *s")
+    handle = netsurgery.rule("aten::flip", "*s -> *s")
     assert free(model) == ["0"]
-    taught.remove()
-    taught.remove()
+    handle.remove()
+    handle.remove()
     assert free(model) == []
 
 
@@ -179,7 +179,9 @@ def test_tensors_of_a_module_that_are_not_named_are_locked() -> None:
     with netsurgery.rule(Heads, **partly):
         network = netsurgery.trace(Uses().double(), (X,))
         (group,) = (g for g in network.groups for m in g.members if m.parameter == "heads.gain")
-        assert (group.locked or "").startswith("not named by its rule: Heads in heads at tests/test_custom_rules.py")
+        assert (group.locked or "").startswith(
+            "the rule does not name this tensor: Heads in heads at tests/test_custom_rules.py"
+        )
 
 
 @pytest.mark.parametrize(
@@ -192,10 +194,10 @@ def test_tensors_of_a_module_that_are_not_named_are_locked() -> None:
         (scale, "(a b, b -> a", {}, r"'\(' in '\(a b' is out of place"),
         (scale, "a 3, b -> a", {}, "'3' in 'a 3' is out of place"),
         (scale, "(a), b -> a", {}, "needs two names or more"),
-        (scale, "a *a, b -> a", {}, "'a' is one dimension here and any number of them there"),
+        (scale, "a *a, b -> a", {}, "'a' stands for one dimension and for any number of them"),
         (scale, "a -> a", {}, r"has 1 operands for 2 tensors \(x, by\): name those that are meant, as in operands='x'"),
         (scale, "a, a -> a", {"operands": "x y"}, "has no argument 'y', only x, by, times"),
-        (scale, "a, a -> a", {"sizes": {"c": "times"}}, "sizes names 'c', which"),
+        (scale, "a, a -> a", {"sizes": {"c": "times"}}, "sizes has the name 'c', which"),
         (scale, "a, a -> a", {"sizes": {"a": "often"}}, "has no argument 'often', only x, by, times"),
         (Heads, "*b i -> *b o, *b", {"operands": "x"}, "the size of 'o' is not known"),
         (Heads, None, {}, "a module needs a notation"),
@@ -247,11 +249,11 @@ def test_a_rule_does_not_keep_a_model_alive() -> None:
         network = netsurgery.trace(model, (X,))
         edit = netsurgery.Edit(network, {"a": (0, 3)})
         small, gone = netsurgery.rewrite(model, edit), weakref.ref(model.heads)
-        other, leaf = copy.deepcopy(model), leaf_of(model.heads)
+        other, operation = copy.deepcopy(model), operation_of(model.heads)
         del network, edit, model
         gc.collect()
         assert gone() is None
         with pytest.raises(InputError, match="the model that was traced is gone, and with it the code of Heads"):
-            _ = leaf.module
+            _ = operation.module
         edit = netsurgery.plan(other, [RandomScore(), PruneChannels(0.5)], X)
         assert isinstance(small, Uses) and edit.counts["heads.proj"] == 2

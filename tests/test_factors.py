@@ -342,7 +342,7 @@ def test_what_a_constant_feeds_is_an_input(run: str) -> None:
         group for group in network.groups if any((m.parameter, m.axis) == ("read.weight", 1) for m in group.members)
     ]
     assert reads and all(group.locked for group in reads)
-    assert any("what a constant feeds is an input" in (group.locked or "") for group in reads)
+    assert any("a constant feeds this dimension, as an input would" in (group.locked or "") for group in reads)
     assert cut(model, ROWS, PruneChannels(0.5)).read.weight.shape == (16, 8)
 
 

@@ -241,7 +241,10 @@ def test_weights_that_are_no_state_dict(folder: Path) -> None:
         ('{"groups": {}}', "or no inputs"),
         ('{"groups": {"0": [1]}, "inputs": null}', "it has no groups with units"),
         ('{"groups": {"0": {"size": 8, "keep": 3}}, "inputs": null}', "it has no groups with units"),
-        ('{"groups": {"0": {"size": 8, "keep": [0.5]}}, "inputs": null}', "are a list of whole numbers, got (0.5,)"),
+        (
+            '{"groups": {"0": {"size": 8, "keep": [0.5]}}, "inputs": null}',
+            "a list of whole numbers, got (0.5,)",
+        ),
         ('{"groups": {"0": {"size": 8, "keep": [9]}}, "inputs": null}', "in 0..7, got [9]"),
         ('{"groups": {}, "inputs": [[3, 4]]}', "the inputs of the edit cannot be read"),
         ('{"groups": {}, "inputs": {"tuple": [{"shape": [1], "dtype": "float99"}]}}', "cannot be read"),

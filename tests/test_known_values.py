@@ -433,7 +433,7 @@ def test_experts_that_are_modules(seed: int) -> None:
     _, edit = check(model, (torch.randn(24, 4, dtype=torch.float64),), 1e-10, seed)
     widths = {f"experts.experts.{i}.up" for i in range(3)}
     assert {group.name for group in edit.network.prunable} == {"a", *widths}
-    assert "told apart by position: aten.topk" in edit.network["experts.gate"].locked
+    assert "identified by position: aten.topk" in edit.network["experts.gate"].locked
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -445,7 +445,7 @@ def test_experts_in_one_parameter(seed: int) -> None:
     count, width = small.experts.up.shape[0], small.experts.down.shape[2]
     assert count == 3 and small.experts.up.shape[1] == 2 * width < 20
     stacks = [g for g in edit.network.groups if ("experts.up", 0) in [(m.parameter, m.axis) for m in g.members]]
-    assert "told apart by position: aten.select" in stacks[0].locked
+    assert "identified by position: aten.select" in stacks[0].locked
 
 
 def test_an_expert_that_no_token_chooses_keeps_its_width() -> None:
@@ -456,5 +456,5 @@ def test_an_expert_that_no_token_chooses_keeps_its_width() -> None:
         model.a.bias[0] = 1e3
         model.experts.gate.weight[1:, 0] = 10.0
     network = netsurgery.trace(model, X)
-    assert network["experts.experts.0.up"].locked == "not used in the recorded run"
+    assert network["experts.experts.0.up"].locked == "the recorded run does not use this tensor"
     assert network["experts.experts.1.up"].locked is None

@@ -53,7 +53,7 @@ class Case:
 
 ROWS = (2, 5, 4)  # batch, positions, features
 IMAGE = (2, 3, 8, 8)
-APART = "told apart by position"
+APART = "identified by position"
 
 
 def rows(run: Run, free: str, why: str = "", **parts: nn.Module) -> Case:
@@ -319,8 +319,8 @@ CASES: dict[str, Case] = {
         .unflatten(-1, (m.z.in_features, -1)).square().sum(-1), "a a:2 b", b=lin(8, 12), z=lin(4, 3),
     ),
     "blocks as rows": rows(
-        lambda m, h: torch.cat([h, m.b(h)], -1).reshape(-1, m.z.in_features), "a:2", "network output", b=lin(8, 12),
-        z=lin(4, 3),
+        lambda m, h: torch.cat([h, m.b(h)], -1).reshape(-1, m.z.in_features), "a:2", "the network output has this dim",
+        b=lin(8, 12), z=lin(4, 3),
     ),
     "blocks of each row": rows(
         lambda m, h: torch.cat([h, m.b(h)], -1).reshape(2, -1, m.z.in_features).square().sum(1), "a a:2 b",
@@ -372,7 +372,7 @@ CASES: dict[str, Case] = {
         b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 6), dim=1),
     ),
     "spectral norm": rows(
-        lambda m, h: m.b(h), "", "computed across its units would change: aten.mv", z=lin(6, 3),
+        lambda m, h: m.b(h), "", "would change the rest of it: aten.mv", z=lin(6, 3),
         b=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6)),
     ),
     # in place, and pointwise
@@ -386,7 +386,7 @@ CASES: dict[str, Case] = {
         + torch.addcdiv(h, h, h.exp()) + F.rrelu(h) + F.softplus(h).clamp_(0.1, 2) + F.mish(h, True)
         + F.glu(h, 0).repeat(2, 1, 1), "a",
     ),
-    "no rule": rows(lambda m, h: h.masked_scatter(h[..., :1] > 1, h), "", "netsurgery.rule teaches one): aten"),
+    "no rule": rows(lambda m, h: h.masked_scatter(h[..., :1] > 1, h), "", "add one with netsurgery.rule): aten"),
     "lstm": rows(
         lambda m, h: m.b(h)[0], "a b", b=nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True), z=lin(12, 3)
     ),

@@ -285,7 +285,7 @@ def test_a_pass_that_returns_something_else(model: nn.Module) -> None:
         ({"block.conv1": (0, 8)}, "must be ascending, distinct and in 0..7"),
         ({"block.conv1": (-1, 2)}, "must be ascending"),
         ({"block.conv1": (2, 2)}, "must be ascending"),
-        ({"head": (0,)}, "'head' is locked: network output"),
+        ({"head": (0,)}, "'head' is locked: the network output has this dimension"),
     ],
 )
 def test_impossible_edits(keep: dict, message: str) -> None:

@@ -48,7 +48,7 @@ def test_an_edit(network: netsurgery.Network) -> None:
 def test_parts_of_a_network(network: netsurgery.Network) -> None:
     stream = network["layer4.0.conv3"]
     assert repr(stream) == "Group('layer4.0.conv3', size=2048, unit='channel', 23 members)"
-    assert repr(network["fc"]).endswith("members, locked='network output')")
+    assert repr(network["fc"]).endswith("members, locked='the network output has this dimension')")
     assert repr(network.cost()) == "Cost(params=25557032, macs=4089184256, of 107 modules)"
     assert re.fullmatch(r"Program\(mode='eval', \d+ operations, values='none'\)", repr(network.programs[0]))
 

@@ -110,7 +110,7 @@ class Gate(nn.Module):
 
 def test_what_only_training_does_counts() -> None:
     network = netsurgery.trace(Trains(lambda h: h.flip(1)), torch.randn(1, 4))
-    assert "told apart by position: aten.flip" in (network["a"].locked or "")
+    assert "identified by position: aten.flip" in (network["a"].locked or "")
     for model in (Trains(torch.relu), Trains(torch.relu, Gate())):
         x = torch.randn(3, 4)
         edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], x)

@@ -98,7 +98,9 @@ def test_patterns() -> None:
     assert counts(RandomScore(), PruneChannels(0.5, include="1")) == {"0": 8, "3": 32, "5": 24}  # the norm carries them
     with pytest.raises(InputError, match="pattern 'stem' matches no module with parameters in Sequential"):
         counts(RandomScore(), PruneChannels(0.5, exclude=["stem"]))
-    with pytest.raises(InputError, match=r"nothing of Sequential can be pruned.*8: network output"):
+    with pytest.raises(
+        InputError, match=r"nothing of Sequential can be pruned.*8: the network output has this dimension"
+    ):
         counts(RandomScore(), PruneChannels(0.5, exclude=["*"]))
 
 

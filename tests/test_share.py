@@ -133,4 +133,6 @@ def test_small_removals_take_that_share() -> None:
 
 def test_inner_dimensions() -> None:
     assert inner(channel(3)) and inner(channel(3, "locked"))
-    assert not any(map(inner, [channel(1), channel(3, Fixed("time")), channel(3, Edge("network output"))]))
+    assert not any(
+        map(inner, [channel(1), channel(3, Fixed("time")), channel(3, Edge("the network output has this dimension"))])
+    )

@@ -721,7 +721,7 @@ def test_what_longer_inputs_need_stays() -> None:
     torch.manual_seed(0)
     model = Positions().eval()
     network = netsurgery.trace(model, torch.randn(2, 5, 8))
-    rest = [g for g in network.groups if g.locked == "beyond what the recorded run uses"]
+    rest = [g for g in network.groups if g.locked == "the recorded run does not use this part of the tensor"]
     assert [g.name for g in rest] == ["learned:2", "ids", "mask", "mask:2"] and {g.size for g in rest} == {7}
     edit = netsurgery.plan(model, [RandomScore(), PruneChannels(0.5)], torch.randn(2, 5, 8))
     assert list(edit.keep) == ["first"]

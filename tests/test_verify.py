@@ -108,7 +108,7 @@ def test_a_group_that_is_another_on_that_way_is_refused() -> None:
     edit = netsurgery.Edit(network, {"a": tuple(range(12))})
     small = netsurgery.rewrite(model, edit)
     assert netsurgery.verify(model, small, edit, (X, PADDED)) < 1e-6
-    with pytest.raises(InputError, match="the units of 'a' are others there: plan the edit with such inputs"):
+    with pytest.raises(InputError, match="'a' has other units there: plan the edit with such inputs"):
         netsurgery.verify(model, small, edit, (X, torch.ones_like(PADDED)))
 
 

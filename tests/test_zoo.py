@@ -45,7 +45,7 @@ def test_half_of_every_group(name):
 
     if not name.startswith("shufflenet"):
         locked = [group for group in network.groups if group.locked and group.size > 1]
-        assert {group.locked.partition(":")[0].split()[1] for group in locked} == {"input", "output"}
+        assert {group.locked.partition(":")[0].split()[2] for group in locked} == {"input", "output"}
 
     assert edit.before == netsurgery.cost(model, inputs)
     assert edit.after == netsurgery.cost(small, inputs)
@@ -94,17 +94,17 @@ def changed(edit: netsurgery.Edit) -> list[str]:
 #: Stages with more shuffles than their width has factors of two: stage, reason, and how many groups.
 SHUFFLENET = {
     "shufflenet_v2_x0_5": {
-        ("stage3", "cut through: aten.split"): 9,
-        ("stage3", "equal parts that are built differently: aten.split"): 28,
-        ("stage3", "sizes that do not align: aten.view"): 1,
+        ("stage3", "a cut goes through a unit: aten.split"): 9,
+        ("stage3", "parts of equal size are built differently: aten.split"): 28,
+        ("stage3", "the sizes do not align: aten.view"): 1,
     },
     "shufflenet_v2_x1_0": {
-        ("stage2", "cut through: aten.split"): 7,
-        ("stage2", "equal parts that are built differently: aten.split"): 31,
-        ("stage2", "sizes that do not align: aten.view"): 1,
-        ("stage3", "cut through: aten.split"): 31,
-        ("stage3", "equal parts that are built differently: aten.split"): 49,
-        ("stage3", "sizes that do not align: aten.view"): 2,
+        ("stage2", "a cut goes through a unit: aten.split"): 7,
+        ("stage2", "parts of equal size are built differently: aten.split"): 31,
+        ("stage2", "the sizes do not align: aten.view"): 1,
+        ("stage3", "a cut goes through a unit: aten.split"): 31,
+        ("stage3", "parts of equal size are built differently: aten.split"): 49,
+        ("stage3", "the sizes do not align: aten.view"): 2,
     },
 }
 

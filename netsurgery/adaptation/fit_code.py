@@ -32,28 +32,18 @@ from netsurgery.adaptation.module_tracer import DiffersInTraining, ModuleTrace, 
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
-from netsurgery.analysis.rules import SIZED, Op
+from netsurgery.analysis.rules import SIZED
 from netsurgery.axes import Axis, leaves
 from netsurgery.capture.copies import named_modules, named_tensors
+from netsurgery.capture.inputs import Inputs, is_namedtuple, meta_inputs, tensors_in
 from netsurgery.capture.known_values import KnownValues, draw, is_number, select
 from netsurgery.capture.lockstep import Lockstep, PathDiverged, source_of
+from netsurgery.capture.meta_run import RAISED_BY_MODELS, bind_inputs, home, meta_copy, run_guarded
 from netsurgery.capture.meta_shapes import infer
-from netsurgery.capture.recorder import (
-    RAISED_BY_MODELS,
-    Call,
-    Inputs,
-    Program,
-    bind_inputs,
-    format_where,
-    home,
-    is_namedtuple,
-    meta_copy,
-    meta_inputs,
-    raised_at,
-    run_guarded,
-    tensors_in,
-)
+from netsurgery.capture.program import Call, Program
+from netsurgery.capture.source_locations import format_where, raised_at
 from netsurgery.errors import InputError, RewriteError
+from netsurgery.notation import Operation
 
 __all__ = ["channels_of", "fit_code", "follows", "with_repeats"]
 
@@ -303,7 +293,7 @@ class _Attempt:
         """
         program, runs = self.recorded(path), self.heard(path)
         alike = type(module), *((str(run.usual), run.code) for run in runs)
-        if alike not in program.heard:
+        if alike not in program.module_traces:
             forward = compiled(self.code(path, module, Sizes({}), {}))["forward"]
             calls = [call for call in program.calls if call.path == path]
             found = (
@@ -311,9 +301,9 @@ class _Attempt:
                 for call in calls
                 for training in (False, True)
             )
-            program.heard[alike] = next((one for one in found if one is not None), None)
-        if program.heard[alike] is not None:
-            raise Untraceable(f"has other gradients as a graph, which {program.heard[alike]}")
+            program.module_traces[alike] = next((one for one in found if one is not None), None)
+        if program.module_traces[alike] is not None:
+            raise Untraceable(f"has other gradients as a graph, which {program.module_traces[alike]}")
 
     def recorded(self, path: str, in_training: bool = False) -> Program:
         """The program in which a module runs.
@@ -335,14 +325,14 @@ class _Attempt:
         """
         program = self.recorded(path, in_training)
         module, key = self.model.get_submodule(path), f"{path} in training" if in_training else path
-        if key not in program.heard or program.heard[key][0]() is not module:
+        if key not in program.module_traces or program.module_traces[key][0]() is not module:
             try:
                 calls = [call for call in program.calls if call.path == path]
                 runs = [trace_module(module, program, call, self.network, in_training) for call in calls]
-                program.heard[key] = weakref.ref(module), runs
+                program.module_traces[key] = weakref.ref(module), runs
             except Untraceable as reason:
-                program.heard[key] = weakref.ref(module), str(reason)
-        found: list[ModuleTrace] | str = program.heard[key][1]
+                program.module_traces[key] = weakref.ref(module), str(reason)
+        found: list[ModuleTrace] | str = program.module_traces[key][1]
         if isinstance(found, str):
             raise Untraceable(found)
         return found
@@ -460,7 +450,7 @@ class _Checker(Lockstep):
         """Blame the changed groups in some axes, or else those of the module that an operation runs in."""
         path = self.modules[-1] if self.modules else ""
         names = [self.changed[leaf] for axis in axes for leaf in leaves(axis) if leaf in self.changed]
-        reason = Op(node, None).reason(why)
+        reason = Operation(node).reason(why)
         if names:
             self.blamed.setdefault(path, {}).update(dict.fromkeys(names, reason))
         else:
@@ -501,7 +491,7 @@ class _Checker(Lockstep):
         if not self.blamed and results != [*map(self.origin, output.args[0])]:
             self.attribute_to_module("the code does other things at other sizes", "")
 
-    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+    def note_alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
         if id(tensor) in self.reals:
             self.reals[id(other)] = self.reals[id(tensor)]
@@ -516,7 +506,7 @@ class _Checker(Lockstep):
             if isinstance(source, fx.Node | tuple) and self.written_later(source):
                 raise PathDiverged("a copy is made that was not made when it was traced")
             out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
-            return self.same(args[0], out)
+            return self.note_alias(args[0], out)
         out = self.answer(node, func, args, kwargs)
         parts = out if isinstance(out, list | tuple) else [out]
         self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
@@ -533,7 +523,7 @@ class _Checker(Lockstep):
             if self.known is None:
                 out = infer(func, args, kwargs)
             else:
-                out = self.known.follow(node, func, args, kwargs, _first(self.sizes))
+                out = self.known.replay(node, func, args, kwargs, _first(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
@@ -606,13 +596,13 @@ class _Checker(Lockstep):
                 continue
             if name in expected:
                 if name == "start" and isinstance(now, int):  # as slicing reads it
-                    length = args[0].shape[Op(node, None)["dim"]]
+                    length = args[0].shape[Operation(node)["dim"]]
                     now = min(max(now + length if now < 0 else now, 0), length)
                 if isinstance(now, int) and now != self.sizes(expected[name]):
                     self.attribute_failure([expected[name]], node, f"{name}={now} is fixed by the code")
                     return True
             elif name not in sized and now != then and _is_number(now):
-                reason = Op(node, None).reason(f"the code computes {name}={then} from a size")
+                reason = Operation(node).reason(f"the code computes {name}={then} from a size")
                 self.attribute_to_module(reason, self.modules[-1] if self.modules else "")
                 return True
         return False

@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.capture.caches import caches_kept
 from netsurgery.capture.copies import copy_with, named_tensors
+from netsurgery.capture.inputs import tensors_in
+from netsurgery.capture.meta_run import RAISED_BY_MODELS, without_fast_path
+from netsurgery.capture.program import Call, Named
 from netsurgery.capture.randomness import seeded
-from netsurgery.capture.recorder import RAISED_BY_MODELS, Call, Named, tensors_in, without_fast_path
 
 __all__ = ["difference"]
 

@@ -35,20 +35,12 @@ from netsurgery.capture.caches import caches_kept, caches_passed_by
 from netsurgery.capture.copies import named_modules, named_tensors, on_meta
 from netsurgery.capture.custom_modules import CUSTOM_MODULES
 from netsurgery.capture.fake_device import FakeDevice
+from netsurgery.capture.meta_run import RAISED_BY_MODELS, meta_copy, track
 from netsurgery.capture.meta_shapes import infer
-from netsurgery.capture.recorder import (
-    RAISED_BY_MODELS,
-    Call,
-    Named,
-    OpObserver,
-    Program,
-    format_where,
-    is_library,
-    location,
-    meta_copy,
-    track,
-)
+from netsurgery.capture.op_observer import OpObserver
+from netsurgery.capture.program import Call, Named, Program
 from netsurgery.capture.side_effects import Effects
+from netsurgery.capture.source_locations import format_where, is_library, location
 
 __all__ = ["DiffersInTraining", "ModuleTrace", "SizeEvaluator", "Untraceable", "trace_module"]
 
@@ -301,7 +293,7 @@ class _MetaExecutor(OpObserver):
         if self.recorder is not None and not self.recorder.paused and not self.recorder.busy:
             self.recorder.bind(out, self.recorder.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
 
-    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+    def note_alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
         if id(tensor) in self.dims:
             self.dims[id(other)] = self.dims[id(tensor)]

@@ -1,12 +1,13 @@
 """Weights that the code computes from others, and what a removal must not do to them.
 
 A weight norm divides a filter by its length, weight standardisation by its deviation, spectral norm by its largest
-singular value: where some of the inputs go, the same code makes another weight of the rest. But what stays of a weight
-must stay as it is. So the units that such a computation works across are locked, unless a parameter multiplies the
-result and can make up for the change, as the length of a weight norm can (``scaled_by``; ``keeping.py`` does it).
+singular value: where some of the inputs go, the same code makes another weight of the rest. But the entries of a
+weight that stay must keep their values. So the units that such a computation works across are locked, unless a
+parameter multiplies the result and can make up for the change, as the length of a weight norm can. Such a parameter is
+noted as ``scaled_by``, and ``netsurgery.rewriting.kept_weights`` works out its new values.
 
 Queries, tokens and tables of positions come from parameters alone too, but layers work on them as on activations:
-norms and products inside of these are no computation of a weight.
+so their norms and products do not count as computations of a weight.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 from torch import fx
 
 from netsurgery.axes import Axis, find, leaves, lock
-from netsurgery.capture.recorder import Program
-from netsurgery.notation import Op
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = [
     "Computations",
+    "aligned_dims",
     "ancestors",
     "is_moved",
     "is_stream",
@@ -33,7 +35,6 @@ __all__ = [
     "meetings",
     "packet_of",
     "peeled",
-    "places",
     "scaled",
     "worked_across",
     "writers",
@@ -55,11 +56,11 @@ _MULTIPLIED = {aten.mul, aten.mul_, aten.div, aten.div_}
 _ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
 
 
-# What meets activations ------------------------------------------------------------------------------------------
+# Weights of operations -----------------------------------------------------------------------------------------------
 
 
 def meetings(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """What comes from parameters and constants alone, and the operation that brings it together with activations."""
+    """Each result of parameters and constants alone that an operation combines with activations, and the operation."""
     for node in program.graph.nodes:
         if node.op == "call_function" and "params" not in node.meta:
             yield from ((source, node) for source in node.all_input_nodes if "params" in source.meta)
@@ -108,9 +109,9 @@ def writers(node: fx.Node) -> list[fx.Node]:
 
 
 def ancestors(node: fx.Node) -> dict[fx.Node, None]:
-    """A node and all that its value comes from, what writes into these included.
+    """A node and all that its value comes from, operations that write into these included.
 
-    Not which rows of a table are looked up, before which these are normalised: others do not matter.
+    The indices of a lookup that normalises rows first are left out: they change nothing in other rows.
     """
     found: dict[fx.Node, None] = {}
     left = [node]
@@ -147,7 +148,7 @@ class Computations:
 
 
 def is_stream(node: fx.Node) -> bool:
-    """Whether layers have worked on what comes from parameters, and nothing reads it as the weight of a layer."""
+    """Whether a result of parameters is a stream of activations: layers worked on it, and none has it as its weight."""
     worked_on = any(packet_of(one) in _PRODUCTS for one in ancestors(node))
     return worked_on and not any("params" not in user.meta and _reads_weight(user, node) for user in node.users)
 
@@ -158,12 +159,12 @@ def _reads_weight(user: fx.Node, node: fx.Node) -> bool:
     return packet_of(user) in _WEIGHT_OF or (batched and node.meta["dims"][0].size == 1)
 
 
-# Which units depend on each other ----------------------------------------------------------------------------------
+# Dependence between units --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Across:
-    """How a result depends on other units than its own: ``layer`` where only as in a layer; ``linear`` likewise."""
+    """An operation that makes a result depend on other units than its own; whether it is a layer, and linear."""
 
     node: fx.Node
     layer: bool
@@ -190,8 +191,8 @@ def _counts(dims: Any) -> dict[Axis, int]:
 
 
 def _normalised(node: fx.Node) -> tuple[Axis, ...] | None:
-    """The dimensions over which statistics are taken that every entry of the result depends on."""
-    packet, op = packet_of(node), Op(node, None)
+    """The dimensions over which an operation takes statistics; every entry of its result depends on these."""
+    packet, op = packet_of(node), Operation(node)
     if packet in (aten._softmax, aten._log_softmax, aten._safe_softmax):
         return (op.dims(op["self"])[op["dim"]],)
     if packet is aten.native_layer_norm:
@@ -210,7 +211,7 @@ def _normalised(node: fx.Node) -> tuple[Axis, ...] | None:
 
 
 def worked_across(node: fx.Node) -> Mixed:
-    """The channels at one unit of which the result of an operation depends on its arguments at others."""
+    """The channels that an operation works across: its result at one unit depends on its arguments at others."""
     if node.target is operator.getitem or is_moved(node):
         return {}
     packet = packet_of(node)
@@ -226,7 +227,7 @@ def worked_across(node: fx.Node) -> Mixed:
 
 
 def _join(one: Mixed, other: Mixed) -> Mixed:
-    """Together; of two ways the one that is less like a layer's counts."""
+    """Both together; of two operations for one channel, the one that is less like a layer counts."""
     joined = dict(one)
     for leaf, across in other.items():
         known = joined.get(leaf)
@@ -287,11 +288,11 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
         if leaf in own or leaf in carried:
             whole[leaf] = across
         elif not across.linear:
-            _freeze(leaf, across)
+            _lock_across(leaf, across)
     scale, kept = _limited(weight, set(whole), alone) or _scale(of, weight, list(whole), alone)
     for leaf, across in whole.items():
         if leaf not in kept:
-            _freeze(leaf, across)
+            _lock_across(leaf, across)
     if scale is not None:
         peeled(weight).meta["scaled_by"] = scale.target
         peeled(weight).meta["limited"] = _limited(weight, set(), alone) is not None
@@ -299,16 +300,21 @@ def _settle(of: _Computed, weight: fx.Node, carried: set[Axis], alone: _Alone) -
             node.meta["whole"] = node.meta.get("whole", frozenset()) | frozenset(kept)
 
 
-def _freeze(leaf: Axis, across: _Across) -> None:
-    lock(leaf, Op(across.node, None).reason("the rest of a weight that is computed across its units would change"))
+def _lock_across(leaf: Axis, across: _Across) -> None:
+    lock(
+        leaf,
+        Operation(across.node).reason(
+            "a weight is computed across these units, and a removal would change the rest of it"
+        ),
+    )
 
 
-# What makes up for it ----------------------------------------------------------------------------------------------
+# Parameters that compensate ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Factor:
-    """Of a weight that is a product: a node that one of its factors comes from, the factor's channels, those it mixes.
+    """One factor of a weight that is a product: its node, its channels, and those that its computation works across.
 
     A factor that divides cannot be scaled instead of the weight.
     """
@@ -320,7 +326,7 @@ class _Factor:
 
 
 def _factors(of: _Computed, node: fx.Node, divides: bool = False) -> list[_Factor]:
-    """What a weight is the product of."""
+    """The factors of a weight; a weight that is no product is its only factor."""
     packet = packet_of(node)
     if node.op == "call_function":
         if packet is operator.getitem:
@@ -339,7 +345,7 @@ def _factors(of: _Computed, node: fx.Node, divides: bool = False) -> list[_Facto
 
 
 def _length_and_direction(of: _Computed, node: fx.Node, divides: bool) -> list[_Factor]:
-    op = Op(node, None)
+    op = Operation(node)
     along = frozenset(_counts(_normalised(node)))
     norm = _Factor(op["v"], frozenset(_counts(op.dims(op["v"])[op["dim"]])), along, divides=True)
     return [*_factors(of, op["v"], divides), *_factors(of, op["g"], divides), norm]
@@ -365,7 +371,7 @@ def _scale(of: _Computed, weight: fx.Node, wanted: list[Axis], alone: _Alone) ->
 
 
 def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node, set[Axis]] | None:
-    """The parameter, where a weight is just a parameter whose rows are cut down to a norm: it can hold them so."""
+    """The parameter of a weight whose rows are only cut down to a largest norm: it can hold the limited rows."""
     core = peeled(weight)
     written = [one for one in writers(core) if packet_of(one) in _LIMITS]
     if written and (packet_of(written[0]) is aten.embedding_renorm_ or written == writers(core)):
@@ -381,11 +387,11 @@ def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node
 
 def _fits(scale: fx.Node, weight: fx.Node) -> bool:
     """Whether each dimension of a parameter is one of the weight."""
-    return None not in places(scale, weight)
+    return None not in aligned_dims(scale, weight)
 
 
-def places(scale: fx.Node, weight: fx.Node) -> list[int | None]:
-    """Which dimension of a weight each dimension of a parameter that multiplies it is; those of size one left out."""
+def aligned_dims(scale: fx.Node, weight: fx.Node) -> list[int | None]:
+    """For each dimension of a factor of a weight that of the weight, or None; without dimensions of size one."""
     own = [find(axis) for axis in peeled(weight).meta["dims"]]
     shift = len(own) - len(scale.meta["dims"])
     direct = all(packet_of(user) in {*_MULTIPLIED, aten._weight_norm_interface} for user in scale.users)
@@ -399,7 +405,7 @@ def places(scale: fx.Node, weight: fx.Node) -> list[int | None]:
 
 
 def scaled(program: Program, channels: Container[Axis]) -> list[fx.Node]:
-    """The weights for which a parameter must make up where units of some channels go."""
+    """The weights whose parameter ``scaled_by`` must change when units of some channels are removed."""
     return [
         node
         for node in program.graph.nodes
@@ -409,7 +415,7 @@ def scaled(program: Program, channels: Container[Axis]) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class _Alone:
-    """Whether a parameter is there for one weight only, however often that is computed."""
+    """Tells whether a parameter is used for one weight only, however often that weight is computed."""
 
     everywhere: list[_Computed]
     what: Computations

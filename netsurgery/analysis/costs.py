@@ -15,7 +15,7 @@ Term = tuple[str, tuple[Axis, ...]]  # module path, and the axes whose sizes are
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network needs for one run on its example inputs.
+    """The cost of one run of a network on its example inputs.
 
     Attributes:
         params: number of parameters.

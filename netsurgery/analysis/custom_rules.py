@@ -20,7 +20,7 @@ __all__ = ["RuleHandle", "rule"]
 
 
 class RuleHandle(AbstractContextManager["RuleHandle"]):
-    """A rule that was taught. ``remove()`` forgets it, and so does the end of a ``with`` block."""
+    """A rule that is registered. ``remove()`` takes it away, and so does the end of a ``with`` block."""
 
     def __init__(self, key: Any, says: str):
         self.key, self.says = key, says
@@ -28,7 +28,7 @@ class RuleHandle(AbstractContextManager["RuleHandle"]):
         self.before = [(book, book.get(key)) for book in books]
 
     def remove(self) -> None:
-        """Forget the rule; what was taught of the same target before holds again."""
+        """Take the rule away; an earlier rule of the same target holds again."""
         for book, value in self.before:
             book.pop(self.key, None)
             if value is not None:
@@ -49,7 +49,7 @@ def rule(
     parameters: Mapping[str, str] | None = None,
     sizes: Mapping[str, str] | None = None,
 ) -> RuleHandle:
-    """Teach what an operation does to dimensions; nothing is run or changed, the next ``trace`` uses it.
+    """Say what an operation does to dimensions; nothing is run or changed, the next ``trace`` uses it.
 
     Args:
         target: an operation (``"mylib::scale"``, ``torch.ops.mylib.scale``, a ``torch.library.custom_op``), built-in
@@ -68,7 +68,7 @@ def rule(
     it reports a difference where a rule is wrong, and also where the operation takes statistics over units (a norm).
 
     Returns:
-        A handle to forget the rule by: ``.remove()``, or ``with netsurgery.rule(...):``.
+        A handle that takes the rule away: ``.remove()``, or ``with netsurgery.rule(...):``.
 
     Raises:
         InputError: no such operation, a notation with a mistake, or operands that it does not have. Where a rule does
@@ -137,10 +137,10 @@ class _Relation:
                 f"({', '.join(self.operands)}): name those that are meant, as in operands='{self.operands[0]}'"
             )
         if unknown := [name for name in self.sizes if name not in names_in((*left, *right))]:
-            raise ValueError(f"sizes names '{unknown[0]}', which '{self.notation}' has not")
+            raise ValueError(f"sizes has the name '{unknown[0]}', which is not in '{self.notation}'")
         if isinstance(key, type):
             if new := sorted(names_in(right) - names_in(left) - set(self.sizes)):
-                raise ValueError(f"the size of '{new[0]}' is not known: no operand has it, nor do sizes")
+                raise ValueError(f"the size of '{new[0]}' is not known: neither an operand nor sizes has it")
         elif unknown := [argument for argument in self.sizes.values() if argument not in arguments]:
             raise ValueError(f"it has no argument '{unknown[0]}', only {', '.join(arguments)}")
 
@@ -148,14 +148,14 @@ class _Relation:
         nodes = [value if isinstance(value := op[name], fx.Node) else None for name in self.operands]
         for node in op.inputs:
             for axis in op.dims(node) if node not in nodes else ():
-                op.lock(axis, "not named by its rule")
+                op.lock(axis, "the rule does not name this tensor")
         try:
             known = {name: int(self.size(op, argument)) for name, argument in self.sizes.items()}
             out = relate(op, self.notation, nodes, known)
         except ValueError as error:
             shapes = ["x".join(map(str, n.meta["shape"])) if n else "absent" for n in nodes]
             given = ", ".join(f"{name} {shape}" for name, shape in zip(self.operands, shapes, strict=True))
-            raise InputError(f"the rule '{self.notation}' does not fit {op.place} ({given}): {error}") from error
+            raise InputError(f"the rule '{self.notation}' does not fit {op.location} ({given}): {error}") from error
         follow = {argument: op.node.meta["names"][name] for name, argument in self.sizes.items()}
         if isinstance(op.node.target, CustomModule):
             op.node.meta["attributes"] = follow
@@ -191,11 +191,11 @@ class _Calling:
 
     def __call__(self, op: Op) -> Any:
         if self.function is None:
-            return locked(op, "locked by netsurgery.rule")
+            return locked(op, "netsurgery.rule locks the operation")
         out = self.function(op)
         sizes = [None if dims is None else tuple(axis.size for axis in dims) for dims in out]
         if sizes != [None if shape is None else tuple(shape) for shape in op.shapes()]:
-            raise InputError(f"the rule of {op.place} gives dimensions of sizes {sizes} to results of {op.shapes()}")
+            raise InputError(f"the rule of {op.location} gives dimensions of sizes {sizes} to results of {op.shapes()}")
         return out
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import is_moved, packet_of
 from netsurgery.axes import Axis, resolve
-from netsurgery.capture.recorder import Program
-from netsurgery.notation import Op
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = ["LAYER_INPUT", "LAYER_WEIGHT", "Adapted", "Update", "adapted_layers"]
 
@@ -26,16 +26,16 @@ aten = torch.ops.aten
 #: By operation the arguments that are the weight of a layer, and its input.
 LAYER_WEIGHT = {aten.mm: "mat2", aten.addmm: "mat2", aten.convolution: "weight", aten.embedding: "weight"}
 LAYER_INPUT = {aten.mm: "self", aten.addmm: "mat1", aten.convolution: "input", aten.embedding: "indices"}
-_SAME = {aten.clone, aten._to_copy, aten._unsafe_view}
+_COPIES = {aten.clone, aten._to_copy, aten._unsafe_view}
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What a term of a sum is multiplied by.
+    """The factor of a term of a sum.
 
     Attributes:
-        number: that is the same for all outputs.
-        vectors: what comes from parameters, and the dimension that it has a number for each unit of.
+        number: the part that is the same for all outputs.
+        vectors: nodes that come from parameters and hold a number for each unit of a dimension, with that dimension.
     """
 
     number: float = 1.0
@@ -57,7 +57,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A layer and its updates: the operation, the operand that is its weight, how often, and the updates."""
+    """A layer and its updates: the operation, the operand that is its weight, its factors, and the updates."""
 
     layer: fx.Node
     weight: fx.Node
@@ -66,7 +66,7 @@ class Adapted:
 
     @property
     def vectors(self) -> tuple[fx.Node, ...]:
-        """What comes from parameters and multiplies a term."""
+        """The nodes that come from parameters and multiply a term."""
         factors = (*self.factors, *(update.factor for update in self.updates))
         return tuple(dict.fromkeys(node for factor in factors for node, _ in factor.vectors))
 
@@ -115,12 +115,12 @@ def _sums(node: fx.Node) -> Iterator[Adapted]:
             continue
         factors = tuple(factor for term, factor in terms if term is layer)
         updates = [_update(term, factor, layer) for term, factor in terms if term is not layer]
-        weight = Op(layer, None)[LAYER_WEIGHT[packet_of(layer)]]
+        weight = Operation(layer)[LAYER_WEIGHT[packet_of(layer)]]
         out = _axis(layer, _OUTPUTS[packet_of(layer)])
         if updates and all(updates) and "params" in weight.meta:
             one = Adapted(layer, weight, factors, tuple(update for update in updates if update is not None))
             known = [factor for update in one.updates for factor in (update.factor, *factors)]
-            if all(_same(axis, out) for factor in known for _, axis in factor.vectors):
+            if all(_same_units(axis, out) for factor in known for _, axis in factor.vectors):
                 yield one
                 return
 
@@ -130,8 +130,8 @@ _OUTPUTS = {aten.mm: "n", aten.addmm: "n", aten.convolution: "o", aten.embedding
 
 
 def _terms(node: fx.Node, factor: Factor) -> Iterator[tuple[fx.Node, Factor]]:
-    """What a sum is a sum of, and how often; but for what comes from parameters alone, as a bias does."""
-    node, number = _bare(node)
+    """The terms of a sum and their factors, without those that come from parameters alone, such as a bias."""
+    node, number = _peeled(node)
     factor = factor.times(number)
     if "params" in node.meta:
         return
@@ -148,7 +148,7 @@ def _terms(node: fx.Node, factor: Factor) -> Iterator[tuple[fx.Node, Factor]]:
 
 
 def _by_vector(node: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, tuple[fx.Node, Axis]] | None:
-    """Of a product the activations, and the parameters with one number for each unit of a dimension, and which."""
+    """Split a product: the activations, and a vector from parameters with the dimension that it has numbers for."""
     vectors = [source for source in (one, other) if "params" in source.meta]
     if len(vectors) != 1:
         return None
@@ -159,13 +159,13 @@ def _by_vector(node: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, tu
     return (one if vectors[0] is other else other), (vectors[0], resolve(node.meta["dims"][at[0]], {}))
 
 
-def _bare(node: Any, factor: float = 1.0) -> tuple[fx.Node, float]:
+def _peeled(node: Any, factor: float = 1.0) -> tuple[fx.Node, float]:
     """A node without views, copies and constant factors around it."""
     while node.op == "call_function" and "params" not in node.meta:
         packet = packet_of(node)
         if packet in (aten.mul, aten.div) and isinstance(node.args[1], int | float):
             factor = factor * node.args[1] if packet is aten.mul else factor / node.args[1]
-        elif not (is_moved(node) or packet in _SAME):
+        elif not (is_moved(node) or packet in _COPIES):
             break
         node = node.all_input_nodes[0]
     return node, factor
@@ -176,13 +176,13 @@ def _update(up: fx.Node, factor: Factor, layer: fx.Node) -> Update | None:
     kind = packet_of(layer)
     if packet_of(up) not in ((aten.convolution,) if kind is aten.convolution else (aten.mm, aten.addmm)):
         return None
-    down, number = _bare(Op(up, None)[LAYER_INPUT[packet_of(up)]])
+    down, number = _peeled(Operation(up)[LAYER_INPUT[packet_of(up)]])
     if packet_of(down) not in ((kind,) if kind in (aten.convolution, aten.embedding) else (aten.mm, aten.addmm)):
         return None
     if down is layer or not _feeds_only(down, up):
         return None
-    reads = [_bare(Op(one, None)[LAYER_INPUT[packet_of(one)]]) for one in (layer, down)]
-    operands = [Op(one, None)[LAYER_WEIGHT[packet_of(one)]] for one in (down, up)]
+    reads = [_peeled(Operation(one)[LAYER_INPUT[packet_of(one)]]) for one in (layer, down)]
+    operands = [Operation(one)[LAYER_WEIGHT[packet_of(one)]] for one in (down, up)]
     if reads[0][0] is not reads[1][0] or reads[0][1] != 1 or not all("params" in one.meta for one in operands):
         return None
     if not (_fits_convolution(layer, down, up) if kind is aten.convolution else _fits(layer, down, up)):
@@ -194,7 +194,7 @@ def _feeds_only(node: fx.Node, reader: fx.Node) -> bool:
     """Whether nothing but one operation reads a result, be it through views, copies and constant factors."""
     return all(
         user is reader
-        or (_bare(user)[0] is _bare(node)[0] and user.op == "call_function" and _feeds_only(user, reader))
+        or (_peeled(user)[0] is _peeled(node)[0] and user.op == "call_function" and _feeds_only(user, reader))
         for user in node.users
     )
 
@@ -203,25 +203,29 @@ def _axis(node: fx.Node, name: str) -> Axis:
     return resolve(node.meta["names"][name], {})
 
 
-def _same(one: Axis, other: Axis) -> bool:
+def _same_units(one: Axis, other: Axis) -> bool:
     """Whether dimensions hold the same units; those of heads are products, each of its own."""
     if one is other:
         return True
     pairs = zip(one.terms, other.terms, strict=False)
-    return one.op == other.op != "" and len(one.terms) == len(other.terms) and all(_same(a, b) for a, b in pairs)
+    return one.op == other.op != "" and len(one.terms) == len(other.terms) and all(_same_units(a, b) for a, b in pairs)
 
 
 def _fits(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
     """Whether matrices are multiplied along the same dimensions."""
     first = "d" if packet_of(down) is aten.embedding else "n"
-    same_inputs = first == "d" or _same(_axis(layer, "k"), _axis(down, "k"))
+    same_inputs = first == "d" or _same_units(_axis(layer, "k"), _axis(down, "k"))
     last = "d" if packet_of(layer) is aten.embedding else "n"
-    return same_inputs and _same(_axis(down, first), _axis(up, "k")) and _same(_axis(layer, last), _axis(up, "n"))
+    return (
+        same_inputs
+        and _same_units(_axis(down, first), _axis(up, "k"))
+        and _same_units(_axis(layer, last), _axis(up, "n"))
+    )
 
 
 def _fits_convolution(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
     """Whether a convolution of the same windows is followed by one that takes each position alone."""
-    ops = [Op(one, None) for one in (layer, down, up)]
+    ops = [Operation(one) for one in (layer, down, up)]
     settings = [[op[name] for name in ("stride", "padding", "dilation", "transposed", "groups")] for op in ops]
     window = [axis.size for axis in ops[2]["weight"].meta["dims"][2:]]
     alone = settings[2][:2] == [[1] * len(window), [0] * len(window)] and {*window} <= {1}

@@ -27,7 +27,9 @@ from netsurgery.analysis.rules import apply_rule
 from netsurgery.analysis.units import Unit, units_of, units_of_products
 from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, leaves, lock, resolve
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.recorder import Inputs, Program, format_where
+from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.program import Program
+from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 
 __all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse"]
@@ -84,13 +86,13 @@ class Network:
         tensors: parameters, buffers and tensor attributes of the model by name (the model's own, not copies).
         axes: the dimensions of each of these tensors, as expressions over the groups' channels.
         groups: every group, in the order of the state dict.
-        ties: names of groups that must keep equally many units, though not the same ones.
+        equal_sizes: names of groups that must keep equally many units, though not the same ones.
         inputs: the example inputs: positional and keyword.
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
-        comparable: whether scores mean the same in every group, as rises of the loss do.
-        ordinal: whether they only rank units, as LAMP's do: divided by what a unit costs they mean nothing.
-        original: the model that modules are named by, where passes before have led from it to this one.
+        comparable: whether scores mean the same in every group, as increases of the loss do.
+        ordinal: whether they only rank units, as LAMP's do; such scores must not be divided by costs.
+        original: the model that earlier passes have made this one from; modules are named as in it.
     """
 
     model_name: str
@@ -201,11 +203,11 @@ class Network:
         return dataclasses.replace(self, scores=dict(scores), comparable=comparable, ordinal=ordinal)
 
     def with_locked(self, reasons: Mapping[str, str]) -> Network:
-        """The same network with more groups locked; groups tied to these are locked with them."""
+        """The same network with more groups locked; groups that must keep as many units are locked with them."""
         reasons = dict(reasons)
-        for tied in self.equal_sizes:
-            why = next((reasons[name] for name in tied if name in reasons), None)
-            reasons.update({name: why for name in tied if why is not None and name not in reasons})
+        for names in self.equal_sizes:
+            why = next((reasons[name] for name in names if name in reasons), None)
+            reasons.update({name: why for name in names if why is not None and name not in reasons})
         groups = [dataclasses.replace(g, locked=g.locked or reasons.get(g.name)) for g in self.groups]
         return dataclasses.replace(self, groups=tuple(groups))
 
@@ -255,7 +257,7 @@ class Analysis:
         self.equal_sizes: list[tuple[list[Axis], str]] = []
         self.used: set[str] = set()
         self.units: list[tuple[Axis, Unit]] = []
-        self.constants: list[tuple[Axis, str]] = []  # dimensions of tensors that nobody has learned, and why
+        self.constants: list[tuple[Axis, str]] = []  # of tensors that are not learned, and the reason to lock
 
     def note_role(self, node: fx.Node, source: Axis, axis: Axis, role: str) -> None:
         """A parameter that ``node`` comes from has ``axis`` in its dimension ``source``, in this role."""
@@ -270,18 +272,24 @@ class Analysis:
         for node in program.graph.nodes:
             shape = node.meta.get("shape")
             if node.op == "placeholder":
-                node.meta["dims"] = tuple(channel(n, Edge(f"network input {node.name}")) for n in shape)
+                node.meta["dims"] = tuple(
+                    channel(n, Edge(f"the network input {node.name} has this dimension")) for n in shape
+                )
             elif node.op == "get_attr":
                 self.used.add(node.target)
                 node.meta["params"] = (node.target,)
-                own = tuple(channel(n, f"constant made by the code {format_where(node.meta['where'])}") for n in shape)
+                own = tuple(
+                    channel(n, f"the code makes this constant {format_where(node.meta['where'])}") for n in shape
+                )
                 node.meta["dims"] = self.axes.get(node.target, own)
                 if node.target not in self.parameters:
-                    self.note_constant(node.meta["dims"], Edge(f"what a constant feeds is an input: {node.target}"))
+                    self.note_constant(
+                        node.meta["dims"], Edge(f"a constant feeds this dimension, as an input would: {node.target}")
+                    )
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     for axis in result.meta["dims"]:
-                        lock(axis, Edge("network output"))
+                        lock(axis, Edge("the network output has this dimension"))
             elif "dims" not in node.meta:
                 if all("params" in source.meta for source in node.all_input_nodes):
                     names = dict.fromkeys(name for source in node.all_input_nodes for name in source.meta["params"])
@@ -293,7 +301,7 @@ class Analysis:
                     self.units.extend(units_of(node))
 
     def note_constant(self, dims: Iterable[Axis], reason: str) -> None:
-        """A tensor that nobody has learned has these dimensions."""
+        """A tensor that is not learned has these dimensions."""
         self.constants.extend((axis, reason) for axis in dims)
 
     def settle_equal_sizes(self) -> list[list[Axis]]:
@@ -301,7 +309,9 @@ class Analysis:
         pairs: dict[tuple[Axis, Axis], str] = {}
         while True:
             wanted = [(parts[0], part, reason) for parts, reason in self.equal_sizes for part in parts[1:]]
-            wanted += [(a, b, reason) for (a, b), reason in pairs.items()]  # what was tied stays so when it is refined
+            wanted += [
+                (a, b, reason) for (a, b), reason in pairs.items()
+            ]  # equal sizes stay equal when an axis is refined
             before, pairs = pairs, {}
             for one, other, reason in wanted:
                 pairs.update(dict.fromkeys(equate(one, other, reason), reason))
@@ -337,7 +347,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
         analysis.units.extend(units_of_products(program))
     for name in [name for name in tensors if name not in analysis.used]:
         for axis in analysis.axes[name]:
-            lock(axis, "not used in the recorded run")
+            lock(axis, "the recorded run does not use this tensor")
     _lock_what_is_cut_off(analysis, programs)
     lock_normalised(programs, parameters)
     sources = analysis.axes
@@ -361,7 +371,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
 
 
 def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
-    """Of a position embedding or a mask the code takes as much as the input needs; a longer one needs the rest."""
+    """Lock the part of a position embedding or a mask that only inputs longer than the recorded one need."""
     working = {leaf for _, _, axis, role in analysis.roles if role in ("produces", "consumes") for leaf in leaves(axis)}
     read: set[Axis] = set()
     idle: set[Axis] = set()
@@ -372,7 +382,7 @@ def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> 
                     if leaf.locked is None:
                         (read if _reads(node, leaf) else idle).add(leaf)
     for leaf in idle - read:
-        lock(leaf, "beyond what the recorded run uses")
+        lock(leaf, "the recorded run does not use this part of the tensor")
 
 
 _CUTS = (torch.ops.aten.slice.Tensor, operator.getitem)
@@ -417,7 +427,7 @@ def _roles(analysis: Analysis, sources: Mapping[str, tuple[Axis, ...]], memo: di
 
 
 def _lock_what_constants_feed(analysis: Analysis, roles: Roles, classes: Sequence[Sequence[Axis]]) -> None:
-    """The columns of a table of coordinates, say, are inputs, unless something that is learned makes them too."""
+    """Lock units that constants alone make, such as the columns of a table of coordinates: they are inputs."""
     made: set[Axis] = set()
     weights = {name for (name, _, _), role in roles.items() if role == "consumes"}
     for name, dims in analysis.axes.items():

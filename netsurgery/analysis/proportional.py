@@ -1,7 +1,7 @@
 """Parameters that a computed weight is proportional to, entry by entry: a masked one, or the length of a weight norm.
 
-Of such a parameter p and its weight W, the sum of p times its gradient over a unit is that of W times its own: the
-factor between them multiplies the one and divides the other.
+Let p be such a parameter and W its weight. Summed over a unit, p times its gradient equals W times its gradient: the
+factor between p and W multiplies the one and divides the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PARTS = {aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbin
 
 
 def proportional_to(node: fx.Node) -> list[str]:
-    """The names of parameters that multiply what else a weight is made of, each of which makes all of it."""
+    """The names of the parameters that a weight is proportional to: each multiplies all the rest of it."""
     packet = packet_of(node)
     if writers(node):
         return []
@@ -46,7 +46,7 @@ def _part(whole: Any, index: Any) -> list[str]:
 
 
 def _factors(factor: Any, other: Any) -> list[str]:
-    """What one factor is proportional to, unless the other one depends on it."""
+    """The parameters that one factor is proportional to, without those that the other factor depends on."""
     sources = {str(one.target) for one in ancestors(other)} if isinstance(other, fx.Node) else set()
     found = proportional_to(factor) if isinstance(factor, fx.Node) else []
     return [name for name in found if name not in sources]

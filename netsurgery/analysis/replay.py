@@ -12,19 +12,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.rules import Op
 from netsurgery.axes import Axis
+from netsurgery.capture.inputs import Inputs, tensors_in
 from netsurgery.capture.known_values import any_layout, flat, is_number, remapped, replay_decision
-from netsurgery.capture.recorder import (
-    TRANSPARENT,
-    Inputs,
-    Program,
-    format_where,
-    tensors_in,
-    trains_otherwise,
-    without_fast_path,
-)
+from netsurgery.capture.meta_run import trains_otherwise, without_fast_path
+from netsurgery.capture.op_observer import TRANSPARENT
+from netsurgery.capture.program import Program
+from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
+from netsurgery.notation import Operation
 
 __all__ = ["Drawn", "Numbers", "Units", "draws", "inputs_read", "look_up_constants", "replay", "run", "units_in"]
 
@@ -60,7 +56,7 @@ def draws(node: torch.fx.Node) -> bool:
     """Whether an operation draws random numbers, as it was called; dropout without a rate does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    given = Op(node, None).arguments
+    given = Operation(node).arguments
     rate, trains = given.get("dropout_p", given.get("p")), given.get("train", given.get("training"))
     return not (isinstance(rate, int | float) and rate == 0) and trains is not False
 

@@ -1,7 +1,7 @@
-"""What each ATen operation says about dimensions.
+"""The rules: how each ATen operation relates the dimensions of its arguments and results.
 
 Most operators are one line in the notation of ``netsurgery.notation``; those whose arguments decide get a short
-function. An operator without a rule locks whatever it touches; ``netsurgery.rule`` teaches one.
+function. An operator without a rule locks whatever it touches; ``netsurgery.rule`` adds one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from netsurgery.axes import Axis, Edge, channel, concat, cut, find, product
-from netsurgery.notation import BY_POSITION, Dims, Op, relate
+from netsurgery.notation import BY_POSITION, Dims, Findings, Op, relate
 
 __all__ = ["CUSTOM_RULES", "RULES", "SIZED", "Op", "Rule", "apply_rule", "locked", "table", "title"]
 
@@ -97,9 +97,9 @@ def find_rule(target: Any) -> Rule:
     return found[0]
 
 
-def apply_rule(node: fx.Node, analysis: Any) -> None:
+def apply_rule(node: fx.Node, findings: Findings) -> None:
     """Give a node its dimensions, relating them to those of its inputs."""
-    op = Op(node, analysis)
+    op = Op(node, findings)
     try:
         dims = find_rule(node.target)(op)
         wrong = [shape for axes, shape in zip(dims, op.shapes(), strict=True) if not _fits(axes, shape)]
@@ -107,7 +107,7 @@ def apply_rule(node: fx.Node, analysis: Any) -> None:
     except ValueError as error:  # a Misfit, or axes of different sizes
         why = str(error)
     if why:
-        dims = locked(op, f"no rule for these shapes ({why})")
+        dims = locked(op, f"no rule fits these shapes ({why})")
     node.meta["dims"] = dims[0] if isinstance(dims, list) and not isinstance(node.meta["shape"], list) else dims
 
 
@@ -118,18 +118,18 @@ def _fits(axes: Dims | None, shape: tuple[int, ...] | None) -> bool:
 
 
 def table() -> list[tuple[str, str]]:
-    """Every rule: operator, and what it says."""
+    """The name of each operator, and its rule in one line."""
     known = {title(one): says for book in (RULES, CUSTOM_RULES) for one, (_, says) in book.items()}
     return sorted(known.items())
 
 
 def title(target: Any) -> str:
-    """What an operation or a class of modules is called."""
+    """The name of an operation or of a class of modules."""
     return target.__qualname__ if isinstance(target, type) else str(target).replace("aten::", "").replace("aten.", "")
 
 
 def locked(op: Op, why: str) -> Any:
-    """Freeze whatever an operation touches."""
+    """Lock whatever an operation touches."""
     for node in op.inputs:
         for axis in op.dims(node):
             op.lock(axis, why)
@@ -294,7 +294,7 @@ def aligned(op: Op, tensors: Iterable[Dims], shape: tuple[int, ...]) -> Dims:
     aten.clone, aten.detach, aten._to_copy, aten.native_dropout, aten.zero, aten.empty_like,
     aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like, aten.renorm,
 )  # fmt: skip
-def same(op: Op) -> Any:
+def unchanged(op: Op) -> Any:
     """the output has the dimensions of the input"""
     return [op.dims(op.inputs[0]) for _ in op.shapes()]
 
@@ -337,7 +337,7 @@ def reduction(op: Op) -> Any:
 
 @rule(aten.max.dim, aten.min.dim)
 def extreme(op: Op) -> Any:
-    """a reduction; where the index is used, the dimension is told apart by position"""
+    """a reduction; where the index is used, the dimension is identified by position"""
     indexed = any(user.target is operator.getitem and user.args[1] == 1 for user in op.node.users)
     return along(op) if indexed else reduction(op)
 
@@ -348,7 +348,7 @@ def extreme(op: Op) -> Any:
     aten.logcumsumexp, aten._fft_r2c, aten._fft_c2r, aten._fft_c2c,
 )  # fmt: skip
 def along(op: Op) -> Any:
-    """the dimensions worked along are told apart by position; the others pass through"""
+    """the dimensions worked along are identified by position; the others pass through"""
     for at in _worked_along(op):
         op.lock(op.dims(op["self"])[at], BY_POSITION)
     return _without(op, _worked_along(op))
@@ -374,7 +374,7 @@ def _without(op: Op, gone: set[int]) -> list[Dims | None]:
 
 @rule(aten.diagonal, aten.diagonal_copy)
 def diagonal(op: Op) -> Any:
-    """two dimensions that are told apart by position become one at the end"""
+    """two dimensions that are identified by position become one at the end"""
     dims, shape = op.dims(op["self"]), op.shapes()[0] or ()
     gone = _positions([op["dim1"], op["dim2"]], len(dims))
     for at in gone:
@@ -384,7 +384,7 @@ def diagonal(op: Op) -> Any:
 
 @rule(aten.diag_embed)
 def diagonal_matrix(op: Op) -> Any:
-    """the last dimension becomes two that are the same; off the main diagonal it is told apart by position"""
+    """the last dimension becomes two that are the same; off the main diagonal it is identified by position"""
     dims = op.dims(op["self"])
     shape = op.shapes()[0] or ()
     if op["offset"]:
@@ -407,14 +407,14 @@ def block_diagonal(op: Op) -> Any:
 
 @rule(aten.index)
 def index(op: Op) -> Any:
-    """indexed dimensions are told apart by position; in their place are those of the indices, broadcast"""
+    """indexed dimensions are identified by position; in their place are those of the indices, broadcast"""
     shape = op.shapes()[0] or ()
     return [tuple(axis or op.fixed(n) for axis, n in zip(_indexed(op), shape, strict=True))]
 
 
 @rule(aten.index_put)
 def index_put(op: Op) -> Any:
-    """indexed dimensions are told apart by position; the others are those of the values, which are broadcast"""
+    """indexed dimensions are identified by position; the others are those of the values, which are broadcast"""
     for axis, value in zip(_indexed(op)[::-1], op.dims(op["values"])[::-1], strict=False):
         if axis is None:
             op.lock(value, BY_POSITION)
@@ -465,14 +465,14 @@ def _broadcast(op: Op, tensors: list[tuple[Axis | None, ...]]) -> list[Axis | No
 
 @rule(aten.gather)
 def gather(op: Op) -> Any:
-    """the dimension gathered along is told apart by position; the others are those of the index"""
+    """the dimension gathered along is identified by position; the others are those of the index"""
     _pick(op, op.dims(op["index"]))
     return [op.dims(op["index"])]
 
 
 @rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
 def scatter(op: Op) -> Any:
-    """the dimension scattered along is told apart by position; the others are those of the index and the source"""
+    """the dimension scattered along is identified by position; the others are those of the index and the source"""
     _pick(op, op.dims(op["index"]))
     if isinstance(op.arguments.get("src"), fx.Node):
         _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())
@@ -491,7 +491,7 @@ def _begin(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
     """An index may be shorter than what it indexes, along any dimension: it then concerns the first positions."""
     for i, (axis, part) in enumerate(zip(dims, index, strict=True)):
         if i not in without:
-            op.unify(cut(axis, part.size, op.reason("cut through"))[0], part)
+            op.unify(cut(axis, part.size, op.reason("a cut goes through a unit"))[0], part)
 
 
 def _replacing(op: Op, part: Dims) -> Any:
@@ -642,11 +642,11 @@ def split(op: Op) -> Any:
     dims = op.dims(op["self"])
     at, rest, out, parts = op["dim"] % len(dims), dims[op["dim"]], [], []
     for shape in op.shapes():
-        part, rest = cut(rest, (shape or ())[at], op.reason("cut through"))
+        part, rest = cut(rest, (shape or ())[at], op.reason("a cut goes through a unit"))
         parts.append(part)
         out.append((*dims[:at], part, *dims[at + 1 :]))
     if "split_size" in op.arguments and len({find(part).size for part in parts}) == 1:
-        op.analysis.equate(parts, op.reason("equal parts that are built differently"))
+        op.findings.equate(parts, op.reason("parts of equal size are built differently"))
     return out
 
 
@@ -661,9 +661,9 @@ def slice_(op: Op) -> Any:
     if taken == axis.size:
         return [dims]
     if step == 1:
-        before, rest = cut(axis, start, op.reason("cut through"))
-        part = cut(rest, taken, op.reason("cut through"))[0]
-    elif taken * step == axis.size:  # positions of a block are told apart, not the blocks
+        before, rest = cut(axis, start, op.reason("a cut goes through a unit"))
+        part = cut(rest, taken, op.reason("a cut goes through a unit"))[0]
+    elif taken * step == axis.size:  # the positions within a block are distinct, the blocks are alike
         before, within, part = channel(start, op.reason(BY_POSITION)), channel(step), channel(taken)
         op.unify(product([part, within]), axis)
         op.lock(within, BY_POSITION)
@@ -714,8 +714,8 @@ def filled(op: Op) -> Any:
     """every position is alike, so any may be removed, unless this constant, if not 0, is all that makes the units"""
     dims = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
     if "zeros" not in op.name and op.arguments.get("fill_value") != 0:  # as states are in the beginning
-        reason = Edge(op.reason("what a constant feeds is an input"))
-        op.analysis.note_constant([axis for one in dims for axis in one], reason)
+        reason = Edge(op.reason("a constant feeds this dimension, as an input would"))
+        op.findings.note_constant([axis for one in dims for axis in one], reason)
     return dims
 
 
@@ -723,11 +723,11 @@ def filled(op: Op) -> Any:
     aten.arange, aten.linspace, aten.logspace, aten.eye, aten.randperm, aten.tril_indices, aten.triu_indices,
 )  # fmt: skip
 def counted(op: Op) -> Any:
-    """positions are counted, so they are told apart"""
+    """positions are counted, so units are identified by position"""
     return locked(op, BY_POSITION)
 
 
 @rule("unknown")
 def unknown(op: Op) -> Any:
     """an operation without a rule: whatever it touches is locked"""
-    return locked(op, "no rule for this operation (netsurgery.rule teaches one)")
+    return locked(op, "the operation has no rule (add one with netsurgery.rule)")

@@ -12,16 +12,19 @@ from torch import nn
 from netsurgery.analysis.network import Network, analyse
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.example_inputs import infer_inputs
-from netsurgery.capture.recorder import Inputs, Program, as_inputs, names_used, reads_training, record
+from netsurgery.capture.inputs import Inputs, as_inputs
+from netsurgery.capture.meta_run import reads_training
+from netsurgery.capture.program import Program, names_used
+from netsurgery.capture.recorder import record
 from netsurgery.capture.refusals import refuse_unsupported
 from netsurgery.errors import InputError, TraceError
 
-__all__ = ["few_collections", "trace_untried"]
+__all__ = ["gc_paused", "trace_untried"]
 
 
 @contextlib.contextmanager
-def few_collections() -> Iterator[None]:
-    """Python's garbage collector, set off by thousands of new nodes, would look through all of torch each time."""
+def gc_paused() -> Iterator[None]:
+    """Pause Python's garbage collector: thousands of new nodes would set it off again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -31,7 +34,7 @@ def few_collections() -> Iterator[None]:
             gc.enable()
 
 
-@few_collections()
+@gc_paused()
 def trace_untried(model: nn.Module, example_inputs: Any) -> Network:
     """The network before its code was tried at other sizes."""
     if not isinstance(model, nn.Module):

@@ -1,8 +1,8 @@
-"""What sort of units a dimension holds.
+"""The sort of units that a dimension holds.
 
 Attention heads, dimensions within heads, groups of a convolution or of a normalisation, and ranks of low-rank products
-are told apart from channels, which all others are: a ratio is a share of a layer's channels, and of factors of one
-dimension only one should be cut for it.
+have sorts of their own; all other units are channels. A ratio is a share of a layer's channels. Where a dimension is a
+product of several sorts, only one of them should be cut for it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import fx
 from netsurgery.analysis.computed_weights import ancestors, is_moved, is_stream, meetings, packet_of
 from netsurgery.analysis.low_rank import LAYER_INPUT, LAYER_WEIGHT
 from netsurgery.axes import Axis
-from netsurgery.capture.recorder import Program
-from netsurgery.notation import Op
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = ["Unit", "units_of", "units_of_products"]
 
@@ -74,7 +74,7 @@ def _ranks_beside(node: fx.Node) -> Iterator[Axis]:
 
 
 def _terms(node: fx.Node) -> Iterator[fx.Node]:
-    node = _core(node)
+    node = _peeled(node)
     if packet_of(node) in (aten.add, aten.add_) and "params" not in node.meta:
         for source in node.all_input_nodes:
             yield from _terms(source)
@@ -82,7 +82,7 @@ def _terms(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def _core(node: fx.Node) -> fx.Node:
+def _peeled(node: fx.Node) -> fx.Node:
     """A node without the views, copies and factors around it."""
     while node.op == "call_function" and "params" not in node.meta:
         moved = packet_of(node) in _SCALED or node.target is operator.getitem or is_moved(node)
@@ -95,21 +95,21 @@ def _core(node: fx.Node) -> fx.Node:
 
 def _is_layer(node: fx.Node) -> bool:
     weight = LAYER_WEIGHT.get(packet_of(node))
-    return weight is not None and "params" not in node.meta and "params" in Op(node, None)[weight].meta
+    return weight is not None and "params" not in node.meta and "params" in Operation(node)[weight].meta
 
 
 def _has_bias(node: fx.Node) -> bool:
-    return packet_of(node) is aten.convolution and Op(node, None)["bias"] is not None
+    return packet_of(node) is aten.convolution and Operation(node)["bias"] is not None
 
 
 def _source(layer: fx.Node) -> fx.Node:
-    return _core(Op(layer, None)[LAYER_INPUT[packet_of(layer)]])
+    return _peeled(Operation(layer)[LAYER_INPUT[packet_of(layer)]])
 
 
 def _window(layer: fx.Node) -> int:
     """How many positions of its input an output of a layer is computed from."""
     convolution = packet_of(layer) is aten.convolution
-    return prod(Op(layer, None)["weight"].meta["shape"][2:]) if convolution else 1
+    return prod(Operation(layer)["weight"].meta["shape"][2:]) if convolution else 1
 
 
 def _ends(layer: fx.Node) -> tuple[Axis, Axis]:

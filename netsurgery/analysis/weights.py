@@ -1,7 +1,7 @@
 """Weights as layers use them: parameters, and what the code computes from parameters alone.
 
-A weight norm, a mask, a low-rank update, a scale of the learning rate: what a unit weighs is told by the result, not by
-the parameters that go into it.
+A weight norm, a mask, a low-rank update, a scale of the learning rate: the result says what a unit weighs, and the
+parameters that go into it do not.
 """
 
 from __future__ import annotations
@@ -26,23 +26,35 @@ from netsurgery.analysis.low_rank import adapted_layers
 from netsurgery.analysis.network import Group, Network, Role
 from netsurgery.analysis.replay import replay
 from netsurgery.axes import Axis, leaves, resolve
-from netsurgery.capture.recorder import Inputs, Program, format_where
+from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.program import Program
+from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 
-__all__ = ["Use", "Weight", "computed_weights", "evaluated", "is_computed", "nowhere", "part", "used_directly", "uses"]
+__all__ = [
+    "Use",
+    "Weight",
+    "computed_weights",
+    "evaluated",
+    "is_computed",
+    "no_inputs",
+    "part",
+    "used_directly",
+    "uses",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """What activations meet that comes from parameters alone.
+    """A tensor that comes from parameters alone and that operations combine with activations.
 
     Attributes:
         names: of the tensors of the model that it comes from.
         axes: its dimensions, as expressions over the groups' channels.
-        value: what it is now.
-        roles: of the channels in its dimensions, where an operation says what they do; ``(dimension, channel)``.
-        node: what computes it; None for a parameter itself.
-        parts: of a layer with low-rank updates: the weights of these, which are no weights of its units by themselves.
+        value: its present value.
+        roles: by ``(dimension, channel)`` the role of a channel, where an operation gives it one.
+        node: the operation that computes it; None for a parameter itself.
+        parts: the weights of a layer's low-rank updates; by themselves they are no weights of its units.
     """
 
     names: tuple[str, ...]
@@ -69,7 +81,7 @@ def is_computed(node: fx.Node) -> bool:
 
 
 def uses(network: Network, tensors: Mapping[str, Tensor] | None = None) -> dict[str, list[Use]]:
-    """By group, the axes of weights that carry its units: those of computed weights in place of what they come from.
+    """For each group the axes of weights that carry its units; a computed weight stands for its parameters.
 
     Args:
         tensors: of the model, by name; by default as they are now.
@@ -117,7 +129,7 @@ def _uses(
 def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[Weight]:
     """The weights that are computed from parameters, each once, with their values."""
     found: dict[int, Weight] = {}
-    known: set[str] = set()  # tensors whose use has been seen: what training does to them counts for nothing
+    known: set[str] = set()  # tensors whose use in eval mode was seen: their use in training does not count
     what = Computations()
     for program in network.programs:
         met: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
@@ -161,7 +173,7 @@ _STRENGTH = {"carries": 0, "window": 0, "consumes": 1, "produces": 2}
 
 
 def _roles(node: fx.Node, met: list[tuple[fx.Node, fx.Node]]) -> dict[tuple[int, Axis], Role]:
-    """What the channels in the dimensions of a weight do in the operations that it takes part in."""
+    """The roles that the channels of a weight have in the operations that read it."""
     found: dict[tuple[int, Axis], Role] = {}
     for weight, user in met:
         for operand, dims in user.meta.get("operands", ()):
@@ -180,7 +192,7 @@ def part(program: Program, wanted: list[fx.Node], whole: bool = False) -> Progra
     """The part of a program that computes some nodes.
 
     Args:
-        whole: whether computations still see all units that the weights they make must keep their entries for.
+        whole: whether computations still see all units, as before a removal.
     """
     needed: dict[fx.Node, None] = {}
     for node in wanted:
@@ -209,8 +221,8 @@ def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], cons
     return new
 
 
-def nowhere(tensors: Mapping[str, Tensor]) -> Inputs:
-    """No inputs, on the device of some tensors: a part of a program that has none is run there."""
+def no_inputs(tensors: Mapping[str, Tensor]) -> Inputs:
+    """Inputs for a part of a program that takes none: an empty tensor, which says on which device to run."""
     return tuple(tensor.new_empty(0) for tensor in list(tensors.values())[:1]), {}
 
 
@@ -228,7 +240,7 @@ def evaluated(program: Program, nodes: list[fx.Node], tensors: Mapping[str, Tens
             raise InputError(
                 f"the weight that is computed from {names} {format_where(node.meta['where'])} cannot be scored: {why}"
             )
-    return replay(part(program, nodes), tensors, nowhere(tensors))
+    return replay(part(program, nodes), tensors, no_inputs(tensors))
 
 
 def _unknown(program: Program, node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""What a run without data leaves in the caches of the code that ran is taken out again, and numbers pass them by."""
+"""Keep the caches of the user's code clean: what a run without data leaves there is taken out again."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Place = tuple[Names, str, Any]  # where a cached function is global, under which
 
 @contextlib.contextmanager
 def caches_kept(model: nn.Module) -> Iterator[None]:
-    """Leave what the code of a model's modules keeps as it was.
+    """Put back afterwards what the code of a model's modules keeps between its runs.
 
-    That is functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and deques in
-    these; a tensor without data that stays there would meet the user's own run, or stand where one of the user's was.
+    Code keeps things in functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and
+    deques in these. A tensor without data that stayed there would break the user's next run.
     """
     names = _own(model)
     found = [value for name in names for value in vars(sys.modules[name]).values()]
@@ -42,7 +42,7 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
             if wrapper.cache_info().currsize > size:
                 wrapper.cache_clear()
         for kind, old in held:
-            for key in _bare_keys(vars(kind), old):
+            for key in _meta_keys(vars(kind), old):
                 setattr(kind, key, old[key]) if key in old else delattr(kind, key)
         for box, kept in boxes:
             _put_back(box, kept)
@@ -61,28 +61,29 @@ def _boxes(names: Iterable[str], held: Iterable[tuple[type, dict[str, Any]]]) ->
     return list(found.values())
 
 
-def _bare_keys(now: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+def _meta_keys(now: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
     """Keys under which a tensor without data stands that did not before."""
-    return [key for key, value in now.items() if old.get(key) is not value and _is_bare(value)]
+    return [key for key, value in now.items() if old.get(key) is not value and _holds_meta(value)]
 
 
 def _put_back(box: Any, old: Any) -> None:
     if isinstance(box, dict):
-        for key in _bare_keys(box, old):
+        for key in _meta_keys(box, old):
             if key in old:
                 box[key] = old[key]
             else:
                 del box[key]
-    elif [*map(id, box)] != [*map(id, old)] and _is_bare([*box]):
+    elif [*map(id, box)] != [*map(id, old)] and _holds_meta([*box]):
         box.clear()
         box.extend(old)
 
 
 @contextlib.contextmanager
 def caches_passed_by(model: nn.Module, kind: type) -> Iterator[None]:
-    """Let cached functions of a model's code, and of all that it imports, work anew for arguments of some kind.
+    """Let cached functions of a model's code, and of all that it imports, run again for arguments of some kind.
 
-    What they have kept was worked out from equal integers, but not from these, which remember where they come from.
+    Such arguments are integers that remember which size they come from. A result that was cached for an equal plain
+    integer would not remember it.
     """
     places = [place for names in _reachable(_seen_by(model)) for place in _look_up(names, _cached)]
     places = [(names, name, wrapper) for names, name, wrapper in places if names.get(name) is wrapper]
@@ -116,7 +117,7 @@ def _own(model: nn.Module) -> list[str]:
 
 
 def _seen_by(model: nn.Module) -> list[Names]:
-    """What the code of a model's parts calls global: a class made by a function may have other code than its module."""
+    """The globals of the code of a model's parts; a class made by a function may have others than its module."""
     owners: list[Any] = list(model.modules())  # a module may have a forward of its own
     owners += dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
     methods = [value for owner in owners for value in vars(owner).values() if isinstance(value, FunctionType)]
@@ -136,7 +137,7 @@ def _reachable(start: Iterable[Names]) -> list[Names]:
 
 
 def _look_up(names: Names, what: Callable[[Names], list[Any]]) -> list[Any]:
-    """What a namespace holds, remembered while it has as many names: modules stay as they are once imported."""
+    """The result of ``what`` for a namespace, remembered while it has as many names: imported modules rarely change."""
     if names.get("__name__") == "__main__":
         return what(names)
     key = (id(names), len(names), what)
@@ -169,6 +170,6 @@ def _cached(names: Names) -> list[Place]:
     return [(names, name, value) for name, value in names.items() if isinstance(value, functools._lru_cache_wrapper)]
 
 
-def _is_bare(value: Any) -> bool:
+def _holds_meta(value: Any) -> bool:
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return any(leaf.is_meta or isinstance(leaf, FakeTensor) for leaf in leaves)

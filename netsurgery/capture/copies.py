@@ -61,7 +61,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield (f"{path}.{name}" if path else name), tensor
 
 
-# What copying an object may raise: locks, modules and files cannot be pickled, others say so in their own way.
+# Errors of objects that cannot be copied: locks, modules and files cannot be pickled, others raise their own.
 _RAISED_BY_COPIES = (
     TypeError,
     RuntimeError,

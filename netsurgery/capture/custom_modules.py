@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from netsurgery.errors import InputError
 
-__all__ = ["CUSTOM_MODULES", "CustomModule", "arguments_of", "leaf_of"]
+__all__ = ["CUSTOM_MODULES", "CustomModule", "arguments_of", "operation_of"]
 
 Shape = tuple[int, ...]
 
@@ -98,14 +98,14 @@ class CustomModule:
                 part.training = training
 
 
-_LEAF_OF: weakref.WeakKeyDictionary[nn.Module, CustomModule] = weakref.WeakKeyDictionary()
+_OPERATION_OF: weakref.WeakKeyDictionary[nn.Module, CustomModule] = weakref.WeakKeyDictionary()
 
 
-def leaf_of(module: nn.Module) -> CustomModule:
+def operation_of(module: nn.Module) -> CustomModule:
     """The operation that a module is: the same one in each run."""
-    if module not in _LEAF_OF or _LEAF_OF[module].own != list(_tensors(module)):
-        _LEAF_OF[module] = CustomModule(module)
-    return _LEAF_OF[module]
+    if module not in _OPERATION_OF or _OPERATION_OF[module].own != list(_tensors(module)):
+        _OPERATION_OF[module] = CustomModule(module)
+    return _OPERATION_OF[module]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from netsurgery.capture.recorder import Inputs, Program, record
+from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.program import Program
+from netsurgery.capture.recorder import record
 from netsurgery.errors import TraceError
 
 __all__ = ["infer_inputs"]

@@ -24,8 +24,8 @@ class FakeDevice(TorchFunctionMode):
 
     Args:
         read: the value of a tensor.
-        alias: told of ``tensor.data``, which no operation makes: the tensor, and the other that shares its memory.
-        assign: told of ``tensor.data = value`` before it happens.
+        alias: called for ``tensor.data``, which no operation makes, with the tensor and the one that shares its memory.
+        assign: called before ``tensor.data = value``, with the tensor and the value.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FakeDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in self.answers and func not in _POSED:
+        if func not in self.answers and func not in _HANDLED:
             return func(*args, **kwargs)
         meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
         if meta and func in self.answers:
@@ -55,7 +55,7 @@ class FakeDevice(TorchFunctionMode):
         if meta and func in _MOVES:
             return args[0]
         if meta and func is torch.Tensor.to:
-            return func(*map(_nowhere, args), **{k: _nowhere(v) for k, v in kwargs.items()})
+            return func(*map(_to_meta, args), **{k: _to_meta(v) for k, v in kwargs.items()})
         if meta and func == _GET_DATA and self.alias is not None:
             return self.alias(args[0], func(*args))
         if meta and func == _SET_DATA and self.assign is not None:
@@ -110,7 +110,7 @@ class FakeDevice(TorchFunctionMode):
 def _padded(
     data: Tensor, batch_sizes: list[int], batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:
-    """What ``_pad_packed_sequence`` returns, whose implementation writes the lengths into memory."""
+    """The result of ``_pad_packed_sequence``, whose own implementation writes the lengths into memory."""
     steps, rows = max(total_length, len(batch_sizes)), batch_sizes[0]
     places = torch.tensor([step * rows + row for step, n in enumerate(batch_sizes) for row in range(n)])
     flat = data.new_full((steps * rows, *data.shape[1:]), padding_value).index_copy(0, places, data)
@@ -126,7 +126,7 @@ _INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
 _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_POSED = {
+_HANDLED = {
     _GET_DATA,
     _SET_DATA,
     *_READS,
@@ -140,6 +140,6 @@ _POSED = {
 }
 
 
-def _nowhere(value: Any) -> Any:
+def _to_meta(value: Any) -> Any:
     """An argument that says where, without a place that has data."""
     return torch.device("meta") if isinstance(value, str | torch.device) else value

@@ -1,9 +1,9 @@
-"""Values of tensors without data, for code that looks at them, and the decisions it takes from them.
+"""Values of tensors without data, for code that looks at them, and the decisions that it takes from them.
 
-A **decision** is what an operation makes of floating-point numbers that is none itself: a comparison, the indices of
-the largest, which boxes are left, a number read by Python. Decisions of the recorded run are kept on its nodes
-(``node.meta["decided"]``, one entry for each result, None for what is no decision). Later runs are answered with
-them: so they take the same path, and are compared by the numbers on it.
+A **decision** is a result that is computed from floating-point numbers and is none itself: a comparison, the indices of
+the largest, which boxes are left, a number that Python reads. Decisions of the recorded run are kept on its nodes
+(``node.meta["decided"]``; a list where there are several results, None for a result that is no decision). Later runs
+replay these decisions. So they take the same path through the code, and the numbers on it can be compared.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class _Ref(weakref.ref[Tensor]):
 
 
 class TensorMap(Generic[T]):
-    """What is known of tensors, as long as they live."""
+    """A dictionary by tensor; an entry vanishes with its tensor."""
 
     def __init__(self) -> None:
         self.items: dict[int, tuple[_Ref, T]] = {}
         self.gone = lambda ref: self.items.pop(ref.key, None)
 
     def get(self, tensor: Tensor) -> T | None:
-        """What is known of a tensor, or None."""
+        """The entry of a tensor, or None."""
         entry = self.items.get(id(tensor))
         return None if entry is None else entry[1]
 
@@ -97,7 +97,7 @@ def draw(inputs: Any, device: torch.device) -> Any:
 
 
 def flat(value: Any) -> Iterator[Any]:
-    """What is in lists and tuples, however deep."""
+    """The items of nested lists and tuples."""
     if isinstance(value, list | tuple):
         for item in value:
             if isinstance(item, list | tuple):
@@ -127,7 +127,7 @@ def is_number(value: Any) -> bool:
 
 
 def decisions(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-    """What an operation decided: its results that are no floating-point numbers, though it was given some.
+    """The decisions of an operation: its results that are no floating-point numbers, though it was given some.
 
     Args:
         args, kwargs: with values, as the result ``out``.
@@ -196,20 +196,20 @@ def _taken(x: Tensor, dim: int, indices: Tensor) -> Tensor:
 
 
 class ConcreteValues:
-    """What the tensors without data of a run hold, as long as these live.
+    """The values of the tensors without data of a run, as long as these live.
 
-    Those that are the user's are read where they are. Before one is written to, it is copied.
+    The user's own tensors are not copied, unless an operation writes to them.
     """
 
     def __init__(self, device: torch.device):
         self.device = torch.device("cpu") if device.type == "meta" else device
         self.of: TensorMap[Tensor] = TensorMap()
-        self.borrowed: set[int] = set()  # addresses of memory that is the user's
+        self.shared: set[int] = set()  # addresses of memory that is the user's
 
     def bind(self, meta: Tensor, value: Tensor) -> None:
-        """Note the value of a tensor that is the user's."""
+        """Note that a tensor has the value of one of the user's."""
         self.of[meta] = value.detach()
-        self.borrowed.add(value.untyped_storage().data_ptr())
+        self.shared.add(value.untyped_storage().data_ptr())
 
     def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
         """The result of an operation without data, and what it decided; all of it, where Python will read it."""
@@ -254,7 +254,7 @@ class ConcreteValues:
     def own(self, value: Tensor) -> None:
         """Give all that share memory with ``value`` a copy of it, where it is the user's."""
         storage = value.untyped_storage()
-        if storage.data_ptr() not in self.borrowed:
+        if storage.data_ptr() not in self.shared:
             return
         copied = storage.clone()
         for key, (ref, other) in list(self.of.items.items()):
@@ -290,15 +290,15 @@ def _like(value: Tensor) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def _bare(values: Any) -> Any:
+def _on_meta(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, _like, values)
 
 
 class KnownValues(ConcreteValues):
-    """Values that depend on no floating-point numbers: of integers and constants, and of what follows from these."""
+    """Only values that depend on no floating-point numbers: integers, constants, and results computed from these."""
 
     def bind(self, meta: Tensor, value: Tensor) -> None:
-        """Note the value of a tensor that is the user's, unless it holds floating-point numbers."""
+        """Note that a tensor has the value of one of the user's, unless that holds floating-point numbers."""
         if not is_number(value) and not value.is_meta:
             super().bind(meta, value)
 
@@ -325,10 +325,10 @@ class KnownValues(ConcreteValues):
             return self.like(func, args, kwargs), None
         return infer(func, args, kwargs), None
 
-    def follow(
+    def replay(
         self, node: fx.Node, func: Any, args: Any, kwargs: dict[str, Any], units: Callable[[Axis], Tensor]
     ) -> Any:
-        """The same where decisions are known too: those of ``node``, with the units that ``units`` lists."""
+        """The result in a later run, where the decisions of ``node`` are known too, for the units that are listed."""
         if self.knows(func, args, kwargs):
             return self.keep(func, args, kwargs, self.run(func, args, kwargs))
         if func is _PACK and self.knows(func, args[1:2], {}):
@@ -344,7 +344,7 @@ class KnownValues(ConcreteValues):
                 value.copy_(decided)
             return infer(func, args, kwargs)
         several = isinstance(decided, list)
-        out = self.like(func, args, kwargs) if several and None in decided else _bare(decided)
+        out = self.like(func, args, kwargs) if several and None in decided else _on_meta(decided)
         for part, value in zip(_parts(out), _parts(decided), strict=True):
             if isinstance(value, Tensor) and value.shape == part.shape:
                 self.of[part] = value
@@ -365,10 +365,10 @@ class KnownValues(ConcreteValues):
             if not needs_values(func, error):
                 raise
         args, kwargs = self.reals(args, kwargs)
-        return _bare(func(*args, **kwargs))
+        return _on_meta(func(*args, **kwargs))
 
     def forget(self, value: Tensor) -> None:
-        """What shares memory with ``value`` is not known any more."""
+        """Forget the values of all tensors that share memory with ``value``."""
         address = value.untyped_storage().data_ptr()
         for key, (_, other) in list(self.of.items.items()):
             if other.untyped_storage().data_ptr() == address:

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from netsurgery.capture.known_values import VIEWS, ConcreteValues
-from netsurgery.capture.recorder import OpObserver, Program
+from netsurgery.capture.op_observer import OpObserver
+from netsurgery.capture.program import Program
 
 __all__ = ["Lockstep", "PathDiverged", "source_of"]
 
@@ -58,7 +59,7 @@ class Lockstep(OpObserver):
         return _is_written(node, dict.fromkeys(self.program.operations[self.position :]))
 
     def origin(self, node: fx.Node) -> Any:
-        """What a recorded node stands for in this run."""
+        """The source in this run of a recorded node: copies that were left out stand for their argument."""
         while (source := source_of(node)) in self.left_out:
             node = source.args[0]
         return source
@@ -99,7 +100,7 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def source_of(node: fx.Node) -> Any:
-    """What a recorded node stands for: a name, a result, or one of several results."""
+    """The source of a recorded node: a name, an operation, or an operation and which of its results."""
     if node.op == "get_attr":
         return node.target
     return (node.args[0], node.args[1]) if _is_part(node) else node

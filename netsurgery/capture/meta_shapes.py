@@ -1,4 +1,4 @@
-"""What an ATen operation returns for tensors without data. torch knows; the most frequent are answered faster here."""
+"""The results of ATen operations on tensors without data: torch computes them, frequent ones are faster here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs) if found is None else found
 
 
-def _same(x: Tensor) -> Tensor:
+def _like(x: Tensor) -> Tensor:
     """A tensor of the same sizes, and the same strides where these leave no gaps."""
     if x.is_contiguous():
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
@@ -74,7 +74,7 @@ def _batch_norm(
         or any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean, var))
     ):
         return None
-    return _same(x), torch.empty(0, device="meta"), torch.empty(0, device="meta")
+    return _like(x), torch.empty(0, device="meta"), torch.empty(0, device="meta")
 
 
 def _pointwise(x: Tensor, *others: Any) -> Tensor | None:
@@ -90,10 +90,10 @@ def _pointwise(x: Tensor, *others: Any) -> Tensor | None:
     for one in (x, *others):
         if isinstance(one, Tensor) and not all(n in (1, m) for n, m in zip(one.shape, largest.shape, strict=True)):
             return None
-    return _same(largest) if x.dtype.is_floating_point else None
+    return _like(largest) if x.dtype.is_floating_point else None
 
 
-def _first(x: Tensor, *others: Any) -> Tensor | None:
+def _in_place(x: Tensor, *others: Any) -> Tensor | None:
     """The output of a pointwise operation in place."""
     return x if all(other.shape == x.shape for other in others if isinstance(other, Tensor)) else None
 
@@ -129,7 +129,7 @@ def _resized(x: Tensor, size: list[int], *_: Any) -> Tensor | None:
 
 
 def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor | None:
-    return _same(x) if x.dtype.is_floating_point and -x.dim() <= dim < x.dim() else None
+    return _like(x) if x.dtype.is_floating_point and -x.dim() <= dim < x.dim() else None
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
@@ -181,7 +181,7 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         [aten.relu_.default, aten.silu_.default, aten.hardtanh_.default, aten.hardswish_.default, aten.sigmoid_.default,
          aten.tanh_.default, aten.add_.Tensor, aten.mul_.Tensor],
-        _first,
+        _in_place,
     ),
     **dict.fromkeys(
         [aten.relu.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.hardsigmoid.default,

@@ -1,4 +1,4 @@
-"""What code can reach, and what it changes there: arguments, attributes, containers, classes, globals, closures.
+"""Find what code changes in all that it can reach: arguments, attributes, containers, classes, globals, closures.
 
 A rewritten ``forward`` computes what the code computed, and writes nothing where others see it. So all that the code
 can reach is noted before it runs, object by object, and compared afterwards.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 from torch import Tensor, nn
 
-from netsurgery.capture.recorder import format_where
+from netsurgery.capture.source_locations import format_where
 
 __all__ = ["Reach"]
 
@@ -44,22 +44,22 @@ class Reach:
             self.note(root, (None, name))
 
     def note(self, root: Any, label: Label | None = None) -> None:
-        """Take all that can be reached from an object for what it is now."""
+        """Note the present state of all that can be reached from an object."""
         for one in self.walk(root, label or self.label(root)):
             self.held[id(one[0])] = one
 
     def label(self, value: Any) -> Label:
-        """What an object was found under."""
+        """The label under which an object was found."""
         return self.held[id(value)][1] if id(value) in self.held else (None, type(value).__name__)
 
     def changes(self, code: Iterable[CodeType], root: Any = None) -> list[str]:
-        """What is not as it was noted, in all or from one object on, and the first lines of some code that name it."""
+        """Each change since objects were noted (only below ``root``, if given), with a line of code that names it."""
         found = []
         for value, _, parts in self.again() if root is None else self.walk(root, self.label(root)):
             _, label, before = self.held.get(id(value), (value, (None, ""), parts))
             for name in _differing(before, parts)[:1]:
                 label = label if isinstance(value, _CONTAINERS) else _below(value, label, name)
-                found.append(f"changes {_text(label)}{_place(label, code)}")
+                found.append(f"changes {_text(label)}{_line_naming(label, code)}")
         return found
 
     def again(self) -> Iterator[Held]:
@@ -101,14 +101,16 @@ class _Digest(int):
 def _differing(before: Parts, after: Parts) -> list[Any]:
     """The names that stand for something else than before."""
     pairs = zip(before, after, strict=False)
-    if len(before) == len(after) and all(a is b and _same(x, y) for (a, x), (b, y) in pairs):
+    if len(before) == len(after) and all(a is b and _unchanged(x, y) for (a, x), (b, y) in pairs):
         return []
     old, new = ({id(name): (name, item) for name, item in parts} for parts in (before, after))
     gone = [name for key, (name, _) in old.items() if key not in new]
-    return gone + [name for key, (name, item) in new.items() if key not in old or not _same(old[key][1], item)] or [""]
+    return gone + [
+        name for key, (name, item) in new.items() if key not in old or not _unchanged(old[key][1], item)
+    ] or [""]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _unchanged(one: Any, other: Any) -> bool:
     return one is other or (type(one) is _Digest and one == other)
 
 
@@ -130,14 +132,14 @@ def _text(label: Label | None) -> str:
     return f"{around}[{str(name)[:40]!r}]"
 
 
-# What objects are made of ----------------------------------------------------------------------------------------
+# The parts of objects ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _reader(kind: Any) -> Callable[[Any], Parts] | None:
-    """What gives the parts of the objects of a class; None where code changes nothing in them."""
+    """The function that lists the parts of a class's objects; None where code changes nothing in them."""
     read = next((read for known, read in _KNOWN.items() if issubclass(kind, known)), None)
-    if _is_library(kind):
+    if _is_library_class(kind):
         return _of_object if kind is SimpleNamespace else read
     return _of_object if read is None else _both(read) if issubclass(kind, _CONTAINERS) else read
 
@@ -163,7 +165,7 @@ def _of_module(module: Any) -> Parts:
 
 
 def _of_class(kind: Any) -> Parts:
-    own = [base for base in kind.__mro__ if not _is_library(base)]
+    own = [base for base in kind.__mro__ if not _is_library_class(base)]
     return [item for base in own for item in vars(base).items() if not _is_magic(item[0])]
 
 
@@ -213,12 +215,12 @@ _DRAWN = {
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "netsurgery"}
 
 
-def _is_library(kind: Any) -> bool:
+def _is_library_class(kind: Any) -> bool:
     """Whether a class is Python's own, torch's, numpy's or ours: their objects are no concern of the user's."""
     return str(kind.__module__).partition(".")[0] in _LIBRARIES
 
 
-# What functions can reach ----------------------------------------------------------------------------------------
+# The reach of functions ----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -229,7 +231,7 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 
 def _named(scope: Mapping[str, Any], names: tuple[str, ...]) -> Parts:
-    """What names stand for: globals, and what is asked of modules of the user's."""
+    """The objects that names stand for: globals, and attributes of the user's own modules."""
     found = []
     for name in names:
         if name in scope:
@@ -256,7 +258,7 @@ def _lines(code: CodeType) -> dict[str, int]:
     return found
 
 
-def _place(label: Label | None, code: Iterable[CodeType]) -> str:
+def _line_naming(label: Label | None, code: Iterable[CodeType]) -> str:
     """The line that names the last part of a label that any line names."""
     while label is not None:
         label, name = label

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netsurgery.capture.recorder import Inputs
+from netsurgery.capture.inputs import Inputs
 
 __all__ = ["described", "made"]
 

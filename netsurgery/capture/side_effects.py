@@ -1,14 +1,13 @@
-"""What code does beside computing, which a graph of torch functions does not carry: seen while it runs.
+"""Watch code while it runs for effects that a graph of torch functions cannot express.
 
-Gradients that are switched off or replaced, autocast, checkpoints, hooks: whatever they are called in the code, the
-calls come to the same functions of torch. What the code writes where others see it is found by comparing (``Reach``).
+Such effects are gradients that are switched off or replaced, autocast, checkpoints and hooks. However the code spells
+them, they call the same functions of torch, and a profiler sees these. Writes to objects that others can see are found
+by comparing the objects before and after (``Reach``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ import torch.utils.checkpoint
 from torch.autograd import grad_mode
 
 from netsurgery.capture.reachable import Reach
-from netsurgery.capture.recorder import format_where, is_library, location
+from netsurgery.capture.source_locations import format_where, is_library, is_python, location
 
 __all__ = ["Effects"]
 
@@ -40,7 +39,6 @@ _ASKING = {
     for name, function in vars(torch._C).items()
     if any(word in name for word in ("autocast", "grad_enabled", "inference_mode_enabled")) and callable(function)
 }
-_PYTHON = os.path.dirname(os.__file__) + os.sep
 _RAN: weakref.WeakKeyDictionary[CodeType, set[CodeType]] = weakref.WeakKeyDictionary()
 
 
@@ -52,7 +50,7 @@ class Effects:
         start: the code that is called.
 
     Attributes:
-        found: what it does, and where.
+        found: the effects, and where the code has them.
     """
 
     def __init__(self, roots: Mapping[str, Any], start: CodeType):
@@ -78,7 +76,7 @@ class Effects:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What runs now is not the code itself."""
+        """Do not watch what runs inside of this context."""
         sys.setprofile(None)
         try:
             yield
@@ -91,9 +89,9 @@ class Effects:
             code = frame.f_code
             if code.co_filename in _FILES and not code.co_name.startswith("is_"):  # such as is_autocast_available
                 self.note(f"uses {_named(code)}", frame)
-            elif not _is_library(code.co_filename):
+            elif not (is_library(code.co_filename) or is_python(code.co_filename)):
                 self.ran.add(code)
-                if (first := _first(frame)) is not None:
+                if (first := _autograd_function(frame)) is not None:
                     self.note(f"runs the torch.autograd.Function '{first}', whose gradient is its own", frame.f_back)
         elif event == "c_call" and what in _ASKING and not is_library(frame.f_code.co_filename):
             self.note(f"uses {what.__name__}", frame)
@@ -103,26 +101,19 @@ class Effects:
 
     @contextlib.contextmanager
     def of(self, part: Any) -> Iterator[None]:
-        """A part runs, which writes what it likes; what was written in it before was not its own."""
+        """Let a submodule run: it may write to itself, but the code around it may not."""
         with self.aside():
             self.found += self.reach.changes(self.ran, part)
             yield
             self.reach.note(part)
 
 
-@functools.cache
-def _is_library(filename: str) -> bool:
-    """Whether code is torch's, Python's own or ours."""
-    own = filename.startswith(_PYTHON) and "site-packages" not in filename
-    return own or filename.startswith("<frozen ") or is_library(filename)
-
-
 def _named(code: CodeType) -> str:
-    """What a function of torch is known as: the class that it is a method of, or its own name."""
+    """The name that users know a function of torch by: the class that it is a method of, or its own name."""
     return "checkpoint" if code.co_filename == torch.utils.checkpoint.__file__ else code.co_qualname.partition(".")[0]
 
 
-def _first(frame: FrameType) -> str | None:
+def _autograd_function(frame: FrameType) -> str | None:
     """The name of the autograd function that a frame is part of: its first argument is the context."""
     code = frame.f_code
     context = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None

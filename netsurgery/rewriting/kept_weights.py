@@ -1,4 +1,4 @@
-"""Parameters that make up for what a removal would change in the rest of a weight that is computed from others."""
+"""New values of the parameters that keep computed weights as they are when units are removed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from netsurgery.analysis.computed_weights import places, scaled
+from netsurgery.analysis.computed_weights import aligned_dims, scaled
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.weights import nowhere, part
+from netsurgery.analysis.weights import no_inputs, part
 from netsurgery.axes import Axis
 from netsurgery.errors import RewriteError
 from netsurgery.positions import positions
@@ -26,7 +26,7 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
         keep: the units that stay, by group.
 
     Raises:
-        RewriteError: of a filter, nothing but zeros would stay: it has no direction any more.
+        RewriteError: a filter would keep nothing but zeros, and so have no direction any more.
     """
     units = {network[name].channel: torch.tensor(kept) for name, kept in keep.items()}
     found: dict[str, Tensor] = {}
@@ -35,9 +35,9 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
         weights = [node for node in weights if not tensors[node.meta["scaled_by"]].is_meta]  # without data, nothing is
         if not weights:
             continue
-        # Other units, such as ranks, are gone in both: of these the weight is to be without.
+        # Other units, such as ranks, are gone in both runs: the weight is to lose them.
         full, cut = (
-            silenced(network, part(program, weights, whole), tensors, nowhere(tensors), units)
+            silenced(network, part(program, weights, whole), tensors, no_inputs(tensors), units)
             for whole in (True, False)
         )
         for node, wanted, left in zip(weights, full, cut, strict=True):
@@ -60,8 +60,8 @@ def _kept(node: fx.Node, wanted: Tensor, left: Tensor, units: Mapping[Axis, Tens
     stays = entries([_positions(axis, units).to(wanted.device) for axis in node.meta["dims"]])
     if not bool((left.isfinite() | ~stays | ~wanted.isfinite()).all()):
         raise RewriteError(
-            f"of a weight that is computed from '{node.meta['scaled_by']}' nothing but zeros would stay in some rows, "
-            "which then have no norm to be divided by: keep other units"
+            f"some rows of a weight that is computed from '{node.meta['scaled_by']}' would keep nothing but zeros, "
+            "and then have no norm to be divided by: keep other units"
         )
     return torch.where(stays, wanted, 0).double(), left.double()
 
@@ -73,8 +73,8 @@ def _positions(axis: Axis, units: Mapping[Axis, Tensor]) -> Tensor:
 
 
 def _ratio(node: fx.Node, source: fx.Node, wanted: Tensor, left: Tensor) -> Tensor:
-    """What a parameter is to be multiplied by so that ``left`` becomes ``wanted``."""
-    at = [place for place in places(source, node) if place is not None]
+    """The factor by which a parameter must be multiplied so that ``left`` becomes ``wanted``."""
+    at = [place for place in aligned_dims(source, node) if place is not None]
     dots, squares = (wanted * left, left * left)
     for dim in sorted(set(range(left.dim())) - set(at), reverse=True):
         dots, squares = dots.sum(dim), squares.sum(dim)

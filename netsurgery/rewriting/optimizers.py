@@ -1,4 +1,4 @@
-"""What a training loop keeps beside a model is cut with it: the state of optimizers, and averages of the weights.
+"""Cut what a training loop keeps beside a model: the state of optimizers, and averages of the weights.
 
 An optimizer stays the same object (schedulers, hooks and gradient scalers hold it): its groups point to the smaller
 model's parameters, and its state tensors are cut as the parameters are. All is prepared before anything changes.
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.recorder import tensors_in
+from netsurgery.capture.inputs import tensors_in
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 
@@ -28,7 +28,7 @@ _QUANTISED = (torch.uint8, torch.int8)
 
 
 def as_list(given: Any, kind: type, name: str) -> list[Any]:
-    """What was given for an argument that is None, one object of a kind, or several.
+    """An argument as a list: it is None, one object of a kind, or several.
 
     Raises:
         InputError: it is something else.
@@ -42,7 +42,7 @@ def as_list(given: Any, kind: type, name: str) -> list[Any]:
 
 
 def averaged(ema: nn.Module, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    """The module of a model's names and shapes that an average of its weights is, or that it wraps.
+    """The module in an average of weights that has the model's names and shapes: the average itself, or one inside.
 
     Args:
         ema: such a module, or one around it: ``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``.
@@ -89,7 +89,7 @@ class OptimizerStates:
         edit: Edit,
         moved: bool,
     ):
-        self.axes, self.places, self.values = edit.network.axes, edit.positions, edit.values
+        self.axes, self.positions, self.values = edit.network.axes, edit.positions, edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.lists: list[list[Tensor]] = []
         self.states: list[MutableMapping[Any, Any]] = []
@@ -128,7 +128,7 @@ class OptimizerStates:
             return
         self.states.append(optimizer.state)
         names = [self.names[id(param)] for param in filter(self._is_ours, _params(optimizer))]
-        if any(name in self.values or self.places.changes(self.axes[name]) for name in names):
+        if any(name in self.values or self.positions.changes(self.axes[name]) for name in names):
             for key, entry in optimizer.state.items():
                 self._prepare(optimizer, key, entry)
 
@@ -161,17 +161,19 @@ class OptimizerStates:
                 if type(value) not in (Tensor, nn.Parameter, type(key.data)) or value.dtype in _QUANTISED:
                     raise self._refusal(optimizer, where, f"is packed ({type(value).__name__}, {value.dtype})")
                 axes = self._axes_of(what, value, name, key)
-                if axes is None or not (self._told_apart(value, axes) or self._is_usual(optimizer, what, value, key)):
-                    shapes = f"has shape {tuple(value.shape)}, the parameter {tuple(key.shape)}"
-                    raise self._refusal(optimizer, where, f"{shapes}, and which dimensions are the same is not clear")
+                if axes is None or not (self._unambiguous(value, axes) or self._is_usual(optimizer, what, value, key)):
+                    shapes = f"has shape {tuple(value.shape)}, the parameter has {tuple(key.shape)}"
+                    raise self._refusal(
+                        optimizer, where, f"{shapes}, and it is not clear which dimensions are the same"
+                    )
                 if name in self.values and "master" in what and value.shape == key.shape:
-                    cut[what] = self.places.cut(self.values[name].to(value), axes)
-                elif self.places.changes(tuple(axis for axis in axes if axis is not None)):
-                    cut[what] = self.places.cut(value, axes)
+                    cut[what] = self.positions.cut(self.values[name].to(value), axes)
+                elif self.positions.changes(tuple(axis for axis in axes if axis is not None)):
+                    cut[what] = self.positions.cut(value, axes)
         self.entries.append((entry, cut))
 
     def _axes_of(self, what: str, value: Tensor, name: str, param: Tensor) -> tuple[Axis | None, ...] | None:
-        """The dimensions of a state tensor in those of its parameter; None where they cannot be told."""
+        """The dimensions of a state tensor in those of its parameter; None where that is not clear."""
         axes, shape, own = self.axes[name], tuple(param.shape), tuple(value.shape)
         if len(own) == len(shape):  # of each element, or reduced along dimensions that have size one then
             fits = all(n in (1, size) for n, size in zip(own, shape, strict=True))
@@ -183,16 +185,16 @@ class OptimizerStates:
             for dims in itertools.combinations(range(len(shape)), len(own))
             if tuple(shape[dim] for dim in dims) == own
         ]
-        alike = all(self._same(choice, choices[0]) for choice in choices)
+        alike = all(self._same_positions(choice, choices[0]) for choice in choices)
         return choices[0] if choices and alike else None
 
-    def _told_apart(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
-        """Whether dimensions of equal size lose the same: else a matrix may be of the rows alone (a preconditioner)."""
+    def _unambiguous(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
+        """Whether dimensions of equal size lose the same; else a matrix may be of the rows alone (a preconditioner)."""
         pairs = itertools.combinations(zip(value.shape, axes, strict=True), 2)
-        return all(n != m or self._same((one,), (other,)) for (n, one), (m, other) in pairs)
+        return all(n != m or self._same_positions((one,), (other,)) for (n, one), (m, other) in pairs)
 
     def _is_usual(self, optimizer: Optimizer, what: str, value: Tensor, param: Tensor) -> bool:
-        """Whether it is known to be of each element: by its name, or as it is so for a parameter that is not square."""
+        """Whether state is known to be of each element: by its name, or since that of a parameter not square is."""
         if value.shape == param.shape and (what in _OF_ELEMENTS or "master" in what):
             return True
         return any(
@@ -205,9 +207,9 @@ class OptimizerStates:
             if isinstance(other, Tensor)
         )
 
-    def _same(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
+    def _same_positions(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
         """Whether the same positions stay."""
-        found = ([None if axis is None else self.places(axis) for axis in axes] for axes in (one, other))
+        found = ([None if axis is None else self.positions(axis) for axis in axes] for axes in (one, other))
         pairs = zip(*found, strict=True)
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
@@ -218,7 +220,7 @@ class OptimizerStates:
         )
 
 
-# What torch.optim keeps of each element of a parameter, under names that others use for the same.
+# Names under which torch.optim, and others after it, keep a number for each element of a parameter.
 _OF_ELEMENTS = frozenset((
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
     "sum", "ax", "prev", "step_size", "slow_buffer", "z",

@@ -54,10 +54,10 @@ def rewrite(
             where the edit has new values, they are moved by as much as the weights are.
 
     Returns:
-        The model's own class with the same module names and state_dict keys, its tensors cut, attributes such as
-        ``in_channels`` in step. Training mode, hooks, requires_grad, dtype, device, memory format and ties stay.
-        What stays of a weight that is computed from others stays as it is: the length of a weight norm is cut to what
-        its direction loses (the norms of other computations lock what they are taken over).
+        The model's own class with the same module names and state_dict keys. Its tensors are cut, and attributes such
+        as ``in_channels`` follow. Training mode, hooks, requires_grad, dtype, device, memory format and shared weights
+        stay. The entries that stay of a computed weight keep their values: the length of a weight norm is scaled so
+        that they do (the norms of other computations lock the units that they are taken over).
         A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
         ``netsurgery`` names these, ``edit.replaced`` says why.
 
@@ -79,7 +79,7 @@ def rewrite(
         True
     """
     expect("rewrite(model, edit)", "a torch.nn.Module and its Edit", (model, nn.Module), (edit, Edit))
-    network, places = edit.network, edit.positions
+    network, positions = edit.network, edit.positions
     shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
     tensors = _tensors(model, shapes)
     if edit.values:
@@ -93,11 +93,11 @@ def rewrite(
     result = model
     if not inplace:
         values = _valued(tensors, edit, edit.values)
-        new = {id(t): _copy(t, values.get(name, t), network.axes[name], places) for name, t in tensors.items()}
+        new = {id(t): _copy(t, values.get(name, t), network.axes[name], positions) for name, t in tensors.items()}
         result = copy_with(model, new)
-    cuts = [_cut_all(dict(named_tensors(one)), edit, places, _moved(one, edit)) for one in averages]
+    cuts = [_cut_all(dict(named_tensors(one)), edit, positions, _moved(one, edit)) for one in averages]
     if inplace:
-        cuts.append(_cut_all(tensors, edit, places, _valued(tensors, edit, edit.values)))
+        cuts.append(_cut_all(tensors, edit, positions, _valued(tensors, edit, edit.values)))
     # Whatever can be refused has been: from here on things change.
     for cut in cuts:
         _replace(cut)
@@ -132,7 +132,7 @@ def _check_weights(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -
 
 
 def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
-    """What the code of a model needs to follow the edit."""
+    """The changes that the code of a model needs to follow the edit."""
     known = edit.adaptation_for(model)
     if known is not None:
         return known
@@ -143,26 +143,26 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     return with_repeats(model, edit.network, edit.counts, adaptation)
 
 
-def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], places: Positions) -> Tensor:
-    new = like(tensor, places.cut(value.to(tensor), axes))
+def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], positions: Positions) -> Tensor:
+    new = like(tensor, positions.cut(value.to(tensor), axes))
     if tensor.is_leaf and tensor.grad is not None:  # another, such as the last result of a weight norm, has none
-        new.grad = places.cut(tensor.grad, axes)
+        new.grad = positions.cut(tensor.grad, axes)
     return new
 
 
 Cut = list[tuple[Tensor, Tensor, Tensor | None]]  # a tensor, what it will hold, and what its gradient will be
 
 
-def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, places: Positions, values: Mapping[str, Tensor]) -> Cut:
+def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, positions: Positions, values: Mapping[str, Tensor]) -> Cut:
     axes = edit.network.axes
     return [
         (
             old,
-            places.cut(values[name].to(old) if name in values else old, axes[name]),
-            places.cut(old.grad, axes[name]) if old.is_leaf and old.grad is not None else None,
+            positions.cut(values[name].to(old) if name in values else old, axes[name]),
+            positions.cut(old.grad, axes[name]) if old.is_leaf and old.grad is not None else None,
         )
         for name, old in tensors.items()
-        if name in axes and (name in values or places.changes(axes[name]))
+        if name in axes and (name in values or positions.changes(axes[name]))
     ]
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from netsurgery.capture.recorder import RAISED_BY_MODELS
+from netsurgery.capture.meta_run import RAISED_BY_MODELS
 from netsurgery.errors import InputError
 from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints

@@ -4,8 +4,9 @@ Both replay the recorded graph of the original network on real tensors. **Silenc
 result of every operation, and takes statistics (means, norms, softmax) over what stays. **Permutation** shuffles the
 units of every group in every parameter that carries it; the output must not change.
 
-Where a network decides by values (see ``values.py``), all runs are answered with the decisions of the recorded one, and
-where it draws random numbers, with those of the original; the numbers that these rest on are compared like outputs.
+Where a network decides by values (see ``capture.known_values``), all runs take the decisions of the recorded one. Where
+it draws random numbers, all runs take those of the original. The numbers that decisions are taken from are compared
+like outputs.
 """
 
 from __future__ import annotations
@@ -21,23 +22,13 @@ from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.replay import Drawn, Numbers, Units, inputs_read, look_up_constants, replay, run, units_in
 from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
+from netsurgery.capture.inputs import Inputs, as_inputs, meta_inputs, tensors_in
 from netsurgery.capture.known_values import ConcreteValues, draw, flat, is_number, remapped, replay_decision, select
 from netsurgery.capture.lockstep import Lockstep, PathDiverged
+from netsurgery.capture.meta_run import bind, bind_inputs, home, meta_copy, run_meta_copy
+from netsurgery.capture.program import Program
 from netsurgery.capture.randomness import seeded
-from netsurgery.capture.recorder import (
-    Inputs,
-    Program,
-    as_inputs,
-    bind,
-    bind_inputs,
-    format_where,
-    home,
-    location,
-    meta_copy,
-    meta_inputs,
-    run_meta_copy,
-    tensors_in,
-)
+from netsurgery.capture.source_locations import format_where, location
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.verification.silencing import silenced
@@ -50,7 +41,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
 
     Args:
         model: the original, unchanged.
-        small: what ``rewrite`` made of it.
+        small: the model that ``rewrite`` made of it.
         edit: the edit that was carried out.
         example_inputs: inputs of the traced shapes; by default those of the trace, filled with random numbers. Where
             they take another way through the code than those of the trace (another mask, say), the original is recorded
@@ -59,15 +50,15 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     Returns:
         The largest absolute difference between the outputs over the largest absolute output of the silenced
         original, the worst over all outputs (and, where a network has parts only used in training, over both modes).
-        Infinite where either has a number that is none (NaN), and where the shapes differ. Where an output is zero
-        everywhere, as with a head that starts at zero, or empty, it proves nothing. Where the code decides by values of
-        activations, both networks take the decisions of the recorded run, whatever these inputs would decide, and the
-        numbers these are taken from count as outputs; what the code draws at random is the same in both.
+        Infinite where either has a NaN, and where the shapes differ. An output that is zero everywhere, as with a head
+        that starts at zero, proves nothing. Where the code decides by values of activations, both networks take the
+        decisions of the recorded run, and the numbers that these are taken from count as outputs. Random numbers are
+        the same in both.
 
     Raises:
         InputError: the arguments in another order; a first model that is not the original; inputs of other shapes than
-            those of the trace, or that take a way through the code on which the edit cannot be; or a small model that
-            runs other operations where the code looks at values or draws random numbers.
+            those of the trace, or that take a way through the code to which the edit does not apply; or a small model
+            that runs other operations where the code looks at values or draws random numbers.
 
     Example:
         >>> import torch, netsurgery
@@ -91,7 +82,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         with seeded(0, home(model)):
             want = silenced(edit.network, program, tensors, inputs, keep, numbers, drawn)
         if program.values == "all" or drawn:
-            found, read = follow(small, program, inputs, units, drawn)
+            found, read = run_with_decisions(small, program, inputs, units, drawn)
             worst = max(worst, _difference(read, _chosen(numbers, units)))
         else:
             found = run(small, program, inputs)
@@ -175,15 +166,19 @@ def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
     network = trace_untried(model, inputs[0] or inputs[1])
     for name in edit.keep:
         group = network.by_name.get(name)
-        if group is None or group.size != edit.network[name].size or _places(group) != _places(edit.network[name]):
+        if (
+            group is None
+            or group.size != edit.network[name].size
+            or _occurrences(group) != _occurrences(edit.network[name])
+        ):
             raise InputError(
                 f"these inputs take another way through the code of {network.model_name} than those of the trace, and "
-                f"the units of '{name}' are others there: plan the edit with such inputs"
+                f"'{name}' has other units there: plan the edit with such inputs"
             )
     return Edit(network, edit.keep, values=edit.values)
 
 
-def _places(group: Group) -> set[tuple[str, int]]:
+def _occurrences(group: Group) -> set[tuple[str, int]]:
     return {(member.parameter, member.axis) for member in group.members}
 
 
@@ -237,7 +232,7 @@ def permuted_difference(model: nn.Module, network: Network, example_inputs: Any 
     return worst
 
 
-class _Follower(Lockstep):
+class _DecisionReplay(Lockstep):
     """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from.
 
     Random numbers are those that were ``drawn`` in another run, by the operation that drew them.
@@ -266,7 +261,7 @@ class _Follower(Lockstep):
         return self.own.keep(func, args, kwargs, found)
 
 
-def follow(
+def run_with_decisions(
     model: nn.Module, program: Program, inputs: Inputs, units: Units, drawn: Drawn
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of a model whose code is run with the decisions of a recorded run, and the numbers these rest on."""
@@ -275,9 +270,9 @@ def follow(
     values, given = ConcreteValues(device), meta_inputs(inputs)
     bind(values, model, meta, names)
     bind_inputs(values, given, inputs)
-    follower = _Follower(program, values, units, drawn)
-    outputs = run_meta_copy(meta, follower, given, device)
-    return [values.real(follower.stand_in(tensor)) for tensor in tensors_in(outputs)], follower.numbers
+    observer = _DecisionReplay(program, values, units, drawn)
+    outputs = run_meta_copy(meta, observer, given, device)
+    return [values.real(observer.stand_in(tensor)) for tensor in tensors_in(outputs)], observer.numbers
 
 
 def _drawn_again(func: Any, args: Any, drawn: Any) -> Any:

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import Drawn, Numbers, draws, replay, units_in
-from netsurgery.analysis.rules import Op
 from netsurgery.axes import Axis, find, leaves
+from netsurgery.capture.inputs import Inputs
 from netsurgery.capture.known_values import flat
-from netsurgery.capture.recorder import (
-    Inputs,
-    Program,
-)
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
 
 __all__ = ["STATISTICS", "entries", "is_view", "silenced"]
 
@@ -31,7 +29,7 @@ def _copied(value: Any) -> Any:
 
 
 def entries(masks: Sequence[Tensor]) -> Tensor:
-    """Which entries of a tensor stay, to be broadcast, from which positions of each of its dimensions do."""
+    """Which entries of a tensor stay, from masks of the positions that stay along each dimension; to be broadcast."""
     shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(masks))]) for dim, one in enumerate(masks)]
     return functools.reduce(torch.logical_and, shaped)
 
@@ -45,10 +43,14 @@ def silenced(
     numbers: Numbers | None = None,
     drawn: Drawn | None = None,
 ) -> list[Tensor]:
-    """Outputs of the original network with every unit not in ``keep`` contributing nothing; ``numbers`` as above.
+    """Outputs of the original network where every unit that is not in ``keep`` contributes nothing.
 
-    What stays of a weight that is computed from others stays as it is: its computation sees all units.
-    ``drawn`` gets what each operation draws at random.
+    The computation of a weight from others sees all units, so that the entries that stay keep their values.
+
+    Args:
+        keep: the units that stay, by channel.
+        numbers: gets the floating-point numbers that decisions are taken from, with their nodes.
+        drawn: gets the random numbers that each operation draws.
     """
 
     @functools.cache
@@ -77,9 +79,9 @@ def silenced(
             drawn[node] = _copied(out)
         special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:
-            op = Op(node, network)
+            op = Operation(node)
             dims = op.dims(op["self"] if "self" in op.arguments else op["input"])
-            kept = stays(node, dims, _first(values, op).device)
+            kept = stays(node, dims, _first_input(values, op).device)
             if kept is not None:
                 out = special(
                     {k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()},
@@ -94,7 +96,7 @@ def silenced(
     return replay(program, tensors, inputs, silence, numbers=numbers)
 
 
-def _first(values: Mapping[Any, Any], op: Op) -> Tensor:
+def _first_input(values: Mapping[Any, Any], op: Operation) -> Tensor:
     return values[op.inputs[0]]  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,63 @@
+"""Positional and keyword inputs of a model, and the tensors in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "Inputs",
+    "as_inputs",
+    "is_namedtuple",
+    "meta_inputs",
+    "shapes_text",
+    "tensors_in",
+]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword inputs of a model
+
+
+def as_inputs(example_inputs: Any) -> Inputs:
+    """Positional and keyword inputs from what a user passes: a tuple, a list, a dictionary or one tensor."""
+    if isinstance(example_inputs, Mapping):  # a tokenizer's result is one, too
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in an input or output: nested tuples, dictionaries, registered and plain objects."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type) and not callable(leaf):
+            found.extend(tensors_in(list(vars(leaf).values())))
+    return found
+
+
+def is_namedtuple(value: Any) -> bool:
+    """Whether a value is a named tuple, such as a packed sequence."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def meta_inputs(inputs: Inputs) -> Inputs:
+    """Inputs without data; one that is given twice stays one."""
+    made: dict[int, Tensor] = {}
+
+    def meta(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_like(tensor, device="meta")
+        return made[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, meta, inputs)  # type: ignore[no-any-return]
+
+
+def shapes_text(value: Any) -> str:
+    """The shapes of the tensors in a value, such as ``1x3x224x224, 10``."""
+    return ", ".join("x".join(map(str, tensor.shape)) or "()" for tensor in tensors_in(value))

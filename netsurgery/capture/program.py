@@ -1,0 +1,103 @@
+"""A recorded run: a graph of ATen operations, the runs of modules in it, and what each node knows."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor, fx
+
+from netsurgery.axes import Axis
+
+__all__ = [
+    "Call",
+    "Mode",
+    "Named",
+    "NodeMeta",
+    "Program",
+    "names_used",
+]
+
+Mode = Literal["eval", "train"]
+
+
+class NodeMeta(TypedDict, total=False):
+    """The keys of ``node.meta`` of a recorded graph (torch types it as ``dict[str, Any]``)."""
+
+    # Noted by the recorder:
+    shape: Any  # of the result, None where it is no tensor; a list of these where there are several results
+    dtype: torch.dtype
+    layout: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    module: str  # path of the module that ran
+    where: tuple[str, int] | None  # file and line of the user's code
+    decided: Any  # the decisions that were taken from values, see ``known_values``
+
+    # Noted by the analysis:
+    dims: Any  # an axis for each dimension of the result; a list of such tuples where there are several results
+    params: tuple[str, ...]  # the tensors that the result comes from, where it comes from these alone
+    names: dict[str, Any]  # by name in the rule's notation its axis; a tuple of axes for a starred name
+    operands: list[Any]  # each operand that comes from parameters, and (source, axis, role) of its dimensions
+    macs: list[Axis]  # the axes whose sizes multiply to the number of multiply-accumulates
+    expected: dict[str, Axis]  # by integer argument the axis that it is the size of
+    attributes: dict[str, Axis]  # by integer attribute of a module with a rule the axis that it is the size of
+    whole: frozenset[Axis]  # channels of which the computation of a weight must see all units
+    scaled_by: str  # the parameter that makes up for a removal in a computed weight
+    limited: bool  # whether that parameter is itself the weight, within a largest norm
+
+    # Noted when the code is run at other sizes:
+    channels: dict[Axis, None]  # the channels in the dimensions of the operation's arguments and results
+
+
+@dataclass
+class Program:
+    """One recorded run.
+
+    ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant that it
+    uses, and one call_function for each ATen operation. ``constants`` are the tensors that the code made itself.
+    ``calls`` are the runs of its modules, in the order in which they began. ``values`` says which values the code
+    looked at: "none", those that are "known" without running the network, or "all".
+    """
+
+    graph: fx.Graph
+    mode: Mode
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    values: Literal["none", "known", "all"] = "none"
+    module_traces: dict[Any, Any] = field(default_factory=dict)  # what adaptation has traced of modules, by path
+
+    def __repr__(self) -> str:
+        return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"
+
+    @functools.cached_property
+    def operations(self) -> list[fx.Node]:
+        """The ATen operations in order, without those that only pick one result of several."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+
+
+@dataclass
+class Call:
+    """One run of a module: operations ``begin`` to ``end``, and what went in and came out, nodes for tensors.
+
+    A parameter or buffer that was handed over stands there as ``Named``.
+    """
+
+    path: str
+    begin: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any = None
+    end: int = -1
+    next: int = -1  # the first call that began after this one ended
+
+
+class Named(str):
+    """A parameter or buffer by its name, where it was handed over as an argument."""
+
+
+def names_used(programs: Iterable[Program]) -> set[str]:
+    """The parameters, buffers and constants that the programs read."""
+    return {str(node.target) for program in programs for node in program.graph.nodes if node.op == "get_attr"}
