@@ -13,6 +13,7 @@ from torchvision import models
 import netsurgery
 import zoo
 from netsurgery.errors import InputError
+from netsurgery.models import resnet20
 from netsurgery.passes import MagnitudeScore, PruneChannels, ReconstructionScore, reconstruction
 from netsurgery.passes.calibration import draw_inputs
 
@@ -160,11 +161,15 @@ def test_parts_of_a_group_weigh_what_was_measured() -> None:
     assert one.scores([0.0, 0.0, 0.0]).tolist() == [0.0] * 10
 
 
-@pytest.mark.parametrize("name", ["resnet", "densenet", "shuffle", "attention", "grouped"])
+WIDE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "grouped")]  # up to 2,048 units a group
+
+
+@pytest.mark.parametrize("name", ["resnet20", "densenet", "shuffle", "attention", *WIDE])
 def test_every_unit_of_a_network_has_a_score_and_nothing_is_changed(name: str) -> None:
     torch.manual_seed(0)
     found = {
-        "resnet": lambda: models.resnet18(num_classes=7),
+        "resnet20": lambda: resnet20(7),
+        "resnet18": lambda: models.resnet18(num_classes=7),
         "densenet": lambda: models.DenseNet(4, (2, 2), 8, num_classes=7),
         "shuffle": lambda: models.shufflenet_v2_x0_5(num_classes=7),
         "grouped": lambda: models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], 7, groups=4, width_per_group=8),
