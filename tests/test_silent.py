@@ -374,7 +374,7 @@ def test_impossible_units_are_refused(units, message):
 @pytest.mark.parametrize("group", ["a:in", "b"])
 def test_inputs_and_outputs_are_refused(group):
     network = netsurgery.trace(between(lambda net, x: net.a(x)), (X,))
-    with pytest.raises(InputError, match=r"locked: network (in|out)put"):
+    with pytest.raises(InputError, match=r"locked: the network (in|out)put"):
         netsurgery.Edit(network, {group: (0, 1)})
 
 
