@@ -27,8 +27,9 @@ from netsurgery.adaptation.forwards import (
     merge,
     solve_attributes,
 )
+from netsurgery.adaptation.function_recorder import Untraceable
 from netsurgery.adaptation.gradient_check import difference
-from netsurgery.adaptation.module_tracer import DiffersInTraining, ModuleTrace, Untraceable, trace_module
+from netsurgery.adaptation.module_tracer import DiffersInTraining, ModuleTrace, trace_module
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
@@ -269,7 +270,7 @@ class _Attempt:
         """The source of a module's ``forward`` at other sizes: of one that computes other things in training, both.
 
         Raises:
-            Deaf: its code cannot be followed, or has other gradients; the message says why.
+            Untraceable: its code cannot be followed, or has other gradients; the message says why.
         """
         code = self.code(path, module, self.sizes, attributes)
         self.prove(path, module)
@@ -299,7 +300,7 @@ class _Attempt:
         Modules of one class whose code did the same are tried once.
 
         Raises:
-            Deaf: it has not; the message says where they part.
+            Untraceable: it has not; the message says where they part.
         """
         program, runs = self.recorded(path), self.heard(path)
         alike = type(module), *((str(run.usual), run.code) for run in runs)
@@ -319,7 +320,7 @@ class _Attempt:
         """The program in which a module runs.
 
         Raises:
-            Deaf: there is none in training.
+            Untraceable: there is none in training.
         """
         programs = [p for p in self.network.programs if p.mode == "train" or not in_training]
         program = next((p for p in programs if any(call.path == path for call in p.calls)), None)
@@ -331,7 +332,7 @@ class _Attempt:
         """What the code of a module does, each time it runs.
 
         Raises:
-            Deaf: it cannot be heard; the message says why.
+            Untraceable: it cannot be heard; the message says why.
         """
         program = self.recorded(path, in_training)
         module, key = self.model.get_submodule(path), f"{path} in training" if in_training else path
@@ -575,7 +576,7 @@ class _Checker(Lockstep):
         """Whether an operation reads a constant with other values; the groups that it concerns are blamed.
 
         Raises:
-            LeftPath: it reads other results than when it was traced.
+            PathDiverged: it reads other results than when it was traced.
         """
         for now, then in zip(_tensors(args), _tensors(node.args), strict=False):
             source = self.origin(then)

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from netsurgery.adaptation.function_recorder import Untraceable
 from netsurgery.adaptation.input_guards import EXPECTATIONS
-from netsurgery.adaptation.module_tracer import SizeEvaluator, Untraceable
 from netsurgery.adaptation.repeated_sizes import Repeat
+from netsurgery.adaptation.traced_numbers import SizeEvaluator
 from netsurgery.analysis.costs import Sizes
 from netsurgery.axes import Axis, leaves
 
@@ -244,7 +245,7 @@ def generate_forward(
         written_only: only numbers written in the code may have to change, and no answer to a question about sizes.
 
     Raises:
-        Deaf: a size cannot be worked out.
+        Untraceable: a size cannot be worked out.
     """
     new_graph = fx.Graph()
     renamed: dict[fx.Node, fx.Node] = {}
@@ -296,7 +297,7 @@ def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
     """One ``forward`` of those of several runs, each with the kinds of inputs that it is for.
 
     Raises:
-        Deaf: they differ for inputs of one kind.
+        Untraceable: they differ for inputs of one kind.
     """
     by_kind: dict[tuple[str, ...], str] = {}
     for kind, code in ways:
