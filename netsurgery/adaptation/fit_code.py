@@ -29,7 +29,7 @@ from netsurgery.adaptation.forwards import (
 )
 from netsurgery.adaptation.function_recorder import Untraceable
 from netsurgery.adaptation.gradient_check import difference
-from netsurgery.adaptation.module_tracer import DiffersInTraining, ModuleTrace, trace_module
+from netsurgery.adaptation.module_tracer import ModuleTrace, trace_module
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
@@ -220,10 +220,10 @@ class _Attempt:
         if path in self.adaptation.code:
             return False
         try:
-            runs = self.heard(path)
+            runs = self.traces(path)
             if path not in self.tried:
                 self.tried.add(path)
-                found = [solve_attributes(run.usual, self.model.get_submodule(path), self.sizes) for run in runs]
+                found = [solve_attributes(run.recorded, self.model.get_submodule(path), self.sizes) for run in runs]
                 agreed, enough = merge(found)
                 if agreed:
                     self.adaptation.attributes[path] = agreed
@@ -251,7 +251,7 @@ class _Attempt:
     def of_these_sizes(self, path: str) -> dict[str, int]:
         """New values of the integers that a module's code mentions and that are the size of changed groups.
 
-        For code that cannot be heard. A size that groups have which change in different ways says nothing.
+        For code that cannot be traced. A size that groups have which change in different ways says nothing.
         """
         now: dict[int, set[int]] = {}
         for program in self.network.programs:
@@ -286,13 +286,10 @@ class _Attempt:
             ]
             return joined(zip(map(kinds, graphs), texts, strict=True))
 
-        try:
-            return joined_code([run.whole for run in self.heard(path)])
-        except DiffersInTraining:
-            trained = self.heard(path, in_training=True)
-            return by_mode(
-                joined_code([run.alone for run in self.heard(path)]), joined_code([run.alone for run in trained])
-            )
+        in_eval, in_training = (
+            joined_code([run.graph for run in self.traces(path, training)]) for training in (False, True)
+        )
+        return in_eval if in_eval == in_training else by_mode(in_eval, in_training)
 
     def prove(self, path: str, module: nn.Module) -> None:
         """Make sure that a rewritten ``forward`` has the gradients of the code, at the sizes that this has.
@@ -302,8 +299,9 @@ class _Attempt:
         Raises:
             Untraceable: it has not; the message says where they part.
         """
-        program, runs = self.recorded(path), self.heard(path)
-        alike = type(module), *((str(run.usual), run.code) for run in runs)
+        program = self.recorded(path)
+        runs = [run for training in (False, True) for run in self.traces(path, training)]
+        alike = type(module), *((str(run.recorded), run.code) for run in runs)
         if alike not in program.heard:
             forward = compiled(self.code(path, module, Sizes({}), {}))["forward"]
             calls = [call for call in program.calls if call.path == path]
@@ -316,30 +314,23 @@ class _Attempt:
         if program.heard[alike] is not None:
             raise Untraceable(f"has other gradients as a graph, which {program.heard[alike]}")
 
-    def recorded(self, path: str, in_training: bool = False) -> Program:
-        """The program in which a module runs.
+    def recorded(self, path: str, training: bool = False) -> Program:
+        """The first program in which a module runs; in training, one that was recorded in training if there is any."""
+        programs = [p for p in self.network.programs if any(call.path == path for call in p.calls)]
+        return next((p for p in programs if training and p.mode == "train"), programs[0])
+
+    def traces(self, path: str, training: bool = False) -> list[ModuleTrace]:
+        """The traces of a module's code, one for each call.
 
         Raises:
-            Untraceable: there is none in training.
+            Untraceable: it cannot be traced; the message says why.
         """
-        programs = [p for p in self.network.programs if p.mode == "train" or not in_training]
-        program = next((p for p in programs if any(call.path == path for call in p.calls)), None)
-        if program is None:
-            raise Untraceable("runs other code in training, and that run is not recorded")
-        return program
-
-    def heard(self, path: str, in_training: bool = False) -> list[ModuleTrace]:
-        """What the code of a module does, each time it runs.
-
-        Raises:
-            Untraceable: it cannot be heard; the message says why.
-        """
-        program = self.recorded(path, in_training)
-        module, key = self.model.get_submodule(path), f"{path} in training" if in_training else path
+        program = self.recorded(path, training)
+        module, key = self.model.get_submodule(path), (path, training)
         if key not in program.heard or program.heard[key][0]() is not module:
             try:
                 calls = [call for call in program.calls if call.path == path]
-                runs = [trace_module(module, program, call, self.network, in_training) for call in calls]
+                runs = [trace_module(module, program, call, self.network, training) for call in calls]
                 program.heard[key] = weakref.ref(module), runs
             except Untraceable as reason:
                 program.heard[key] = weakref.ref(module), str(reason)

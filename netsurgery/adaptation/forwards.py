@@ -313,12 +313,12 @@ def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
     return "\n".join(["from netsurgery.adaptation.input_guards import first_that_fits", *ways_in, last])
 
 
-def by_mode(usual: str, trained: str) -> str:
-    """One ``forward`` of those outside of training and in training."""
-    head, passed = _head(usual)
-    last = f"{head}\n    return (netsurgery_trained if self.training else netsurgery_usual)({passed})\n"
+def by_mode(in_eval: str, in_training: str) -> str:
+    """One ``forward`` that runs one of two, by the mode of the module."""
+    head, passed = _head(in_eval)
+    last = f"{head}\n    return (netsurgery_train if self.training else netsurgery_eval)({passed})\n"
     return "\n".join(
-        [_renamed(usual, "usual", "netsurgery_usual"), _renamed(trained, "trained", "netsurgery_trained"), last]
+        [_renamed(in_eval, "eval", "netsurgery_eval"), _renamed(in_training, "train", "netsurgery_train"), last]
     )
 
 

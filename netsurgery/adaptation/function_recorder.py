@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from netsurgery.adaptation.input_guards import expect_keys, expect_same, expect_tensor, expect_value
 from netsurgery.adaptation.size_arguments import CallDims, size_arguments
 from netsurgery.adaptation.traced_numbers import Shape, TracedFloat, TracedInt, guard, plain, traced
-from netsurgery.axes import channel
+from netsurgery.axes import Axis, channel, find
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.fake_device import FakeDevice
 from netsurgery.capture.meta_shapes import infer
@@ -101,14 +101,22 @@ class MetaExecutor(OpObserver):
 
 
 class LockstepExecutor(MetaExecutor):
-    """Runs in lockstep with the recorded operations of one call, and so knows the dimensions of each tensor."""
+    """Runs in lockstep with the recorded operations of one call, and so knows the dimensions of each tensor.
 
-    def __init__(self, program: Program, call: Call):
+    Args:
+        other_mode: the run is in training, beside one that was recorded in eval mode. Then each operation must read
+            the same dimensions and numbers, not only be the same one.
+    """
+
+    def __init__(self, program: Program, call: Call, other_mode: bool = False):
         super().__init__()
         self.operations = iter(program.operations[call.begin : call.end])
+        self.other_mode = other_mode
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = next(self.operations, None)
+        if self.other_mode and not (node is not None and node.target is func and self.reads_alike(node, args)):
+            raise Untraceable("runs other code in training, and that run is not recorded")
         if node is None or node.target is not func:
             raise Untraceable(f"{func} runs where {node.target if node else 'nothing'} ran before")
         out = infer(func, args, kwargs)
@@ -116,6 +124,30 @@ class LockstepExecutor(MetaExecutor):
         self.done.append(node)
         self.record_scripted(func, args, kwargs, out)
         return out
+
+    def reads_alike(self, node: fx.Node, args: tuple[Any, ...]) -> bool:
+        """True if the dimensions and numbers that an operation reads are those of the recorded one."""
+
+        def alike(now: Any, then: Any) -> bool:
+            if isinstance(now, Tensor):
+                return isinstance(then, fx.Node) and self.dims_of(now, then) == _standing_for(then)
+            if isinstance(now, list | tuple):
+                return len(now) == len(then) and all(map(alike, now, then))
+            return not isinstance(now, int | float) or now == then
+
+        return len(args) == len(node.args) and all(map(alike, args, node.args))
+
+    def dims_of(self, tensor: Tensor, node: fx.Node) -> Any:
+        """The dimensions of a tensor. A parameter or constant has those of the recorded one if it is named so."""
+        if id(tensor) in self.dims:
+            return tuple(map(find, self.dims[id(tensor)]))
+        name = self.recorder.names.get(id(tensor)) if self.recorder is not None else None
+        same = node.op == "get_attr" and (name is None or f".{node.target}".endswith(f".{name}"))
+        return _standing_for(node) if same and tensor.shape == node.meta["shape"] else None
+
+
+def _standing_for(node: fx.Node) -> tuple[Axis, ...]:
+    return tuple(map(find, node.meta["dims"]))
 
 
 _STARS: dict[Any, tuple[str, Any]] = {
@@ -140,12 +172,15 @@ _CONSTANTS = (bool, int, float, str, type(None), type(Ellipsis), torch.layout, t
 class FunctionRecorder(TorchFunctionMode):
     """Records each call of a torch function in a module's own code as a node of a graph."""
 
-    def __init__(self, module: nn.Module, names: dict[int, str], executor: MetaExecutor, device: torch.device):
+    def __init__(
+        self, module: nn.Module, names: dict[int, str], executor: MetaExecutor, device: torch.device, at_rest: bool
+    ):
         super().__init__()
         self.module = module
         self.answers = FakeDevice(_refuse_values, device).answers
         self.graph = fx.Graph()
         self.names, self.executor = names, executor
+        self.at_rest = at_rest  # dropout and the like run as in eval mode, and are recorded as in training
         self.known: dict[int, fx.Node] = {}
         self.read: dict[str, fx.Node] = {}
         self.dtypes: dict[torch.dtype, fx.Node] = {}
@@ -355,7 +390,7 @@ class FunctionRecorder(TorchFunctionMode):
             return self.size(name, args, kwargs)
         start = len(self.executor.done)
         with self.inside():
-            out = func(*plain(args), **plain(kwargs))
+            out = (_in_eval if self.at_rest else _called)(func, plain(args), plain(kwargs))
         if name in _MEMORY_LAYOUT or (
             out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args)
         ):
@@ -425,6 +460,37 @@ _AS_OTHER: dict[Any, Callable[..., Any]] = {
     Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape, Tensor.expand_as: Tensor.expand,
 }  # fmt: skip
 _AS_METHODS = ("reshape", "view", "expand", "unflatten")
+
+
+#: Functions that do something else in training: which argument says so, its position, its value in eval mode.
+_TRAINING_ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
+    **dict.fromkeys(
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        ("training", 2, False),
+    ),
+    **dict.fromkeys((torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout), ("train", 2, False)),
+    F.rrelu: ("training", 3, False),
+    F.batch_norm: ("training", 5, False),
+    F.scaled_dot_product_attention: ("dropout_p", 4, 0.0),
+}
+
+
+def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _in_eval(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result of a function that does something else in training, as it is in eval mode."""
+    if func not in _TRAINING_ARGUMENTS:
+        return func(*args, **kwargs)
+    name, position, value = _TRAINING_ARGUMENTS[func]
+    if len(args) > position:
+        args = (*args[:position], value, *args[position + 1 :])
+    else:
+        kwargs = {**kwargs, name: value}
+    out = func(*args, **kwargs)
+    unchanged = any(out is given for given in (*args, *kwargs.values()))
+    return torch.ops.aten.alias.default(out) if unchanged else out  # in training it is another tensor
 
 
 def _refuse_values(tensor: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from types import CodeType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -32,34 +31,32 @@ from netsurgery.capture.copies import named_modules, named_tensors, on_meta
 from netsurgery.capture.custom_modules import CUSTOM_MODULES
 from netsurgery.capture.recorder import RAISED_BY_MODELS, Call, Named, Program, meta_copy, track
 
-__all__ = ["DiffersInTraining", "ModuleTrace", "trace_module"]
-
-
-class DiffersInTraining(Untraceable):
-    """The code of a module computes other things in training."""
+__all__ = ["ModuleTrace", "trace_module"]
 
 
 @dataclass
 class ModuleTrace:
-    """One run of a module's own code, as it was recorded.
+    """One run of a module's own code, recorded in one mode.
 
     Attributes:
-        usual: its graph outside of training, good to find which attributes its sizes come from.
-        doubts: why the graph does not stand for the code, whatever the sizes.
+        recorded: the graph as it was recorded; good to find which attributes its sizes come from.
+        doubts: reasons why the graph does not do what the code does, whatever the sizes.
+        rerun: records the code once more, in other dtypes or at other sizes.
+        free: channels of the inputs that may be of any size.
+        attributes: those of the module, by name.
         code: the functions that ran.
     """
 
-    usual: fx.Graph
+    recorded: fx.Graph
     doubts: list[str]
-    again: Callable[..., FunctionRecorder]  # in training? with other dtypes? at which sizes?
-    free: list[Axis]  # channels of the inputs that may be of any size
+    rerun: Callable[..., FunctionRecorder]
+    free: list[Axis]
     attributes: dict[str, Any]
-    training: bool = False
     code: frozenset[CodeType] = frozenset()
 
     @functools.cached_property
-    def alone(self) -> fx.Graph:
-        """The graph that stands for the code in the mode in which it was found.
+    def graph(self) -> fx.Graph:
+        """The graph that does what the code does in the mode in which it was recorded.
 
         Raises:
             Untraceable: there is none; the message says why.
@@ -67,40 +64,17 @@ class ModuleTrace:
         if self.doubts:
             raise Untraceable(self.doubts[0])
         self.try_other_inputs()
-        graph, told = copy.deepcopy(self.usual), True
-        if any(map(_reads_dtype, graph.nodes)):
-            try:
-                told = _tell_dtypes_apart(graph, self.again(self.training, True).graph)
-            except Untraceable:
-                told = False
-        if not told:
+        graph = copy.deepcopy(self.recorded)
+        if any(map(_reads_dtype, graph.nodes)) and not self.follows_dtypes(graph):
             _keep_dtypes(graph)
         return graph
 
-    @functools.cached_property
-    def whole(self) -> fx.Graph:
-        """The graph that stands for the code, in training too.
-
-        Raises:
-            Untraceable: there is none; the message says why.
-        """
-        if self.doubts:
-            raise Untraceable(self.doubts[0])
-        self.try_other_inputs()
-        trained = self.again(True, False)
-        if trained.doubts:
-            raise Untraceable(trained.doubts[0])
-        told = True
-        for training, graph in ((False, self.usual), (True, trained.graph)):
-            if any(map(_reads_dtype, graph.nodes)):
-                try:
-                    told &= _tell_dtypes_apart(graph, self.again(training, True).graph)
-                except Untraceable:
-                    told = False
-        merged = _merged(copy.deepcopy(self.usual), trained.graph)
-        if not told:
-            _keep_dtypes(merged)
-        return merged
+    def follows_dtypes(self, graph: fx.Graph) -> bool:
+        """Write named dtypes into a graph as constants. False if the code does other things in other dtypes."""
+        try:
+            return _separate_dtypes(graph, self.rerun(other_dtypes=True).graph)
+        except Untraceable:
+            return False
 
     def try_other_inputs(self) -> None:
         """Make sure that the graph does what the code does for inputs of other sizes, where these run at all.
@@ -111,28 +85,28 @@ class ModuleTrace:
         for chosen in (self.free, *([axis] for axis in self.free if len(self.free) > 1)):
             sizes = Sizes({axis: 2 * axis.size for axis in chosen})
             try:
-                other = self.again(self.training, False, sizes).graph
+                other = self.rerun(sizes=sizes).graph
             except Untraceable:  # the code does not run so; one size at a time may do
                 continue
-            worth = SizeEvaluator(sizes, self.attributes, ())
-            held = all(worth(node.args[0]) for node in self.usual.nodes if node.meta.get("guard"))
-            if held and not _alike(self.usual, other):
+            values = SizeEvaluator(sizes, self.attributes, ())
+            held = all(values(node.args[0]) for node in self.recorded.nodes if node.meta.get("guard"))
+            if held and not _alike(self.recorded, other):
                 raise Untraceable("does other things for inputs of other sizes")
             if chosen is self.free:
                 return
 
 
 def _keep_dtypes(graph: fx.Graph) -> None:
-    """Other dtypes may take another way: those that were traced are made sure of."""
+    """Accept only the dtypes that were traced: with others the code may do something else."""
     for node in graph.nodes:
         if node.target is expect_tensor:
             node.args = (*node.args[:2], node.meta["dtype"], node.args[3])
 
 
-def trace_module(
-    module: nn.Module, program: Program, call: Call, network: Network, in_training: bool = False
-) -> ModuleTrace:
-    """What one run of a module's own code did, as it was recorded.
+def trace_module(module: nn.Module, program: Program, call: Call, network: Network, training: bool) -> ModuleTrace:
+    """Record one call of a module, in eval mode or in training.
+
+    In training, a program that was recorded in eval mode will do where only dropout and the like differ.
 
     Raises:
         Untraceable: the code cannot be expressed as a graph; the message says why.
@@ -140,29 +114,31 @@ def trace_module(
     if type(module) in CUSTOM_MODULES:
         raise Untraceable("is one operation")
     device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
-    usual = meta_copy(module, program.mode)
+    original = meta_copy(module, program.mode)
+    at_rest = training and not original[0].training
 
-    def record(training: bool, other: bool, sizes: Sizes | None = None) -> FunctionRecorder:
-        meta, names = _in_other_dtypes(*meta_copy(module, program.mode)) if other else usual
-        executor = MetaExecutor() if training != in_training or other or sizes else LockstepExecutor(program, call)
+    def record(other_dtypes: bool = False, sizes: Sizes | None = None) -> FunctionRecorder:
+        meta, names = _in_other_dtypes(*meta_copy(module, program.mode)) if other_dtypes else original
+        alone = other_dtypes or sizes is not None
+        executor = MetaExecutor() if alone else LockstepExecutor(program, call, at_rest)
         track(meta, executor)
-        recorder = FunctionRecorder(meta, names, executor, device)
-        _run(meta, recorder, call, network, training, other, sizes)
+        recorder = FunctionRecorder(meta, names, executor, device, at_rest)
+        _run(meta, recorder, call, network, training, other_dtypes, sizes)
         missed = recorder.effects is not None and recorder.effects.missed and not recorder.doubts
-        return record(training, other, sizes) if missed else recorder
+        return record(other_dtypes, sizes) if missed else recorder
 
-    found = record(training=in_training, other=False)
-    if found.written and not _stores_again(usual[0], found, functools.partial(record, in_training, False)):
+    found = record()
+    if found.written and not _stores_again(original[0], found, record):
         found.doubts.append(f"sets its attribute {next(iter(found.written))}")
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
     free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
     code = frozenset(found.effects.ran if found.effects else ())
-    return ModuleTrace(found.graph, found.doubts, record, free, dict(module.__dict__), in_training, code)
+    return ModuleTrace(found.graph, found.doubts, record, free, dict(module.__dict__), code)
 
 
 def _stores_again(meta: nn.Module, found: FunctionRecorder, record: Callable[[], FunctionRecorder]) -> bool:
-    """Whether the code does the same where it finds the sizes that it has kept."""
+    """True if the code does the same where it finds the sizes that it has stored."""
     before = dict(meta.__dict__)
     meta.__dict__.update(found.written)
     second = record()
@@ -172,7 +148,7 @@ def _stores_again(meta: nn.Module, found: FunctionRecorder, record: Callable[[],
 
 
 def _in_other_dtypes(meta: nn.Module, names: dict[int, str]) -> tuple[nn.Module, dict[int, str]]:
-    """A skeleton with float tensors of another dtype each."""
+    """A copy on meta with float tensors of another dtype each."""
     known = list(named_tensors(meta))  # they stay alive, and their ids good
     meta._apply(lambda tensor: tensor.to(_other(tensor.dtype)))
     own = {name: names[id(tensor)] for name, tensor in known}
@@ -191,7 +167,7 @@ def _run(
     call: Call,
     network: Network,
     training: bool,
-    other: bool,
+    other_dtypes: bool,
     sizes: Sizes | None,
 ) -> None:
     attributes, executor = [(part, dict(part.__dict__)) for part in named_modules(module).values()], recorder.executor
@@ -210,7 +186,7 @@ def _run(
                     order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
                     shape = tuple(map(sizes, dims))
                     given[value] = torch.empty_permuted(shape, order, dtype=value.meta["dtype"], device="meta")
-            given[value] = given[value].to(_other(given[value].dtype)) if other else given[value]
+            given[value] = given[value].to(_other(given[value].dtype)) if other_dtypes else given[value]
             executor.place(given[value], dims if isinstance(executor, LockstepExecutor) else None)
         return given[value]
 
@@ -223,7 +199,7 @@ def _run(
         placed = dict(module.__dict__)
         watched: Any = contextlib.nullcontext()
         with caches_kept(module), caches_passed_by(module, TracedInt), torch.no_grad():
-            if not other and sizes is None:
+            if not other_dtypes and sizes is None:
                 watched = recorder.effects = recorder.watch(_run.__code__)
             with executor, recorder, watched:
                 executor.recorder = recorder
@@ -244,11 +220,11 @@ def _reads_dtype(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1:] == ("dtype",)
 
 
-def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> bool:
-    """A dtype that the code names stays the same where the inputs have another; one that it reads does not.
+def _separate_dtypes(graph: fx.Graph, other: fx.Graph) -> bool:
+    """Find the dtypes that the code names: they are the same where the inputs have another dtype.
 
     Returns:
-        Whether the code does the same for the other dtype.
+        True if the code does the same for the other dtype.
     """
     left, right = ([n for n in _live(each) if not _reads_dtype(n)] for each in (graph, other))
     pair = (left, right)
@@ -267,14 +243,8 @@ def _tell_dtypes_apart(graph: fx.Graph, other: fx.Graph) -> bool:
     return numbers[0] == numbers[1]
 
 
-def _guards(graph: fx.Graph) -> set[Any]:
-    """What the code asks of sizes, and the numbers it asks about."""
-    asked = [node.args[0] for node in graph.nodes if node.meta.get("guard")]
-    return {(a.target, tuple(x if not isinstance(x, fx.Node) else x.meta.get("value") for x in a.args)) for a in asked}
-
-
 def _alike(one: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs do the same, but for sizes that they read where they need them."""
+    """True if two graphs do the same; each may read the sizes that it needs at other places."""
     left, right = _live(one), _live(other)
     twin = dict(zip(right, left, strict=False))
 
@@ -294,61 +264,10 @@ def _alike(one: fx.Graph, other: fx.Graph) -> bool:
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that do something: without checks, and the numbers that only these need."""
+    """The nodes that do something: all but checks, and the numbers that only checks need."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         idle = "value" in node.meta or node.op == "get_attr" or node.target in (operator.getitem, getattr)
         if not node.meta.get("guard") and (not idle or any(user in live for user in node.users)):
             live.add(node)
     return [node for node in graph.nodes if node in live]
-
-
-def _merged(usual: fx.Graph, training: fx.Graph) -> fx.Graph:
-    """One graph of two that differ only in ``training`` and in rates of dropout that are zero without it."""
-    twin: dict[fx.Node, fx.Node] = {}  # of nodes in training
-    with usual.inserting_before(next(iter(usual.nodes))):
-        mode = usual.get_attr("training")
-
-    def settled(y: Any) -> Any:
-        return twin[y] if isinstance(y, fx.Node) else y
-
-    def same(x: Any, y: Any) -> Any:
-        if isinstance(x, fx.Node) and y in twin:
-            return twin[y]
-        if isinstance(x, tuple | list) and isinstance(y, tuple | list) and len(x) == len(y):
-            return type(x)([same(a, b) for a, b in zip(x, y, strict=True)])
-        if isinstance(x, slice) and isinstance(y, slice):
-            return slice(*[same(a, b) for a, b in zip(*[(v.start, v.stop, v.step) for v in (x, y)], strict=True)])
-        if x is False and y is True:
-            return mode
-        if type(x) is type(y) and not isinstance(x, fx.Node) and x == y:
-            return x
-        if isinstance(x, float) and x == 0 and isinstance(y, fx.Node | float):
-            with usual.inserting_after(twin[y] if isinstance(y, fx.Node) else mode):
-                return usual.call_function(operator.mul, (settled(y), mode))
-        raise DiffersInTraining("computes other things in training")
-
-    if _guards(training) - _guards(usual):
-        raise Untraceable("asks for other sizes in training")
-    left, last = _live(usual)[::-1], mode
-    for other in _live(training):
-        node = left[-1] if left else None
-        if node is None or (other.op, other.target) != (node.op, node.target):
-            if other.op == "get_attr":
-                with usual.inserting_after(mode):
-                    twin[other] = usual.get_attr(str(other.target))
-                continue
-            if other.target is not F.dropout or other.args[0] not in twin:
-                raise DiffersInTraining("runs other code in training")
-            rate = settled(other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5))
-            with usual.inserting_after(last):
-                last = twin[other] = usual.call_function(F.dropout, (twin[other.args[0]], rate, mode))  # type: ignore[index]
-            continue
-        if node.kwargs.keys() != other.kwargs.keys():
-            raise DiffersInTraining("runs other code in training")
-        last = twin[other] = left.pop()
-        node.args = same(node.args, other.args)
-        node.kwargs = {key: same(value, other.kwargs[key]) for key, value in node.kwargs.items()}
-    if left:
-        raise DiffersInTraining("runs other code in training")
-    return usual
