@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from netsurgery.adaptation.input_guards import expect_keys, expect_same, expect_tensor, expect_value
 from netsurgery.adaptation.size_arguments import CallDims, size_arguments
 from netsurgery.adaptation.traced_numbers import Shape, TracedFloat, TracedInt, guard, plain, traced
+from netsurgery.adaptation.training_arguments import call_in_eval
 from netsurgery.axes import Axis, channel, find
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.fake_device import FakeDevice
@@ -390,7 +391,8 @@ class FunctionRecorder(TorchFunctionMode):
             return self.size(name, args, kwargs)
         start = len(self.executor.done)
         with self.inside():
-            out = (_in_eval if self.at_rest else _called)(func, plain(args), plain(kwargs))
+            given = plain(args), plain(kwargs)
+            out = call_in_eval(func, *given) if self.at_rest else func(*given[0], **given[1])
         if name in _MEMORY_LAYOUT or (
             out is None and name != "__setitem__" and any(isinstance(a, Tensor) for a in args)
         ):
@@ -460,37 +462,6 @@ _AS_OTHER: dict[Any, Callable[..., Any]] = {
     Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape, Tensor.expand_as: Tensor.expand,
 }  # fmt: skip
 _AS_METHODS = ("reshape", "view", "expand", "unflatten")
-
-
-#: Functions that do something else in training: which argument says so, its position, its value in eval mode.
-_TRAINING_ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
-    **dict.fromkeys(
-        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
-        ("training", 2, False),
-    ),
-    **dict.fromkeys((torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout), ("train", 2, False)),
-    F.rrelu: ("training", 3, False),
-    F.batch_norm: ("training", 5, False),
-    F.scaled_dot_product_attention: ("dropout_p", 4, 0.0),
-}
-
-
-def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
-def _in_eval(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of a function that does something else in training, as it is in eval mode."""
-    if func not in _TRAINING_ARGUMENTS:
-        return func(*args, **kwargs)
-    name, position, value = _TRAINING_ARGUMENTS[func]
-    if len(args) > position:
-        args = (*args[:position], value, *args[position + 1 :])
-    else:
-        kwargs = {**kwargs, name: value}
-    out = func(*args, **kwargs)
-    unchanged = any(out is given for given in (*args, *kwargs.values()))
-    return torch.ops.aten.alias.default(out) if unchanged else out  # in training it is another tensor
 
 
 def _refuse_values(tensor: Tensor) -> Tensor:

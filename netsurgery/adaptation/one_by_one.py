@@ -14,7 +14,8 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
-from netsurgery.adaptation.fit_code import channels_of, fit_code, follows
+from netsurgery.adaptation.fit_code import fit_code, follows
+from netsurgery.adaptation.size_checker import channels_of
 from netsurgery.analysis.network import Group, Network
 
 __all__ = ["settle_alone"]
