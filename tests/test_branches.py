@@ -268,7 +268,7 @@ def test_a_size_that_only_training_asks_for_is_asked_for_there_alone() -> None:
     small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], (X,))
     assert all(vars(part) == own for part, own in before) and not model.training
     assert small(X[:1]).shape == (1, 5, 3)
-    with pytest.raises(AssertionError, match="at these other sizes its code would take another"):
+    with pytest.raises(AssertionError, match="at these other sizes its code would take another branch"):
         small.train()(X[:1])
 
 
@@ -363,7 +363,7 @@ class ByNumber(Part):
     ("run", "part", "why"),
     [
         (lambda net, x: net.part(net.part(x)), Counts(torch.add), "relu.default runs where aten.tanh.default ran"),
-        (lambda net, x: net.part(net.part(x, 0), 1), ByNumber(torch.add), "several ways for inputs of one kind"),
+        (lambda net, x: net.part(net.part(x, 0), 1), ByNumber(torch.add), "several branches for inputs of one kind"),
     ],
 )
 def test_branches_that_no_input_tells_apart_are_locked(run: Any, part: nn.Module, why: str) -> None:

@@ -190,7 +190,7 @@ class FunctionRecorder(TorchFunctionMode):
         self.paused = False
         self.busy = False  # inside of a torch function that is recorded
         self.arguments: dict[str, Any] = {}
-        self.effects: Effects | None = None  # what the code does beside computing, where this is watched
+        self.effects: Effects | None = None  # side effects of the code, if they are observed
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -223,7 +223,7 @@ class FunctionRecorder(TorchFunctionMode):
         node = self.attribute(attribute)
         for step in _keys_to(self.module.get_submodule(owner).__dict__[key], tensor) or ():
             if not isinstance(step, str | int):
-                raise Untraceable(f"keeps a tensor under a {type(step).__name__}")
+                raise Untraceable(f"keeps a tensor under a key of type {type(step).__name__}")
             node = self.graph.call_function(operator.getitem, (node, step))
         return node
 
@@ -253,7 +253,7 @@ class FunctionRecorder(TorchFunctionMode):
         if isinstance(value, _CONSTANTS):
             plain: Any = next((kind for kind in (float, complex, str) if isinstance(value, kind)), None)
             return value if plain is None else plain(value)  # numpy has subclasses of these
-        raise Untraceable(f"hands over a {type(value).__name__}")
+        raise Untraceable(f"passes a {type(value).__name__} to a function of torch")
 
     def inputs(self, signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Placeholders for the inputs of the module; integers among them are traced."""
@@ -269,7 +269,7 @@ class FunctionRecorder(TorchFunctionMode):
             nodes[name] = self.graph.placeholder(stars + name, None, *default)
             bound.arguments.setdefault(name, absent)
         for name, node in nodes.items():
-            bound.arguments[name] = self.given(bound.arguments[name], node, name)
+            bound.arguments[name] = self.guarded_input(bound.arguments[name], node, name)
         self.arguments = dict(bound.arguments)
         return bound.args, bound.kwargs
 
@@ -279,7 +279,7 @@ class FunctionRecorder(TorchFunctionMode):
         start = getattr(kind.forward, "__code__", caller)
         return Effects({"self": self.module, **self.arguments}, start)
 
-    def given(self, value: Any, node: fx.Node, name: str) -> Any:
+    def guarded_input(self, value: Any, node: fx.Node, name: str) -> Any:
         """An input of the module; a check that later inputs are of the same kind is added to the graph."""
         if isinstance(value, Tensor):
             kind = "floating" if value.is_floating_point() else "complex" if value.is_complex() else str(value.dtype)
@@ -294,12 +294,14 @@ class FunctionRecorder(TorchFunctionMode):
             keys = list(value) if isinstance(value, dict) else len(value)
             self.graph.call_function(expect_keys, (node, keys, name))
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            made = {k: self.given(v, self.graph.call_function(operator.getitem, (node, k)), name) for k, v in items}
+            made = {
+                k: self.guarded_input(v, self.graph.call_function(operator.getitem, (node, k)), name) for k, v in items
+            }
             return made if isinstance(value, dict) else type(value)(made.values())
         elif isinstance(value, _CONSTANTS):
             self.graph.call_function(expect_value, (node, value, name))  # type: ignore[arg-type]
         else:
-            raise Untraceable(f"is given a {type(value).__name__} ({name})")
+            raise Untraceable(f"has an input of type {type(value).__name__} ({name})")
         return value
 
     def integers(self, module: nn.Module) -> None:
@@ -360,7 +362,7 @@ class FunctionRecorder(TorchFunctionMode):
                 if isinstance(item, Tensor | tuple | list | dict):
                     self.bind(item, self.graph.call_function(operator.getitem, (node, key)))
         elif out is not None:
-            raise Untraceable(f"gets a {type(out).__name__}")
+            raise Untraceable(f"calls a function of torch that returns a {type(out).__name__}")
 
     def record_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Record that a submodule has run."""

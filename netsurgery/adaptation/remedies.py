@@ -12,12 +12,12 @@ from torch import fx, nn
 from netsurgery.adaptation.attributes import follow
 from netsurgery.adaptation.forwards import (
     Adaptation,
+    agreed_attributes,
     by_mode,
     compiled,
     generate_forward,
     joined,
     kinds,
-    merge,
     solve_attributes,
 )
 from netsurgery.adaptation.function_recorder import Untraceable
@@ -88,7 +88,7 @@ class Remedies:
                 return failure
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
             code = self.code(path, module, self.sizes, attributes)
-            self.prove(path, module)
+            self.compare_gradients(path, module)
         except Untraceable as reason:
             if self.by_numbers(path):
                 return None
@@ -109,10 +109,10 @@ class Remedies:
             return False
         self.solved.add(path)
         module = self.model.get_submodule(path)
-        agreed, enough = merge([solve_attributes(run.recorded, module, self.sizes) for run in runs])
+        agreed, enough = agreed_attributes([solve_attributes(run.recorded, module, self.sizes) for run in runs])
         if agreed:
             self.adaptation.attributes[path] = agreed
-        return bool(agreed) and (enough or not path)  # of the outermost module, the next run says whether they are
+        return bool(agreed) and (enough or not path)  # the next run says if they are, for the outermost one
 
     def by_numbers(self, path: str) -> bool:
         """Try, once, the attributes that have the value of a size that changes, for code that cannot be rewritten."""
@@ -126,7 +126,7 @@ class Remedies:
     def of_these_sizes(self, path: str) -> dict[str, int]:
         """New values of the integers that a module's code mentions and that are the size of changed groups.
 
-        For code that cannot be traced. A size that groups have which change in different ways says nothing.
+        This serves code that cannot be traced. A size is left out if groups of that size change in different ways.
         """
         now: dict[int, set[int]] = {}
         for program in self.network.programs:
@@ -160,13 +160,13 @@ class Remedies:
         )
         return in_eval if in_eval == in_training else by_mode(in_eval, in_training)
 
-    def prove(self, path: str, module: nn.Module) -> None:
-        """Make sure that a rewritten ``forward`` has the gradients of the code, at the sizes that this has.
+    def compare_gradients(self, path: str, module: nn.Module) -> None:
+        """Make sure that a generated ``forward`` has the gradients of the original code, at the original sizes.
 
-        Modules of one class whose code did the same are tried once.
+        Modules of one class whose code did the same are compared once.
 
         Raises:
-            Untraceable: it has not; the message says where they part.
+            Untraceable: it has not; the message says where they differ.
         """
         program = self.recorded(path)
         runs = [run for training in (False, True) for run in self.traces(path, training)]

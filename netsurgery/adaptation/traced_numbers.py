@@ -84,7 +84,7 @@ def _comparison(function: Callable[..., bool]) -> Callable[..., Any]:
 
 _OTHER_BRANCH = (
     "netsurgery rewrote this module as it ran when it was traced; at these other sizes its code would take another "
-    "way: trace with inputs of such sizes"
+    "branch: trace with inputs of such sizes"
 )
 _OPPOSITE = {
     operator.eq: operator.ne, operator.lt: operator.ge, operator.le: operator.gt,
