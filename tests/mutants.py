@@ -455,38 +455,38 @@ MUTANTS = (
     # does the code follow?
     Mutant(
         "the start of a slice goes unchecked",
-        "netsurgery/adaptation/fit_code.py",
+        "netsurgery/adaptation/size_checker.py",
         "if isinstance(now, int) and now != self.sizes(expected[name]):",
         "if False:",
     ),
     Mutant(
         "a number computed from a size goes unchecked",
-        "netsurgery/adaptation/fit_code.py",
+        "netsurgery/adaptation/size_checker.py",
         "elif name not in sized and now != then and _is_number(now):",
         "elif False:",
     ),
     Mutant(
         "hard-coded sizes go unchecked",
-        "netsurgery/adaptation/fit_code.py",
+        "netsurgery/adaptation/size_checker.py",
         "if wrong := self.wrong(pairs):",
         "if (wrong := self.wrong(pairs)) and False:",
     ),
     Mutant(
         "a constant made from a size goes unchecked",
-        "netsurgery/adaptation/fit_code.py",
+        "netsurgery/adaptation/size_checker.py",
         "differs = real.shape != constant.shape or not torch.equal(real, constant)",
         "differs = False",
     ),
     Mutant(
         "operations that read other tensors go unchecked",
-        "netsurgery/adaptation/fit_code.py",
+        "netsurgery/adaptation/size_checker.py",
         "if self.sources.get(id(now)) != source:",
         "if False:",
     ),
     Mutant(
         "other results at other sizes go unchecked",
-        "netsurgery/adaptation/fit_code.py",
-        "if not self.blamed and results != [*map(self.origin, output.args[0])]:",
+        "netsurgery/adaptation/size_checker.py",
+        "if not self.failures and results != [*map(self.origin, output.args[0])]:",
         "if False:",
     ),
     # scores and selection
@@ -642,8 +642,8 @@ MUTANTS = (
     ),
     Mutant(
         "branches of the outermost code are rewritten",
-        "netsurgery/adaptation/fit_code.py",
-        "if not path and path in self.more:",
+        "netsurgery/adaptation/remedies.py",
+        "if not path and path in self.branching:",
         "if False:",
         ("test_second_run.py",),
     ),
@@ -1259,7 +1259,7 @@ MUTANTS = (
     Mutant(
         "a number that the code computes with follows",
         "netsurgery/adaptation/fit_code.py",
-        "            found = withdrawn(found, path, _mentioned(kinds[path]))\n",
+        "            found = withdrawn(found, path, mentioned_names(kinds[path]))\n",
         "            return adaptation.joined(found)\n",
         ("test_repeats.py",),
     ),

@@ -203,11 +203,37 @@ class OtherOrder(Part):
         return self.g(y.relu())
 
 
+class RefusesOneInTraining(Part):
+    """The same operations in both modes; in training it asks for a size that it does not ask for in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.heads(x)
+        if self.training and x.shape[0] < 2:
+            raise ValueError("expected more than one sample")
+        return self.g(y)
+
+
+class Pads(Part):
+    """In training a branch by size, with a shift by a number that is an attribute."""
+
+    def __init__(self, mix: Callable[..., Tensor]):
+        super().__init__(mix)
+        self.shift, self.longest = 0.5, 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.heads(x)
+        if self.training and x.shape[1] > self.longest:
+            y = F.dropout1d(y - self.shift, 0.0, self.training)
+        return self.g(y)
+
+
 TRAINED: dict[str, Callable[[], nn.Module]] = {
     "masks": lambda: net(lambda net, x: net.part(x), MasksInTraining(torch.add)),
     "adds": lambda: net(lambda net, x: net.part(x), AddsInTraining(torch.add)),
     "adds, with a state": lambda: net(with_state, AddsInTraining(torch.add)),
     "another order": lambda: net(lambda net, x: net.part(net.part(x)), OtherOrder(torch.add)),
+    "a size": lambda: net(lambda net, x: net.part(x), RefusesOneInTraining(torch.add)),
+    "a branch by size": lambda: net(lambda net, x: net.part(x), Pads(torch.add)),
 }
 
 
@@ -216,10 +242,10 @@ def test_code_that_is_another_in_training_is_followed(name: str) -> None:
     model = TRAINED[name]()
     for seed, share in ((0, 0.5), (1, 0.75), (2, None)):
         small, _ = check(model, (X,), 1e-10, seed, share)
-    assert "netsurgery_trained if self.training" in small.part.netsurgery_code
+    assert "netsurgery_train if self.training" in small.part.netsurgery_code
 
 
-@pytest.mark.parametrize("name", ["adds", "another order"])
+@pytest.mark.parametrize("name", ["adds", "another order", "a size", "a branch by size"])
 def test_in_training_too_the_result_is_that_of_the_silenced_network(name: str) -> None:
     """Units whose consumers are zero may go: in both modes nothing else changes."""
     model = TRAINED[name]()
@@ -233,7 +259,82 @@ def test_in_training_too_the_result_is_that_of_the_silenced_network(name: str) -
     for one in (model, small):
         one.train()
     torch.testing.assert_close(small(X), model(X), rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(small(X), small.eval()(X)) or name == "another order"
+    assert not torch.allclose(small(X), small.eval()(X)) or name in ("another order", "a size")
+
+
+def test_a_size_that_only_training_asks_for_is_asked_for_there_alone() -> None:
+    model = TRAINED["a size"]()
+    before = [(part, dict(vars(part))) for part in model.modules()]
+    small = netsurgery.apply(model, [RandomScore(), PruneChannels(0.5)], (X,))
+    assert all(vars(part) == own for part, own in before) and not model.training
+    assert small(X[:1]).shape == (1, 5, 3)
+    with pytest.raises(AssertionError, match="at these other sizes its code would take another branch"):
+        small.train()(X[:1])
+
+
+class Drops(Part):
+    """Functional dropout in several forms, none of which changes the operations in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(self.f(x), 0.1, self.training).view(x.shape[0], -1, 3, 4).transpose(1, 2)
+        y = F.scaled_dot_product_attention(y, y, y, dropout_p=self.drop.p if self.training else 0.0)
+        before = y.transpose(1, 2).flatten(2)
+        after = torch.dropout(before, 0.5, self.training)
+        return self.g(before + F.dropout1d(input=after, training=self.training))
+
+
+class Targets(Net):
+    """In training it needs targets, so that this run cannot be recorded."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        out = super().forward(x)
+        if self.training and targets is None:
+            raise ValueError("in training, targets are needed")
+        return out if targets is None else (out - targets).square()
+
+
+def targets(part: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return Targets(lambda net, x: net.part(x), part).double().eval()
+
+
+def test_dropout_in_training_is_followed_where_that_run_cannot_be_recorded() -> None:
+    model = targets(Drops(torch.add))
+    gone = [i for i in range(12) if i % 4 == 1]
+    with torch.no_grad():
+        model.part.g.weight[:, gone] = 0
+        model.part.f.weight[gone], model.part.f.bias[gone] = 0, 0
+    network = netsurgery.trace(model, (X,))
+    inner = next(group for group in network.prunable if group.size == 4)
+    small = netsurgery.rewrite(model, netsurgery.Edit(network, {inner.name: (0, 2, 3)}))
+    torch.testing.assert_close(small(X), model(X), rtol=1e-9, atol=1e-9)
+    for one in (model, small):
+        one.train()
+    y = torch.zeros(2, 5, 3, dtype=torch.float64)
+    assert not torch.equal(small(X, y), small(X, y))
+    one, two = (torch.stack([net(X, y) for _ in range(1000)]).mean() for net in (small, model))
+    torch.testing.assert_close(one, two, rtol=0.1, atol=0)
+
+
+def test_other_code_in_training_is_locked_where_that_run_cannot_be_recorded() -> None:
+    network = netsurgery.trace(targets(AddsInTraining(torch.add)), (X,))
+    reasons = [group.locked for group in network.groups if group.locked and "part" in group.locked]
+    assert any("runs other code in training, and that run is not recorded" in reason for reason in reasons)
+
+
+class ReadsAnother(Part):
+    """The same operations in both modes, but in training one of them reads another tensor of the same shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        z = (x if self.training else y).view(x.shape[0], -1, 3, 4).softmax(-1).flatten(2)
+        return self.g(z) + x
+
+
+def test_an_operation_that_reads_another_tensor_in_training_is_other_code() -> None:
+    network = netsurgery.trace(targets(ReadsAnother(torch.add)), (X,))
+    reasons = [group.locked for group in network.groups if group.locked and "part" in group.locked]
+    assert any("runs other code in training, and that run is not recorded" in reason for reason in reasons)
 
 
 def test_each_mode_has_its_dropout() -> None:
@@ -262,7 +363,7 @@ class ByNumber(Part):
     ("run", "part", "why"),
     [
         (lambda net, x: net.part(net.part(x)), Counts(torch.add), "relu.default runs where aten.tanh.default ran"),
-        (lambda net, x: net.part(net.part(x, 0), 1), ByNumber(torch.add), "several ways for inputs of one kind"),
+        (lambda net, x: net.part(net.part(x, 0), 1), ByNumber(torch.add), "several branches for inputs of one kind"),
     ],
 )
 def test_branches_that_no_input_tells_apart_are_locked(run: Any, part: nn.Module, why: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.adaptation import fit_code as check
+from netsurgery.adaptation.remedies import Remedies
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
@@ -82,7 +82,7 @@ TOKENS = {"input_ids": torch.arange(8)[None]}
 def runs(model: nn.Module, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """How often the code of a model is tried while it is traced."""
     count = 0
-    tried = check._Attempt.failures
+    tried = Remedies.failures
 
     def counted(attempt: Any) -> Any:
         nonlocal count
@@ -90,7 +90,7 @@ def runs(model: nn.Module, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> int:
         return tried(attempt)
 
     with monkeypatch.context() as patch:
-        patch.setattr(check._Attempt, "failures", counted)
+        patch.setattr(Remedies, "failures", counted)
         netsurgery.trace(model, inputs)
     return count
 

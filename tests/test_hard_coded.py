@@ -507,7 +507,7 @@ def test_code_that_is_given_objects_is_locked() -> None:
             return self.last(x + self.inside(x, object()))
 
     network = netsurgery.trace(Gives(GivenAnObject(default_scale)).double(), X)
-    assert any("is given a object" in (g.locked or "") for g in network.groups if g.unit == "head_dim")
+    assert any("has an input of type object" in (g.locked or "") for g in network.groups if g.unit == "head_dim")
 
 
 def test_what_a_module_keeps_in_containers_is_cut_too() -> None:

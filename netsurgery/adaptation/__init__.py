@@ -1,7 +1,8 @@
 """Does the model's own code follow the new sizes, and what does it need so that it does?
 
-``fit_code`` runs the code without data at the new sizes, beside the recorded run. Where the code hard-codes a size,
-integers on modules follow (``attributes``, ``repeated_sizes``); else ``module_tracer`` traces the module, and
-``forwards`` writes a ``forward`` for it. ``gradient_check`` compares its gradients with those of the code that it
-stands for, and ``input_guards`` make sure that it is called as it was traced. ``one_by_one`` tries each group alone.
+``fit_code`` runs the code without data at the new sizes, in lockstep with the recorded run (``size_checker``). For code
+that hard-codes a size ``remedies`` looks for help: integers on modules (``attributes``, ``repeated_sizes``), or else a
+``forward`` that is generated (``forwards``) from a trace of the module (``module_tracer``, with ``function_recorder``,
+``traced_numbers`` and ``size_arguments``). ``gradient_check`` compares its gradients with those of the original code,
+``input_guards`` refuse inputs that it was not traced with. ``one_by_one`` tries each group alone.
 """

@@ -30,7 +30,7 @@ def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
 
 
 def settled(model: nn.Module, network: Network, sizes: Sizes) -> set[tuple[str, str]]:
-    """Path and name of the attributes whose meaning is known, whether their value changes or not."""
+    """Path and name of the attributes whose meaning is known, also of those whose value stays."""
     modules = named_modules(model)
     return {
         (path, attribute)

@@ -1,8 +1,8 @@
-"""Code that hard-codes a size is made to follow: by integer attributes of its module, or as a rewritten graph.
+"""Make code that hard-codes a size follow: by integer attributes of its module, or by a rewritten ``forward``.
 
-``solve_attributes`` finds the attributes, ``generate_forward`` writes the graph with the new sizes; an ``Adaptation``
-is all that a model needs. A module whose graph was rewritten stays the same object with the same parameters,
-submodules, hooks and attributes; its class becomes a subclass of its own class with another ``forward``.
+``solve_attributes`` finds the attributes, ``generate_forward`` writes a traced graph as code with the new sizes. An
+``Adaptation`` holds all that a model needs. A module with a rewritten ``forward`` stays the same object with the same
+parameters, submodules, hooks and attributes; its class becomes a subclass of its own class.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from netsurgery.adaptation.function_recorder import Untraceable
 from netsurgery.adaptation.input_guards import EXPECTATIONS
-from netsurgery.adaptation.module_tracer import SizeEvaluator, Untraceable
 from netsurgery.adaptation.repeated_sizes import Repeat
+from netsurgery.adaptation.traced_numbers import SizeEvaluator
 from netsurgery.analysis.costs import Sizes
 from netsurgery.axes import Axis, leaves
 
 __all__ = [
     "Adaptation",
     "Rewritten",
+    "agreed_attributes",
     "by_mode",
     "compiled",
     "generate_forward",
     "joined",
     "kinds",
-    "merge",
     "solve_attributes",
 ]
 
@@ -44,27 +45,27 @@ Attributes = Mapping[str, Any]
 
 @dataclass
 class Adaptation:
-    """What the code of a model needs so that it follows an edit.
+    """Changes to the code of a model that make it follow an edit.
 
     Attributes:
         attributes: new values of attributes, by path of the module and name.
         code: the new ``forward`` of modules, by path.
         reasons: why these modules need one, by path.
-        stays: numbers of modules that stay, though dimensions of their size change, and why.
+        stays: numbers of modules that stay although dimensions of their size change, each with a reason.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     stays: dict[str, str] = field(default_factory=dict)
-    model: weakref.ref[nn.Module] | None = None  # the one whose code it is about
+    model: weakref.ref[nn.Module] | None = None  # the model that it was found for
 
     def __repr__(self) -> str:
         count = sum(map(len, self.attributes.values()))
         return f"Adaptation({count} attributes, {len(self.code)} rewritten forwards)"
 
     def joined(self, repeats: Iterable[Repeat]) -> Adaptation:
-        """The same, with the attributes that repeat a size."""
+        """The same adaptation, with the attributes that repeat a size."""
         attributes = {path: dict(values) for path, values in self.attributes.items()}
         stays = dict(self.stays)
         for one in repeats:
@@ -75,7 +76,7 @@ class Adaptation:
 
     def carry_out(self, model: nn.Module) -> None:
         """Change the attributes and the classes of the modules of a model."""
-        copies: dict[int, Any] = {}  # what modules share they share after, too
+        copies: dict[int, Any] = {}  # modules that share a value share the new one, too
         for path, values in self.attributes.items():
             for name, value in values.items():
                 if id(value) not in copies:
@@ -114,7 +115,7 @@ def _is_rewritten(model: nn.Module) -> bool:
 
 
 def _own_class(kind: type) -> Any:
-    """What a class made here was made of; others, such as those of parametrised modules, are their own."""
+    """The original of a rewritten class; any other class, such as that of a parametrised module, itself."""
     return vars(kind).get("netsurgery_class", kind)
 
 
@@ -138,7 +139,7 @@ def _class(kind: type, code: str) -> type:
     return type(f"Rewritten{kind.__name__}", bases, members)
 
 
-# Working out the sizes -----------------------------------------------------------------------------------------
+# New sizes ---------------------------------------------------------------------------------------------------------
 
 
 def _wants(graph: fx.Graph) -> list[tuple[fx.Node, tuple[int, ...], Any, Axis]]:
@@ -149,13 +150,13 @@ def _wants(graph: fx.Graph) -> list[tuple[fx.Node, tuple[int, ...], Any, Axis]]:
             value: Any = node.args
             for step in place:
                 value = (value.start, value.stop, value.step)[step] if isinstance(value, slice) else value[step]
-            if isinstance(value, fx.Node) or value >= 0:  # -1 is worked out by torch
+            if isinstance(value, fx.Node) or value >= 0:  # torch computes -1
                 found.append((node, place, value, axis))
     return found
 
 
 def solve_attributes(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, Any], bool]:
-    """The attributes of a module that are sizes of dimensions, at other sizes; and whether that is all they are."""
+    """The attributes of a module that are sizes of dimensions, at other sizes; True if they are nothing else."""
     found: dict[tuple[str, int | None], set[int]] = {}
     for _, _, value, axis in _wants(graph):
         if isinstance(value, fx.Node) and "attribute" in value.meta:
@@ -170,8 +171,8 @@ def solve_attributes(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[
     return attributes, len(agreed) == len(found) and not _used_otherwise(graph, agreed)
 
 
-def merge(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dict[str, Any], bool]:
-    """What several runs of a module want its attributes to be, none if they disagree; and whether that is all."""
+def agreed_attributes(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dict[str, Any], bool]:
+    """The attributes that several runs of a module agree on, none if they do not; True if they are enough for each."""
     wanted: dict[str, Any] = {}
     enough = True
     for attributes, alone in found:
@@ -183,7 +184,7 @@ def merge(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dict[str, Any],
 
 
 def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]) -> bool:
-    """Whether one of these attributes is also used for something that is not the size of a dimension."""
+    """True if one of these attributes is also used for something that is not the size of a dimension."""
     places = {(node, place) for node, place, _, _ in _wants(graph)}
     numbers = [node for node in graph.nodes if node.meta.get("attribute") in found]
     while numbers:
@@ -201,7 +202,7 @@ def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]
 
 
 def _settle_other_uses(graph: fx.Graph, attributes: Attributes) -> None:
-    """Where an attribute that changes is no size of a dimension, its old value stays."""
+    """Write the old value of an attribute that changes wherever it is not the size of a dimension."""
     places = {(node, place) for node, place, _, _ in _wants(graph)}
     for number in list(graph.nodes):
         if number.meta.get("attribute", ("",))[0] not in attributes:
@@ -213,7 +214,7 @@ def _settle_other_uses(graph: fx.Graph, attributes: Attributes) -> None:
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    """A number and all that it is computed from."""
+    """A number and all numbers that it is computed from."""
     return [node, *(found for source in node.all_input_nodes if "value" in source.meta for found in _sources(source))]
 
 
@@ -241,10 +242,10 @@ def generate_forward(
     Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
 
     Args:
-        written_only: only numbers written in the code may have to change, and no answer to a question about sizes.
+        written_only: refuse code in which more than written numbers would change: a computed size, a branch by size.
 
     Raises:
-        Deaf: a size cannot be worked out.
+        Untraceable: a size cannot be computed.
     """
     new_graph = fx.Graph()
     renamed: dict[fx.Node, fx.Node] = {}
@@ -258,7 +259,7 @@ def generate_forward(
     written = _written(new_graph, values)
     for node, place, value, axis in _wants(new_graph):
         if values(value) != sizes(axis):
-            node.args = _put(node.args, place, _mended(value, axis, values, node, written, written_only))
+            node.args = _put(node.args, place, _at_new_size(value, axis, values, node, written, written_only))
     for node in [node for node in new_graph.nodes if "parts" in node.meta and not written_only]:
         _settle_parts(node, values)
     for node in [node for node in new_graph.nodes if node.meta.get("guard") and not values(node.args[0])]:
@@ -284,7 +285,7 @@ def generate_forward(
 
 
 def kinds(graph: fx.Graph) -> tuple[str, ...]:
-    """What a graph makes sure of about the inputs of its module."""
+    """The kinds of inputs that a graph accepts, as text."""
     return tuple(
         f"{node.target.__name__}{[value for value in node.args if not isinstance(value, fx.Node)]}"
         for node in graph.nodes
@@ -292,38 +293,38 @@ def kinds(graph: fx.Graph) -> tuple[str, ...]:
     )
 
 
-def joined(ways: Iterable[tuple[tuple[str, ...], str]]) -> str:
-    """One ``forward`` of those of several runs, each with the kinds of inputs that it is for.
+def joined(branches: Iterable[tuple[tuple[str, ...], str]]) -> str:
+    """One ``forward`` that tries those of several runs, each of which accepts some kinds of inputs.
 
     Raises:
-        Deaf: they differ for inputs of one kind.
+        Untraceable: they differ for inputs of one kind.
     """
     by_kind: dict[tuple[str, ...], str] = {}
-    for kind, code in ways:
+    for kind, code in branches:
         if by_kind.setdefault(kind, code) != code:
-            raise Untraceable("takes several ways for inputs of one kind")
-    codes = [by_kind[kind] for kind in sorted(by_kind, key=len, reverse=True)]  # what is made sure of more comes first
+            raise Untraceable("takes several branches for inputs of one kind")
+    codes = [by_kind[kind] for kind in sorted(by_kind, key=len, reverse=True)]  # the strictest first
     if len(set(codes)) == 1:
         return codes[0]
-    names = [f"netsurgery_way_{i}" for i in range(len(codes))]
-    ways_in = [_renamed(code, "way", name) for name, code in zip(names, codes, strict=True)]
+    names = [f"netsurgery_branch_{i}" for i in range(len(codes))]
+    bodies = [_renamed(code, "branch", name) for name, code in zip(names, codes, strict=True)]
     head, passed = _head(codes[0])
     last = f"{head}\n    return first_that_fits(({', '.join(names)}), {passed})\n"
-    return "\n".join(["from netsurgery.adaptation.input_guards import first_that_fits", *ways_in, last])
+    return "\n".join(["from netsurgery.adaptation.input_guards import first_that_fits", *bodies, last])
 
 
-def by_mode(usual: str, trained: str) -> str:
-    """One ``forward`` of those outside of training and in training."""
-    head, passed = _head(usual)
-    last = f"{head}\n    return (netsurgery_trained if self.training else netsurgery_usual)({passed})\n"
+def by_mode(in_eval: str, in_training: str) -> str:
+    """One ``forward`` that runs one of two, by the mode of the module."""
+    head, passed = _head(in_eval)
+    last = f"{head}\n    return (netsurgery_train if self.training else netsurgery_eval)({passed})\n"
     return "\n".join(
-        [_renamed(usual, "usual", "netsurgery_usual"), _renamed(trained, "trained", "netsurgery_trained"), last]
+        [_renamed(in_eval, "eval", "netsurgery_eval"), _renamed(in_training, "train", "netsurgery_train"), last]
     )
 
 
 def _renamed(code: str, prefix: str, name: str) -> str:
-    """A ``forward`` under another name; ways that are in it have a prefix then."""
-    return code.replace("netsurgery_way_", f"netsurgery_{prefix}_way_").replace("def forward(", f"def {name}(")
+    """A ``forward`` under another name; the names of the branches in it get a prefix."""
+    return code.replace("netsurgery_branch_", f"netsurgery_{prefix}_branch_").replace("def forward(", f"def {name}(")
 
 
 def _head(code: str) -> tuple[str, str]:
@@ -335,20 +336,20 @@ def _head(code: str) -> tuple[str, str]:
 
 
 def compiled(code: str) -> dict[str, Any]:
-    """What source code defines: ``forward``, say."""
+    """The names that source code defines, such as ``forward``."""
     scope = dict(_SCOPE)
     exec(code, scope)
     return scope
 
 
 def _settle_parts(node: fx.Node, values: SizeEvaluator) -> None:
-    """Parts that are not all of one size any more are split by their sizes."""
+    """Replace ``chunk`` by ``split`` where the parts would get other sizes than predicted."""
     parts = node.meta["parts"]
     wanted = [values.sizes(part) for part in parts]
     if wanted == _chunks(sum(wanted), len(wanted)) or wanted == [part.size for part in parts]:
         return
     if any(map(values.free, parts)):
-        raise Untraceable("takes parts of a dimension that inputs and units share")
+        raise Untraceable("splits a dimension that inputs and units share")
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     node.op, node.target, node.args, node.kwargs = "call_method", "split", (node.args[0], wanted, dim), {}
 
@@ -360,9 +361,9 @@ def _chunks(size: int, count: int) -> list[int]:
 
 
 def _written(graph: fx.Graph, values: SizeEvaluator) -> dict[int, int]:
-    """The sizes that are written in the code and change, such as a number of heads, and what they become.
+    """The new values of sizes that are written in the code and change, such as a number of heads.
 
-    And the product of those of one call: ``view(n, 3, 4, c // 12)``.
+    Products of the sizes of one call are among them, as in ``view(n, 3, 4, c // 12)``.
     """
     by_call: dict[fx.Node, list[tuple[int, int]]] = {}
     for node, _, value, axis in _wants(graph):
@@ -375,15 +376,15 @@ def _written(graph: fx.Graph, values: SizeEvaluator) -> dict[int, int]:
     return {old: new for old, (new, *others) in found.items() if not others and new != old}
 
 
-def _mended(
+def _at_new_size(
     value: Any, axis: Axis, values: SizeEvaluator, node: fx.Node, written: Mapping[int, int], written_only: bool
 ) -> Any:
-    """An expression that has the right value: the old one with other constants, or a constant."""
+    """An expression for the new size: the old one with other constants, or a constant."""
     sizes = values.sizes
     changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}
-    if not isinstance(value, fx.Node):  # written in the code, as were the sizes of space that are part of it
+    if not isinstance(value, fx.Node):  # written in the code
         return sizes(axis)
-    for constants in (changed, written):  # of two sizes one may be worked out from the other: view(n, 4, c // 4)
+    for constants in (changed, written):  # one size may be computed from another: view(n, 4, c // 4)
         with node.graph.inserting_before(node):
             other = _with_constants(value, constants)
         if values(other) == sizes(axis):

@@ -1,7 +1,7 @@
-"""Does a rewritten ``forward`` have the gradients of the code it stands for, and the dtypes that autocast gives it?
+"""Compare the gradients of a rewritten ``forward``, and its dtypes under autocast, with those of the original code.
 
-Both are run on tensors without data that require gradients. The same operations must be recorded for the backward run,
-in the same order, down to the same tensors; under autocast, its casts are among them.
+Both run on tensors without data that require gradients. Autograd must record the same operations for both, in the same
+order, down to the same tensors; under autocast, its casts are among them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["difference"]
 def difference(
     module: nn.Module, forward: Callable[..., Any], call: Call, tensors: Mapping[str, Tensor], training: bool
 ) -> str | None:
-    """What a ``forward`` does otherwise than that of a module, called as it was when recorded; None if nothing.
+    """A difference between a ``forward`` and that of a module, called as it was when recorded; None if there is none.
 
     Both run under autocast, which only adds to what is compared; without it where the module's own code
     does not run so. Where that runs in neither way, there is nothing to differ from.
@@ -55,14 +55,14 @@ def _both(
     training: bool,
     half: bool,
 ) -> tuple[list[Tensor] | str, list[Tensor]]:
-    """What a ``forward`` gives, or the error that it raises, and what the module's own gives.
+    """The results of a ``forward``, or the error that it raises, and the results of the module's own.
 
     Raises:
-        _DoesNotRun: the module's own gives nothing.
+        _DoesNotRun: the module's own raises an error.
     """
     device = next((t.device for t in tensors.values() if not t.is_meta), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), _differentiated(module, device, half):
-        own = {id(tensor): _bare(tensor, device) for _, tensor in named_tensors(module)}
+        own = {id(tensor): _without_data(tensor, device) for _, tensor in named_tensors(module)}
         meta = copy_with(module, own).eval()
         meta.training = training
         given = [v for v in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(v, fx.Node | Named)]
@@ -94,7 +94,7 @@ def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iter
         yield
 
 
-def _bare(tensor: Tensor, device: torch.device) -> Tensor:
+def _without_data(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of a module without data; a parameter requires gradients, whether it is trained or not."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
@@ -107,7 +107,7 @@ def _differs(dtype: torch.dtype) -> bool:
 
 
 class _Given:
-    """What stands for one input of a module: not a leaf, so that the code may write to it."""
+    """Makes a stand-in for one input of a module: not a leaf of autograd, so that the code may write to it."""
 
     def __init__(self, value: fx.Node | Named, tensors: Mapping[str, Tensor], device: torch.device):
         if isinstance(value, Named):
@@ -122,7 +122,7 @@ class _Given:
 
 
 def _run(forward: Callable[..., Any], meta: nn.Module, call: Call, leaves: Mapping[Any, _Given]) -> list[Tensor]:
-    """The results of a ``forward``, and what it left of its inputs."""
+    """The results of a ``forward``, and its inputs after the run."""
     given = {value: leaf() for value, leaf in leaves.items()}
 
     def stand_in(value: Any) -> Any:
@@ -135,7 +135,7 @@ def _run(forward: Callable[..., Any], meta: nn.Module, call: Call, leaves: Mappi
 
 
 def _unlike(found: list[Tensor] | str, wanted: list[Tensor]) -> str | None:
-    """How results differ, or how they came about."""
+    """A difference between results, or between the operations that made them."""
     if isinstance(found, str):
         return f"fails ({found})"
     if len(found) != len(wanted):
@@ -147,7 +147,7 @@ def _unlike(found: list[Tensor] | str, wanted: list[Tensor]) -> str | None:
 
 
 def _backward_unlike(pairs: list[tuple[Any, Any]]) -> str | None:
-    """Where two records of operations, of which some correspond, part on the way to the tensors they end in."""
+    """The first difference between two records of autograd, on the way from results to the tensors they end in."""
     twins: dict[Any, Any] = {}
     while pairs:
         one, other = pairs.pop()

@@ -1,6 +1,6 @@
-"""What a rewritten ``forward`` makes sure of: that it is called in the way it was traced.
+"""Checks of the inputs of a rewritten ``forward``: it refuses kinds of inputs that it was not traced with.
 
-Its graph is one way through the original code. Another kind of argument may take another way; so it is refused.
+Its graph is one path through the original code, and another kind of input may take another path.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def expect_keys(value: Any, traced: int | list[str], name: str) -> None:
 EXPECTATIONS = (expect_tensor, expect_same, expect_value, expect_keys)
 
 
-def first_that_fits(ways: Sequence[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
-    """The result of the first of several ways through a module whose expectations hold; they are its first lines.
+def first_that_fits(branches: Sequence[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+    """The result of the first branch of a module's code whose checks pass; they are its first lines.
 
     Raises:
-        InputError: none does; the message is that of the last.
+        InputError: the checks of all fail; the message is that of the last.
     """
-    for way in ways[:-1]:
+    for branch in branches[:-1]:
         with contextlib.suppress(InputError):
-            return way(*args, **kwargs)
-    return ways[-1](*args, **kwargs)
+            return branch(*args, **kwargs)
+    return branches[-1](*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Can each group be cut alone? One that cannot is tied to the group whose size the code takes for its own, or locked.
+"""Can each group be cut alone? One that cannot gets the same size as a group that the code mixes it up with, or a lock.
 
-All groups at half their sizes may run where one alone does not: ``y.view_as(x)`` is right while both shrink alike.
-So all are tried at once with different shares of their units left; where that does not run, or sizes are too small for
-it, in sets that keep those apart which the code of one module handles.
+The code may run with all groups at half their sizes and not with one group alone: ``y.view_as(x)`` is right while both
+shrink alike. So all groups are tried at once, with different shares of their units left. Where that does not run, or
+sizes are too small for it, sets of groups are tried that separate those which the code of one module handles.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
-from netsurgery.adaptation.fit_code import channels_of, fit_code, follows
+from netsurgery.adaptation.fit_code import fit_code, follows
+from netsurgery.adaptation.size_checker import channels_of
 from netsurgery.analysis.network import Group, Network
 
 __all__ = ["settle_alone"]
 
 
 def settle_alone(model: nn.Module, network: Network) -> Network:
-    """The same network with ties, or locks, for the groups that cannot be cut alone."""
+    """The same network with equal sizes, or locks, for the groups that cannot be cut alone."""
     near = _near(network)
     counts, unsure = _differing(network, near)
     doubtful = unsure if follows(model, network, counts) else set(near)
@@ -29,7 +30,7 @@ def settle_alone(model: nn.Module, network: Network) -> Network:
         names = [name for name in names if name in doubtful]
         if not names or follows(model, network, _counts(network, names)):
             continue
-        while found := fit_code(model, network, _counts(network, names))[1]:  # each round ties or locks at least one
+        while found := fit_code(model, network, _counts(network, names))[1]:  # each round settles at least one
             network = _settled(model, network, near, found)
     return network
 
@@ -68,7 +69,7 @@ _GAP = 0.15  # between two shares; nearer ones may be alike by rounding
 
 
 def _unlike(size: int, shares: set[float]) -> tuple[int, float]:
-    """A number of units, about two thirds, that is another share of them than these; and by how much, up to a limit."""
+    """A number of units, about two thirds, whose share differs from these; and the difference, up to a limit."""
     found = []
     for n in [n for n in range(1, size) if 0.25 <= n / size <= 0.9] or [1]:
         gap = min([_GAP, *(abs(n / size - share) for share in shares)])
@@ -78,12 +79,12 @@ def _unlike(size: int, shares: set[float]) -> tuple[int, float]:
 
 
 def _classes(network: Network, near: Any) -> list[tuple[str, ...]]:
-    """The open groups, those that are tied together."""
+    """The open groups, in tuples of those with equal sizes."""
     return list(dict.fromkeys(network.equal_to(name) for name in near))
 
 
 def _apart(near: Any) -> list[list[str]]:
-    """Sets of groups such that of any two near one another each is in a set without the other."""
+    """Sets of groups: for any two near groups, each is in a set without the other."""
     colours: dict[str, int] = nx.greedy_color(near, "largest_first")
     count = max(colours.values(), default=-1) + 1
     bits = range((count - 1).bit_length())
@@ -95,19 +96,19 @@ def _apart(near: Any) -> list[list[str]]:
 
 
 def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
-    """About two thirds of the units of the open ones among some groups, and of those tied to them."""
+    """About two thirds of the units of some groups, and of those with equal sizes; locked ones are left out."""
     every = dict.fromkeys(other for name in names for other in network.equal_to(name))
     return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].locked is None}
 
 
 def _settled(model: nn.Module, network: Network, near: Any, found: Mapping[str, str]) -> Network:
-    """Groups that a partner helps are tied to it, others locked; partners are found once for groups in like places."""
+    """Give groups the size of a partner that helps, lock others; groups in like places share the search."""
     partners: dict[str, str | None] = {}
     equal_sizes: list[tuple[str, ...]] = []
     locked: dict[str, str] = {}
     for name, why in found.items():
         place = _place(network[name])
-        others = [other for other in near[name] if _may_be_tied(network, name, other)]
+        others = [other for other in near[name] if _may_be_equal(network, name, other)]
         if place not in partners:
             partner = next((other for other in others if _follows(model, network, (name, other))), None)
             partners[place] = None if partner is None else _place(network[partner])
@@ -124,11 +125,11 @@ def _place(group: Group) -> str:
     return re.sub(r"\d+", "#", " ".join(f"{m.parameter}[{m.axis}]" for m in group.members))
 
 
-def _may_be_tied(network: Network, name: str, other: str) -> bool:
+def _may_be_equal(network: Network, name: str, other: str) -> bool:
     tied = any(name in names and other in names for names in network.equal_sizes)
     return network[other].locked is None and network[other].size == network[name].size and not tied
 
 
 def _follows(model: nn.Module, network: Network, names: Iterable[str]) -> bool:
-    """Whether the code follows when some groups are cut together."""
+    """True if the code follows when some groups are cut together."""
     return not fit_code(model, network, _counts(network, names))[1]

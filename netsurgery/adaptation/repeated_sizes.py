@@ -1,8 +1,8 @@
 """Numbers of modules that repeat a size and that no forward needs: ``self.ch``, ``groups`` of a wrapper, a config.
 
-Code that folds branches, changes a head or prints a layer reads them. What such a number means, its name and the
-dimensions in its module say: it follows where all dimensions that it can be the size of become one and the same size.
-Where they do not, it stays, and is named.
+Code that folds branches, changes a head or prints a layer reads them. The name of such a number and the dimensions in
+its module say which size it is. It follows if all dimensions that it can be the size of get one and the same size; if
+not, it stays and is reported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _WIDTH = {
 _HEADS, _WITHIN = {"head", "heads", "nhead"}, {"dim", "dims", "size", "width", "channels", "features"}
 
 
-New = dict[int, set[int]]  # what dimensions of a size become
+New = dict[int, set[int]]  # by old size: the new sizes
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,18 @@ class Repeat:
 
     @property
     def follows(self) -> bool:
-        """Whether it gets another value."""
+        """True if it gets another value."""
         return self.new is not self.old
 
     def kept(self) -> Repeat:
-        """The same attribute, as it is: the code computes with it."""
+        """The same attribute with its old value, because the code computes with it."""
         label = f"{self.path}.{self.name}".lstrip(".")
         shown = f"{label}={self.old}" if isinstance(self.old, int | list | tuple) else label
         return dataclasses.replace(self, new=self.old, stays=((shown, "the code computes with it"),))
 
 
 def withdrawn(found: list[Repeat], path: str, read: Container[str]) -> list[Repeat]:
-    """The same attributes, without those that follow and that code at a path may compute with.
+    """The same attributes; those that follow and that code at a path may compute with keep their value.
 
     Args:
         read: names that this code mentions.
@@ -149,7 +149,7 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether this is an integer, numpy's too."""
+    """True for an integer, also one of numpy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -208,7 +208,7 @@ class _Follower:
         return other
 
     def number(self, value: int, word: str, label: str) -> int:
-        """What one number becomes."""
+        """The new value of one number."""
         become = sorted(self.evidence.of(self.path, word, value))
         if len(become) == 1:
             return become[0] if become[0] != value else value
@@ -219,7 +219,7 @@ class _Follower:
 
 
 class _Evidence:
-    """What dimensions of a size become, module by module."""
+    """The new sizes of dimensions, module by module and by their old size."""
 
     def __init__(self, network: Network, sizes: Sizes):
         self.sizes = sizes
@@ -246,7 +246,7 @@ class _Evidence:
                 into.setdefault(around, {}).setdefault(part.size, set()).add(self.sizes(part))
 
     def of(self, path: str, name: str, number: int) -> set[int]:
-        """What dimensions that a number of a module can be the size of become; nothing if it is no such number."""
+        """The new sizes of the dimensions that a number of a module may repeat; none if its name says it is no size."""
         words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
         if number < 2 or words & _OTHER or (words & _HEADS and not words & _WITHIN):
             return set()

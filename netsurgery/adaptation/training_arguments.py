@@ -1,0 +1,36 @@
+"""Functions of torch that do something else in training, such as dropout, called as in eval mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["call_in_eval"]
+
+#: Functions that do something else in training: which argument says so, its position, its value in eval mode.
+_TRAINING_ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
+    **dict.fromkeys(
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        ("training", 2, False),
+    ),
+    **dict.fromkeys((torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout), ("train", 2, False)),
+    F.rrelu: ("training", 3, False),
+    F.batch_norm: ("training", 5, False),
+    F.scaled_dot_product_attention: ("dropout_p", 4, 0.0),
+}
+
+
+def call_in_eval(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result of a function that does something else in training, as it is in eval mode."""
+    if func not in _TRAINING_ARGUMENTS:
+        return func(*args, **kwargs)
+    name, position, value = _TRAINING_ARGUMENTS[func]
+    if len(args) > position:
+        args = (*args[:position], value, *args[position + 1 :])
+    else:
+        kwargs = {**kwargs, name: value}
+    out = func(*args, **kwargs)
+    unchanged = any(out is given for given in (*args, *kwargs.values()))
+    return torch.ops.aten.alias.default(out) if unchanged else out  # in training it is another tensor
