@@ -33,8 +33,8 @@ from netsurgery.axes import Axis, find, leaves
 from netsurgery.capture.known_values import any_layout, replay_decision
 from netsurgery.capture.randomness import torch_seeded
 from netsurgery.capture.recorder import Inputs, home, tensors_in
+from netsurgery.passes.statistics import STATISTICS
 from netsurgery.positions import masked
-from netsurgery.verification.silencing import STATISTICS, entries, is_view
 
 __all__ = ["PartialReplay", "Removal", "Unsuited"]
 
@@ -518,26 +518,21 @@ class RemovedUnits:
 
     def statistics(self, step: Step, special: Callable[..., Any], args: Sequence[Any]) -> Any:
         """The result of an operation that takes statistics, over what stays."""
-        names = [argument.name for argument in step.node.target._schema.arguments]  # type: ignore[union-attr]
+        target: Any = step.node.target
+        names = [argument.name for argument in target._schema.arguments]
         first = step.inputs[0]
         dims, row, rows = self.suffixes.dims[first], self.suffixes.row(self.suffixes.dims[first]), []
         for index in range(len(self.units)):
-            masks = [self.stay(axis, index).to(args[0].device) for axis in dims]
+            masks = [self.stay(axis, index) for axis in dims]
             if len(self.units) > 1 and row is not None:
                 size = dims[row].size // len(self.units)
                 masks[row] = masks[row][index * size : (index + 1) * size]
+            kept = [None if bool(one.all()) else one.nonzero().flatten().to(args[0].device) for one in masks]
             given = {**dict(zip(names, args, strict=False)), **step.kwargs, names[0]: self.block(args[0], row, index)}
-            if "N" in given:
-                given["N"] //= len(self.units)
-            rows.append(special(given, entries(masks)))
-        out = rows[0]
-        if len(rows) > 1:
-            out = torch.cat(rows, row or 0) if isinstance(out, Tensor) else _joined(rows, row or 0)
-        results = [out] if isinstance(out, Tensor) else out
-        for result, own in zip(results, [step.dims] if isinstance(out, Tensor) else step.dims, strict=True):
-            if result is not None and own is not None and self.suffixes.touches(own, self.channels):
-                self.zeroed(result, own)
-        return out
+            rows.append(special(target, given, kept))
+        if len(rows) == 1:
+            return rows[0]
+        return torch.cat(rows, row or 0) if isinstance(rows[0], Tensor) else _joined(rows, row or 0)
 
 
 def _fill(tensor: Tensor, dim: int, positions: Tensor) -> None:
@@ -717,6 +712,17 @@ class _Builder:
             weight = self.of.constants.get(step.args[1]) if step.packet is aten.convolution else None
             if weight is not None and weight.dim() == 4 and weight.dtype is torch.float32 and self.device.type == "cpu":
                 self.of.constants[step.args[1]] = weight.contiguous(memory_format=torch.channels_last)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a result is memory of an argument: what is zero there is zero here, but for units that expand makes."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and is_view(source)
+    schema = getattr(node.target, "_schema", None)
+    shared = [one.alias_info for one in schema.arguments if one.alias_info is not None] if schema is not None else []
+    written = any(one.is_write for one in shared)
+    return bool(shared) and not written and node.target.overloadpacket is not aten.expand  # type: ignore[union-attr]
 
 
 def _on_a_copy(target: Callable[..., Any], written: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -471,7 +471,7 @@ def test_a_plan_that_runs_its_passes_again_tries_nothing_twice(monkeypatch: pyte
     network = netsurgery.trace(model, data[0][:3])
     score = LossIncreaseScore(data, samples=8)
     first = score.run(network).scores
-    monkeypatch.setattr("netsurgery.passes.ablation.Trials.rises", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr("netsurgery.passes.ablation.Ablation.loss_deltas", lambda *_: pytest.fail("tried again"))
     assert torch.equal(score.run(network).scores["conv"], first["conv"])
 
 
@@ -481,14 +481,14 @@ SCRIPT = """
     sys.path.insert(0, {tests!r})
     from test_loss_increase import NETWORKS, data_for
     from netsurgery.passes import LossIncreaseScore
-    from netsurgery.passes import trials
-    slow = trials.Trials.rises
+    from netsurgery.passes import ablation
+    slow = ablation.Ablation.loss_deltas
     def rises(*args):
         for found in slow(*args):
             yield found
             print("one", flush=True)
             time.sleep(0.05)
-    trials.Trials.rises = rises
+    ablation.Ablation.loss_deltas = rises
     model = NETWORKS["residual"]()
     data = data_for(model)
     network = netsurgery.trace(model, data[0][:3])

@@ -1,9 +1,12 @@
 """What comes after a removal alone, on the zoo and on random networks: the same as the whole network silenced."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
@@ -12,9 +15,11 @@ import zoo
 from netsurgery.analysis.replay import look_up_constants
 from netsurgery.capture.copies import named_tensors
 from netsurgery.passes.partial_replay import PartialReplay, Removal, Unsuited
+from netsurgery.passes.statistics import STATISTICS
 from netsurgery.verification.silencing import silenced
 from random_networks import Program, build, example, programs
 
+aten = torch.ops.aten
 EXAMPLES = int(os.environ.get("NETSURGERY_EXAMPLES", "60"))
 
 
@@ -79,6 +84,53 @@ MODELS = ["densenet121", "mobilenet_v3_small", "resnet18", "resnext50_32x4d", "s
 def test_the_zoo(name: str) -> None:
     found = difference(zoo.build(name), (zoo.images(name),), seed=0, most=3)
     assert found is not None and found < 1e-5
+
+
+#: An operation that takes statistics over units, ``(rows, 6, 4, units)``.
+OVER_UNITS: dict[str, tuple[Any, Callable[..., Tensor]]] = {
+    "mean": (aten.mean, lambda x, *_: x - x.mean(-1, keepdim=True)),
+    "mean of several": (aten.mean, lambda x, *_: x * x.mean((1, 3))[:, None, :, None]),
+    "largest": (aten.amax, lambda x, *_: x - x.amax(-1, keepdim=True)),
+    "smallest": (aten.amin, lambda x, *_: x * x.amin((-1, 1))[:, None, :, None]),
+    "product": (aten.prod, lambda x, *_: x + x.prod(-1, keepdim=True)),
+    "variance": (aten.var, lambda x, *_: x * x.var(-1, keepdim=True)),
+    "variance and mean": (aten.var_mean, lambda x, *_: x * sum(torch.var_mean(x, 3, keepdim=True))),
+    "deviation": (aten.std, lambda x, *_: x / (1 + x.std((2, 3), keepdim=True))),
+    "deviation and mean": (aten.std_mean, lambda x, *_: x * sum(torch.std_mean(x, -1))[..., None]),
+    "logarithm of a sum": (aten.logsumexp, lambda x, *_: x - x.logsumexp(-1, keepdim=True)),
+    "norm": (aten.linalg_vector_norm, lambda x, *_: x / (1 + torch.linalg.vector_norm(x, dim=-1, keepdim=True))),
+    "all": (aten.all, lambda x, *_: x + (x > -1).all(-1, keepdim=True)),
+    "softmax": (aten._softmax, lambda x, *_: x.softmax(-1)),
+    "logarithm of softmax": (aten._log_softmax, lambda x, *_: x.log_softmax(-1)),
+    "layer norm": (aten.native_layer_norm, lambda x, *w: F.layer_norm(x, x.shape[-1:], *w)),
+    "layer norm of two": (aten.native_layer_norm, lambda x, *_: F.layer_norm(x, x.shape[-2:])),
+    "group norm": (aten.native_group_norm, lambda x, *w: F.group_norm(x.movedim(-1, 1), 3, *w).movedim(1, -1)),
+    "group norm of one": (aten.native_group_norm, lambda x, *_: F.group_norm(x.movedim(-1, 1), 1).movedim(1, -1)),
+    "batch norm": (aten.native_batch_norm, lambda x, *_: F.batch_norm(x, None, None, training=True)),
+}  # fmt: skip
+
+
+class OverUnits(nn.Module):
+    """Two layers with an operation between them, which is given a weight and a bias."""
+
+    def __init__(self, between: Callable[..., Tensor]):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(5, 12), nn.Linear(12, 3), between
+        self.weight, self.bias = nn.Parameter(torch.rand(12)), nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x), self.weight, self.bias))
+
+
+@pytest.mark.parametrize("name", OVER_UNITS)
+def test_statistics_are_taken_over_what_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packet, between = OVER_UNITS[name]
+    called, own = [], STATISTICS[packet]
+    monkeypatch.setitem(STATISTICS, packet, lambda *given: called.append(packet) or own(*given))
+    torch.manual_seed(0)
+    model = OverUnits(between).double()
+    found = difference(model, (torch.randn(4, 6, 4, 5, dtype=torch.float64),), seed=1, most=1)
+    assert called and found is not None and found < 1e-12
 
 
 @settings(
