@@ -13,7 +13,8 @@ from netsurgery.axes import Axis
 from netsurgery.capture.recorder import format_where, tensors_in
 from netsurgery.errors import InputError
 from netsurgery.passes.ablation import Ablation
-from netsurgery.passes.partial_replay import PartialReplay, Step
+from netsurgery.passes.functional_graph import Step
+from netsurgery.passes.partial_replay import PartialReplay
 from netsurgery.positions import units_at
 
 __all__ = ["gate_slopes"]

@@ -14,7 +14,9 @@ import netsurgery
 import zoo
 from netsurgery.analysis.replay import look_up_constants
 from netsurgery.capture.copies import named_tensors
-from netsurgery.passes.partial_replay import PartialReplay, Removal, Unsuited
+from netsurgery.passes.functional_graph import Unsuited
+from netsurgery.passes.partial_replay import PartialReplay
+from netsurgery.passes.removed_units import Removal
 from netsurgery.passes.statistics import STATISTICS
 from netsurgery.verification.silencing import silenced
 from random_networks import Program, build, example, programs
@@ -29,7 +31,7 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
     given, tensors = (inputs, {}), dict(named_tensors(model))
     look_up_constants(model, network, given)
     try:
-        suffixes = PartialReplay(network, tensors)
+        engine = PartialReplay(network, tensors)
     except Unsuited:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -50,17 +52,17 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
         tied = network.equal_to(group.name)
         for names, before in (((group.name,), {}), ((group.name,), others), (tied, others)):
             before = {name: units for name, units in before.items() if name not in names}
-            suffix = suffixes.suffix(names, frozenset(before))
-            whole = suffixes.whole(given, suffix.reads, before)
+            suffix = engine.suffix(names, frozenset(before))
+            whole = engine.whole(given, suffix.reads, before)
             first = {name: some(network[name]) for name in names}
             removals = [first, {name: units[-1:] for name, units in first.items()}]
             both = [wanted({**before, **removal}) for removal in removals]
-            pairs = list(zip(suffixes.without(removals[:1], whole, before), both[0], strict=True))
+            pairs = list(zip(engine.without(removals[:1], whole, before), both[0], strict=True))
             if suffix.blocks and all(t.shape[0] % 2 == 0 for t in inputs):
                 for found, one, other, node in zip(
-                    suffixes.without(removals, whole, before), *both, suffixes.outputs, strict=True
+                    engine.without(removals, whole, before), *both, engine.outputs, strict=True
                 ):
-                    row = suffixes.row(suffixes.dims[node])
+                    row = engine.row(engine.dims[node])
                     if row is not None:
                         half = one.shape[row] // 2
                         pairs.append((found, torch.cat([one.narrow(row, 0, half), other.narrow(row, half, half)], row)))

@@ -303,7 +303,7 @@ def test_what_is_interrupted_goes_on_to_the_same(after: int, tmp_path: Path, mon
                 yield name, units, found
 
         tried.clear()
-        monkeypatch.setattr(Ablation, "rises", some)
+        monkeypatch.setattr(Ablation, "loss_deltas", some)
 
     until(math.inf)
     whole = run()
