@@ -25,7 +25,7 @@ _LONG = 600.0  # seconds from which on it is said what is cheaper
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a trial takes.
+    """The time that trials take.
 
     Attributes:
         works: numbers that are computed for a row of a trial, by group.

@@ -197,7 +197,7 @@ class _Builder:
         return Step(node, call, packet, node.args, kwargs, node.meta["dims"])
 
     def writes_constants(self, node: fx.Node) -> bool:
-        """Whether an operation overwrites a constant with others, unit by unit: so it is done, once."""
+        """Whether an operation overwrites a constant with others, unit by unit: it is then carried out, once."""
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or not all(n in self.of.constants for n in node.all_input_nodes):
             return False
@@ -216,7 +216,7 @@ class _Builder:
             return call(*args, **kwargs)
 
     def functional(self, node: fx.Node) -> tuple[Callable[..., Any], Any]:
-        """What returns what an operation in place writes, where nothing else shows what was written; and its packet."""
+        """An operation that returns what one in place writes, if nothing else can show that; and its packet."""
         target: Any = node.target
         written: Any = node.args[0]
         packet = getattr(aten, target.overloadpacket.__name__.removesuffix("_"), None)
@@ -277,7 +277,7 @@ class _Builder:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a result is memory of an argument: what is zero there is zero here, but for units that expand makes."""
+    """Whether a result shares the memory of an argument, so that zeros there are zeros here; expand makes new units."""
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and is_view(source)

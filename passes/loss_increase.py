@@ -171,7 +171,7 @@ class LossIncreaseScore(DataPass):
 
     @property
     def reading(self) -> Reading:
-        """What is scored by: the effect, or the rise."""
+        """Whether units are scored by their effect or by the rise."""
         return self.by or ("effect" if self.mode == "score" else "rise")
 
     def run(self, network: Network) -> Network:

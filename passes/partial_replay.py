@@ -1,7 +1,7 @@
 """Outputs of a network without some units, at the price of the operations that follow them.
 
-The recorded graph is run once on a batch, and what is needed of it is kept. For a group every operation is then one of
-four things when units go:
+The recorded graph is run once on a batch, and what is needed of it is kept. For a group every operation is then in one
+of four states when units go:
 
     clean     its result is what it was
     masked    its result is what it was, but zero where the units are: nothing is computed
@@ -280,7 +280,7 @@ class PartialReplay(FunctionalGraph):
         return weight and any(other not in self.constants for other in step.inputs)
 
     def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: RemovedUnits) -> Tensor:
-        """The result of the whole network less what the units contribute."""
+        """The result in the whole network without the contribution of the units."""
         step, gone = run.step, gone.seen_by(run.step.node)
         axis = step.node.meta["names"][CONTRACTED[step.packet]]
         if step.packet is aten.convolution:

@@ -96,16 +96,16 @@ class SampleLosses:
 
     @functools.cached_property
     def template(self) -> Any:
-        """What the model returns, to put other tensors into."""
+        """An output of the model, to put other tensors into."""
         inputs, _ = self.batch(0, min(self.chunk(), self.samples.count), 1)
         return self.outputs(self.model, inputs)
 
     def filled(self, outputs: Sequence[Tensor]) -> Any:
-        """What the model returns, with other tensors in it."""
+        """An output of the model that holds other tensors."""
         return _filled(self.template, outputs)
 
     def outputs(self, model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
-        """What a model returns in eval mode."""
+        """The outputs of a model in eval mode."""
         with in_eval_mode(model), torch.no_grad(), seeded(seed, self.device):
             return model(*inputs[0], **inputs[1])
 
@@ -120,7 +120,7 @@ class SampleLosses:
         return found.double().unflatten(0, (copies, rows)) if found.shape == (copies * rows,) else None
 
     def own_loss(self, outputs: Any, targets: Any) -> Any:
-        """What the loss that was asked for returns."""
+        """The loss as the user's function returns it; by default the cross-entropy."""
         own = self.given_loss
         return cross_entropy(outputs, targets) if own is None else own(outputs, targets)
 
@@ -231,7 +231,7 @@ def nearly_equal(parts: Tensor) -> bool:
 
 
 def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:
-    """What a model returned, with other tensors in it."""
+    """An output of a model that holds other tensors."""
     left = iter(tensors)
 
     def fill(value: Any) -> Any:
