@@ -56,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{machine()}; launches do nothing; {options.rounds} rounds\n")
     rows = []
-    nothing = {"_value_kernel": Nothing(), "_gradient_kernel": Nothing()}
+    nothing = {"value_kernel": Nothing(), "gradient_kernel": Nothing()}
     with mock.patch.multiple(hgsr_triton, **nothing), mock.patch.object(sparsity, "backend", return_value=hgsr_triton):
         for name in options.models.split(","):
             # As many weights, but small: what the CPU does with their elements is not the question.

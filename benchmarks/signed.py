@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.models import DigitsResNet
-from netsurgery.passes import LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.ablation import Ablation
+from netsurgery.passes import PruneChannels, TaylorScore
+from netsurgery.passes.ablation import Ablation, AblationSettings
 from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
@@ -83,8 +83,8 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 def changes(network: netsurgery.Network, data: Data, count: int, seed: int) -> dict[str, dict[str, Tensor]]:
     """By method, the change of each sample's loss without each unit: ``(units, samples)`` for each group."""
     samples = draw_samples(data, count, seed)
-    slopes = {name: slope.T for name, slope in gate_slopes(Ablation(LossIncreaseScore(None), network, samples)).items()}
-    trials = Ablation(LossIncreaseScore(None), network, samples)
+    slopes = {name: slope.T for name, slope in gate_slopes(Ablation(AblationSettings(), network, samples)).items()}
+    trials = Ablation(AblationSettings(), network, samples)
     exact = {group.name: torch.empty(group.size, samples.count, dtype=torch.float64) for group in network.prunable}
 
     def kept(name: str, units: list[int], found: Tensor, start: int) -> Tensor:

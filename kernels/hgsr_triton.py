@@ -1,19 +1,7 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """The hierarchical group sparse criteria in Triton: one launch over all weights for the value, one for the gradient.
 
-Plan. A weight is read as ``(blocks, rows, columns, window)`` (see ``criteria.canonical``); its ``blocks * columns``
-are the outer groups' columns. A program takes a tile of columns and a chunk of their rows, and walks down the chunk. A
-table in device memory says where each weight lies and which programs are its own.
-
-Value: a program leaves its columns' sums in scratch memory; whoever arrives last at a tile of columns adds the chunks;
-whoever arrives last of all adds the tiles, or, where there is an index, the columns of each group. Every sum has a
-fixed order whoever does it, so the same weights give the same bits.
-
-Gradient: programs are independent of each other: each reads its kernels once, and writes their gradient.
-
-A tile has a fast axis, along which threads lie next to each other in memory. Its kind, per weight, is one of: along
-columns or along rows; "unit", neighbours in memory and aligned, read in words of 16 bytes; strided; and, in the
-gradient, "window", where the elements of a kernel are the neighbours.
+``hgsr_kernels`` says how these work. Here a launch is planned: which weights go together, how their tiles lie, and what
+of this is kept from step to step, also in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,53 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from netsurgery.kernels.criteria import Criterion, WeightView, accumulator, arranged, canonical, column_count
+from netsurgery.kernels.hgsr_kernels import KIND, VECTOR, Tile, gradient_kernel, tile_fields, value_kernel
 from netsurgery.kernels.hgsr_reference import finalize
 from netsurgery.kernels.placed import Placed, widest
 
 __all__ = ["gradient", "sums", "value"]
-
-# The table's columns. Strides, in elements, come in fours: blocks, rows, columns, window.
-FIELDS = (
-    "KIND", "BLOCK", "COLUMNS", "ROWS", "WINDOW", "CHUNK", "CHUNKS", "COUNTED", "FIRST", "PROGRAM", "TILE", "PARTIAL",
-)  # fmt: skip
-KIND, BLOCK, COLUMNS, ROWS, WINDOW, CHUNK, CHUNKS, COUNTED, FIRST, PROGRAM, TILE, PARTIAL = (
-    tl.constexpr(i) for i in range(len(FIELDS))
-)
-READ = tl.constexpr(len(FIELDS))
-WRITE = tl.constexpr(len(FIELDS) + 4)
-WIDTH = tl.constexpr(len(FIELDS) + 8)
-VECTOR = tl.constexpr(8)  # elements that strides and lengths of a "unit" tile are multiples of
-FOLD = tl.constexpr(8)  # chunks added at a time
-
-
-# Arguments whose alignment or size is no reason to compile anew.
-_VARY = [
-    "partials", "ends", "columns", "order", "starts", "out", "values", "tiles", "groups", "slopes", "index", "scale"
-]  # fmt: skip
-
-
-class Tile(NamedTuple):
-    """A kind of tile, ``(slow, fast, depth)`` elements; all sizes are powers of 2.
-
-    Attributes:
-        by_rows: whether rows are the fast axis, else columns.
-        unit: whether neighbours along the fast axis are neighbours in memory, and aligned.
-        slow: elements along the other axis.
-        fast: elements along the fast axis.
-        depth: elements of a window.
-    """
-
-    by_rows: bool
-    unit: bool
-    slow: int
-    fast: int
-    depth: int
-
-    @property
-    def packed(self) -> int:
-        """One integer, since not every Triton passes tuples of constants on; ``_visit`` and ``_write`` unpack it."""
-        sizes = (size.bit_length() - 1 << 2 + 5 * i for i, size in enumerate((self.slow, self.fast, self.depth)))
-        return int(self.by_rows) | int(self.unit) << 1 | sum(sizes)
 
 
 class Sizes(NamedTuple):
@@ -99,347 +45,27 @@ class Sizes(NamedTuple):
 SIZES = Sizes()
 
 
-@triton.jit
-def _root(x):
-    """The root of x >= 0 and its inverse, 0 for 0 (also where the hardware takes a tiny x for 0)."""
-    root = tl.sqrt(x)
-    other = root != 0  # also NaN, which must not get lost
-    return root, tl.where(other, 1.0 / tl.where(other, root, 1.0), 0.0)
-
-
-@triton.jit
-def _power(x, EXPONENT: tl.constexpr):
-    """``x ** EXPONENT`` and its derivative, 0 at 0."""
-    if EXPONENT == 0.5:
-        root, inverse = _root(x)
-        result, slope = root, 0.5 * inverse
-    elif EXPONENT == 2:
-        result, slope = x * x, 2.0 * x
-    else:
-        result, slope = x, tl.where(x != 0, x * 0.0 + 1.0, 0.0)
-    return result, slope
-
-
-@triton.jit
-def _sign(x, ACC: tl.constexpr):
-    return (x > 0).to(ACC) - (x < 0).to(ACC)
-
-
-@triton.jit
-def _place(entry, program, BY_ROWS: tl.constexpr, UNIT: tl.constexpr, COUNT: tl.constexpr):
-    """Of a program: its tile and chunk, the columns of its tile, their mask, its rows' begin and end."""
-    local = (program - tl.load(entry + PROGRAM)).to(tl.int32)
-    chunks = tl.load(entry + CHUNKS).to(tl.int32)
-    tile, chunk = local // chunks, local % chunks
-    columns = tile * COUNT + tl.arange(0, COUNT)
-    length = tl.load(entry + COLUMNS).to(tl.int32)
-    if UNIT and not BY_ROWS:
-        length = tl.multiple_of(length, VECTOR)
-    step = tl.load(entry + CHUNK).to(tl.int32)
-    down = tl.load(entry + ROWS).to(tl.int32)
-    if UNIT and BY_ROWS:
-        step, down = tl.multiple_of(step, VECTOR), tl.multiple_of(down, VECTOR)
-    begin = chunk * step
-    end = tl.minimum(begin + step, down)
-    return tile, chunk, columns, columns < length, begin, end
-
-
-@triton.jit
-def _stride(entry, FIELD: tl.constexpr, UNIT: tl.constexpr):
-    stride = tl.load(entry + FIELD)
-    if UNIT:
-        stride = tl.multiple_of(stride, VECTOR)
-    return stride
-
-
-@triton.jit
-def _pointer(pointers, number, WHICH: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr):
-    pointer = tl.load(pointers + 2 * number + WHICH).to(tl.pointer_type(DTYPE))
-    if UNIT:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _axis(x, FAST: tl.constexpr):
-    """A vector as an axis of the tile ``(slow, fast, depth)``."""
-    return x[None, :, None] if FAST else x[:, None, None]
-
-
-@triton.jit
-def _columns(entry, columns, STRIDES: tl.constexpr, BY_ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """Where columns begin, in elements, as an axis of the tile."""
-    if UNIT and not BY_ROWS:
-        offsets = columns.to(tl.int64)
-    else:
-        block = tl.load(entry + BLOCK).to(tl.int32)
-        offsets = (columns // block) * _stride(entry, STRIDES, UNIT)
-        offsets += (columns % block) * _stride(entry, STRIDES + 2, UNIT)
-    return _axis(offsets, not BY_ROWS)
-
-
-@triton.jit
-def _rows(entry, rows, STRIDES: tl.constexpr, BY_ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """Where rows begin, in elements, as an axis of the tile."""
-    offsets = rows.to(tl.int64) if UNIT and BY_ROWS else rows * _stride(entry, STRIDES + 1, UNIT)
-    return _axis(offsets, BY_ROWS)
-
-
-@triton.jit
-def _raised(w, window, NORM: tl.constexpr, POWER: tl.constexpr):
-    """The share of each element in q, where the kernel's term is q^POWER; a single element needs no square."""
-    x = tl.abs(w)
-    if NORM == 1:
-        q = x
-    elif POWER == 0.5:
-        q = tl.where(window == 1, x, x * x)
-    else:
-        q = x * x
-    return tl.sum(q, 2)
-
-
-@triton.jit
-def _term(q, window, NORM: tl.constexpr, POWER: tl.constexpr):
-    """``q^POWER``, and its slope in sign(w), or in w where the norm is 2."""
-    term, slope = _power(q, POWER)
-    if NORM == 2:
-        slope = 2.0 * slope
-        if POWER == 0.5:
-            term = tl.where(window == 1, q, term)
-            slope = tl.where(window == 1, 1.0, slope)
-    return term, slope
-
-
-@triton.jit
-def _visit(
-    table, pointers, partials, counters, ends, out, number, program, tiles,
-    DTYPE: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr, OUTER: tl.constexpr,
-    INDEXED: tl.constexpr, TILE_KIND: tl.constexpr,
-):  # fmt: skip
-    """A program's sums; the tile's, where it is the last there; returns whether it is the last of all."""
-    by_rows: tl.constexpr = TILE_KIND & 1
-    unit: tl.constexpr = TILE_KIND >> 1 & 1
-    slow: tl.constexpr = 1 << (TILE_KIND >> 2 & 31)
-    fast: tl.constexpr = 1 << (TILE_KIND >> 7 & 31)
-    count: tl.constexpr = slow if by_rows else fast
-    step: tl.constexpr = fast if by_rows else slow
-    entry = table + number * WIDTH
-    tile, chunk, columns, known, begin, end = _place(entry, program, by_rows, unit, count)
-    window = tl.load(entry + WINDOW).to(tl.int32)
-    weight = _pointer(pointers, number, 0, DTYPE, unit) + _columns(entry, columns, READ, by_rows, unit)
-    stride = _stride(entry, READ + 3, unit)
-    total = tl.zeros([slow, fast], ACC)
-    absolute = tl.zeros([slow, fast], ACC)
-    for row in range(begin, end, step):
-        rows = row + tl.arange(0, step)
-        here = weight + _rows(entry, rows, READ, by_rows, unit)
-        inside = _axis(known, not by_rows) & _axis(rows < end, by_rows)
-        q = tl.zeros([slow, fast], ACC)
-        for k in range(window):
-            w = tl.load(here + k * stride, mask=inside, other=0.0).to(ACC)
-            q += _raised(w, window, NORM, POWER)
-            if NORM == 2:
-                absolute += tl.sum(tl.abs(w), 2)
-        if NORM == 1:
-            absolute += q
-        total += _term(q, window, NORM, POWER)[0]
-    sums = tl.sum(total, 1 if by_rows else 0)
-    l1 = tl.sum(tl.sum(absolute, 1), 0) * tl.load(entry + COUNTED).to(ACC)
-
-    # The chunks of a tile: all add up in the same order, the last one's own not excepted.
-    chunks = tl.load(entry + CHUNKS).to(tl.int32)
-    place = tl.load(entry + TILE) + tile
-    last = chunks == 1
-    if chunks > 1:
-        tile_partials = partials + tl.load(entry + PARTIAL) + tile.to(tl.int64) * chunks * (count + 1)
-        tl.store(tile_partials + chunk * count + tl.arange(0, count), sums)
-        tl.store(tile_partials + chunks * count + chunk, l1)
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + 1 + place, 1, sem="acq_rel") == chunks - 1
-        if last:
-            sums = tl.zeros([count], ACC)
-            parts = tl.zeros([FOLD], ACC)
-            for c in range(0, chunks, FOLD):
-                fold = c + tl.arange(0, FOLD)
-                here = tile_partials + fold[:, None] * count + tl.arange(0, count)[None, :]
-                sums += tl.sum(tl.load(here, mask=fold[:, None] < chunks, other=0.0, cache_modifier=".cg"), 0)
-                here = tile_partials + chunks * count + fold
-                parts += tl.load(here, mask=fold < chunks, other=0.0, cache_modifier=".cg")
-            l1 = tl.sum(parts, 0)
-            tl.store(counters + 1 + place, 0)
-
-    final = tile < 0
-    if last:
-        if INDEXED or OUTER == 0:
-            tl.store(out + tl.load(entry + FIRST) + columns, sums, mask=known)
-            tl.store(ends + place, l1 * 0.0)
-        else:
-            term, slope = _power(sums, OUTER)
-            tl.store(out + tl.load(entry + FIRST) + columns, slope, mask=known)
-            tl.store(ends + place, tl.sum(tl.where(known, term, 0.0), 0))
-        tl.store(ends + tiles + place, l1)
-        tl.debug_barrier()
-        final = tl.atomic_add(counters, 1, sem="acq_rel") == tiles - 1
-    return final
-
-
-@triton.jit(do_not_specialize=_VARY)
-def _value_kernel(
-    table, owners, pointers, partials, counters, ends, columns, order, starts, out, values, tiles, groups,
-    DTYPE: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr, OUTER: tl.constexpr,
-    INDEXED: tl.constexpr, KINDS: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    number = tl.load(owners + program)
-    kind = tl.load(table + number * WIDTH + KIND)
-    final = program < 0
-    column_out = columns if INDEXED else out
-    for i in tl.static_range(len(KINDS)):
-        if kind == i:
-            final = _visit(
-                table, pointers, partials, counters, ends, column_out, number, program, tiles,
-                DTYPE, ACC, NORM, POWER, OUTER, INDEXED, KINDS[i],
-            )  # fmt: skip
-    if final:
-        tl.store(counters, 0)
-        total = tl.zeros([WIDE], ACC)
-        absolute = tl.zeros([WIDE], ACC)
-        for first in range(0, tiles, WIDE):
-            here = first + tl.arange(0, WIDE)
-            total += tl.load(ends + here, mask=here < tiles, other=0.0, cache_modifier=".cg")
-            absolute += tl.load(ends + tiles + here, mask=here < tiles, other=0.0, cache_modifier=".cg")
-        if INDEXED:
-            total = _group_sums(columns, order, starts, out, groups, ACC, OUTER, WIDE, MEMBERS)
-        tl.store(values, tl.sum(total, 0))
-        tl.store(values + 1, tl.sum(absolute, 0))
-
-
-@triton.jit
-def _group_sums(
-    columns, order, starts, out, groups, ACC: tl.constexpr, OUTER: tl.constexpr, WIDE: tl.constexpr,
-    MEMBERS: tl.constexpr,
-):  # fmt: skip
-    """Writes each group's sum or slope, from its columns ``order[starts[g]:starts[g + 1]]``; returns the terms."""
-    lanes: tl.constexpr = WIDE // MEMBERS
-    total = tl.zeros([lanes], ACC)
-    for first in range(0, groups, lanes):
-        group = first + tl.arange(0, lanes)
-        begin = tl.load(starts + group, mask=group < groups, other=0)
-        length = (tl.load(starts + group + 1, mask=group < groups, other=0) - begin).to(tl.int32)
-        parts = tl.zeros([lanes, MEMBERS], ACC)  # summed once, after the loop: within it Triton 3.6 cannot compile it
-        for m in range(0, tl.max(length, 0), MEMBERS):
-            member = (m + tl.arange(0, MEMBERS))[None, :]
-            inside = member < length[:, None]
-            column = tl.load(order + begin[:, None] + member, mask=inside, other=0)
-            parts += tl.load(columns + column, mask=inside, other=0.0, cache_modifier=".cg")
-        sums = tl.sum(parts, 1)
-        if OUTER == 0:
-            tl.store(out + group, sums, mask=group < groups)
-        else:
-            term, slope = _power(sums, OUTER)
-            tl.store(out + group, slope, mask=group < groups)
-            total += term
-    return total
-
-
-@triton.jit
-def _write(
-    entry, pointers, slopes, index, scale, number, program,
-    DTYPE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
-    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, TILE_KIND: tl.constexpr,
-):  # fmt: skip
-    by_rows: tl.constexpr = TILE_KIND & 1
-    unit: tl.constexpr = TILE_KIND >> 1 & 1
-    slow: tl.constexpr = 1 << (TILE_KIND >> 2 & 31)
-    fast: tl.constexpr = 1 << (TILE_KIND >> 7 & 31)
-    deep: tl.constexpr = 1 << (TILE_KIND >> 12 & 31)
-    step: tl.constexpr = fast if by_rows else slow
-    _, _, columns, known, begin, end = _place(entry, program, by_rows, unit, slow if by_rows else fast)
-    window = tl.load(entry + WINDOW).to(tl.int32)
-    group = tl.load(entry + FIRST) + columns
-    grouped = known
-    if INDEXED:
-        group = tl.load(index + group, mask=known, other=-1)
-        grouped = known & (group >= 0)
-    slope = tl.load(slopes + group, mask=grouped, other=0.0).to(ACC) * tl.load(scale).to(ACC)
-    level = tl.load(scale + 1).to(ACC) * tl.load(entry + COUNTED).to(ACC)
-    source = _pointer(pointers, number, 0, DTYPE, unit) + _columns(entry, columns, READ, by_rows, unit)
-    target = _pointer(pointers, number, 1, TARGET, unit) + _columns(entry, columns, WRITE, by_rows, unit)
-    inward, outward = _stride(entry, READ + 3, unit), _stride(entry, WRITE + 3, unit)
-    depth = tl.arange(0, deep)[None, None, :]
-    for row in range(begin, end, step):
-        rows = row + tl.arange(0, step)
-        inside = _axis(known, not by_rows) & _axis(rows < end, by_rows)
-        part = inside & (depth < window) if deep > 1 else inside
-        read = source + _rows(entry, rows, READ, by_rows, unit) + depth * inward
-        write = target + _rows(entry, rows, WRITE, by_rows, unit) + depth * outward
-        # What was read stays in registers, so that only a window deeper than the tile is read again, from the cache.
-        w = tl.load(read, mask=part, other=0.0).to(ACC)
-        q = _raised(w, window, NORM, POWER)
-        if deep == 1:
-            for k in range(1, window):
-                more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
-                q += _raised(more, window, NORM, POWER)
-        factor = tl.expand_dims(_term(q, window, NORM, POWER)[1], 2) * _axis(slope, not by_rows)
-        _add(write, w, factor, level, part, window, ACC, NORM, POWER, ACCUMULATE)
-        if deep == 1:
-            for k in range(1, window):
-                more = tl.load(read + k * inward, mask=inside, other=0.0).to(ACC)
-                _add(write + k * outward, more, factor, level, inside, window, ACC, NORM, POWER, ACCUMULATE)
-
-
-@triton.jit
-def _add(
-    write, w, factor, level, inside, window, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """Stores, or adds, the gradient of elements whose kernel's factor is given."""
-    sign = _sign(w, ACC)
-    if NORM == 1:
-        result = (factor + level) * sign
-    elif POWER == 0.5:
-        result = factor * tl.where(window == 1, sign, w) + level * sign
-    else:
-        result = factor * w + level * sign
-    if ACCUMULATE:
-        result += tl.load(write, mask=inside, other=0.0).to(ACC)
-    tl.store(write, result.to(write.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=_VARY)
-def _gradient_kernel(
-    table, owners, pointers, slopes, index, scale,
-    DTYPE: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr, POWER: tl.constexpr,
-    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, KINDS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    number = tl.load(owners + program)
-    entry = table + number * WIDTH
-    kind = tl.load(entry + KIND)
-    for i in tl.static_range(len(KINDS)):
-        if kind == i:
-            _write(
-                entry, pointers, slopes, index, scale, number, program,
-                DTYPE, TARGET, ACC, NORM, POWER, INDEXED, ACCUMULATE, KINDS[i],
-            )  # fmt: skip
-
-
 class _Plan(NamedTuple):
     """One launch: a table of the weights of one dtype.
 
     Attributes:
-        members: positions in the list, in the order of the table; spans: their columns.
-        copied: those read through a copy, since their strides allow no canonical view; buffered: written so.
-        kinds: of tiles, packed.
+        members: positions in the list, in the order of the table.
+        spans: the columns of each.
+        copied: members that are read through a copy, since their strides allow no canonical view.
+        buffered: members whose gradients are written so.
+        kinds: the fields of the kinds of tiles, as a kernel takes them.
+        table: a row for each member, see ``hgsr_kernels.FIELDS``.
+        owners: the row of each program.
+        tiles: the number of tiles of columns.
         partials: elements of scratch memory for sums of chunks.
-        counters: zero between launches, of those that have arrived: at the end, at each tile.
+        counters: programs that have arrived, at the end and at each tile; zero between launches.
     """
 
     members: tuple[int, ...]
     spans: tuple[slice, ...]
     copied: frozenset[int]
     buffered: frozenset[int]
-    kinds: tuple[int, ...]
+    kinds: dict[str, tuple[int, ...]]
     table: Tensor
     owners: Tensor
     tiles: int
@@ -453,7 +79,7 @@ _DTYPES = {
 }  # fmt: skip
 _CACHE: dict[Hashable, dict[int, Any]] = {}  # what was made, by the stream that it was made on
 _LIMIT = 256
-# What graphs hold the addresses of, by the memory of a weight that they read: without it none can be replayed.
+# Tensors whose addresses graphs hold, by the memory of a weight that they read: without it none can be replayed.
 _CAPTURED: WeakKeyDictionary[torch.UntypedStorage, dict[int, Any]] = WeakKeyDictionary()
 _CAPTURED_FOR_GOOD: list[Any] = []  # for weights that were made within the capture, and are made again at each replay
 
@@ -476,7 +102,7 @@ def _keep(made: Any, weights: Sequence[Tensor]) -> None:
 
 
 def _cached(key: Hashable, weights: Sequence[Tensor], make: Callable[[], _T]) -> _T:
-    """What was made for this key on this stream. A graph may use what was made before; what it makes, it keeps."""
+    """The object of this key on this stream. A graph may use one that was made before; it keeps those that it makes."""
     device = weights[0].device
     made = _CACHE.get(key, {})  # the one hash of a long key
     if _capturing(device):
@@ -569,7 +195,7 @@ def _plan(
     spans = tuple(slice(firsts[i], firsts[i] + column_count(weights[i].shape, readings[i])) for i in members)
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(owned))
     return _Plan(
-        tuple(members), spans, frozenset(copied), frozenset(buffered), tuple(kind.packed for kind in distinct),
+        tuple(members), spans, frozenset(copied), frozenset(buffered), tile_fields(distinct),
         _upload(torch.tensor(rows), weights), _upload(owners, weights), tiles, partials,
         torch.zeros(tiles + 1, dtype=torch.int32, device=device),
     )  # fmt: skip
@@ -722,11 +348,11 @@ def _reduce(
             read = _read(plan, weights, readings)
             pointers = _pointers(weights, plan, read, read)
         with _on(device):
-            _value_kernel[(len(plan.owners),)](
+            value_kernel[(len(plan.owners),)](
                 plan.table, plan.owners, pointers, partials, _counters(plan), ends, sums,
                 order, starts, result[0 if index is None else number], values[number], plan.tiles, groups,
                 DTYPE=_DTYPES[dtype], ACC=_DTYPES[narrow], NORM=rule.norm, POWER=rule.inner / rule.norm, OUTER=outer,
-                INDEXED=index is not None, KINDS=plan.kinds, WIDE=SIZES.wide,
+                INDEXED=index is not None, **plan.kinds, WIDE=SIZES.wide,
                 MEMBERS=min(SIZES.wide, triton.next_power_of_2(max(1, columns // max(1, groups)))),
                 enable_fp_fusion=True,
             )  # fmt: skip
@@ -791,12 +417,12 @@ def gradient(
         dtype, narrow = first.dtype, accumulator(first)
         assert target is not None  # a plan has no members whose gradient is not wanted
         with _on(scale.device):
-            _gradient_kernel[(len(plan.owners),)](
+            gradient_kernel[(len(plan.owners),)](
                 plan.table, plan.owners, pointers, slopes,
                 slopes if index is None else index, scale,
                 DTYPE=_DTYPES[dtype], TARGET=_DTYPES[target.dtype], ACC=_DTYPES[narrow],
                 NORM=rule.norm, POWER=rule.inner / rule.norm, INDEXED=index is not None, ACCUMULATE=accumulate,
-                KINDS=plan.kinds, enable_fp_fusion=True,
+                **plan.kinds, enable_fp_fusion=True,
             )  # fmt: skip
         for out, how, buffer in copies:
             view, _ = arranged(out, how)

@@ -1,4 +1,4 @@
-"""What a removal may take: groups in bundles that lose equally many units, and what is said of those that lose less."""
+"""The groups that a removal may take, in bundles that lose equally many units, and reports on those that lose less."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Choice:
         return [group for group in asked if not self.ratios or self.ratio(group) is not None]
 
     def _groups(self) -> dict[str, Group]:
-        """What may be cut, by name: of what was asked for, that which can be; one factor of each dimension."""
+        """The groups that are asked for and can be cut, by name; one factor of each dimension."""
         asked, network = self._meant(), self.network
         open_ = [group for group in asked if group.locked is None]
         found: dict[str, Group] = {}

@@ -25,7 +25,7 @@ _LONG = 600.0  # seconds from which on it is said what is cheaper
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a trial takes.
+    """The time that trials take.
 
     Attributes:
         works: numbers that are computed for a row of a trial, by group.
@@ -47,15 +47,19 @@ class Forecast:
         return sum(n * self.rate(name) for name, n in rows.items())
 
 
-def time_trials(trials: Ablation, rows: Mapping[str, int]) -> Forecast | None:
-    """Measure a few trials and say how long so many rows of each group's will take; None where that is little."""
+def time_trials(trials: Ablation, rows: Mapping[str, int], *, could_race: bool = False) -> Forecast | None:
+    """Measure a few trials and say how long so many rows of each group's will take; None where that is little.
+
+    Args:
+        could_race: whether all these rows are tried, so that racing would save some; else it is the most that may be.
+    """
     works = {name: _work(trials, name) for name in rows}
     if not works or sum(rows[name] * work for name, work in works.items()) < _WORTH:
         return None
     ordered = sorted(works, key=works.__getitem__)
     picked = dict.fromkeys(ordered[i * (len(ordered) - 1) // (_MEASURED - 1)] for i in range(_MEASURED))
     forecast = Forecast(works, _measured(trials, [*picked]))
-    _say(trials, rows, forecast.total(rows), len(picked))
+    _say(trials, rows, forecast.total(rows), len(picked), could_race)
     return forecast
 
 
@@ -89,12 +93,11 @@ def _measured(trials: Ablation, names: list[str]) -> dict[str, float]:
     return found
 
 
-def _say(trials: Ablation, rows: Mapping[str, int], seconds: float, measured: int) -> None:
-    settings = trials.settings
-    most = "" if settings.mode == "score" and not settings.racing else "at most "
+def _say(trials: Ablation, rows: Mapping[str, int], seconds: float, measured: int, could_race: bool) -> None:
+    most = "" if could_race else "at most "
     advice = []
     if seconds > _LONG:
-        racing = [] if settings.racing or settings.mode != "score" else ["racing=True"]
+        racing = ["racing=True"] if could_race else []
         advice = [*racing, "fewer samples", "include, exclude or removal where not every group will be cut"]
     _log.info(
         "LossIncreaseScore: %s units in %d groups on %d samples will take %sabout %s, by trials of %d groups%s",

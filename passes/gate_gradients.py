@@ -14,7 +14,8 @@ from netsurgery.capture.inputs import tensors_in
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 from netsurgery.passes.ablation import Ablation
-from netsurgery.passes.partial_replay import PartialReplay, Step
+from netsurgery.passes.functional_graph import Step
+from netsurgery.passes.partial_replay import PartialReplay
 from netsurgery.positions import units_at
 
 __all__ = ["gate_slopes"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
-from netsurgery.passes.ablation import Ablation, Terms
+from netsurgery.passes.ablation import Ablation, AblationSettings, Terms
 from netsurgery.passes.forecast import time_trials
 from netsurgery.passes.losses import Loss
 from netsurgery.passes.patterns import Modules, as_patterns
@@ -171,7 +171,7 @@ class LossIncreaseScore(DataPass):
 
     @property
     def reading(self) -> Reading:
-        """What is scored by: the effect, or the rise."""
+        """Whether units are scored by their effect or by the rise."""
         return self.by or ("effect" if self.mode == "score" else "rise")
 
     def run(self, network: Network) -> Network:
@@ -179,11 +179,15 @@ class LossIncreaseScore(DataPass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        trials = Ablation(self, self._scoped(network), self.drawn())
-        if self.reading == "effect" and _is_mean(self.loss, trials):
-            trials.block = 1  # the rise of each sample is asked for
+        effects = self.reading == "effect"
+        settings = AblationSettings(
+            self.loss, self.rows, self.memory, self.autocast, self.progress, each=effects, compared=self.racing
+        )
+        trials = Ablation(settings, self._scoped(network), self.drawn())
         trials.check()
-        key = f"{self.reading} {trials.fingerprint()}"
+        race_of = (self.share, self.confidence, [*trials.everything()]) if self.racing else None
+        tolerance = self.tolerance if self.mode != "score" else None
+        key = f"{self.reading} {trials.fingerprint(self.mode, race_of, tolerance)}"
         checkpoint = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
         if checkpoint is None:
             checkpoint = ScoreCheckpoint(key, Path(self.file) if self.file is not None else None)
@@ -194,7 +198,7 @@ class LossIncreaseScore(DataPass):
             if self.mode != "score" and self.progress and not checkpoint.entries:
                 time_trials(trials, trials.rows_left(checkpoint, trials.everything()))
             if self.racing:
-                scores = race(trials, checkpoint, self.share, self.confidence)
+                scores = race(trials, checkpoint, self.reading, self.share, self.confidence, self.seed)
             elif self.mode == "cumulative":
                 removal = self.removal or PruneChannels(threshold=self.tolerance)
                 scores = cumulative(trials, checkpoint, removal, self.tolerance)
@@ -214,7 +218,7 @@ class LossIncreaseScore(DataPass):
 
     def _exact(self, trials: Ablation, checkpoint: ScoreCheckpoint) -> dict[str, Tensor]:
         left = trials.rows_left(checkpoint, trials.everything())
-        forecast = time_trials(trials, left) if self.progress else None
+        forecast = time_trials(trials, left, could_race=True) if self.progress else None
         if forecast is not None:
             trials.report.rate = forecast.rate
         trials.report.begin("every unit", left)
@@ -226,12 +230,3 @@ _SUMS: dict[Reading, Terms] = {
     "effect": lambda name, units, loss_deltas, start: loss_deltas.abs().sum(1)[None],
     "rise": lambda name, units, loss_deltas, start: loss_deltas.sum(1)[None],
 }
-
-
-def _is_mean(loss: Loss | None, trials: Ablation) -> bool:
-    """Whether a loss returns one number for several samples."""
-    if loss is None or trials.samples.count < 2:
-        return False
-    inputs, targets = trials.batch(0, 2, 1)
-    found = trials.own_loss(trials.outputs(trials.model, inputs), targets)
-    return isinstance(found, Tensor) and found.dim() == 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from netsurgery.analysis.network import Network
 from netsurgery.passes.ablation import Ablation
 from netsurgery.passes.bundles import Bundle, Choice
-from netsurgery.passes.partial_replay import Removal
+from netsurgery.passes.removed_units import Removal
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.scores import MagnitudeScore
 from netsurgery.passes.series import Series
@@ -127,7 +127,7 @@ class _Way:
                 heights.extend([self.highest] * (k - len(heights)))
 
     def open(self, index: int) -> str:
-        """Make the series of a bundle known, where the units of others are gone; its name in the ledger."""
+        """Make the series of a bundle known, where the units of others are gone; its name in the checkpoint."""
         bundle, before = self.bundles[index], dict[str, tuple[int, ...]]()
         for other, heights in zip(self.bundles, self.heights, strict=True):
             if heights and other is not self.bundles[index]:

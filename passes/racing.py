@@ -20,6 +20,7 @@ from netsurgery.passes.ablation import Ablation
 from netsurgery.passes.forecast import time_trials
 from netsurgery.passes.gate_gradients import gate_slopes
 from netsurgery.passes.progress import span
+from netsurgery.passes.readings import Reading
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.sieve import Regression, Sieve, drawn
 
@@ -29,9 +30,18 @@ _log = logging.getLogger("netsurgery")
 _WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
 
 
-def race(trials: Ablation, checkpoint: ScoreCheckpoint, share: float, confidence: float) -> dict[str, Tensor]:
-    """Rises of the loss, or effects on it, by group: estimates, exact for units whose side stays open to the end."""
-    runner = _Race(trials, checkpoint, share, confidence)
+def race(
+    trials: Ablation, checkpoint: ScoreCheckpoint, reading: Reading, share: float, confidence: float, seed: int
+) -> dict[str, Tensor]:
+    """Rises of the loss, or effects on it, by group: estimates, exact for units whose side stays open to the end.
+
+    Args:
+        reading: whether units are scored by the rise or the effect.
+        share: the share of each group that is to be removed.
+        confidence: the share of the selection that must be expected to be right.
+        seed: of the units that are drawn at random.
+    """
+    runner = _Race(trials, checkpoint, reading, share, confidence, seed)
     runner.forecast_time()
     sieve = runner.sieve()
     if sieve is None:
@@ -52,8 +62,10 @@ def race(trials: Ablation, checkpoint: ScoreCheckpoint, share: float, confidence
 class _Race:
     trials: Ablation
     checkpoint: ScoreCheckpoint
+    reading: Reading
     share: float
     confidence: float
+    seed: int
     guesses: Mapping[str, Tensor] = field(default_factory=dict)  # rises of units that are not tried
 
     def __post_init__(self) -> None:
@@ -72,7 +84,7 @@ class _Race:
         order = torch.cat([top, rest.nonzero().flatten()])
         trials.reorder(order)
         ahead = {name: slope[order].T for name, slope in slopes.items()}  # (units, samples)
-        self.read = torch.abs if self.trials.settings.reading == "effect" else torch.Tensor.clone
+        self.read = torch.abs if self.reading == "effect" else torch.Tensor.clone
         self.predictions = {
             name: torch.stack([self.read(a.square() / 2 - a), a.square() / 2], 2) for name, a in ahead.items()
         }
@@ -89,7 +101,7 @@ class _Race:
         """Try units at random, and fit to them what slopes predict; None where slopes cannot decide anything."""
         trials = self.trials
         sizes = {group.name: group.size for group in trials.network.prunable}
-        draw = drawn(sizes, self.confidence, trials.settings.seed) if self.predicted else None
+        draw = drawn(sizes, self.confidence, self.seed) if self.predicted else None
         if draw is None:
             return None
         trials.report.begin("units drawn at random", trials.rows_left(self.checkpoint, draw.units))
@@ -121,13 +133,14 @@ class _Race:
         """Try some units on growing sets of samples."""
         trials, count = self.trials, self.trials.samples.count
         more = max(64, count // 10)
-        if trials.dear:  # all goes through in batches of one size, which is traced once
-            trials.block, more = self.head, self.head * math.ceil(more / self.head)
+        at_once = self.head if trials.dear else None  # batches of one size, which is traced once
+        if trials.dear:
+            more = self.head * math.ceil(more / self.head)
         seen = min(count, self.head + more)
         trials.report.begin("racing", trials.rows_left(self.checkpoint, active) if seen == count else None)
-        trials.extend(self.checkpoint, active, self.head, self.terms, 5)
+        trials.extend(self.checkpoint, active, self.head, self.terms, 5, at_once)
         while active:
-            trials.extend(self.checkpoint, active, seen, self.terms, 5)
+            trials.extend(self.checkpoint, active, seen, self.terms, 5, at_once)
             if seen == count:
                 break
             active = {name: self.undecided(name, units) for name, units in active.items()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from netsurgery.passes.partial_replay import NOTHING, PartialReplay, Removal, Suffix
+from netsurgery.passes.partial_replay import PartialReplay, Suffix
+from netsurgery.passes.removed_units import NOTHING, Removal
 
 __all__ = ["Series"]
 

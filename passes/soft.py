@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from math import exp, log
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.network import Group
 from netsurgery.capture.copies import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
@@ -29,10 +27,13 @@ from netsurgery.passes.filter_positions import (
     norms,
     scale,
 )  # fmt: skip
+from netsurgery.passes.held_zeros import HeldZeros
 from netsurgery.passes.layers import LayerRole
 from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
+from netsurgery.passes.remove_dead import RemoveDead
 from netsurgery.passes.selection import ANY, belongs, is_touched, one_of_each_product
-from netsurgery.pipeline import Pass, plan, trace
+from netsurgery.passes.soft_schedules import METHODS, Method, hard_share, pruned_share, soft_factor
+from netsurgery.pipeline import plan, trace
 from netsurgery.report import columns
 from netsurgery.rewriting.surgery import rewrite
 
@@ -40,72 +41,8 @@ __all__ = ["SoftPruning", "hard_share", "pruned_share", "soft_factor"]
 
 _log = logging.getLogger("netsurgery")
 
-Method = Literal["sfp", "asfp", "srfp", "asrfp", "hfp", "ghfp"]
 Grouping = Literal["layer", "coupled"]
 Masks = Mapping[str, Tensor]  # bool, (filters,), by the name of the layer's weight or of the group
-
-
-def pruned_share(epoch: int, epochs: int, ratio: float, *, delay: float = 1 / 8, pinned: float = 0.05) -> float:
-    """The share of filters that is pruned after an epoch: ``ratio * (1 - exp(-k * epoch))``, and ``ratio`` at the end.
-
-    Args:
-        epoch: from 0 to epochs - 1.
-        ratio: the share in the end.
-        delay: three quarters of the ratio are reached after this share of the epochs.
-        pinned: for this share of the epochs, at the end, but at least for the last one, it is the ratio itself.
-
-    Source: asymptotic soft filter pruning, He et al., arXiv 1808.07471. Pinning makes the end reach the ratio.
-
-    Example:
-        >>> from netsurgery.passes.soft import pruned_share
-        >>> [round(pruned_share(t, 200, 0.4), 3) for t in (0, 25, 50, 199)]
-        [0.0, 0.3, 0.375, 0.4]
-    """
-    if _is_last(epoch, epochs, pinned):
-        return ratio
-    return ratio * (1 - exp(-log(4) * epoch / (delay * epochs)))
-
-
-def soft_factor(epoch: int, epochs: int, *, start: float = 1.0, end: float = 1e-5, zero: float = 0.1) -> float:
-    """What pruned filters are multiplied by after an epoch: from ``start`` exponentially to ``end``, and 0 at the end.
-
-    Args:
-        epoch: from 0 to epochs - 1.
-        zero: for this share of the epochs, at the end, but at least for the last one, the factor is 0.
-
-    Source: softer pruning, Cai et al., arXiv 2010.09498.
-
-    Example:
-        >>> from netsurgery.passes.soft import soft_factor
-        >>> [round(soft_factor(t, 200), 3) for t in (0, 25, 50, 180)]
-        [1.0, 0.237, 0.056, 0.0]
-    """
-    if start == 0 or _is_last(epoch, epochs, zero):
-        return 0.0
-    return float(start * (end / (start + 0.01 * end)) ** (epoch / epochs))
-
-
-def hard_share(epoch: int, epochs: int) -> float:
-    """The share of the pruned filters that may not come back after an epoch: ``1 - (1 - (epoch + 1) / epochs)^3``.
-
-    Args:
-        epoch: from 0 to epochs - 1.
-
-    Source: gradually hard filter pruning, Cai et al., arXiv 2011.03170.
-
-    Example:
-        >>> from netsurgery.passes.soft import hard_share
-        >>> [round(hard_share(t, 200), 3) for t in (25, 100, 199)]
-        [0.341, 0.879, 1.0]
-    """
-    return 1 - (1 - (epoch + 1) / epochs) ** 3
-
-
-def _is_last(epoch: int, epochs: int, share: float) -> bool:
-    return epochs - epoch <= max(1.0, share * epochs + 1e-9)
-
-
-_ASYMPTOTIC, _SOFTER, _GRADUAL = ("asfp", "asrfp"), ("srfp", "asrfp", "ghfp"), ("ghfp",)
 
 
 class SoftPruning:
@@ -196,9 +133,11 @@ class SoftPruning:
     ):
         _check(method, ratio, epochs, grouping, asymptotic, settle, roles)
         self.method, self.ratio, self.epochs, self.grouping, self.settle = method, ratio, int(epochs), grouping, settle
-        self.asymptotic = method in _ASYMPTOTIC if asymptotic is None else asymptotic
+        own = METHODS[method]
+        self._schedule = own if asymptotic is None else replace(own, asymptotic=asymptotic)
+        self.asymptotic = self._schedule.asymptotic
         self.before_training = before_training
-        if before_training and (self.asymptotic or method not in ("sfp", "hfp")):
+        if before_training and (self.asymptotic or own.softer):
             growing = " with asymptotic=True" if asymptotic else ""
             raise InputError(
                 f"SoftPruning(before_training=True): for 'sfp' and 'hfp'; '{method}'{growing} prunes nothing before "
@@ -218,14 +157,18 @@ class SoftPruning:
             )
         self.pruned: dict[str, Tensor] = {n: torch.zeros(f.size, dtype=torch.bool) for n, f in self._filters.items()}
         self.hard: dict[str, Tensor] = dict(self.pruned)
-        self._handles: list[Any] = []
-        if method in ("hfp", "ghfp") or settle:
+        self._zeros = HeldZeros()
+        if own.hard is not None or settle:
             self._check_optimizers()
 
     @property
     def schedule(self) -> tuple[float, float, float]:
         """After the last epoch done: the pruned share, the factor of soft filters, the share pruned for good."""
-        return self._schedule(self.epoch) if self.epoch >= self._first else (0.0, 1.0, 0.0)
+        return (
+            self._schedule.at(self.epoch, self.epochs, self.ratio, self.settle)
+            if self.epoch >= self._first
+            else (0.0, 1.0, 0.0)
+        )
 
     @property
     def _first(self) -> int:
@@ -249,7 +192,7 @@ class SoftPruning:
                 + (left if self.epoch + 1 < self.epochs else f"all {self.epochs} epochs are done: call finish()")
             )
         tensors = self._tensors()
-        share, factor, hard = self._schedule(int(epoch))
+        share, factor, hard = self._schedule.at(int(epoch), self.epochs, self.ratio, self.settle)
         computed = computed_norms(self._network, tensors) if self.grouping == "coupled" else {}
         masks = {
             name: self._ranked(filters, computed[name] if name in computed else norms(filters, tensors), share, hard)
@@ -292,14 +235,14 @@ class SoftPruning:
                     tensors[name].copy_(value)
 
     def plan(self) -> Edit:
-        """What ``finish`` would remove now: an Edit to look at, or to carry out with ``netsurgery.rewrite``.
+        """The removal that ``finish`` would make now: an Edit to look at, or to carry out with ``netsurgery.rewrite``.
 
         Of what is pruned, that which stays: in "layer", units of a residual stream that not all its layers have pruned.
         """
         gone = self._places(self.pruned)
         dead = {group.name: dead_units(self._network, group, gone) for group in self._removable()}
         inputs = self._network.inputs[0] or self._network.inputs[1]
-        edit = plan(self._model, [_Without({name: tuple(units.tolist()) for name, units in dead.items()})], inputs)
+        edit = plan(self._model, [RemoveDead({name: tuple(units.tolist()) for name, units in dead.items()})], inputs)
         for name, units in dead.items():
             if bool(units.any()) and (reason := edit.network[name].locked) is not None:
                 _log.warning("%d units of '%s' are pruned but stay, as zeros: %s", int(units.sum()), name, reason)
@@ -328,9 +271,7 @@ class SoftPruning:
 
     def close(self) -> None:
         """Let go of the parameters and the optimizer: what is pruned for good may be trained again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._zeros.release()
 
     def state_dict(self) -> dict[str, Any]:
         """The last epoch done, and what is pruned."""
@@ -384,13 +325,6 @@ class SoftPruning:
             f"done. {self._locked()}\n{columns([(what, 'filters', 'pruned', 'for good'), *rows], right=(1, 2, 3))}"
         )
 
-    def _schedule(self, epoch: int) -> tuple[float, float, float]:
-        pinned = max(0.05, self.settle)
-        share = pruned_share(epoch, self.epochs, self.ratio, pinned=pinned) if self.asymptotic else self.ratio
-        factor = soft_factor(epoch, self.epochs) if self.method in _SOFTER else 0.0
-        hard = hard_share(epoch, self.epochs) if self.method in _GRADUAL else float(self.method == "hfp")
-        return share, factor, 1.0 if _is_last(epoch, self.epochs, self.settle) else hard
-
     def _ranked(self, filters: Filters, sizes: Tensor, share: float, hard: float) -> tuple[Tensor, Tensor]:
         """The filters that are pruned, and those of them that are pruned for good: bool, (filters,).
 
@@ -409,7 +343,7 @@ class SoftPruning:
     def _chosen(
         self, include: tuple[Pattern, ...], exclude: tuple[Pattern, ...], roles: Sequence[str]
     ) -> dict[str, Filters]:
-        """What takes part, in the order of the state dict."""
+        """The filters that take part, in the order of the state dict."""
         included, excluded = Chosen(self._network, include), Chosen(self._network, exclude)
         if self.grouping == "layer":
             listed = filters_of_layers(self._network).values()
@@ -472,23 +406,7 @@ class SoftPruning:
     def _hold(self, *, only_watch: bool = False) -> None:
         """Set what is pruned for good to zero, and keep it so."""
         self.close()
-        tensors = self._tensors()
-        held: dict[int, list[tuple[int, Tensor]]] = {}
-        for (name, axis), positions in self._places(self.hard).items():
-            tensor = tensors[name]
-            if not only_watch:
-                scale(tensor, axis, positions, 0)
-            held.setdefault(id(tensor), []).append((axis, positions.nonzero().flatten().to(tensor.device)))
-        if not held:
-            return
-        for parameter in (p for p in tensors.values() if id(p) in held and p.requires_grad):
-            self._handles.append(parameter.register_hook(partial(_without, places=held[id(parameter)])))
-            if parameter.grad is not None:
-                _fill(parameter.grad, held[id(parameter)])
-        for optimizer in self._optimizers:
-            if not only_watch:
-                _fill_all(optimizer, held)
-            self._handles.append(optimizer.register_step_post_hook(lambda one, *_: _fill_all(one, held)))
+        self._zeros.hold(self._tensors(), self._places(self.hard), self._optimizers, only_watch=only_watch)
 
     def _check_optimizers(self) -> None:
         if not self._optimizers:
@@ -506,51 +424,11 @@ class SoftPruning:
                     )
 
 
-@dataclass(frozen=True)
-class _Without(Pass):
-    """Removes the units that a mask names, of groups that may lose them; equally many of groups that are tied."""
-
-    dead: Mapping[str, tuple[bool, ...]] = field(repr=False)
-
-    gives: ClassVar[frozenset[str]] = frozenset({"edit"})
-
-    def run(self, network: Network) -> Edit:
-        """Keep what is not named."""
-        gone = {g.name: [i for i, dead in enumerate(self.dead.get(g.name, ())) if dead] for g in network.prunable}
-        for tied in network.equal_sizes:
-            count = min(len(gone.get(name, ())) for name in tied)
-            gone.update({name: gone[name][:count] for name in tied if name in gone})
-        keep = {n: tuple(sorted(set(range(network[n].size)) - set(units))) for n, units in gone.items()}
-        return Edit(network, keep)
-
-
-def _without(gradient: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """A gradient with zeros at some places, whatever was there: infinite ones of a GradScaler too."""
-    for axis, index in places:
-        gradient = gradient.index_fill(axis, index.to(gradient.device), 0)
-    return gradient
-
-
-@torch.no_grad()
-def _fill(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> None:
-    for axis, index in places:
-        tensor.index_fill_(axis, index.to(tensor.device), 0)
-
-
-def _fill_all(optimizer: Optimizer, held: Mapping[int, Sequence[tuple[int, Tensor]]]) -> None:
-    """Zeros in parameters, and in what an optimizer keeps of their shape, such as momentum."""
-    for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in held):
-        state = optimizer.state[parameter].values() if parameter in optimizer.state else ()
-        kept = [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
-        for tensor in (parameter, *kept):
-            _fill(tensor, held[id(parameter)])
-
-
 def _check(
     method: str, ratio: float, epochs: int, grouping: str, asymptotic: bool | None, settle: float, roles: Sequence[str]
 ) -> None:
-    if method not in get_args(Method):
-        raise InputError(f"SoftPruning(method={method!r}): one of {', '.join(get_args(Method))}")
+    if method not in tuple(METHODS):
+        raise InputError(f"SoftPruning(method={method!r}): one of {', '.join(METHODS)}")
     if grouping not in get_args(Grouping):
         raise InputError(f"SoftPruning(grouping={grouping!r}): 'layer' or 'coupled'")
     if not (isinstance(ratio, Real) and 0 <= ratio < 1):
@@ -559,7 +437,7 @@ def _check(
         raise InputError(f"SoftPruning(epochs={epochs!r}): expected a whole number of at least 1")
     if not (isinstance(settle, Real) and 0 <= settle <= 1):
         raise InputError(f"SoftPruning(settle={settle!r}): the share of epochs must be a number in [0, 1]")
-    if asymptotic is not None and method not in ("hfp", "ghfp"):
+    if asymptotic is not None and METHODS[method].hard is None:
         raise InputError(
             f"SoftPruning(asymptotic={asymptotic!r}): for 'hfp' and 'ghfp'; '{method}' says it by its name"
         )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
-from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.ablation import Ablation, AblationSettings
 from netsurgery.passes.gate_gradients import gate_slopes
-from netsurgery.passes.loss_increase import LossIncreaseScore
 from netsurgery.passes.losses import Loss
 from netsurgery.passes.readings import Reading, warn_of_falls
 from netsurgery.passes.reporting import DataPass
@@ -36,7 +35,7 @@ class _GateScore(DataPass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        trials = Ablation(LossIncreaseScore(None, self.loss, rows=self.rows), network, self.drawn())
+        trials = Ablation(AblationSettings(self.loss, self.rows), network, self.drawn())
         trials.check()
         scores = {name: self.score(slope) for name, slope in gate_slopes(trials).items()}
         self.report(scores)

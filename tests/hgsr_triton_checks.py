@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from netsurgery.kernels import hgsr_triton
+from netsurgery.kernels import hgsr_kernels, hgsr_triton
 from netsurgery.kernels.criteria import CRITERIA, WeightView, canonical, reading
 from netsurgery.kernels.hgsr_reference import column_sums, power, reference
 from netsurgery.kernels.placed import Placed
@@ -50,7 +50,7 @@ def _quicker() -> Iterator[None]:
             first: dict[str, Any] = {}
 
             def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-                if self.fn.__module__ != hgsr_triton.__name__:  # the launch does its own
+                if self.fn.__module__ != hgsr_kernels.__name__:  # the launch does its own
                     patch_language(self.fn.__module__, first.setdefault(self.fn.__module__, self.fn))
                 return self.rewrite()(*args, **kwargs)
 
@@ -212,11 +212,11 @@ def test_many_tiles_and_chunks(grouping: str, monkeypatch: pytest.MonkeyPatch) -
     readings = [reading(tuple(w.shape), "neuron" if grouping == "neuron" else "feature") for w in weights]
     (plan,) = hgsr_triton._plans(weights, readings, [True] * 5, None)
     table = plan.table.cpu()
-    chunks = table[:, hgsr_triton.FIELDS.index("CHUNKS")]
-    assert chunks.max() > hgsr_triton.FOLD.value and chunks.min() == 1
+    chunks = table[:, hgsr_kernels.FIELDS.index("CHUNKS")]
+    assert chunks.max() > hgsr_kernels.FOLD.value and chunks.min() == 1
     assert plan.tiles > SMALL.wide
     assert {(grouping == "neuron", unit) for unit in (False, True)} <= {
-        (bool(kind & 1), bool(kind >> 1 & 1)) for kind in plan.kinds
+        (bool(by_rows), bool(unit)) for by_rows, unit in zip(plan.kinds["BY_ROWS"], plan.kinds["UNIT"], strict=True)
     }
     index, groups = None, 0
     if grouping == "index":

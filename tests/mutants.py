@@ -953,15 +953,15 @@ MUTANTS = (
     Mutant(
         "a mean stands for the loss of each sample",
         "passes/loss_increase.py",
-        "trials.block = 1",
-        "trials.block = None",
+        "self.block = 1",
+        "self.block = None",
         ("test_readings.py",),
     ),
     Mutant(
         "one file holds scores by either reading",
         "passes/loss_increase.py",
-        'key = f"{self.reading} {trials.fingerprint()}"',
-        "key = trials.fingerprint()",
+        'key = f"{self.reading} {trials.fingerprint(self.mode, race_of, tolerance)}"',
+        "key = trials.fingerprint(self.mode, race_of, tolerance)",
         ("test_readings.py",),
     ),
     Mutant(

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import netsurgery
 from netsurgery.models import resnet20
 from netsurgery.passes import LossIncreaseScore
-from netsurgery.passes.ablation import Ablation, Loss
+from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.losses import Loss
 from test_loss_increase import (
     READINGS,
     AcrossSamples,
@@ -33,7 +34,7 @@ from test_random_draws import DATA, noisy
 @pytest.fixture
 def dear(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Lets calls count as dear from then on."""
-    return lambda: monkeypatch.setattr("netsurgery.passes.ablation.calls_are_dear", lambda device: True)
+    return lambda: monkeypatch.setattr("netsurgery.passes.sample_losses.calls_are_dear", lambda device: True)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import netsurgery
 from netsurgery.errors import InputError
-from netsurgery.passes import GradientScore, LossIncreaseScore, PruneChannels, TaylorScore, unit_scores
-from netsurgery.passes.ablation import Ablation
+from netsurgery.passes import GradientScore, PruneChannels, TaylorScore, unit_scores
+from netsurgery.passes.ablation import Ablation, AblationSettings
 from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
 from test_language_models import MASKED, MODELS
@@ -26,7 +26,7 @@ from test_loss_increase import NETWORKS, data_for, randomised
 def slopes(model: nn.Module, data: tuple[Any, Tensor], loss: Any = None, example: Any = None) -> dict[str, Tensor]:
     """The slope of the loss summed over samples, by a gate on each unit at its readers."""
     network = netsurgery.trace(model, data[0][:2] if example is None else example)
-    found = gate_slopes(Ablation(LossIncreaseScore(None, loss), network, draw_samples(data, 12)))
+    found = gate_slopes(Ablation(AblationSettings(loss), network, draw_samples(data, 12)))
     return {name: slope.sum(0) for name, slope in found.items()}
 
 

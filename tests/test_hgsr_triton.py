@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from netsurgery.kernels import hgsr_triton
+from netsurgery.kernels import hgsr_kernels, hgsr_triton
 from netsurgery.kernels.criteria import CRITERIA, reading
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def kept() -> list[Any]:
 def _captures(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU whose stream is being captured, on the CPU; nothing is launched."""
     monkeypatch.setattr(hgsr_triton, "_capturing", lambda device: True)
-    for name in ("_value_kernel", "_gradient_kernel"):
+    for name in ("value_kernel", "gradient_kernel"):
         monkeypatch.setattr(hgsr_triton, name, Nothing())
 
 
@@ -110,7 +110,7 @@ def test_what_was_made_before_a_capture_is_kept_once(monkeypatch: pytest.MonkeyP
     assert len(kept()) == before + 4  # a plan and a table each for the value and the gradient
 
 
-def kinds(writes: bool) -> list[hgsr_triton.Tile]:
+def kinds(writes: bool) -> list[hgsr_kernels.Tile]:
     """Every kind of tile that the launcher can choose, for a value or a gradient."""
     found = {}
     for window, by_rows, near in product((1, 2, 3, 9, 27, 49, 128, 200), (False, True), (False, True)):
@@ -145,22 +145,26 @@ def check_builds(
 ) -> None:
     """Both kernels build, with every kind of tile (or only those along rows, or columns), and are what they should."""
 
-    def packed(writes: bool) -> tuple[int, ...]:
-        return tuple(kind.packed for kind in kinds(writes) if kind.by_rows != only)
+    def fields(writes: bool) -> dict[str, tuple[int, ...]]:
+        return hgsr_kernels.tile_fields([kind for kind in kinds(writes) if kind.by_rows != only])
 
-    read = packed(writes=False)
+    read = fields(writes=False)
     common = {"NORM": norm, "POWER": power, "INDEXED": indexed}
     value = compiled(
-        hgsr_triton._value_kernel, capability, dtype, **common, OUTER=outer, KINDS=read,
+        hgsr_kernels.value_kernel, capability, dtype, **common, OUTER=outer, **read,
         WIDE=hgsr_triton.SIZES.wide, MEMBERS=4,
     ).asm["ptx"]  # fmt: skip
     assert re.search(rf"\.target sm_{capability}a?\b", value)
     # Per kind of tile, one arrival at the tile's end and one at that of all; partial sums come from the second cache.
-    assert len(re.findall(r"atom\S*\.acq_rel\S*\.add", value)) == len(re.findall(r"\batom\.", value)) == 2 * len(read)
+    assert (
+        len(re.findall(r"atom\S*\.acq_rel\S*\.add", value))
+        == len(re.findall(r"\batom\.", value))
+        == 2 * len(read["SLOW"])
+    )
     assert "ld.global.cg" in value and ".local" not in value
     gradient = compiled(
-        hgsr_triton._gradient_kernel, capability, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True,
-        KINDS=packed(writes=True),
+        hgsr_kernels.gradient_kernel, capability, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True,
+        **fields(writes=True),
     ).asm["ptx"]  # fmt: skip
     assert not re.search(r"\b(atom|red)\.", gradient) and ".local" not in gradient
     words = r"\.v2\.b64" if dtype == torch.float64 else r"\.v4\.b32"
@@ -182,13 +186,13 @@ def words(ptx: str, operation: str) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neighbours_are_read_and_written_in_words_of_16_bytes(dtype: torch.dtype) -> None:
     """All of a tile's elements, in types of two bytes as in float32; 128 threads take a tile."""
-    kind = hgsr_triton.Tile(False, True, *hgsr_triton.SIZES.unit, 1)
+    kind = hgsr_kernels.Tile(False, True, *hgsr_triton.SIZES.unit, 1)
     each = kind.slow * kind.fast * dtype.itemsize // (128 * 16)
-    common = {"NORM": 1, "POWER": 0.5, "INDEXED": False, "KINDS": (kind.packed,)}
-    value = compiled(hgsr_triton._value_kernel, 90, dtype, **common, OUTER=2, WIDE=1024, MEMBERS=4).asm["ptx"]
+    common = {"NORM": 1, "POWER": 0.5, "INDEXED": False, **hgsr_kernels.tile_fields([kind])}
+    value = compiled(hgsr_kernels.value_kernel, 90, dtype, **common, OUTER=2, WIDE=1024, MEMBERS=4).asm["ptx"]
     assert words(value, "ld") == [".v4.b32"] * each
     gradient = compiled(
-        hgsr_triton._gradient_kernel, 90, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True
+        hgsr_kernels.gradient_kernel, 90, dtype, **common, TARGET=hgsr_triton._DTYPES[dtype], ACCUMULATE=True
     ).asm["ptx"]
     # The weight, what is there, and, in a window of several elements, both of another and the weight once more.
     assert words(gradient, "ld") == [".v4.b32"] * 5 * each

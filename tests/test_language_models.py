@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.ablation import Ablation, AblationSettings
 from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
 
@@ -61,7 +61,7 @@ def test_slopes_are_those_of_the_weights_that_read_a_unit(name: str, rows: int |
     model, data = build(), (MASKED, targets)
     network = netsurgery.trace(model, {key: value[:2] for key, value in MASKED.items()})
     samples = draw_samples(data, 12)
-    found = gate_slopes(Ablation(LossIncreaseScore(None, loss, rows=rows), network, samples))[group]
+    found = gate_slopes(Ablation(AblationSettings(loss, rows), network, samples))[group]
     axis = {m.parameter: m.axis for m in network[group].members}
     parameters = [dict(model.named_parameters())[reader] for reader in readers]
     for row in range(12):

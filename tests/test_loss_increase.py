@@ -21,8 +21,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore
-from netsurgery.passes.ablation import Ablation, Loss
+from netsurgery.passes.ablation import Ablation, AblationSettings
 from netsurgery.passes.calibration import draw_samples
+from netsurgery.passes.losses import Loss
 from netsurgery.passes.readings import Reading
 
 
@@ -572,9 +573,7 @@ def test_a_loss_is_known_again_in_another_process() -> None:
     model, data = small_regression()
     network = netsurgery.trace(model, data[0])
     losses = [functools.partial(squares, times=2.0) for _ in range(2)]
-    one, other = (
-        Ablation(LossIncreaseScore(data, loss), network, draw_samples(data, 20)).fingerprint() for loss in losses
-    )
+    one, other = (Ablation(AblationSettings(loss), network, draw_samples(data, 20)).fingerprint() for loss in losses)
     assert one == other
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import FisherScore, LossIncreaseScore, TaylorScore
-from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.ablation import Ablation, AblationSettings
 from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.losses import Loss, cross_entropy
 
@@ -170,7 +170,7 @@ def test_scores_that_are_kept_are_of_these_targets(place: int, shares: bool, tmp
     for y in (Y, later):
         targets = F.one_hot(y, 3).float() if shares else y
         kept = type(ordered)(((X,), {}), targets, 70)
-        prints.append(Ablation(LossIncreaseScore(None), traced, kept).fingerprint())
+        prints.append(Ablation(AblationSettings(), traced, kept).fingerprint())
     assert prints[0] != prints[1]
 
 

@@ -2,10 +2,13 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
@@ -13,10 +16,14 @@ import netsurgery
 import zoo
 from netsurgery.analysis.replay import look_up_constants
 from netsurgery.capture.copies import named_tensors
-from netsurgery.passes.partial_replay import PartialReplay, Removal, Unsuited
+from netsurgery.passes.functional_graph import Unsuited
+from netsurgery.passes.partial_replay import PartialReplay
+from netsurgery.passes.removed_units import Removal
+from netsurgery.passes.statistics import STATISTICS
 from netsurgery.verification.silencing import silenced
 from random_networks import Program, build, example, programs
 
+aten = torch.ops.aten
 EXAMPLES = int(os.environ.get("NETSURGERY_EXAMPLES", "60"))
 
 
@@ -32,7 +39,7 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
     network = netsurgery.trace(model, inputs)
     given, tensors = (inputs, {}), dict(named_tensors(model))
     look_up_constants(model, network, given)
-    suffixes = PartialReplay(network, tensors)
+    engine = PartialReplay(network, tensors)
     generator = torch.Generator().manual_seed(seed)
 
     def some(group: netsurgery.Group) -> tuple[int, ...]:
@@ -51,17 +58,17 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
         tied = network.equal_to(group.name)
         for names, before in (((group.name,), {}), ((group.name,), others), (tied, others)):
             before = {name: units for name, units in before.items() if name not in names}
-            suffix = suffixes.suffix(names, frozenset(before))
-            whole = suffixes.whole(given, suffix.reads, before)
+            suffix = engine.suffix(names, frozenset(before))
+            whole = engine.whole(given, suffix.reads, before)
             first = {name: some(network[name]) for name in names}
             removals = [first, {name: units[-1:] for name, units in first.items()}]
             both = [wanted({**before, **removal}) for removal in removals]
-            pairs = list(zip(suffixes.without(removals[:1], whole, before), both[0], strict=True))
+            pairs = list(zip(engine.without(removals[:1], whole, before), both[0], strict=True))
             if suffix.blocks and all(t.shape[0] % 2 == 0 for t in inputs):
                 for found, one, other, node in zip(
-                    suffixes.without(removals, whole, before), *both, suffixes.outputs, strict=True
+                    engine.without(removals, whole, before), *both, engine.outputs, strict=True
                 ):
-                    row = suffixes.row(suffixes.dims[node])
+                    row = engine.row(engine.dims[node])
                     if row is not None:
                         half = one.shape[row] // 2
                         pairs.append((found, torch.cat([one.narrow(row, 0, half), other.narrow(row, half, half)], row)))
@@ -125,3 +132,50 @@ def test_what_is_missed_is_seen() -> None:
     assert relative(zeros, zeros) == relative(nan, nan) == 0.0
     assert relative(zeros + 1e-9, zeros) == relative(nan, zeros + 1) == relative(zeros + 1, nan) == inf
     assert relative(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
+
+
+#: An operation that takes statistics over units, ``(rows, 6, 4, units)``.
+OVER_UNITS: dict[str, tuple[Any, Callable[..., Tensor]]] = {
+    "mean": (aten.mean, lambda x, *_: x - x.mean(-1, keepdim=True)),
+    "mean of several": (aten.mean, lambda x, *_: x * x.mean((1, 3))[:, None, :, None]),
+    "largest": (aten.amax, lambda x, *_: x - x.amax(-1, keepdim=True)),
+    "smallest": (aten.amin, lambda x, *_: x * x.amin((-1, 1))[:, None, :, None]),
+    "product": (aten.prod, lambda x, *_: x + x.prod(-1, keepdim=True)),
+    "variance": (aten.var, lambda x, *_: x * x.var(-1, keepdim=True)),
+    "variance and mean": (aten.var_mean, lambda x, *_: x * sum(torch.var_mean(x, 3, keepdim=True))),
+    "deviation": (aten.std, lambda x, *_: x / (1 + x.std((2, 3), keepdim=True))),
+    "deviation and mean": (aten.std_mean, lambda x, *_: x * sum(torch.std_mean(x, -1))[..., None]),
+    "logarithm of a sum": (aten.logsumexp, lambda x, *_: x - x.logsumexp(-1, keepdim=True)),
+    "norm": (aten.linalg_vector_norm, lambda x, *_: x / (1 + torch.linalg.vector_norm(x, dim=-1, keepdim=True))),
+    "all": (aten.all, lambda x, *_: x + (x > -1).all(-1, keepdim=True)),
+    "softmax": (aten._softmax, lambda x, *_: x.softmax(-1)),
+    "logarithm of softmax": (aten._log_softmax, lambda x, *_: x.log_softmax(-1)),
+    "layer norm": (aten.native_layer_norm, lambda x, *w: F.layer_norm(x, x.shape[-1:], *w)),
+    "layer norm of two": (aten.native_layer_norm, lambda x, *_: F.layer_norm(x, x.shape[-2:])),
+    "group norm": (aten.native_group_norm, lambda x, *w: F.group_norm(x.movedim(-1, 1), 3, *w).movedim(1, -1)),
+    "group norm of one": (aten.native_group_norm, lambda x, *_: F.group_norm(x.movedim(-1, 1), 1).movedim(1, -1)),
+    "batch norm": (aten.native_batch_norm, lambda x, *_: F.batch_norm(x, None, None, training=True)),
+}  # fmt: skip
+
+
+class OverUnits(nn.Module):
+    """Two layers with an operation between them, which is given a weight and a bias."""
+
+    def __init__(self, between: Callable[..., Tensor]):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(5, 12), nn.Linear(12, 3), between
+        self.weight, self.bias = nn.Parameter(torch.rand(12)), nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x), self.weight, self.bias))
+
+
+@pytest.mark.parametrize("name", OVER_UNITS)
+def test_statistics_are_taken_over_what_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packet, between = OVER_UNITS[name]
+    called, own = [], STATISTICS[packet]
+    monkeypatch.setitem(STATISTICS, packet, lambda *given: called.append(packet) or own(*given))
+    torch.manual_seed(0)
+    model = OverUnits(between).double()
+    found = difference(model, (torch.randn(4, 6, 4, 5, dtype=torch.float64),), seed=1, most=1)
+    assert called and found is not None and found < 1e-12

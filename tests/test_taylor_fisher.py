@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.passes import FisherScore, LossIncreaseScore, PruneChannels, TaylorScore
-from netsurgery.passes.ablation import Ablation
+from netsurgery.passes.ablation import Ablation, AblationSettings
 from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.gate_gradients import gate_slopes
 from netsurgery.passes.readings import Reading
@@ -19,7 +19,7 @@ from test_loss_increase import NETWORKS, data_for, randomised
 
 def slopes(model: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     network = netsurgery.trace(model, data[0][:2])
-    return gate_slopes(Ablation(LossIncreaseScore(None), network, draw_samples(data, 12)))
+    return gate_slopes(Ablation(AblationSettings(), network, draw_samples(data, 12)))
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "attention"])  # norms read units, too
