@@ -49,7 +49,7 @@ class Compensation:
         >>> layers = LayerError("2", 0.5, 0.1, "weights", 0.01), LayerError("4", 0.3, 0.3, "nothing")
         >>> found = Compensation(layers, "weights", 0.4, 0.05, 512)
         >>> print(found)
-        compensated 1 of 2 layers on 512 samples; outputs differ by 22.4% (before: 63.2%)
+        compensated 1 of 2 layers on 512 samples; on those held back outputs differ by 22.4% (before: 63.2%)
         >>> print(found.table())
         layer  before  after  taken    ridge
         2       70.7%  31.6%  weights   0.01
@@ -69,7 +69,7 @@ class Compensation:
         line = f"compensated {done} of {len(self.layers)} layers{order} on {self.samples:,} samples"
         if self.before != self.before:
             return f"{line}; outputs of the network were not compared"
-        return f"{line}; outputs differ by {_share(self.after)} (before: {_share(self.before)})"
+        return f"{line}; on those held back outputs differ by {_share(self.after)} (before: {_share(self.before)})"
 
     def table(self) -> str:
         """A row for each layer: the error of its outputs, as a share of their standard deviation."""

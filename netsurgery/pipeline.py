@@ -88,7 +88,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
 
 @gc_paused()
 def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
-    """Decide what to remove, and carry nothing out.
+    """Decide what to remove; the model stays as it is. Passes after a removal look at a copy that it has cut.
 
     Args:
         model: any module; it stays as it is.

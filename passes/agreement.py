@@ -48,7 +48,7 @@ def measure(
     Args:
         model: any module; it and the smaller one stay as they are.
         small: takes the same inputs and gives outputs of the same shapes.
-        data: with labels, as for ``netsurgery.passes.calibration.draw``; or without, as for ``draw_inputs``.
+        data: with labels, as for ``netsurgery.passes.calibration.draw_samples``; or without, as for ``draw_inputs``.
         loss: ``loss(outputs, targets)``, the mean over the samples, or one number for each ``(n,)``. By default the
             cross-entropy of logits ``(n, classes, ...)``, where the targets fit these.
         samples: how many are drawn, class-balanced where there are classes; two forward passes over them.
@@ -179,7 +179,8 @@ class _Sums:
             return
         if self.own is None:
             try:
-                check_targets(before, targets, self.drawn.targets)
+                for outputs in (before, after):
+                    check_targets(outputs, targets, self.drawn.targets)
             except InputError as reason:
                 self.no_loss = f"no loss: {reason}"
                 return

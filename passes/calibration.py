@@ -329,14 +329,14 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def outputs_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Any:
+def outputs_of(model: nn.Module, inputs: Inputs, device: torch.device, seed: int = 0) -> Any:
     """What a model returns, the random numbers that it draws being the same each time.
 
     Raises:
         InputError: it does not run on these inputs.
     """
     try:
-        with seeded(0, device):
+        with seeded(seed, device):
             return model(*inputs[0], **inputs[1])
     except RAISED_BY_MODELS as error:
         raise InputError(f"{type(model).__name__} does not run on the data: {error}") from error

@@ -38,7 +38,7 @@ class LossIncreaseScore(DataPass):
 
     Args:
         data: a DataLoader, a Dataset, or a pair of tensors, without augmentation: what
-            ``netsurgery.passes.calibration.draw`` takes.
+            ``netsurgery.passes.calibration.draw_samples`` takes.
         loss: ``loss(outputs, targets)``, the mean over the samples, or one number for each ``(n,)``. By default the
             cross-entropy of logits ``(n, classes, ...)``.
         samples: how many are drawn, class-balanced.

@@ -19,7 +19,7 @@ from netsurgery.capture.inputs import Inputs, tensors_in
 from netsurgery.capture.meta_run import home
 from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
-from netsurgery.passes.calibration import Samples, in_eval_mode
+from netsurgery.passes.calibration import Samples, in_eval_mode, outputs_of
 from netsurgery.passes.draws import drawn_at
 from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
 
@@ -107,8 +107,8 @@ class SampleLosses:
 
     def outputs(self, model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
         """The outputs of a model in eval mode."""
-        with in_eval_mode(model), torch.no_grad(), seeded(seed, self.device):
-            return model(*inputs[0], **inputs[1])
+        with in_eval_mode(model), torch.no_grad():
+            return outputs_of(model, inputs, self.device, seed)
 
     def losses_together(self, outputs: list[Tensor], targets: Any, copies: int) -> Tensor | None:
         """Losses ``(copies, rows)`` by one call; None where the loss is a mean, or draws random numbers."""

@@ -482,3 +482,18 @@ def test_large_samples_are_reported_on_in_part(monkeypatch: pytest.MonkeyPatch) 
     measured = netsurgery.plan(model, passes, x[:1]).measured
     assert measured is not None
     assert measured.samples == 64
+
+
+def test_labels_that_only_the_original_has_classes_for_give_no_loss() -> None:
+    x, y = torch.randn(20, 6), torch.arange(20) % 4
+    found = netsurgery.passes.measure(nn.Linear(6, 4), nn.Linear(6, 3), (x, y))
+    assert found.loss is None and found.agreement is None and "no loss" in found.why and "other shapes" in found.why
+
+
+@pytest.mark.parametrize("score", [TaylorScore, FisherScore, LossIncreaseScore])
+@pytest.mark.parametrize("x", [torch.randn(8, 5), torch.randn(8, 6, dtype=torch.float64)], ids=["shape", "dtype"])
+def test_data_that_the_model_does_not_run_on_is_one_clear_error(score: Any, x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).train()
+    with pytest.raises(InputError, match="Sequential does not run on the data: "):
+        netsurgery.plan(model, [score((x, torch.arange(8) % 3)), PruneChannels(0.5)], torch.randn(2, 6))
+    assert model.training
