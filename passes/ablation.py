@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.replay import look_up_constants
+from netsurgery.analysis.replay import with_constants
 from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import tensors_in
@@ -198,8 +198,7 @@ class Ablation(SampleLosses):
         if found is None:
             inputs, _ = self.batch(start, start + rows, copies)
             with seeded(0, self.device):
-                found = trace_untried(self.model, inputs[0] or inputs[1])
-                look_up_constants(self.model, found, inputs)
+                found = with_constants(self.model, trace_untried(self.model, inputs[0] or inputs[1]), inputs)
             self.by_batch = self.by_batch or found.programs[0].values != "none"
             for group in self.network.prunable:
                 other = found.by_name.get(group.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.analysis.replay import replay
+from netsurgery.analysis.replay import replay, with_constants
 from netsurgery.capture import known_values as values
 from netsurgery.capture.recorder import record
 from netsurgery.errors import InputError, TraceError
@@ -322,6 +323,17 @@ def test_code_that_asks_where_a_tensor_is() -> None:
     _, edit = check(net(where_it_is), (X,), 1e-10)
     assert edit.network.programs[0].values == "none"
     assert not any(value.is_meta for value in edit.network.programs[0].constants.values())
+
+
+def test_constants_are_looked_up_in_a_network_of_their_own() -> None:
+    model = net(lambda m, h: m.b(h) * torch.tensor([1.0, 2.0, 3.0], dtype=h.dtype))
+    network = netsurgery.trace(model, (X,))
+    (program,) = network.programs
+    unknown = {name: value.to("meta") for name, value in program.constants.items()}
+    bare = dataclasses.replace(network, programs=(dataclasses.replace(program, constants=dict(unknown)),))
+    (found,) = with_constants(model, bare, ((X,), {})).programs
+    assert unknown and all(torch.equal(found.constants[name], value) for name, value in program.constants.items())
+    assert bare.programs[0].constants == unknown  # a network changes nothing
 
 
 def test_a_small_model_that_does_something_else_is_refused() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import netsurgery
 import zoo
-from netsurgery.analysis.replay import look_up_constants
+from netsurgery.analysis.replay import with_constants
 from netsurgery.capture.copies import named_tensors
 from netsurgery.passes.functional_graph import Unsuited
 from netsurgery.passes.partial_replay import PartialReplay
@@ -38,7 +38,7 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
     """
     network = netsurgery.trace(model, inputs)
     given, tensors = (inputs, {}), dict(named_tensors(model))
-    look_up_constants(model, network, given)
+    network = with_constants(model, network, given)
     engine = PartialReplay(network, tensors)
     generator = torch.Generator().manual_seed(seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,13 +17,12 @@ from netsurgery.axes import Axis
 from netsurgery.capture.inputs import Inputs, tensors_in
 from netsurgery.capture.known_values import any_layout, flat, is_number, remapped, replay_decision
 from netsurgery.capture.meta_run import trains_otherwise, without_fast_path
-from netsurgery.capture.op_observer import TRANSPARENT
 from netsurgery.capture.program import Program
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 from netsurgery.notation import Operation
 
-__all__ = ["Drawn", "Numbers", "Units", "draws", "inputs_read", "look_up_constants", "replay", "run", "units_in"]
+__all__ = ["Drawn", "Numbers", "Units", "draws", "inputs_read", "replay", "run", "units_in", "with_constants"]
 
 Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
 
@@ -73,7 +73,7 @@ class _Observer(TorchDispatchMode):
 
     def __init__(self, program: Program):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.program = program
+        self.constants = dict(program.constants)
         self.nodes = program.operations
         self.position = 0
 
@@ -82,36 +82,40 @@ class _Observer(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in TRANSPARENT and self.position < len(self.nodes):
-            node = self.nodes[self.position]
+        node = self.nodes[self.position] if self.position < len(self.nodes) else None
+        if node is not None and node.target is func:  # others are none of the model's, such as copies of its inputs
             self.position += 1
-            if node.target is func:
-                pairs = zip(pytree.tree_leaves(list(node.args)), pytree.tree_leaves(list(args)), strict=False)
-                self.program.constants.update(
-                    (str(wanted.target), value.detach().clone())
-                    for wanted, value in pairs
-                    if isinstance(wanted, torch.fx.Node) and wanted.target in self.program.constants
-                )
+            pairs = zip(pytree.tree_leaves(list(node.args)), pytree.tree_leaves(list(args)), strict=False)
+            self.constants.update(
+                (str(wanted.target), value.detach().clone())
+                for wanted, value in pairs
+                if isinstance(wanted, torch.fx.Node) and wanted.target in self.constants
+            )
         return func(*args, **(kwargs or {}))
 
 
-def look_up_constants(model: nn.Module, network: Network, inputs: Inputs) -> None:
-    """Give every constant of the recorded programs its value.
+def with_constants(model: nn.Module, network: Network, inputs: Inputs) -> Network:
+    """The network with the value of every constant in its recorded programs.
 
     Raises:
         InputError: the model does other operations on real tensors than on tensors without data.
     """
-    for program in network.programs:
-        if not any(value.is_meta for value in program.constants.values()):
-            continue
-        with _Observer(program):
-            run(model, program, inputs)
-        for node in program.graph.nodes:
-            if node.op == "get_attr" and (value := program.constants.get(node.target)) is not None and value.is_meta:
-                place = format_where(node.meta["where"])
-                raise InputError(
-                    f"cannot replay the model: the values of a tensor that its code makes {place} are not known"
-                )
+    programs = tuple(_with_constants(model, program, inputs) for program in network.programs)
+    return dataclasses.replace(network, programs=programs)
+
+
+def _with_constants(model: nn.Module, program: Program, inputs: Inputs) -> Program:
+    if not any(value.is_meta for value in program.constants.values()):
+        return program
+    with _Observer(program) as observer:
+        run(model, program, inputs)
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and (value := observer.constants.get(node.target)) is not None and value.is_meta:
+            raise InputError(
+                "cannot replay the model: the values of a tensor that its code makes "
+                f"{format_where(node.meta['where'])} are not known"
+            )
+    return dataclasses.replace(program, constants=observer.constants)
 
 
 def replay(

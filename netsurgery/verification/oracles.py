@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
-from netsurgery.analysis.replay import Drawn, Numbers, Units, inputs_read, look_up_constants, replay, run, units_in
+from netsurgery.analysis.replay import Drawn, Numbers, Units, inputs_read, replay, run, units_in, with_constants
 from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs, as_inputs, meta_inputs, tensors_in
@@ -73,14 +73,14 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     edit = edit if _alike(edit.network, inputs) else _on_the_way_of(inputs, model, edit)
     keep = {edit.network[name].channel: torch.tensor(units) for name, units in edit.keep.items()}
     units = units_in({} if _fits(small, edit.network, Sizes({})) else keep)
-    look_up_constants(model, edit.network, inputs)
+    network = with_constants(model, edit.network, inputs)
     tensors = {**dict(named_tensors(model)), **edit.values}
     worst = 0.0
-    for program in _repeatable(edit.network):
+    for program in _repeatable(network):
         numbers: Numbers = []
         drawn: Drawn = {}
         with seeded(0, home(model)):
-            want = silenced(edit.network, program, tensors, inputs, keep, numbers, drawn)
+            want = silenced(network, program, tensors, inputs, keep, numbers, drawn)
         if program.values == "all" or drawn:
             found, read = run_with_decisions(small, program, inputs, units, drawn)
             worst = max(worst, _difference(read, _chosen(numbers, units)))
@@ -216,7 +216,7 @@ def _check_shapes(network: Network, inputs: Inputs) -> None:
 def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
     """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
     inputs = _given(example_inputs, model, network)
-    look_up_constants(model, network, inputs)
+    network = with_constants(model, network, inputs)
     generator = torch.Generator().manual_seed(seed)
     units = units_in({g.channel: torch.randperm(g.size, generator=generator) for g in network.prunable})
     tensors = dict(named_tensors(model))
