@@ -118,7 +118,13 @@ def draw_with_or_without_targets(data: Any, count: int, seed: int = 0, ignored: 
     try:
         return draw_samples(first, count, seed, ignored)
     except InputError:
+        if _is_pair(data) and len(data[0]) != len(data[1]):  # labels, but not of these inputs
+            raise
         return draw_inputs(second, count, seed)
+
+
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(one, Tensor) for one in data)
 
 
 def reads_once(data: Any) -> bool:

@@ -37,7 +37,14 @@ class _GateScore(DataPass):
         network.require_weights(self)
         trials = Ablation(AblationSettings(self.loss, self.rows), network, self.drawn())
         trials.check()
-        scores = {name: self.score(slope) for name, slope in gate_slopes(trials).items()}
+        slopes = gate_slopes(trials)
+        for name, slope in slopes.items():
+            if not bool(slope.isfinite().all()):
+                raise InputError(
+                    f"{type(self).__name__}: gradients at group '{name}' are not finite: look for NaN and infinity "
+                    "in the data, and for a loss that is infinite on it"
+                )
+        scores = {name: self.score(slope) for name, slope in slopes.items()}
         self.report(scores)
         return network.with_scores(scores, comparable=True)
 

@@ -497,3 +497,20 @@ def test_data_that_the_model_does_not_run_on_is_one_clear_error(score: Any, x: T
     with pytest.raises(InputError, match="Sequential does not run on the data: "):
         netsurgery.plan(model, [score((x, torch.arange(8) % 3)), PruneChannels(0.5)], torch.randn(2, 6))
     assert model.training
+
+
+def test_labels_of_other_inputs_are_an_error() -> None:
+    model = nn.Linear(6, 4)
+    with pytest.raises(InputError, match="40"):
+        measure(model, model, (torch.randn(50, 6), torch.arange(40) % 4))
+
+
+@pytest.mark.parametrize("score", [TaylorScore, FisherScore])
+@pytest.mark.parametrize("what", ["data", "loss"])
+def test_gradients_that_are_not_finite_are_an_error(score: Any, what: str) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(8, 6)
+    if what == "data":
+        x[3, 2] = torch.nan
+    loss = None if what == "data" else lambda o, y: F.cross_entropy(o, y) / 0
+    with pytest.raises(InputError, match="gradients at group '0' are not finite: look for NaN"):
+        netsurgery.plan(model, [score((x, torch.arange(8) % 3), loss), PruneChannels(0.5)], x[:2])
