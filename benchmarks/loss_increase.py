@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import netsurgery
 from netsurgery.demo import digits
 from netsurgery.models import resnet20
-from netsurgery.passes import LossIncreaseScore, trials
+from netsurgery.passes import LossIncreaseScore, sample_losses
 from netsurgery.passes.calibration import draw_samples
 
 
@@ -91,7 +91,7 @@ def calls(samples: int = 64, copies: int = 32) -> None:
     print(f"loop over units: {naive.count / each:.0f} calls a unit, {running.count} of them to run the network")
     settings = {"samples": samples, "rows": copies * samples, "progress": False}
     for dear in (False, True):
-        trials.calls_are_dear = lambda device, dear=dear: dear
+        sample_losses.calls_are_dear = lambda device, dear=dear: dear
         for racing in (False, True):
             with Calls() as ours:
                 LossIncreaseScore(data, racing=racing, **settings).run(network)

@@ -144,12 +144,15 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
         elif isinstance(result, Edit) and "edit" in one.gives:
             if "edit" not in one.needs:
                 earlier = edit
-            last = result
+            before, last = edit, result
             edit = last if earlier is None else earlier.then(last)
-            adaptation, found = fit_code(model, edit.network, edit.counts)
-            if found:
-                return edit, found
-            adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
+            if "edit" in one.needs and before is not None and edit.counts == before.counts:
+                adaptation = before.adaptation
+            else:
+                adaptation, found = fit_code(model, edit.network, edit.counts)
+                if found:
+                    return edit, found
+                adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
                 network = _left(model, last, edit)
@@ -202,6 +205,11 @@ def check_order(passes: Sequence[Pass]) -> None:
             raise PassError(
                 f"pass {position}, {one!r}, needs {', '.join(missing)}, which no pass before it gives: "
                 f"put {advice} before it"
+            )
+        if "edit" in one.needs and "edit" not in passes[position - 2].gives:
+            raise PassError(
+                f"pass {position}, {one!r}, changes an edit, but pass {position - 1} gives none: "
+                "put it right after the removal"
             )
         given |= one.gives
     if "edit" not in given:

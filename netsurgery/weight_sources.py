@@ -215,7 +215,7 @@ def prepared(name: str, file: Path | None = None, random: bool = False) -> tuple
     """A model by name, and in words which weights it has.
 
     Args:
-        name: as for ``names.build``.
+        name: as for ``netsurgery.model_lookup.build``.
         file: what to load into it, as for ``read_weights``.
         random: whether its weights may be random.
 

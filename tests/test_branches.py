@@ -370,3 +370,35 @@ def test_branches_that_no_input_tells_apart_are_locked(run: Any, part: nn.Module
     network = netsurgery.trace(net(run, part), (X,))
     reasons = [group.locked for group in network.groups if group.locked and "part" in group.locked]
     assert any(why in reason for reason in reasons)
+
+
+class AlwaysDrops(Part):
+    """What it turns on, it turns on in eval mode, too: nothing that the mode says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.g(self.mix(self.heads(x))) + x
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda y: F.dropout(y, 0.5),
+        lambda y: F.batch_norm(y.flatten(0, 1), None, None, training=True).view_as(y),
+        lambda y: F.dropout(F.dropout(y, 0.5), 0.0),
+    ],
+    ids=["dropout", "batch norm", "dropout twice"],
+)
+def test_what_the_code_always_turns_on_is_followed(mix: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda net, x: net.part(x), AlwaysDrops(mix)).double().eval()
+    network = netsurgery.trace(model, (X,))
+    inner = next(group for group in network.prunable if group.size == 4)
+    edit = netsurgery.Edit(network, {inner.name: (0, 2, 3)})
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, (X,)) < 1e-9
+    small.train()
+    torch.manual_seed(0)
+    trained = small(X)
+    small.eval()
+    torch.manual_seed(0)
+    assert torch.equal(small(X), trained)

@@ -847,6 +847,11 @@ def test_scores_after_the_pass_see_the_new_values() -> None:
     [
         (lambda: [Compensate("bias", DATA)], PassError, r"needs edit, which no pass before it gives: put a removal"),
         (lambda: [MagnitudeScore(), Compensate("bias", DATA), PruneChannels(0.5)], PassError, "put a removal such as"),
+        (
+            lambda: [MagnitudeScore(), PruneChannels(0.5), MagnitudeScore(), Compensate("bias", DATA)],
+            PassError,
+            r"pass 4, Compensate\(.*, changes an edit, but pass 3 gives none: put it right after the removal",
+        ),
         (lambda: [Compensate("mean", DATA)], InputError, r"Compensate\('mean'\): 'bias' or 'least-squares'"),
         (lambda: [Compensate("bias", None)], InputError, "pass the inputs that it is measured on"),
         (lambda: [Compensate("bias", DATA, samples=0)], InputError, r"Compensate\(samples=0\): at least 1"),

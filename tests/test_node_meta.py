@@ -9,7 +9,9 @@ from netsurgery.capture.program import NodeMeta
 ROOT = Path(__file__).resolve().parent.parent
 #: The graphs that ``module_tracer`` makes are others, with notes of their own.
 ROOMS = ("netsurgery/capture", "netsurgery/analysis", "netsurgery/verification", "netsurgery/rewriting", "passes")
-FILES = ("netsurgery/notation.py", "netsurgery/edit.py", "netsurgery/report.py", "netsurgery/adaptation/size_checker.py")
+FILES = (
+    "netsurgery/notation.py", "netsurgery/edit.py", "netsurgery/report.py", "netsurgery/adaptation/size_checker.py",
+)  # fmt: skip
 
 
 def is_meta(node: ast.AST) -> bool:

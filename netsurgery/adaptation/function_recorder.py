@@ -114,7 +114,7 @@ class LockstepExecutor(MetaExecutor):
     def __init__(self, program: Program, call: Call, other_mode: bool = False):
         super().__init__()
         self.operations = iter(program.operations[call.begin : call.end])
-        self.other_mode = other_mode
+        self.path, self.other_mode = call.path, other_mode
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = next(self.operations, None)
@@ -145,7 +145,8 @@ class LockstepExecutor(MetaExecutor):
         if id(tensor) in self.dims:
             return tuple(map(find, self.dims[id(tensor)]))
         name = self.recorder.names.get(id(tensor)) if self.recorder is not None else None
-        same = node.op == "get_attr" and (name is None or f".{node.target}".endswith(f".{name}"))
+        whole = f"{self.path}.{name}" if self.path else name
+        same = node.op == "get_attr" and (name is None or node.target == whole)
         return _standing_for(node) if same and tensor.shape == node.meta["shape"] else None
 
 

@@ -116,19 +116,28 @@ def trace_module(module: nn.Module, program: Program, call: Call, network: Netwo
         raise Untraceable("is one operation")
     device = next((t.device for t in network.tensors.values()), torch.device("cpu"))
     original = meta_copy(module, program.mode)
-    at_rest = training and not original[0].training
+    other_mode = at_rest = training and not original[0].training
 
     def record(other_dtypes: bool = False, sizes: Sizes | None = None) -> FunctionRecorder:
         meta, names = _in_other_dtypes(*meta_copy(module, program.mode)) if other_dtypes else original
         alone = other_dtypes or sizes is not None
-        executor = MetaExecutor() if alone else LockstepExecutor(program, call, at_rest)
+        executor = MetaExecutor() if alone else LockstepExecutor(program, call, other_mode)
         track(meta, executor)
         recorder = FunctionRecorder(meta, names, executor, device, at_rest)
         _run(meta, recorder, call, network, training, other_dtypes, sizes)
         missed = recorder.effects is not None and recorder.effects.missed and not recorder.doubts
         return record(other_dtypes, sizes) if missed else recorder
 
-    found = record()
+    try:
+        found = record()
+    except Untraceable as reason:
+        if not at_rest:
+            raise
+        at_rest = False  # dropout that the code always turns on was recorded in eval mode, too
+        try:
+            found = record()
+        except Untraceable:
+            raise reason from None
     if found.written and not _stores_again(original[0], found, record):
         found.doubts.append(f"sets its attribute {next(iter(found.written))}")
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from netsurgery.axes import Axis
 from netsurgery.capture.inputs import Inputs, tensors_in
 from netsurgery.capture.known_values import any_layout, flat, is_number, remapped, replay_decision
 from netsurgery.capture.meta_run import trains_otherwise, without_fast_path
+from netsurgery.capture.op_observer import TRANSPARENT
 from netsurgery.capture.program import Program
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
@@ -38,14 +41,20 @@ def units_in(lists: Mapping[Axis, Tensor]) -> Units:
     return lambda leaf: lists[leaf] if leaf in lists else torch.arange(leaf.size)
 
 
-def run(model: nn.Module, program: Program, inputs: Inputs) -> list[Tensor]:
-    """The outputs of a model in the mode a program was recorded in; its own mode is put back."""
+def run(
+    model: nn.Module, program: Program, inputs: Inputs, observer: AbstractContextManager[Any] | None = None
+) -> list[Tensor]:
+    """The outputs of a model in the mode a program was recorded in; its own mode is put back.
+
+    Args:
+        observer: a mode that sees the operations of the model, and no others.
+    """
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
             module.training = program.mode == "train" and trains_otherwise(module)
         positional, keyword = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # code may write to them
-        with torch.no_grad(), without_fast_path():
+        with torch.no_grad(), without_fast_path(), observer or contextlib.nullcontext():
             return tensors_in(model(*positional, **keyword))
     finally:
         for module, training in modes.items():
@@ -82,15 +91,16 @@ class _Observer(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        node = self.nodes[self.position] if self.position < len(self.nodes) else None
-        if node is not None and node.target is func:  # others are none of the model's, such as copies of its inputs
+        if func not in TRANSPARENT and self.position < len(self.nodes):
+            node = self.nodes[self.position]
             self.position += 1
-            pairs = zip(pytree.tree_leaves(list(node.args)), pytree.tree_leaves(list(args)), strict=False)
-            self.constants.update(
-                (str(wanted.target), value.detach().clone())
-                for wanted, value in pairs
-                if isinstance(wanted, torch.fx.Node) and wanted.target in self.constants
-            )
+            if node.target is func:
+                pairs = zip(pytree.tree_leaves(list(node.args)), pytree.tree_leaves(list(args)), strict=False)
+                self.constants.update(
+                    (str(wanted.target), value.detach().clone())
+                    for wanted, value in pairs
+                    if isinstance(wanted, torch.fx.Node) and wanted.target in self.constants
+                )
         return func(*args, **(kwargs or {}))
 
 
@@ -107,8 +117,8 @@ def with_constants(model: nn.Module, network: Network, inputs: Inputs) -> Networ
 def _with_constants(model: nn.Module, program: Program, inputs: Inputs) -> Program:
     if not any(value.is_meta for value in program.constants.values()):
         return program
-    with _Observer(program) as observer:
-        run(model, program, inputs)
+    observer = _Observer(program)
+    run(model, program, inputs, observer)
     for node in program.graph.nodes:
         if node.op == "get_attr" and (value := observer.constants.get(node.target)) is not None and value.is_meta:
             raise InputError(
