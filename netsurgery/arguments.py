@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from netsurgery.errors import InputError
 
-__all__ = ["expect"]
+__all__ = ["expect", "is_count"]
 
 
 def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) -> None:
@@ -31,3 +32,8 @@ def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) ->
             f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__ for value, _ in given
         )
         raise InputError(f"{call} takes {what}, got {found}")
+
+
+def is_count(value: object) -> bool:
+    """Whether a number is a whole one, not a share."""
+    return isinstance(value, Integral)

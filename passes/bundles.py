@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, gcd
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from netsurgery.analysis.network import Group, Network
+from netsurgery.arguments import is_count
 from netsurgery.edit import Edit, Outcome, counterparts
 from netsurgery.errors import InputError
 from netsurgery.passes.patterns import Chosen, Pattern, as_patterns
@@ -29,7 +30,7 @@ from netsurgery.passes.selection import (
 if TYPE_CHECKING:
     from netsurgery.passes.removal import PruneChannels
 
-__all__ = ["Bundle", "Choice", "brief", "is_count"]
+__all__ = ["Bundle", "Choice", "brief"]
 
 _EPSILON = 1e-9  # 0.3 of 10 units are 3
 _MOST = 0.9  # share of a layer that may go
@@ -305,10 +306,6 @@ def _checked(network: Network, group: Group) -> Tensor:
         bad = torch.where(~torch.isfinite(score))[0][:5].tolist()
         raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {bad}: look at {where}")
     return score
-
-
-def is_count(value: object) -> bool:
-    return isinstance(value, Integral)
 
 
 def brief(value: Any) -> str:

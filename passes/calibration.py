@@ -113,7 +113,7 @@ def draw_inputs(data: Any, count: int, seed: int = 0) -> Samples:
 
 
 def draw_with_or_without_targets(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
-    """What ``draw`` draws, or else ``draw_inputs``: of an iterator the same batches are read for both."""
+    """Samples with targets, or else inputs alone: of an iterator the same batches are read for both."""
     first, second = itertools.tee(data) if reads_once(data) else (data, data)
     try:
         return draw_samples(first, count, seed, ignored)

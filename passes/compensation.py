@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from netsurgery.adaptation.fit_code import fit_code
+from netsurgery.arguments import is_count
 from netsurgery.compensated import Compensation
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.bundles import is_count
 from netsurgery.passes.calibration import draw_inputs, in_eval_mode
 from netsurgery.passes.fits import LEVELS, Fit
 from netsurgery.passes.in_order import InOrder
@@ -28,7 +28,7 @@ from netsurgery.passes.readers import Reader, readers_of
 from netsurgery.passes.reporting import DataPass
 from netsurgery.rewriting.surgery import rewrite
 
-__all__ = ["Compensate", "Method", "compensate"]
+__all__ = ["Compensate", "Method", "check_settings", "compensate"]
 
 Method = Literal["bias", "least-squares"]
 _log = logging.getLogger("netsurgery")
@@ -80,14 +80,23 @@ class Compensate(DataPass):
             raise InputError(f"Compensate({self.method!r}): 'bias' or 'least-squares'")
         if self.data is None:
             raise InputError("Compensate(data=None): pass the inputs that it is measured on")
-        if not is_count(self.samples) or self.samples < 1:
-            raise InputError(f"Compensate(samples={self.samples}): at least 1")
-        if not self.ridge > 0:
-            raise InputError(f"Compensate(ridge={self.ridge}): must be positive")
+        check_settings("Compensate", self.samples, self.ridge)
 
     def run(self, network: Edit) -> Edit:
         """The edit with new values."""
         return compensate(network, self.method, self.data, self.samples, self.ridge, self.seed, self.memory)
+
+
+def check_settings(who: str, samples: int, ridge: float) -> None:
+    """Make sure that there are samples, and a ridge.
+
+    Raises:
+        InputError: there are none; the message names ``who`` was given them.
+    """
+    if not is_count(samples) or samples < 1:
+        raise InputError(f"{who}(samples={samples}): at least 1")
+    if not ridge > 0:
+        raise InputError(f"{who}(ridge={ridge}): must be positive")
 
 
 def compensate(

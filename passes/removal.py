@@ -9,10 +9,11 @@ from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 from netsurgery.analysis.network import Network, Unit
+from netsurgery.arguments import is_count
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.bundles import Bundle, Choice, brief, is_count
-from netsurgery.passes.compensation import Compensate, Method
+from netsurgery.passes.bundles import Bundle, Choice, brief
+from netsurgery.passes.compensation import Compensate, Method, check_settings
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.reporting import DataPass
 
@@ -178,10 +179,7 @@ class PruneChannels(DataPass):
             raise InputError(f"PruneChannels(compensate='{self.compensate}'): 'bias', 'least-squares' or None")
         if self.compensate is not None and self.data is None:
             raise InputError(f"PruneChannels(compensate='{self.compensate}') needs data=..., which it is measured on")
-        if not is_count(self.samples) or self.samples < 1:
-            raise InputError(f"PruneChannels(samples={self.samples}): at least 1")
-        if not self.ridge > 0:
-            raise InputError(f"PruneChannels(ridge={self.ridge}): must be positive")
+        check_settings("PruneChannels", self.samples, self.ridge)
 
     def run(self, network: Network) -> Edit:
         """Choose the units that stay, and make up for what goes if that is asked for."""

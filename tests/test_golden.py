@@ -25,6 +25,25 @@ from netsurgery.passes import (
     TaylorScore,
 )
 
+#: Half of each layer, compensated: by the removal itself and by a pass of its own.
+COMPENSATED = """\
+0 keeps 0, 2, 4
+3 keeps 1, 2
+0.weight 6x2x3x3 -> 3x2x3x3
+1.weight 6 -> 3
+1.bias 6 -> 3
+1.running_mean 6 -> 3
+1.running_var 6 -> 3
+3.weight 4x6x3x3 -> 2x3x3x3
+3.bias 4 -> 2
+6.weight 3x16 -> 3x8
+3.weight has new values
+3.bias has new values
+6.weight has new values
+6.bias has new values
+parameters 391 -> 143 (36.6%)
+MACs 5,280 -> 2,208 (41.8%)"""
+
 Plan = Callable[[nn.Module], netsurgery.Edit]
 
 
@@ -236,43 +255,11 @@ MACs 5,280 -> 3,240 (61.4%)""",
     ),
     "PruneChannels: each layer, compensated": (
         planned(MagnitudeScore(), PruneChannels(0.5, compensate="least-squares", data=waves(200, 2, 4, 4))),
-        """\
-0 keeps 0, 2, 4
-3 keeps 1, 2
-0.weight 6x2x3x3 -> 3x2x3x3
-1.weight 6 -> 3
-1.bias 6 -> 3
-1.running_mean 6 -> 3
-1.running_var 6 -> 3
-3.weight 4x6x3x3 -> 2x3x3x3
-3.bias 4 -> 2
-6.weight 3x16 -> 3x8
-3.weight has new values
-3.bias has new values
-6.weight has new values
-6.bias has new values
-parameters 391 -> 143 (36.6%)
-MACs 5,280 -> 2,208 (41.8%)""",
+        COMPENSATED,
     ),
     "Compensate": (
         planned(MagnitudeScore(), PruneChannels(0.5), Compensate("least-squares", waves(200, 2, 4, 4))),
-        """\
-0 keeps 0, 2, 4
-3 keeps 1, 2
-0.weight 6x2x3x3 -> 3x2x3x3
-1.weight 6 -> 3
-1.bias 6 -> 3
-1.running_mean 6 -> 3
-1.running_var 6 -> 3
-3.weight 4x6x3x3 -> 2x3x3x3
-3.bias 4 -> 2
-6.weight 3x16 -> 3x8
-3.weight has new values
-3.bias has new values
-6.weight has new values
-6.bias has new values
-parameters 391 -> 143 (36.6%)
-MACs 5,280 -> 2,208 (41.8%)""",
+        COMPENSATED,
     ),
     "PruneChannels: twice": (
         planned(MagnitudeScore(), PruneChannels({"0": 0.5}), MagnitudeScore(), PruneChannels({"3": 0.25})),

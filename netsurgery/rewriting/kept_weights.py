@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import aligned_dims, scaled
 from netsurgery.analysis.network import Network
+from netsurgery.analysis.replay import units_in
 from netsurgery.analysis.weights import no_inputs, part
 from netsurgery.axes import Axis
 from netsurgery.errors import RewriteError
@@ -68,7 +69,7 @@ def _kept(node: fx.Node, wanted: Tensor, left: Tensor, units: Mapping[Axis, Tens
 
 def _positions(axis: Axis, units: Mapping[Axis, Tensor]) -> Tensor:
     stays = torch.zeros(axis.size, dtype=torch.bool)
-    stays[positions(axis, lambda leaf: units[leaf] if leaf in units else torch.arange(leaf.size))] = True
+    stays[positions(axis, units_in(units))] = True
     return stays
 
 
