@@ -39,11 +39,11 @@ from netsurgery.passes import LossIncreaseScore, sample_losses
 from netsurgery.passes.calibration import draw_samples
 
 
-def trained(side: int, epochs: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def trained(side: int, epochs: int, device: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    x, y = digits(0).train
+    x, y = (one.to(device) for one in digits(0).train)
     x = F.interpolate(x, side, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
-    model = resnet20()
+    model = resnet20().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(64):
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tried", type=int, default=2, help="units of each group that the naive loop is timed on")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--calls", action="store_true", help="count calls instead")
     parser.add_argument("--network", choices=("resnet20", "lite0"), default="resnet20")
     parser.add_argument("--file", help="of --network lite0: where what is known is kept")
@@ -152,7 +153,8 @@ CHECKED = (
 def real_size(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     model, data = lite0()
-    network = netsurgery.trace(model, data[0][:1])
+    model = model.to(options.device)
+    network = netsurgery.trace(model, data[0][:1].to(options.device))
     units = sum(group.size for group in network.prunable)
     settings = {"samples": len(data[0]), "file": options.file}
     race = LossIncreaseScore(data, racing=True, confidence=options.confidence, **settings)
@@ -168,12 +170,12 @@ def real_size(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    model, data = trained(options.side, options.epochs)
+    model, data = trained(options.side, options.epochs, options.device)
     network = netsurgery.trace(model, data[0][:2])
     units = sum(group.size for group in network.prunable)
     drawn = draw_samples(data, options.samples)
     (x,), _ = drawn.inputs
-    y = drawn.targets
+    x, y = x.to(options.device), drawn.targets.to(options.device)
     settings = {"samples": options.samples, "progress": False}
     base = loss(model, x, y, 128)
     times = {b: min(_timed(lambda b=b: loss(model, x, y, b)) for _ in range(3)) for b in (64, 128, 512)}

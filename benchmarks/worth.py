@@ -22,7 +22,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,6 +54,12 @@ class Task:
     apart: int = 0  # of the calibration data, so many at the end are other pictures than those before
     gradients: int = 1000  # samples of the calibration data, evenly spread, that scores by gradients take
     train: Rows | None = None  # what the network was trained on; without it targets are its own first class
+
+    def to(self, device: str) -> Task:
+        """The network and its data there."""
+        data = {"calibration": self.calibration, "report": self.report, "train": self.train}
+        moved: dict[str, Any] = {name: part and tuple(one.to(device) for one in part) for name, part in data.items()}
+        return replace(self, model=self.model.to(device), **moved)
 
     @functools.cached_property
     def before(self) -> Tensor:
@@ -159,11 +165,13 @@ TASKS: dict[str, Callable[[int], Task]] = {
 # Removals ----------------------------------------------------------------------------------------------------------
 
 
-def ours(task: Task, score: netsurgery.Pass, what: str, share: float, scope: str, compensate: str | None) -> nn.Module:
+def ours(
+    task: Task, score: netsurgery.Pass, what: str, share: float, scope: str, compensate: str | None, memory: float
+) -> nn.Module:
     """The network with a share of its MACs or parameters."""
-    kept: dict[str, Any] = (
-        {"compensate": compensate, "data": task.calibration[0], "samples": 1000} if compensate else {}
-    )
+    kept: dict[str, Any] = {}
+    if compensate:
+        kept = {"compensate": compensate, "data": task.calibration[0], "samples": 1000, "memory": int(memory * 2**30)}
     removal = P.PruneChannels(**{what: share}, scope=scope, **kept)  # type: ignore[arg-type]
     return netsurgery.apply(task.model, [score, removal], task.example)
 
@@ -260,7 +268,7 @@ def rows(task: Task, args: argparse.Namespace, done: set[tuple[Any, ...]]) -> It
         for key in wanted:
             if key not in done:
                 made = None if key[2] == "None" else key[2]
-                run = functools.partial(ours, task, known, args.of, key[3], key[1], made)
+                run = functools.partial(ours, task, known, args.of, key[3], key[1], made, args.memory)
                 yield measured(task, "netsurgery", key, lambda run=run, extra=scoring: (run(), extra), args)
     for name in args.peers:
         for budget in args.budgets:
@@ -274,8 +282,7 @@ def measured(
     task: Task, tool: str, key: tuple[Any, ...], make: Callable[[], Any], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Figures of one removal."""
-    reset_peak()
-    before, start = resident_mb("VmRSS"), time.perf_counter()
+    peak, start = memory_peak(args.device), time.perf_counter()
     small, more = make()
     taken = more if tool == "torch-pruning" else time.perf_counter() - start + more
     found = {
@@ -284,7 +291,7 @@ def measured(
         **{name: getattr(args, name) for name in _RUN[2:]},
         "left": getattr(netsurgery.cost(small, task.example), args.of) / getattr(task.cost, args.of),
         "seconds": taken,
-        "MiB": resident_mb("VmHWM") - before,
+        "MiB": peak(),
         **task.figures(small),
     }
     if args.finetune:
@@ -297,7 +304,18 @@ def measured(
     return found
 
 
-_RUN = ("network", "seed", "of", "finetune", "epochs")  # rows that agree in these come from one run
+def memory_peak(device: str) -> Callable[[], float]:
+    """Says by how many MiB memory has grown at most since now: of the process, or that of tensors on a GPU."""
+    if device == "cpu":
+        reset_peak()
+        before = resident_mb("VmRSS")
+        return lambda: resident_mb("VmHWM") - before
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    return lambda: (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+_RUN = ("network", "seed", "of", "finetune", "epochs", "memory", "device")  # rows that agree in these come from one run
 
 
 def print_rows(found: list[dict[str, Any]]) -> None:
@@ -309,7 +327,8 @@ def print_rows(found: list[dict[str, Any]]) -> None:
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in mine:
             groups.setdefault(tuple(row[n] for n in ("budget", "score", "scope", "compensation")), []).append(row)
-        print(f"\n{network}, {max(map(len, groups.values()))} seeds, budgets are shares of the {what}\n")
+        seeds, run = max(map(len, groups.values())), dict(zip(_RUN[3:], rest, strict=True))
+        print(f"\n{network}, {seeds} seeds, budgets are shares of the {what}, {run}\n")
         lines = []
         for key, same in sorted(groups.items(), key=lambda item: (-item[0][0], mean(r["KL"] for r in item[1]))):
             cells = [f"{key[0]:.0%}", *map(str, key[1:])]
@@ -369,6 +388,8 @@ def main() -> None:
     parser.add_argument("--of", choices=["macs", "params"], default="macs", help="what budgets are shares of")
     parser.add_argument("--epochs", type=int, default=0, help="train what is left on the labelled data")
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--memory", type=float, default=1, metavar="GIB", help="of the compensation")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("worth.jsonl"))
     parser.add_argument("--read", type=Path, nargs="+", help="only print what these files hold")
     parser.add_argument("--picture", type=Path)
@@ -377,11 +398,11 @@ def main() -> None:
     files = args.read or [args.out]
     for network in args.networks:
         for seed in range(args.first, args.first + args.seeds):
-            this = (network, seed, args.of, args.finetune, args.epochs)
+            this = (network, seed, *(getattr(args, name) for name in _RUN[2:]))
             known = [row for row in read([args.out]) if tuple(row[name] for name in _RUN) == this]
             done = {(row["score"], row["scope"], row["compensation"], row["budget"]) for row in known}
             with args.out.open("a") as out:
-                for row in rows(TASKS[network](seed), args, done):
+                for row in rows(TASKS[network](seed).to(args.device), args, done):
                     print(json.dumps({"network": network, "seed": seed, **row}), file=out, flush=True)
     print(machine())
     found = read(files)

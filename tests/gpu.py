@@ -30,7 +30,17 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.kernels.hgsr_reference import reference
 from netsurgery.models import resnet20
-from netsurgery.passes import HGSR, LossIncreaseScore, MagnitudeScore, PruneChannels, SoftPruning
+from netsurgery.passes import (
+    HGSR,
+    FisherScore,
+    LossIncreaseScore,
+    MagnitudeScore,
+    PruneChannels,
+    ReconstructionScore,
+    SoftPruning,
+    TaylorScore,
+    measure,
+)
 from netsurgery.passes.calibration import draw_samples
 from netsurgery.passes.compensation import compensate
 
@@ -313,6 +323,41 @@ def compensation(device: str, method: str) -> float:
         return relative(small(images(device)), model(images(device)))
 
 
+def scores(device: str, kind: Callable[[Any], netsurgery.Pass]) -> float:
+    """As on the CPU, where the data is."""
+    data = images("cpu", 24), targets(24)
+
+    def scored(where: str) -> Mapping[str, Tensor]:
+        return kind(data).run(netsurgery.trace(built(Small, where), images(where, 2))).scores
+
+    found, wanted = scored(device), scored("cpu")
+    assert found.keys() == wanted.keys() and len(found) > 3
+    return worst([relative(found[name], one) for name, one in wanted.items()])
+
+
+def figures(device: str) -> float:
+    """What a plan measures, as on the CPU."""
+    data = images("cpu", 24), targets(24)
+
+    def measured(where: str) -> Tensor:
+        model = built(Small, where)
+        removal = PruneChannels(0.5, compensate="least-squares", data=data)
+        small = netsurgery.apply(model, [MagnitudeScore(), removal], images(where, 2))
+        found = measure(model, small, data)
+        assert found.loss and found.agreement is not None and found.kl is not None
+        return torch.tensor([*found.loss, found.agreement, found.kl, found.error], dtype=torch.float64)
+
+    return relative(measured(device), measured("cpu"))
+
+
+DATA_SCORES: dict[str, Callable[[Any], netsurgery.Pass]] = {
+    "TaylorScore": TaylorScore,
+    "TaylorScore, second order": partial(TaylorScore, order=2),
+    "FisherScore": FisherScore,
+    "ReconstructionScore": ReconstructionScore,
+}
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +444,8 @@ CHECKS = [
     *(Check(f"apply and verify, {one}", partial(surgery, name=one), 1e-9) for one in NETWORKS),
     Check("LossIncreaseScore", loss_increase, 1e-4),
     *(Check(f"compensation, {one}", partial(compensation, method=one), 1e-9) for one in ("bias", "least-squares")),
+    *(Check(name, partial(scores, kind=kind), 1e-6) for name, kind in DATA_SCORES.items()),
+    Check("measure", figures, 1e-6),
     Check("SoftPruning, asfp by layer", partial(soft, method="asfp", grouping="layer"), 1e-9),
     Check("SoftPruning, ghfp on coupled units", partial(soft, method="ghfp", grouping="coupled"), 1e-9),
     *(
