@@ -17,6 +17,8 @@ from netsurgery.pipeline import cost as cost
 from netsurgery.pipeline import plan as plan
 from netsurgery.pipeline import trace as trace
 from netsurgery.rewriting.surgery import rewrite as rewrite
+from netsurgery.units import Copy as Copy
+from netsurgery.units import New as New
 from netsurgery.verification.oracles import verify as verify
 
 try:

@@ -1,10 +1,9 @@
-"""An Edit: which units of each group stay. A value: comparable, serialisable, priced before it is carried out."""
+"""An Edit: what the units of each group will be. A value: comparable, serialisable, priced before it is carried out."""
 
 from __future__ import annotations
 
 import functools
 import json
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.analysis.computed_weights import scaled
 from netsurgery.analysis.costs import Cost
+from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.network import Group, Network
 from netsurgery.arguments import expect
 from netsurgery.capture.saved_inputs import described, made
@@ -23,6 +23,7 @@ from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.positions import Positions
 from netsurgery.report import edit_html, edit_line, share
+from netsurgery.units import Planned, listed, read, sources, then, whole_copies, written
 
 __all__ = ["Edit", "Outcome", "counterparts"]
 
@@ -63,11 +64,12 @@ def _named(what: str, groups: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """Units that stay, by group name, in ascending order; groups not named stay whole.
+    """What the units of each group will be, by group name and in order; groups not named stay as they are.
 
     Args:
         network: the network the edit is for.
-        keep: for each changed group the indices that stay.
+        keep: for each changed group its units: the index of one that stays, a ``Copy`` of one, or a ``New`` one.
+            Removing some changes nothing but what they did; copies and new ones change no output.
         values: new values of tensors of the model by name, at full size; these are cut in place of the old ones. They
             compensate for a removal. They fit the weights of this model only, and are no part of the JSON.
         uncompensated: weights (or groups) that could not be compensated, and why.
@@ -76,9 +78,9 @@ class Edit:
         measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
 
     Raises:
-        InputError: a name that is no group, a locked group, indices out of range, repeated or out of order, a
-            group left without units, groups of equal sizes left with different numbers of units, or values of another
-            shape.
+        InputError: a name that is no group, a locked group, indices out of range or repeated, a group left without
+            units, groups of equal sizes left with different numbers of units, units added where outputs would change,
+            or values of another shape.
 
     Example:
         >>> import torch, netsurgery
@@ -86,10 +88,12 @@ class Edit:
         >>> network = netsurgery.trace(model, (torch.randn(1, 4),))
         >>> netsurgery.Edit(network, {"0": (0, 2, 5)}).after.params
         23
+        >>> netsurgery.Edit(network, {"0": (0, 2, 5, netsurgery.Copy(5), netsurgery.New())}).after.params
+        37
     """
 
     network: Network = field(repr=False, compare=False)
-    keep: Mapping[str, tuple[int, ...]]
+    keep: Mapping[str, tuple[Planned, ...]]
     adaptation: Adaptation | None = field(default=None, repr=False, compare=False)  # once the code is known to follow
 
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -97,6 +101,9 @@ class Edit:
     outcomes: tuple[Outcome, ...] = field(default=(), repr=False, compare=False)
     compensations: tuple[Compensation, ...] = field(default=(), repr=False, compare=False)
     measured: Measured | None = field(default=None, repr=False, compare=False)
+    composed: bool = field(
+        default=False, repr=False, compare=False
+    )  # of several, which may remove copies that one made
 
     def __post_init__(self) -> None:
         kinds = (self.network, Network), (self.keep, Mapping)
@@ -107,34 +114,37 @@ class Edit:
                 found = f"the tensor has {shape}" if name in self.network.axes else "the model has no such tensor"
                 raise InputError(f"the new value of '{name}' has shape {tuple(value.shape)}, but {found}")
         order = {group.name: index for index, group in enumerate(self.network.groups)}
-        kept: dict[str, list[int]] = {}
-        for name, given in self.keep.items():
-            group, units = self.network[name], _integers(name, given)
-            kept[name] = units
-            if units == list(range(group.size)):
+        kept: dict[str, tuple[Planned, ...]] = {}
+        for name in sorted(self.keep, key=lambda name: order.get(name, 0)):
+            group = self.network[name]
+            units = listed(name, self.keep[name], group.size, not self.composed)
+            if units == tuple(range(group.size)):
                 continue
             if group.locked is not None:
                 raise InputError(f"group '{name}' is locked: {group.locked}")
-            if not units:
-                raise InputError(f"group '{name}' would lose all of its {group.size} units; at least one must stay")
-            if units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
-                raise InputError(
-                    f"group '{name}': units must be ascending, distinct and in 0..{group.size - 1}, got {_start(units)}"
-                )
-        ordered = {name: tuple(kept[name]) for name in sorted(kept, key=order.__getitem__)}
-        object.__setattr__(
-            self, "keep", {n: units for n, units in ordered.items() if len(units) < self.network[n].size}
-        )
+            kept[name] = units
+        object.__setattr__(self, "keep", kept)
         for names in self.network.equal_sizes:
             counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in names}
             if len(set(counts.values())) > 1:
                 raise InputError(
                     f"groups that the code splits into equal parts must keep equally many units, got {counts}"
                 )
+        for name, why in obstacles(self.network, {name: whole_copies(kept[name]) for name in self.grown}).items():
+            raise InputError(f"group '{name}' cannot have more units without a change of outputs: {why}")
+
+    @functools.cached_property
+    def grown(self) -> tuple[str, ...]:
+        """The groups that get copies or new units."""
+        return tuple(name for name, units in self.keep.items() if not all(isinstance(unit, int) for unit in units))
+
+    def sources(self, name: str) -> list[int]:
+        """The old units of a group that are left, each once and ascending, whatever is added."""
+        return sorted({*sources(self.keep[name])} - {-1})
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of units that stay in each changed group."""
+        """Number of units that each changed group will have."""
         return {name: len(units) for name, units in self.keep.items()}
 
     @property
@@ -152,7 +162,7 @@ class Edit:
 
     @functools.cached_property
     def positions(self) -> Positions:
-        """Which positions of tensors stay."""
+        """The old position for each new one of tensors."""
         return Positions({self.network[name].channel: units for name, units in self.keep.items()})
 
     @property
@@ -202,7 +212,7 @@ class Edit:
         line names integers on modules (``block.width=16``) that no forward needs and whose meaning is not clear: they
         stay as they are, though dimensions of that size change.
         """
-        outcomes = self.outcomes or (f"removed {self._removed()}",)
+        outcomes = self.outcomes or (self._changed(),)
         lines = ["; ".join(map(str, (*outcomes, *filter(None, [self.measured]))))]
         for outcome in self.outcomes:
             lines.extend(f"  {name}: {why}" for name, why in outcome.short.items())
@@ -214,9 +224,15 @@ class Edit:
             lines.append(f"  numbers that stay, though sizes like them change: {listed}")
         return "\n".join(lines)
 
-    def _removed(self) -> str:
-        gone = {name: self.network[name].size - count for name, count in self.counts.items()}
-        return f"{sum(gone.values())} units of {len(gone)} groups" if gone else "nothing"
+    def _changed(self) -> str:
+        gone = {n: lost for n in self.keep if (lost := self.network[n].size - len(self.sources(n)))}
+        more = {n: len(self.keep[n]) - len(self.sources(n)) for n in self.grown}
+        said = [
+            f"{what} {sum(units.values())} units of {len(units)} groups"
+            for what, units in (("removed", gone), ("added", more))
+            if any(units.values())
+        ]
+        return "; ".join(said) or ("put units in another order" if self.keep else "removed nothing")
 
     def then(self, later: Edit) -> Edit:
         """This edit followed by one made for the network it leads to.
@@ -230,8 +246,9 @@ class Edit:
         for name, units in later.keep.items():
             if name not in names:
                 raise InputError(f"the later edit names group '{name}', which this edit does not leave")
-            left = keep.get(names[name], tuple(range(self.network[names[name]].size)))
-            keep[names[name]] = tuple(left[unit] for unit in units)
+            keep[names[name]] = then(keep.get(names[name], range(self.network[names[name]].size)), units)
+        if later.values and self.grown:
+            raise InputError("the later edit has new values of weights that this edit makes: carry this one out first")
         values, positions = dict(self.values), self.positions
         for name, value in later.values.items():
             full = values.get(name, self.network.tensors[name])
@@ -240,7 +257,13 @@ class Edit:
         outcomes = (*self.outcomes, *later.outcomes)
         gains = (*self.compensations, *later.compensations)
         return Edit(
-            self.network, keep, values=values, uncompensated=uncompensated, outcomes=outcomes, compensations=gains
+            self.network,
+            keep,
+            values=values,
+            uncompensated=uncompensated,
+            outcomes=outcomes,
+            compensations=gains,
+            composed=True,
         )
 
     def names_in(self, later: Network) -> dict[str, str]:
@@ -250,10 +273,11 @@ class Edit:
         return {new: old for new, old in found.items() if later[new].size == left[old]}
 
     def to_json(self) -> str:
-        """The edit as JSON: group sizes and the units that stay, and the inputs the network was traced with."""
-        groups = {n: {"size": self.network[n].size, "keep": list(units)} for n, units in self.keep.items()}
+        """The edit as JSON: group sizes and what their units will be, and the inputs the network was traced with."""
+        groups = {n: {"size": self.network[n].size, "keep": [*map(written, own)]} for n, own in self.keep.items()}
         inputs = described(self.network.inputs)
-        return json.dumps({"format": FORMAT, "model": self.network.model_name, "inputs": inputs, "groups": groups})
+        number = FORMAT if self.grown else 2
+        return json.dumps({"format": number, "model": self.network.model_name, "inputs": inputs, "groups": groups})
 
     @classmethod
     def from_json(cls, text: str, network: Network) -> Edit:
@@ -271,7 +295,8 @@ class Edit:
                 raise InputError(
                     f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here"
                 )
-        return cls(network, {name: tuple(entry["keep"]) for name, entry in groups.items()})
+        keep = {name: tuple(map(read, entry["keep"])) for name, entry in groups.items()}
+        return cls(network, keep, composed=True)
 
     @staticmethod
     def inputs_in(text: str) -> Any:
@@ -289,7 +314,7 @@ class Edit:
             raise InputError(f"the inputs of the edit cannot be read ({error}): pass example_inputs") from error
 
 
-FORMAT = 2  # of the JSON; the first had no number, and inputs of positional tensors only
+FORMAT = 3  # of the JSON; the first had no number, and inputs of positional tensors only; the second removes alone
 
 
 def _read(text: str) -> dict[str, Any]:
@@ -313,20 +338,6 @@ def _read(text: str) -> dict[str, Any]:
 
 def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and "size" in entry and isinstance(entry.get("keep"), list)
-
-
-def _integers(name: str, units: Any) -> list[int]:
-    """Indices of units as plain integers."""
-    try:
-        return [operator.index(unit) for unit in units]
-    except TypeError:
-        raise InputError(
-            f"group '{name}': the units that stay must be a list of whole numbers, got {units!r}"
-        ) from None
-
-
-def _start(units: list[int], most: int = 10) -> str:
-    return str(units) if len(units) <= most else f"[{', '.join(map(str, units[:most]))}, ... {len(units)} in all]"
 
 
 def counterparts(original: Network, later: Network, among: Iterable[str] | None = None) -> dict[str, str]:

@@ -27,6 +27,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
 from netsurgery.rewriting.surgery import rewrite
+from netsurgery.units import sources
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
 
@@ -169,10 +170,12 @@ def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
     network = trace_untried(rewrite(model, edit), inputs[0] or inputs[1])
     names, before = last.names_in(network), last.network
     locks = {new: reason for new, old in names.items() if (reason := before[old].locked) is not None}
+    units = {new: sources(last.keep.get(old, range(before[old].size))) for new, old in names.items()}
     scores = {
-        new: before.scores[old][list(last.keep.get(old, range(before[old].size)))]
+        new: before.scores[old][units[new]]
         for new, old in names.items()
         if isinstance(before.scores.get(old), Tensor) and len(before.scores[old]) == before[old].size
+        if -1 not in units[new]  # a new unit has no score
     }
     scored = network.with_locked(locks).with_scores(scores, before.comparable, before.ordinal)
     return dataclasses.replace(scored, original=model)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from netsurgery.axes import Axis, find, leaves
+from netsurgery.units import Copy, New, Planned, sources
 
-__all__ = ["Positions", "masked", "positions", "units_at"]
+__all__ = ["Positions", "multiplied", "positions", "units_at"]
 
 
 def positions(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
@@ -36,20 +37,22 @@ def positions(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
     return found
 
 
-def masked(axis: Axis, masks: Callable[[Axis], Tensor]) -> Tensor:
-    """Which positions along an axis hold only units that stay, in each of several blocks: bool, ``(blocks, size)``.
+def multiplied(axis: Axis, values: Callable[[Axis], Tensor]) -> Tensor:
+    """For each position along an axis the product of its units' values, in each of several blocks: ``(blocks, size)``.
+
+    Of booleans it says which positions hold only units that stay.
 
     Args:
-        masks: for a channel which units stay, ``(blocks, units)``; ``(1, units)`` if in all blocks the same.
+        values: for a channel those of its units, ``(blocks, units)``; ``(1, units)`` if in all blocks the same.
     """
     axis = find(axis)
     if not axis.op:
-        return masks(axis)
-    parts = [masked(term, masks) for term in axis.terms]
+        return values(axis)
+    parts = [multiplied(term, values) for term in axis.terms]
     if axis.op == "concat":
         blocks = max(map(len, parts))
         return torch.cat([part.expand(blocks, -1) for part in parts], 1)
-    return reduce(lambda a, b: (a[:, :, None] & b[:, None]).flatten(1), parts)
+    return reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1), parts)
 
 
 def units_at(axis: Axis) -> list[tuple[Axis, Tensor]]:
@@ -81,14 +84,19 @@ def _starts(axis: Axis) -> list[int]:
 
 
 class Positions:
-    """Positions that stay along an axis when some channels keep only some units: int64, ascending, or None for all.
+    """The old position for each new one along an axis when channels have other units: int64, or None for no change.
 
     Args:
-        keep: by channel the units that stay, ascending; other channels keep all.
+        units: by channel its units; other channels keep theirs. A new unit stands in the place of the first old one.
     """
 
-    def __init__(self, keep: Mapping[Axis, Sequence[int]]):
-        self.memo: dict[Axis, Tensor | None] = {channel: torch.tensor(units) for channel, units in keep.items()}
+    def __init__(self, units: Mapping[Axis, Sequence[Planned]]):
+        self.units = dict(units)
+        self.memo: dict[Axis, Tensor | None] = {
+            channel: torch.tensor(sources(own)).clamp_(min=0) for channel, own in units.items()
+        }
+        self.planted = {channel for channel, own in units.items() if any(isinstance(unit, New) for unit in own)}
+        self.copied = {channel for channel, own in units.items() if any(isinstance(unit, Copy) for unit in own)}
 
     def __call__(self, axis: Axis) -> Tensor | None:
         if axis not in self.memo:
@@ -100,21 +108,54 @@ class Positions:
         units = self.memo.get(channel)
         return torch.arange(channel.size) if units is None else units
 
+    def new(self, axis: Axis, among: Callable[[Axis], bool] = lambda channel: True) -> Tensor | None:
+        """Which positions hold a new unit: bool, ``(new size,)``, or None where none does.
+
+        Args:
+            among: channels whose new units count.
+        """
+        if not any(leaf in self.planted and among(leaf) for leaf in leaves(axis)):
+            return None
+
+        def old(channel: Axis) -> Tensor:
+            own = self.units.get(channel, range(channel.size)) if among(channel) else self._units(channel)
+            return torch.tensor([[not isinstance(unit, New) for unit in own]])
+
+        return ~multiplied(axis, old)[0]
+
+    def shares(self, axis: Axis, among: Callable[[Axis], bool]) -> Tensor | None:
+        """What is taken from each position where units are copied: float64, ``(new size,)``, or None for all of it.
+
+        Args:
+            among: channels that are read.
+        """
+        if not any(leaf in self.copied and among(leaf) for leaf in leaves(axis)):
+            return None
+
+        def share(channel: Axis) -> Tensor:
+            own = self.units.get(channel, range(channel.size)) if among(channel) else self._units(channel)
+            shares = [unit.share if isinstance(unit, Copy) else 1.0 for unit in own]
+            return torch.tensor([shares], dtype=torch.float64)
+
+        return multiplied(axis, share)[0]
+
     def changes(self, axes: tuple[Axis, ...]) -> bool:
-        """Whether a tensor of these dimensions loses anything."""
+        """Whether a tensor of these dimensions does."""
         return any(self(axis) is not None for axis in axes)
 
     def cut(self, tensor: Tensor, axes: tuple[Axis | None, ...]) -> Tensor:
-        """A new tensor with the positions that stay along every axis, in the memory format of the old one.
+        """A new tensor of the old positions along every axis, zero at new units, in the memory format of the old one.
 
         Args:
-            axes: what the dimensions are; None for one that loses nothing.
+            axes: what the dimensions are; None for one that stays as it is.
         """
         with torch.no_grad():
             new = tensor.detach()
             for dim, axis in enumerate(axes):
                 if axis is not None and (positions := self(axis)) is not None:
                     new = new.index_select(dim, positions.to(tensor.device))
+                    if (planted := self.new(axis)) is not None:
+                        new.index_fill_(dim, planted.nonzero().flatten().to(tensor.device), 0)
             if tensor.layout != torch.strided:  # the gradient of a sparse embedding
                 return new.clone()
             last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())

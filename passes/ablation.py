@@ -343,13 +343,17 @@ class Ablation(SampleLosses):
 
     def edit(self, name: str, index: int) -> Edit:
         """A removal as an edit of the network."""
+        return Edit(self.network, self.kept(name, index))
+
+    def kept(self, name: str, index: int) -> dict[str, tuple[int, ...]]:
+        """The units that a removal leaves, by group."""
         series, keep = self.series[name], dict[str, tuple[int, ...]]()
         for group, units in {**series.before, **series.removal(index)}.items():
             gone = {*units}
             keep[group] = tuple(unit for unit in range(self.network[group].size) if unit not in gone)
         for group in tuple(keep):
             keep.update({tied: keep[group] for tied in self.network.equal_to(group) if tied not in keep})
-        return Edit(self.network, keep)
+        return keep
 
     def by_silencing(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
         """Let the units contribute nothing, where the code decides and draws what it did with them."""
@@ -369,7 +373,7 @@ class Ablation(SampleLosses):
         base = finite(loss({}))
         for name, indices in due.items():
             for index in indices:
-                yield name, [index], (loss(self.edit(name, index).keep) - base)[None].cpu()
+                yield name, [index], (loss(self.kept(name, index)) - base)[None].cpu()
 
 
 def _bytes(node: fx.Node) -> int:

@@ -143,6 +143,10 @@ def compensate(
     the ridges and what is held back are our choice.
     """
     network = edit.network
+    if edit.grown:
+        raise InputError(
+            f"'{edit.grown[0]}' gets more units, which needs no compensation: compensate the removal alone"
+        )
     adaptation, refused = fit_code(network.model, network, edit.counts)
     if refused or not edit.keep:  # what the code does not follow is locked by plan, and this asked for again
         return edit

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.passes.functional_graph import FunctionalGraph, Step
-from netsurgery.positions import masked
+from netsurgery.positions import multiplied
 
 __all__ = ["NOTHING", "Removal", "RemovedUnits"]
 
@@ -67,7 +67,7 @@ class RemovedUnits:
         """Which positions along an axis stay in each block: ``(blocks, size)``, ``(1, size)`` if in all the same."""
         axis = find(axis)
         if axis not in self.memo:
-            self.memo[axis] = masked(axis, self._stays)
+            self.memo[axis] = multiplied(axis, self._stays)
         return self.memo[axis]
 
     def _stays(self, channel: Axis) -> Tensor:

@@ -149,8 +149,8 @@ MUTANTS = (
     Mutant(
         "running_var cut out of running_mean",
         "netsurgery/rewriting/surgery.py",
-        "_copy(t, values.get(name, t), network.axes[name], positions)",
-        "_copy(t, tensors[name.replace('running_var', 'running_mean')], network.axes[name], positions)",
+        "_copy(t, values.get(name, t), name, edit)",
+        "_copy(t, tensors[name.replace('running_var', 'running_mean')], name, edit)",
     ),
     Mutant(
         "concatenations one position off",
@@ -173,7 +173,7 @@ MUTANTS = (
     Mutant(
         "gradients left uncut",
         "netsurgery/rewriting/surgery.py",
-        "new.grad = positions.cut(tensor.grad, axes)",
+        "new.grad = edit.positions.cut(tensor.grad, edit.network.axes[name])",
         "new.grad = tensor.grad[: len(new)]",
     ),
     Mutant(
@@ -600,7 +600,7 @@ MUTANTS = (
     Mutant(
         "scores of the first units, where others stay",
         "netsurgery/pipeline.py",
-        "new: before.scores[old][list(last.keep.get(old, range(before[old].size)))]",
+        "new: before.scores[old][units[new]]",
         "new: before.scores[old][: last.counts.get(old, before[old].size)]",
         ("test_targets.py",),
     ),

@@ -282,9 +282,9 @@ def test_a_pass_that_returns_something_else(model: nn.Module) -> None:
     [
         ({"nothing": (0,)}, "'nothing' is no group"),
         ({"stem": ()}, "would lose all of its"),
-        ({"block.conv1": (0, 8)}, "must be ascending, distinct and in 0..7"),
-        ({"block.conv1": (-1, 2)}, "must be ascending"),
-        ({"block.conv1": (2, 2)}, "must be ascending"),
+        ({"block.conv1": (0, 8)}, "must be distinct and in 0..7"),
+        ({"block.conv1": (-1, 2)}, "must be distinct and in 0..7"),
+        ({"block.conv1": (2, 2)}, r"must be distinct and in 0..7, got \[2, 2\]; Copy\(unit\) makes another"),
         ({"head": (0,)}, "'head' is locked: the network output has this dimension"),
     ],
 )

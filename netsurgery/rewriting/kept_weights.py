@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,7 @@ from netsurgery.verification.silencing import entries, silenced
 __all__ = ["rescaled"]
 
 
-def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """New values, at full size, of the parameters that keep what stays of computed weights as it is.
 
     Args:

@@ -19,6 +19,7 @@ from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
+from netsurgery.rewriting.added import filled
 
 __all__ = ["OptimizerStates", "as_list", "averaged"]
 
@@ -89,7 +90,7 @@ class OptimizerStates:
         edit: Edit,
         moved: bool,
     ):
-        self.axes, self.positions, self.values = edit.network.axes, edit.positions, edit.values
+        self.edit, self.axes, self.positions, self.values = edit, edit.network.axes, edit.positions, edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.lists: list[list[Tensor]] = []
         self.states: list[MutableMapping[Any, Any]] = []
@@ -166,11 +167,25 @@ class OptimizerStates:
                     raise self._refusal(
                         optimizer, where, f"{shapes}, and it is not clear which dimensions are the same"
                     )
-                if name in self.values and "master" in what and value.shape == key.shape:
-                    cut[what] = self.positions.cut(self.values[name].to(value), axes)
-                elif self.positions.changes(tuple(axis for axis in axes if axis is not None)):
-                    cut[what] = self.positions.cut(value, axes)
+                weights = value.shape == key.shape and ("master" in what or what in _OF_WEIGHTS)
+                if name in self.values and "master" in what and weights:
+                    value = self.values[name].to(value)
+                elif not self.positions.changes(tuple(axis for axis in axes if axis is not None)):
+                    continue
+                cut[what] = self.positions.cut(value, axes)
+                if weights:
+                    filled(cut[what], value, name, self.edit)
+                elif what in _STARTS:
+                    self._start(optimizer, what, cut[what], name, key)
         self.entries.append((entry, cut))
+
+    def _start(self, optimizer: Optimizer, what: str, state: Tensor, name: str, param: Tensor) -> None:
+        """Let the state of new units be what this optimizer begins with, where that is not zero."""
+        group = next(group for group in optimizer.param_groups if any(one is param for one in group["params"]))
+        start = group.get(_STARTS[what], 0.0)
+        for dim, axis in enumerate(self.axes[name]):
+            if start and (new := self.positions.new(axis)) is not None:
+                state.index_fill_(dim, new.nonzero().flatten().to(state.device), float(start))
 
     def _axes_of(self, what: str, value: Tensor, name: str, param: Tensor) -> tuple[Axis | None, ...] | None:
         """The dimensions of a state tensor in those of its parameter; None where that is not clear."""
@@ -225,6 +240,10 @@ _OF_ELEMENTS = frozenset((
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
     "sum", "ax", "prev", "step_size", "slow_buffer", "z",
 ))  # fmt: skip
+#: Of these, those that are weights: averages, and copies that are trained.
+_OF_WEIGHTS = frozenset(("ax", "slow_buffer", "z"))
+#: And those that do not begin with zeros: the setting that they begin with (Adagrad, Rprop).
+_STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
 # Adafactor, as fairseq, transformers and timm name it: averages over the last dimension, and over the one before.
 _FACTORS: dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
     "exp_avg_sq_row": lambda of: of[:-1],

@@ -14,12 +14,12 @@ from netsurgery.adaptation.attributes import follow
 from netsurgery.adaptation.fit_code import fit_code, with_repeats
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.arguments import expect
-from netsurgery.axes import Axis
 from netsurgery.capture.copies import copy_with, like, named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
 from netsurgery.positions import Positions
 from netsurgery.report import first_of
+from netsurgery.rewriting.added import filled
 from netsurgery.rewriting.kept_weights import rescaled
 from netsurgery.rewriting.optimizers import OptimizerStates, as_list, averaged
 
@@ -93,7 +93,7 @@ def rewrite(
     result = model
     if not inplace:
         values = _valued(tensors, edit, edit.values)
-        new = {id(t): _copy(t, values.get(name, t), network.axes[name], positions) for name, t in tensors.items()}
+        new = {id(t): _copy(t, values.get(name, t), name, edit) for name, t in tensors.items()}
         result = copy_with(model, new)
     cuts = [_cut_all(dict(named_tensors(one)), edit, positions, _moved(one, edit)) for one in averages]
     if inplace:
@@ -143,11 +143,16 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     return with_repeats(model, edit.network, edit.counts, adaptation)
 
 
-def _copy(tensor: Tensor, value: Tensor, axes: tuple[Axis, ...], positions: Positions) -> Tensor:
-    new = like(tensor, positions.cut(value.to(tensor), axes))
+def _copy(tensor: Tensor, value: Tensor, name: str, edit: Edit) -> Tensor:
+    new = like(tensor, _resized(value.to(tensor), name, edit))
     if tensor.is_leaf and tensor.grad is not None:  # another, such as the last result of a weight norm, has none
-        new.grad = positions.cut(tensor.grad, axes)
+        new.grad = edit.positions.cut(tensor.grad, edit.network.axes[name])
     return new
+
+
+def _resized(value: Tensor, name: str, edit: Edit) -> Tensor:
+    """A tensor of the model with the units that it will have."""
+    return filled(edit.positions.cut(value, edit.network.axes[name]), value, name, edit)
 
 
 Cut = list[tuple[Tensor, Tensor, Tensor | None]]  # a tensor, what it will hold, and what its gradient will be
@@ -158,7 +163,7 @@ def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, positions: Positions, va
     return [
         (
             old,
-            positions.cut(values[name].to(old) if name in values else old, axes[name]),
+            _resized(values[name].to(old) if name in values else old, name, edit),
             positions.cut(old.grad, axes[name]) if old.is_leaf and old.grad is not None else None,
         )
         for name, old in tensors.items()
@@ -178,7 +183,7 @@ def _moved(average: nn.Module, edit: Edit) -> dict[str, Tensor]:
 
 def _valued(tensors: Mapping[str, Tensor], edit: Edit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """New values, and those of the parameters that keep the rest of computed weights as it is."""
-    return {**values, **rescaled(edit.network, {**tensors, **values}, edit.keep)}
+    return {**values, **rescaled(edit.network, {**tensors, **values}, {n: edit.sources(n) for n in edit.keep})}
 
 
 def _replace(cut: Cut) -> None:

@@ -31,6 +31,7 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.capture.source_locations import format_where, location
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.units import adds_up, sources
 from netsurgery.verification.silencing import silenced
 
 __all__ = ["permuted_difference", "verify"]
@@ -69,10 +70,13 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         True
     """
     _check_arguments(model, small, edit)
+    if taken := next((name for name, own in edit.keep.items() if not adds_up(own)), None):
+        raise InputError(f"some copies of units of '{taken}' were removed again: verify each edit by itself")
     inputs = _given(example_inputs, model, edit.network)
     edit = edit if _alike(edit.network, inputs) else _on_the_way_of(inputs, model, edit)
-    keep = {edit.network[name].channel: torch.tensor(units) for name, units in edit.keep.items()}
-    units = units_in({} if _fits(small, edit.network, Sizes({})) else keep)
+    keep = {edit.network[name].channel: torch.tensor(edit.sources(name)) for name in edit.keep}
+    order = {edit.network[name].channel: torch.tensor(sources(own)).clamp_(min=0) for name, own in edit.keep.items()}
+    units = units_in({} if _fits(small, edit.network, Sizes({})) else order)
     network = with_constants(model, edit.network, inputs)
     tensors = {**dict(named_tensors(model)), **edit.values}
     worst = 0.0
@@ -175,7 +179,7 @@ def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
                 f"these inputs take another way through the code of {network.model_name} than those of the trace, and "
                 f"'{name}' has other units there: plan the edit with such inputs"
             )
-    return Edit(network, edit.keep, values=edit.values)
+    return Edit(network, edit.keep, values=edit.values, composed=edit.composed)
 
 
 def _occurrences(group: Group) -> set[tuple[str, int]]:

@@ -1,0 +1,167 @@
+"""Units of a group after an edit: kept, copied or new. A list of them is all that an Edit says of a group."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from netsurgery.errors import InputError
+
+__all__ = ["Copy", "New", "Planned", "adds_up", "listed", "read", "sources", "then", "whole_copies", "written"]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a unit: whatever makes the unit makes its copy alike, and what reads them takes a share from each.
+
+    Args:
+        unit: index of the unit.
+        share: what consumers take from this copy, of 1. By default the unit and its copies take equal shares of what
+            other shares leave. Unequal shares let equal copies part in training without noise.
+
+    Wei et al., "Network Morphism", arXiv 1603.01670, and Chen et al., "Net2Net", arXiv 1511.05641, widen so.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> edit = netsurgery.Edit(netsurgery.trace(model), {"0": (0, 1, 2, netsurgery.Copy(2))})
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(netsurgery.rewrite(model, edit)(x), model(x), atol=1e-6)
+        True
+    """
+
+    unit: int
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class New:
+    """A unit that was not there: consumers read it by zeros, so that it changes no output yet.
+
+    Args:
+        init: how the weights that make it start. ``"he"``: normally distributed with a variance of 2 over the number
+            of inputs (He et al., arXiv 1502.01852); biases start at 0, norms at the identity, tables of embeddings
+            with the spread that they have.
+        seed: fixes the random numbers.
+    """
+
+    init: str = "he"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.init != "he":
+            raise InputError(f"New(init={self.init!r}): 'he' is the only initialisation")
+
+
+Planned = int | Copy | New  # an integer is a unit that is kept
+
+
+def listed(name: str, given: Any, size: int, whole: bool = True) -> tuple[Planned, ...]:
+    """The units of a group as they are planned, with shares that are numbers; units that stay alone are integers.
+
+    Args:
+        whole: whether the shares of each unit must add up to 1; they do not where one of its copies was removed.
+
+    Raises:
+        InputError: no list of these, indices out of range, units kept twice, or shares that do not add up to 1.
+    """
+    try:
+        units = [unit if isinstance(unit, Copy | New) else operator.index(unit) for unit in given]
+    except TypeError:
+        raise InputError(
+            f"group '{name}': the units that stay must be a list of whole numbers, got {given!r}"
+        ) from None
+    if not units:
+        raise InputError(f"group '{name}' would lose all of its {size} units; at least one must stay")
+    kept = [unit for unit in units if isinstance(unit, int)]
+    indices = [*kept, *(unit.unit for unit in units if isinstance(unit, Copy))]
+    if len(set(kept)) < len(kept) or not all(0 <= index < size for index in indices):
+        raise InputError(
+            f"group '{name}': units that stay must be distinct and in 0..{size - 1}, got {_start(units)}; "
+            "Copy(unit) makes another of a unit"
+        )
+    shares = _shares(name, units, whole)
+    return tuple(unit if isinstance(unit, New) else shares[place] for place, unit in enumerate(units))
+
+
+def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int | Copy]:
+    """By place, the units that come from old ones, with their shares; an integer where that is all of one."""
+    places: dict[int, list[int]] = {}
+    for place, unit in enumerate(units):
+        if not isinstance(unit, New):
+            places.setdefault(unit if isinstance(unit, int) else unit.unit, []).append(place)
+    found: dict[int, int | Copy] = {}
+    for unit, own in places.items():
+        given = {p: one.share for p in own if isinstance(one := units[p], Copy) and one.share is not None}
+        open_ = [place for place in own if place not in given]
+        left = 1.0 - sum(given.values())
+        if whole and not open_ and abs(left) > 1e-6:
+            raise InputError(f"group '{name}': the shares of unit {unit} add up to {1 - left:g}, not to 1")
+        shares = {**given, **dict.fromkeys(open_, left / max(1, len(open_)))}
+        found.update({place: unit if shares[place] == 1.0 else Copy(unit, shares[place]) for place in own})
+    return found
+
+
+def sources(units: Iterable[Planned]) -> list[int]:
+    """The old unit of each new one; -1 of a new one."""
+    return [-1 if isinstance(unit, New) else unit.unit if isinstance(unit, Copy) else unit for unit in units]
+
+
+def whole_copies(units: Iterable[Planned]) -> bool:
+    """Whether each unit that is left has equally many equal copies, and none is new."""
+    found = sources(units)
+    count = Counter(found)
+    same = {unit.share if isinstance(unit, Copy) else 1.0 for unit in units if not isinstance(unit, New)}
+    return -1 not in count and len(set(count.values())) == 1 and len(same) == 1
+
+
+def adds_up(units: Iterable[Planned]) -> bool:
+    """Whether consumers take all of each unit that is left."""
+    taken: dict[int, float] = {}
+    for unit in units:
+        if not isinstance(unit, New):
+            index, share = (unit.unit, unit.share) if isinstance(unit, Copy) else (unit, 1.0)
+            taken[index] = taken.get(index, 0.0) + float(share or 0)
+    return all(abs(share - 1) <= 1e-6 for share in taken.values())
+
+
+def then(first: Sequence[Planned], later: Iterable[Planned]) -> tuple[Planned, ...]:
+    """The units of an edit that is followed by a later one."""
+    found: list[Planned] = []
+    for one in later:
+        if isinstance(one, New):
+            found.append(one)
+            continue
+        index, share = (one.unit, one.share) if isinstance(one, Copy) else (one, 1.0)
+        was = first[index]
+        if isinstance(was, New):
+            if share != 1.0:
+                raise InputError("the later edit copies a unit that the earlier one makes: carry this one out first")
+            found.append(was)
+        else:
+            unit, before = (was.unit, was.share) if isinstance(was, Copy) else (was, 1.0)
+            both = float(before or 0) * float(share or 0)
+            found.append(unit if both == 1.0 else Copy(unit, both))
+    return tuple(found)
+
+
+def written(unit: Planned) -> Any:
+    """A unit for JSON."""
+    if isinstance(unit, Copy):
+        return {"copy": unit.unit, "share": unit.share}
+    return {"new": unit.init, "seed": unit.seed} if isinstance(unit, New) else unit
+
+
+def read(value: Any) -> Any:
+    """A unit from JSON."""
+    if not isinstance(value, Mapping):
+        return value
+    return Copy(value["copy"], value["share"]) if "copy" in value else New(value["new"], value["seed"])
+
+
+def _start(units: Sequence[Planned], most: int = 10) -> str:
+    shown = ", ".join(map(str, units[:most]))
+    return f"[{shown}]" if len(units) <= most else f"[{shown}, ... {len(units)} in all]"

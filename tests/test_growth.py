@@ -1,0 +1,334 @@
+"""Growing changes no output: copies share what they give, new units are read by zeros."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor, nn
+
+import netsurgery
+import random_networks
+import zoo
+from growth import RandomGrowth, check_growth
+from netsurgery import Copy, Edit, New
+from netsurgery.analysis.growth import obstacles
+from netsurgery.errors import InputError
+from random_networks import THEMES, Program, programs
+from test_random_networks import exhaustive
+
+
+class Net(nn.Module):
+    """A stem, a residual block with a depthwise convolution, a concatenation, and a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.wide, self.deep = nn.Conv2d(6, 5, 1), nn.Conv2d(5, 5, 3, padding=1, groups=5)
+        self.back, self.side = nn.Conv2d(5, 6, 1), nn.Conv2d(6, 4, 1)
+        self.hidden, self.head = nn.Linear(10 * 4, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.back(F.relu(self.deep(F.relu(self.wide(x)))))
+        x = F.max_pool2d(torch.cat([x, self.side(x)], 1), 2)
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+def grown(model: nn.Module, keep: dict, **others: object) -> nn.Module:
+    return netsurgery.rewrite(model, Edit(netsurgery.trace(model, X), keep), **others)
+
+
+# The oracle: nothing changes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_group_of_a_network_grows(seed: int) -> None:
+    edit, left = check_growth(net(), (X,), 1e-12, RandomGrowth(seed))
+    assert edit.grown == ("stem", "wide", "side", "hidden")
+    assert not left
+
+
+#: The share of groups that grow, of those that can be cut, over all networks of a theme.
+GROWS = {"everything": 0.5}
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_random_networks_grow(theme: str) -> None:
+    groups = {"grown": 0, "left": 0}
+
+    @exhaustive
+    @given(programs(theme))
+    def run(program: Program) -> None:
+        torch.manual_seed(0)
+        model, inputs = random_networks.build(program), random_networks.example(program)
+        edit, left = check_growth(model, inputs, 1e-10, RandomGrowth(program.seed))
+        groups["grown"] += len(edit.grown)
+        groups["left"] += len(left)
+
+    run()
+    assert groups["grown"] > GROWS.get(theme, 0.5) * sum(groups.values()), groups
+
+
+@pytest.mark.parametrize("name", ["densenet121", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnext50_32x4d"])
+def test_classifiers_grow(name: str) -> None:
+    edit, left = check_growth(zoo.build(name).double(), (zoo.images(name).double(),), 1e-10, RandomGrowth())
+    assert not left and len(edit.grown) == len(edit.network.prunable)
+
+
+def test_float32_keeps_five_digits() -> None:
+    model = zoo.build("mobilenet_v3_small")
+    growth = RandomGrowth(shares=(0.25,))  # halves and quarters are exact, and none cancels another
+    check_growth(model, (zoo.images("mobilenet_v3_small"),), 1e-5, growth)  # as exact as a removal
+
+
+# What a unit becomes -----------------------------------------------------------------------------------------------
+
+
+def test_copies_are_made_alike_and_share_what_is_read() -> None:
+    model = net()
+    new = grown(model, {"hidden": (6, 0, Copy(6), Copy(2, share=0.25), 1, 2, 3, 4, 5)})
+    order = [6, 0, 6, 2, 1, 2, 3, 4, 5]
+    shares = torch.tensor([0.5, 1, 0.5, 0.25, 1, 0.75, 1, 1, 1], dtype=torch.float64)
+    assert torch.equal(new.hidden.weight, model.hidden.weight[order])
+    assert torch.equal(new.hidden.bias, model.hidden.bias[order])
+    assert torch.equal(new.head.weight, model.head.weight[:, order] * shares)
+    assert (new.hidden.out_features, new.head.in_features) == (9, 9)
+
+
+def test_new_units_are_read_by_zeros() -> None:
+    model = net()
+    new = grown(model, {"stem": (0, 1, New(), 2, 3, 4, 5, New())})
+    for reader in (new.wide, new.side):
+        assert not reader.weight[:, [2, 7]].any()
+    assert torch.equal(new.wide.weight[:, [0, 1, 3, 4, 5, 6]], model.wide.weight)
+    assert torch.equal(new.norm.weight[[2, 7]], torch.ones(2).double())
+    assert torch.equal(new.norm.running_var[[2, 7]], torch.ones(2).double())
+    assert not new.norm.bias[[2, 7]].any() and not new.norm.running_mean[[2, 7]].any()
+    made = torch.cat([new.stem.weight[[2, 7]].flatten(), new.back.weight[[2, 7]].flatten()])
+    assert made.all() and len(made.unique()) == len(made)
+
+
+def test_he_has_the_published_variance_and_the_seed_decides() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 2, 3), nn.ReLU(), nn.Conv2d(2, 1, 1))
+    network = netsurgery.trace(model, torch.randn(1, 8, 5, 5))
+    one, same, other = (
+        netsurgery.rewrite(model, Edit(network, {"0": (0, 1, *[New(seed=seed)] * 2000)})) for seed in (1, 1, 2)
+    )
+    assert one[0].weight[2:].var().item() == pytest.approx(2 / (8 * 9), rel=0.02)
+    assert torch.equal(one[0].weight, same[0].weight) and not torch.equal(one[0].weight, other[0].weight)
+
+
+def test_units_go_come_and_change_places_at_once() -> None:
+    model = net()
+    edit = Edit(netsurgery.trace(model, X), {"wide": (4, New(), 2, Copy(2), 0), "side": (3, 1, 0, 2)})
+    new = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, new, edit, X) < 1e-12
+    assert edit.summary() == "removed 2 units of 1 groups; added 2 units of 1 groups"
+    assert "side.weight 4x6x1x1" not in edit.diff() and "wide.weight" not in edit.diff()  # as many as before
+    silenced = copy.deepcopy(model)
+    with torch.no_grad():
+        silenced.back.weight[:, [1, 3]] = 0
+    torch.testing.assert_close(new(X), silenced(X), rtol=1e-12, atol=1e-12)
+
+
+def test_planting_and_pruning_back_gives_the_original_bit_for_bit() -> None:
+    model = net()
+    network = netsurgery.trace(model, X)
+    edit = Edit(network, {"stem": (0, New(), 1, 2, 3, 4, 5), "hidden": (*range(7), New())})
+    larger = netsurgery.rewrite(model, edit)
+    back = Edit(netsurgery.trace(larger, X), {"stem": (0, 2, 3, 4, 5, 6), "hidden": tuple(range(7))})
+    again = netsurgery.rewrite(larger, back)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not edit.then(back).keep
+
+
+def test_in_training_mode_copies_and_new_units_change_nothing_either() -> None:
+    model = net().train()
+    new = grown(copy.deepcopy(model), {"stem": (0, Copy(0), New(), 1, 2, 3, 4, 5)})
+    torch.testing.assert_close(new(X), model(X), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(new.norm.running_mean[[0, 1, 3]], model.norm.running_mean[[0, 0, 1]])
+
+
+# Statistics over units ---------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 6), norm, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.gelu(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6), nn.GroupNorm(1, 6), nn.GroupNorm(3, 6)])
+def test_statistics_stay_where_each_unit_has_as_many_copies(norm: nn.Module) -> None:
+    model = Normed(norm).double()
+    x = torch.randn(4, 5).double()
+    network = netsurgery.trace(model, x)
+    (name,) = (group.name for group in network.prunable if obstacles(network, {group.name: False}))
+    size = network[name].size
+    thrice = tuple(unit for u in range(size) for unit in (u, Copy(u), Copy(u)))
+    new = netsurgery.rewrite(model, Edit(network, {name: thrice}))
+    torch.testing.assert_close(new(x), model(x), rtol=1e-12, atol=1e-12)
+    for units in (
+        (*range(size), New()),
+        (*range(size), Copy(0)),
+        (*range(size), *(Copy(u, 0.25) for u in range(size))),
+    ):
+        with pytest.raises(InputError, match=f"'{name}' cannot have more units without .* as many equal copies"):
+            Edit(network, {name: units})
+
+
+class Softmax(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).softmax(-1))
+
+
+class Summed(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(y) + y.sum(-1, keepdim=True)
+
+
+class Tied(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.first(x)), self.first.weight.T)
+
+
+class WeightNorm(Normed):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm)
+        self.last = nn.utils.parametrizations.weight_norm(self.last)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Softmax, "works across these units without weights"),
+        (Summed, "works across these units without weights"),
+        (Tied, "the tensor that makes these units reads them, too"),
+        (WeightNorm, "works across these units without weights"),
+    ],
+)
+def test_what_would_change_outputs_is_refused_by_name(kind: type[Normed], why: str) -> None:
+    model = kind(nn.Identity()).double()
+    network = netsurgery.trace(model, torch.randn(4, 5).double())
+    with pytest.raises(InputError, match=f"group 'first' cannot have more units .*{why}"):
+        Edit(network, {"first": (*range(6), New())})
+
+
+# What else follows -------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = [
+    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2),
+    lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True),
+    lambda p: torch.optim.Adagrad(p, 1e-2, initial_accumulator_value=0.5),
+    lambda p: torch.optim.Rprop(p, 1e-2),
+    lambda p: torch.optim.ASGD(p, 1e-2),
+]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_state_of_copies_is_copied_and_that_of_new_units_begins(make: object, inplace: bool) -> None:
+    model = net()
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[model.hidden.weight].items() if value.dim()}
+    edit = Edit(netsurgery.trace(model, X), {"hidden": (*range(7), Copy(2), New())})
+    new = netsurgery.rewrite(model, edit, inplace=inplace, optimizer=optimizer)
+    fresh = nn.Linear(1, 1).double()
+    start = make(fresh.parameters())
+    fresh(torch.zeros(1, 1).double()).sum().backward()
+    for key, value in before.items():
+        after = optimizer.state[new.hidden.weight][key]
+        assert torch.equal(after[:8], value[[*range(7), 2]])
+        if key == "ax":
+            assert torch.equal(after[8], new.hidden.weight[8])
+        else:
+            begins = {"sum": 0.5, "step_size": 1e-2}.get(key, 0.0)
+            assert torch.equal(after[8], torch.full_like(after[8], begins)), key
+    assert start.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    optimizer.zero_grad()
+    new(X).square().mean().backward()
+    optimizer.step()
+
+
+def test_averages_grow_alike() -> None:
+    model = net()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    new = grown(model, {"stem": (*range(6), Copy(1), New())}, ema=average)
+    for one, other in zip(new.state_dict().values(), average.module.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_of_copies_are_there_and_of_new_units_zero() -> None:
+    model = net()
+    model(X).square().mean().backward()
+    new = grown(model, {"hidden": (*range(7), Copy(2), New())})
+    assert torch.equal(new.hidden.weight.grad[:8], model.hidden.weight.grad[[*range(7), 2]])
+    assert not new.hidden.weight.grad[8].any()
+
+
+def test_an_edit_that_grows_is_a_value() -> None:
+    model = net()
+    network = netsurgery.trace(model, X)
+    edit = Edit(network, {"wide": (0, 1, Copy(1), 3, New(seed=4)), "hidden": (*range(7), Copy(6, share=0.1))})
+    again = Edit.from_json(edit.to_json(), network)
+    assert again == edit and json.loads(edit.to_json())["format"] == 3
+    assert again.keep["hidden"][6:] == (Copy(6, share=0.9), Copy(6, share=0.1))
+    assert edit.after == netsurgery.cost(netsurgery.rewrite(model, edit), X)
+    removal = Edit(network, {"wide": (0, 1)})
+    assert json.loads(removal.to_json())["format"] == 2
+
+
+def test_edits_compose_as_they_are_carried_out() -> None:
+    model = net()
+    first = Edit(netsurgery.trace(model, X), {"hidden": (0, 1, 2, Copy(2), 4, 6), "wide": (*range(5), New())})
+    middle = netsurgery.rewrite(model, first)
+    later = Edit(netsurgery.trace(middle, X), {"hidden": (3, 0, Copy(0), 1, 5), "wide": (5, 0, 1, 2)})
+    end, at_once = netsurgery.rewrite(middle, later), netsurgery.rewrite(model, first.then(later))
+    assert first.then(later).keep["hidden"] == (Copy(2, 0.5), Copy(0, 0.5), Copy(0, 0.5), 1, 6)
+    for one, other in zip(end.state_dict().values(), at_once.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"wide": (0, Copy(9))}, r"'wide': units that stay must be distinct and in 0..4"),
+        ({"wide": (Copy(0, share=0.5), 1)}, "the shares of unit 0 add up to 0.5, not to 1"),
+        ({"head": (*range(3), New())}, "'head' is locked: the network output"),
+    ],
+)
+def test_impossible_growth(keep: dict, message: str) -> None:
+    network = netsurgery.trace(net(), X)
+    with pytest.raises(InputError, match=message):
+        Edit(network, keep)
+
+
+def test_a_later_edit_cannot_copy_what_an_earlier_one_makes() -> None:
+    model = net()
+    first = Edit(netsurgery.trace(model, X), {"wide": (*range(5), New())})
+    later = Edit(netsurgery.trace(netsurgery.rewrite(model, first), X), {"wide": (*range(6), Copy(5))})
+    with pytest.raises(InputError, match="carry this one out first"):
+        first.then(later)
