@@ -190,7 +190,7 @@ class Distillation(nn.Module):
 
 
 def _check_number(name: str, value: Any, fits: bool, expected: str, most: float = math.inf) -> None:
-    if not (isinstance(value, Real) and fits and 0 <= value <= most and value < math.inf):
+    if not (isinstance(value, Real) and fits and 0 <= float(value) <= most and math.isfinite(value)):
         raise InputError(f"Distillation({name}={value!r}): expected {expected}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class Hints(nn.Module):
         """Run both once, make the layers that channels need, and compare shapes."""
         for network in networks:
             device = home(network)
-            inputs = pytree.tree_map_only(Tensor, lambda t, device=device: t.to(device), as_inputs(example_inputs))
+            inputs = pytree.tree_map_only(Tensor, methodcaller("to", device), as_inputs(example_inputs))
             with in_eval_mode(network), torch.no_grad():
                 outputs_of(network, inputs, device)
         for index, pair in enumerate(self.paths.items()):
@@ -113,10 +114,11 @@ class Hints(nn.Module):
         if own.dim() != wanted.dim() or not 2 <= own.dim() <= 5:
             raise InputError(f"{self._said(index, tuple(own.shape), tuple(wanted.shape))}: no layer fits these")
         dim = 1 if own.dim() in _CONVOLUTIONS else -1
-        sizes, kind = (own.shape[dim], wanted.shape[dim]), {"device": own.device, "dtype": accumulator(own)}
+        sizes = own.shape[dim], wanted.shape[dim]
         if sizes[0] == sizes[1]:
             return nn.Identity()
-        return nn.Linear(*sizes, **kind) if dim == -1 else _CONVOLUTIONS[own.dim()](*sizes, 1, **kind)
+        layer: nn.Module = nn.Linear(*sizes) if dim == -1 else _CONVOLUTIONS[own.dim()](*sizes, 1)
+        return layer.to(own.device, accumulator(own))
 
 
 class _Side:
