@@ -46,7 +46,8 @@ class Distillation(nn.Module):
         normalize: divide the features of each sample by their root mean square first.
         project: where channels differ, learn a layer that maps the student's to the teacher's: 1x1 convolutions for
             features ``(n, channels, ...)`` of four and five dimensions, linear layers for ``(n, ..., channels)`` of two
-            and three. Sizes in space are averaged to the smaller. Give ``distillation.parameters()`` to the optimizer.
+            and three. Sizes in space are averaged to the smaller. Give ``distillation.parameters()`` to the optimizer,
+            and put the distillation in DistributedDataParallel where the student is.
         example_inputs: with hints: what both networks are run on once, in eval mode, to compare shapes and to make the
             layers of ``project``: a tuple of positional inputs, one tensor, or a dictionary.
 

@@ -139,8 +139,6 @@ class _Side:
             raise InputError(f"{said} did not run: run student and teacher, as given here, before each call")
         if times > 1:
             raise InputError(f"{said} ran {times} times: name one that runs once, since features of one run are meant")
-        if isinstance(features, tuple | list) and features:
-            features = features[0]
         if not isinstance(features, Tensor) or not features.is_floating_point():
             raise InputError(f"{said} gives {type(features).__name__}, not a tensor of floating-point numbers")
         return features
@@ -177,7 +175,9 @@ def _forget(network: nn.Module, seen: dict[str, Any]) -> Callable[[nn.Module, An
 def _keep(place: nn.Module, path: str, seen: dict[str, Any]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, _: Any, output: Any) -> None:
         if module is place:
-            seen[path] = (seen.get(path, (0, None))[0] + 1, output)
+            first = output[0] if isinstance(output, tuple | list) and output else output
+            kept = first.clone() if isinstance(first, Tensor) else first  # a layer after it may write into it
+            seen[path] = (seen.get(path, (0, None))[0] + 1, kept)
 
     return hook
 

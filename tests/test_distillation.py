@@ -184,6 +184,20 @@ class Net(nn.Module):
         return found
 
 
+class InPlace(nn.Module):
+    """Two layers that write into what the one before gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.relu = nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        twice = self.layer(x)
+        twice *= 2
+        found: Tensor = self.relu(self.norm(twice))
+        return found
+
+
 def nets(width: int = 4, wide: int = 6, stride: int = 2) -> tuple[Net, Net]:
     torch.manual_seed(0)
     return Net(width), Net(wide, stride)
@@ -326,6 +340,31 @@ def test_a_run_in_between_and_a_copy_change_nothing() -> None:
         assert copy.deepcopy(teacher)(x).shape == (8, 3)
 
 
+@pytest.mark.parametrize("path", ["layer", "norm"])
+def test_features_are_those_before_others_write_into_them(path: str) -> None:
+    torch.manual_seed(0)
+    student, teacher, x = InPlace(), InPlace(), draw(6, 3).float()
+    with hinted(student, teacher, hints={path: path}, given=False, alpha=0) as distillation:
+        found = distillation(student(x), teacher(x))
+    own, wanted = (net.layer(x) if path == "layer" else net.norm(2 * net.layer(x)) for net in (student, teacher))
+    expected = (own - wanted.detach()).square().mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, student), gradients(expected, student))
+
+
+def test_building_it_leaves_the_networks_as_they_were() -> None:
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout()) for _ in range(2))
+    teacher[1].eval()
+    before = [copy.deepcopy(net.state_dict()) for net in (student, teacher)]
+    state = torch.get_rng_state()
+    with hinted(student, teacher, hints={"1": "1"}, given=False, example_inputs=(torch.ones(2, 3),)):
+        after = [net.state_dict() for net in (student, teacher)]
+    assert [module.training for net in (student, teacher) for module in net] == [True] * 4 + [False, True]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(before, after, strict=True) for name in one)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_layers_that_return_tuples() -> None:
     torch.manual_seed(0)
     x = draw(2, 5, 8, scale=1).float()
@@ -355,6 +394,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled(backend: str, whole: bool) -> None:
@@ -385,6 +425,7 @@ def test_compiled(backend: str, whole: bool) -> None:
 
 
 @pytest.mark.usefixtures("fresh")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python")
 def test_compiled_in_one_graph() -> None:
     own, wanted, y = draw(7, 5), draw(7, 5, seed=1), labels(7)
     compiled = torch.compile(Distillation(), backend="eager", fullgraph=True)
