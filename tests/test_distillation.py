@@ -278,6 +278,18 @@ def test_projection_and_pooling() -> None:
     torch.testing.assert_close(gradients(found, *modules), gradients(expected, *modules))
 
 
+def test_each_size_is_averaged_to_the_smaller() -> None:
+    """The teacher's height and the student's width are halved; channels are the same, so nothing is learnt."""
+    x = draw(8, 3, 6, 6, scale=1)
+    nets = [nn.Sequential(nn.AvgPool2d(size), nn.Flatten(), nn.Linear(54, 2)).double() for size in ((2, 1), (1, 2))]
+    with hinted(*nets, hints={"0": "0"}, given=False, alpha=0, project=True, example_inputs=x) as distillation:
+        found = distillation(*(net(x) for net in nets))
+    assert not [*distillation.parameters()]
+    torch.testing.assert_close(found, torch.zeros_like(found))  # both are means of 2x2
+    with hinted(*nets, hints={"0": "0"}, given=False, alpha=0) as distillation, pytest.raises(InputError, match="6, 3"):
+        distillation(*(net(x) for net in nets))
+
+
 @pytest.mark.parametrize("shape", [(2, 7), (2, 5, 7), (2, 7, 4, 4), (2, 7, 2, 4, 4)])
 def test_layers_by_dimensions(shape: tuple[int, ...]) -> None:
     kinds = {2: nn.Linear, 3: nn.Linear, 4: nn.Conv2d, 5: nn.Conv3d}
