@@ -240,14 +240,14 @@ def peer_at(task: Task, which: str, what: str, wanted: float) -> tuple[nn.Module
 def distilled(task: Task, small: nn.Module, steps: int, rows: int = 16) -> nn.Module:
     """Trained on the calibration data towards the logits of the original: AdamW, 3e-4 down to 0 by a cosine."""
     x, _ = task.calibration
-    wanted = logits(task.model, x).log_softmax(1)
+    wanted, loss = logits(task.model, x), P.Distillation(temperature=1, alpha=1)
     optimizer = torch.optim.AdamW(small.parameters(), 3e-4, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(0)
     for _ in range(steps):
         some = torch.randint(len(x), (rows,), generator=order)
         optimizer.zero_grad()
-        F.kl_div(small(x[some]).log_softmax(1), wanted[some], reduction="batchmean", log_target=True).backward()
+        loss(small(x[some]), wanted[some]).backward()
         optimizer.step()
         schedule.step()
     return small.eval()

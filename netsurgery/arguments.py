@@ -1,13 +1,15 @@
-"""Arguments of the wrong kind, or in the wrong order: a sentence says what a function takes."""
+"""Arguments of the wrong kind, in the wrong order or unknown: a sentence says what a function takes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
 from netsurgery.errors import InputError
 
-__all__ = ["expect", "is_count"]
+__all__ = ["expect", "is_count", "near_names"]
 
 
 def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) -> None:
@@ -37,3 +39,14 @@ def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) ->
 def is_count(value: object) -> bool:
     """Whether a number is a whole one, not a share."""
     return isinstance(value, Integral)
+
+
+def near_names(name: str, names: Iterable[str], suffix: str = "") -> str:
+    """The end of a sentence about an unknown name: those that resemble it, or nothing.
+
+    Example:
+        >>> near_names("layer5", ["stem", "layer3", "layer4"])
+        '; did you mean layer4 or layer3?'
+    """
+    near = [f"{match}{suffix}" for match in get_close_matches(name, list(names), n=3)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

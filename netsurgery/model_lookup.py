@@ -6,13 +6,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from netsurgery.arguments import near_names
 from netsurgery.errors import InputError
 
 __all__ = ["build", "example"]
@@ -65,7 +65,7 @@ def _torchvision(name: str, weights: str, arguments: dict[str, Any]) -> nn.Modul
     from torchvision import models
 
     if name not in models.list_models():
-        raise InputError(f"torchvision has no model {name!r}{_near(name, models.list_models())}")
+        raise InputError(f"torchvision has no model {name!r}{near_names(name, models.list_models())}")
     builder = models.get_model_builder(name)
     # Detection and segmentation models download their backbone unless told otherwise.
     backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
@@ -97,7 +97,7 @@ def _published(name: str, weights: str) -> Any:
 
 
 def _no_weights(source: str, weights: str, name: str, there: Iterable[str]) -> str:
-    hint = _near(weights, there) or f"; there are {', '.join(there) or 'none'}"
+    hint = near_names(weights, there) or f"; there are {', '.join(there) or 'none'}"
     return f"{source} has no weights {weights!r} of {name}{hint}"
 
 
@@ -112,7 +112,7 @@ def _timm(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
     except ModuleNotFoundError as error:
         raise InputError(f"timm:{name} needs timm, which is not installed: python -m pip install timm") from error
     if not timm.is_model(name):
-        raise InputError(f"timm has no model {name!r}{_near(name, timm.list_models())}")
+        raise InputError(f"timm has no model {name!r}{near_names(name, timm.list_models())}")
     if not weights:
         return _module(f"timm:{name}", timm.create_model(name, pretrained=False, **arguments))
     plain, _, tag = name.partition(".")
@@ -140,11 +140,11 @@ def _user(path: str, attribute: str, weights: str, arguments: dict[str, Any]) ->
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise InputError(f"{path} cannot be imported: it needs {error.name}, which is not installed") from error
-        hint = _near(path, ["torchvision", "timm"], ":")
+        hint = near_names(path, ["torchvision", "timm"], ":")
         raise InputError(f"no module {error.name!r} here or among the installed packages{hint}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise InputError(f"{path} has no {attribute!r}{_near(part, dir(found))}")
+            raise InputError(f"{path} has no {attribute!r}{near_names(part, dir(found))}")
         found = getattr(found, part)
     name = f"{path}:{attribute}"
     if not callable(found):
@@ -167,8 +167,3 @@ def _module(name: str, made: object) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} returned a value of type {type(made).__name__}, not a torch.nn.Module")
     return made
-
-
-def _near(name: str, names: Iterable[str], suffix: str = "") -> str:
-    near = [f"{match}{suffix}" for match in get_close_matches(name, list(names), n=3)]
-    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,8 +1,9 @@
-"""Passes to compose: scores, and removals that need them; and the training penalty that prepares for them."""
+"""Passes to compose: scores, and removals that need them; and a penalty and distillation for training loops."""
 
 if __name__ == "netsurgery.passes":
     from netsurgery.passes.agreement import measure as measure
     from netsurgery.passes.compensation import Compensate as Compensate
+    from netsurgery.passes.distillation import Distillation as Distillation
     from netsurgery.passes.entries import unit_scores as unit_scores
     from netsurgery.passes.gradients import GradientScore as GradientScore
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.calibration import Samples, draw_with_or_without_targets, in_eval_mode, outputs_of
-from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by
+from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by, logits_in
 from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["MOST", "answers", "compared", "measure", "reported", "squares"]
@@ -169,7 +169,7 @@ class _Sums:
         self.numbers += sum(t.numel() for t in numbers)
         self.finite += sum(int(t.isfinite().sum()) for t in numbers)
         self.broken = self.broken or any(bool(t.isnan().any()) for t in numbers)
-        logits, changed = (_logits(before), _logits(after)) if self.classes else (None, None)
+        logits, changed = (logits_in(before), logits_in(after)) if self.classes else (None, None)
         dim = None if logits is None else _classes(logits, targets, self.drawn.targets, ignored_by(self.own))
         if logits is not None and changed is not None and dim is not None:
             self._add_choices(logits.movedim(dim, -1), changed.movedim(dim, -1), targets)
@@ -246,12 +246,6 @@ def squares(before: Any, after: Any) -> tuple[float, float] | None:
 
 def _numbers(outputs: Any) -> list[Tensor]:
     return [t for t in tensors_in(outputs) if t.is_floating_point() or t.is_complex()]
-
-
-def _logits(outputs: Any) -> Tensor | None:
-    """Of what a model returns that which may be logits."""
-    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
-    return named if isinstance(named, Tensor) and named.is_floating_point() and named.dim() > 1 else None
 
 
 def _classes(logits: Tensor, targets: Any, everything: Any, ignored: int) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import IGNORED
 
-__all__ = ["Loss", "check_mean", "check_targets", "cross_entropy", "ignored_by", "twice_over"]
+__all__ = ["Loss", "check_mean", "check_targets", "cross_entropy", "ignored_by", "logits_in", "twice_over"]
 
 Loss = Callable[[Any, Any], Tensor]
 _OWN = "pass loss=f(outputs, targets)"
@@ -22,6 +22,12 @@ _OWN = "pass loss=f(outputs, targets)"
 def ignored_by(loss: Loss | None) -> int:
     """The label that a loss leaves out."""
     return int(getattr(loss, "ignore_index", IGNORED))
+
+
+def logits_in(outputs: Any) -> Tensor | None:
+    """Of what a model returns that which may be logits: a tensor, or what it names so."""
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    return named if isinstance(named, Tensor) and named.is_floating_point() and named.dim() > 1 else None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Parameters of a model, looked up by name at every step of a training loop."""
+"""The user's own module, and its parameters, looked up by name at every step of a training loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "own_module"]
+
+
+def own_module(model: nn.Module) -> nn.Module:
+    """The user's own module inside torch.compile's or DistributedDataParallel's."""
+    while isinstance(model, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    return model
 
 
 class Parameters:

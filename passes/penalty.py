@@ -14,7 +14,7 @@ from netsurgery.kernels.criteria import Name, accumulator
 from netsurgery.kernels.placed import PLAIN, Placed, widest
 from netsurgery.kernels.sparsity import add_gradient, values
 from netsurgery.passes.layers import ROLES, Grouping, LayerRole, check_choice, layers, outer_groups
-from netsurgery.passes.parameters import Parameters
+from netsurgery.passes.parameters import Parameters, own_module
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
 from netsurgery.pipeline import trace
 from netsurgery.report import columns
@@ -264,9 +264,8 @@ def _is_number(value: object) -> bool:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside torch.compile's or DistributedDataParallel's."""
-    while isinstance(model, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    """The user's own module, which is not sharded yet."""
+    model = own_module(model)
     if any(getattr(parameter, "placements", None) is not None for parameter in model.parameters()):
         raise InputError(
             "HGSR: the parameters are sharded already: build the penalty before fully_shard; it follows them"

@@ -29,6 +29,7 @@ from netsurgery.passes.filter_positions import (
 )  # fmt: skip
 from netsurgery.passes.held_zeros import HeldZeros
 from netsurgery.passes.layers import LayerRole
+from netsurgery.passes.parameters import own_module
 from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
 from netsurgery.passes.remove_dead import RemoveDead
 from netsurgery.passes.selection import ANY, belongs, is_touched, one_of_each_product
@@ -446,9 +447,8 @@ def _check(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside torch.compile's or DistributedDataParallel's."""
-    while isinstance(model, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    """The user's own module, with weights that can be ranked."""
+    model = own_module(model)
     if isinstance(model, nn.Module):
         _check_data(dict(named_tensors(model)))
     return model

@@ -60,6 +60,8 @@ TESTS_OF = {
     "passes/compensation.py": ("test_compensation.py",),
     "netsurgery/analysis/proportional.py": ("test_gradients.py",),
     "passes/entries.py": ("test_unit_scores.py",),
+    "passes/distillation.py": ("test_distillation.py",),
+    "passes/hints.py": ("test_distillation.py",),
     "passes/taylor_fisher.py": ("test_taylor_fisher.py",),
     "passes/gradients.py": ("test_gradients.py",),
     "passes/score_checkpoint.py": ("test_loss_increase.py",),
@@ -120,6 +122,67 @@ MUTANTS = (
         "netsurgery/capture/reachable.py",
         "found += zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)",
         "pass",
+    ),
+    # distillation
+    Mutant(
+        "gradients shrink with the temperature",
+        "passes/distillation.py",
+        "self.alpha * self.temperature**2 * found",
+        "self.alpha * found",
+    ),
+    Mutant(
+        "the teacher learns, too",
+        "passes/distillation.py",
+        '_logits_of("teacher", teacher).detach()',
+        '_logits_of("teacher", teacher)',
+    ),
+    Mutant(
+        "the teacher's term counts positions without a label",
+        "passes/distillation.py",
+        "return _mean(terms.sum(1), counted)",
+        "return _mean(terms.sum(1), None)",
+    ),
+    Mutant(
+        "masked classes make the divergence NaN",
+        "passes/distillation.py",
+        "torch.where(share > 0, share * (known - found), 0.0)",
+        "share * (known - found)",
+    ),
+    Mutant(
+        "the divergence is computed in low precision",
+        "passes/distillation.py",
+        "return own.movedim(dim, 1).to(dtype), wanted.movedim(dim, 1).to(dtype)",
+        "return own.movedim(dim, 1), wanted.movedim(dim, 1)",
+    ),
+    Mutant(
+        "the teacher's features are moved towards the student's",
+        "passes/hints.py",
+        "teacher.detach().to(dtype)",
+        "teacher.to(dtype)",
+    ),
+    Mutant(
+        "features of an earlier run are kept",
+        "passes/hints.py",
+        "seen.clear()\n\n    return hook",
+        "pass\n\n    return hook",
+    ),
+    Mutant(
+        "a copy of a network is looked at, too",
+        "passes/hints.py",
+        "if module is place:",
+        "if True:",
+    ),
+    Mutant(
+        "features are those that later layers wrote into",
+        "passes/hints.py",
+        "first.clone() if isinstance(first, Tensor) else first",
+        "first",
+    ),
+    Mutant(
+        "hooks stay where the first run fails",
+        "passes/hints.py",
+        "except BaseException:\n                self.close()",
+        "except BaseException:",
     ),
     # rewriting: which positions stay
     Mutant(
