@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +23,32 @@ from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.positions import Positions
 from netsurgery.report import edit_html, edit_line, share
-from netsurgery.units import Planned, listed, read, sources, then, whole_copies, written
+from netsurgery.units import Planned, listed, read, sources, then, written
 
 __all__ = ["Edit", "Outcome", "counterparts"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The removal that a pass was asked for, and the one that it made.
+    """The removal or growth that a pass was asked for, and the one that it made.
 
     Attributes:
         asked: such as ``50.0% of the channels of each layer``.
         got: likewise.
-        short: groups that lose less than asked, or nothing because they are locked, and why.
+        short: groups that change less than asked, or not at all because they are locked, and why.
         few: groups that keep few units after all units were ranked together, and how many: a tenth or less, or as few
             as ``max_ratio`` allows.
+        does: "remove" or "add".
     """
 
     asked: str
     got: str
     short: Mapping[str, str] = field(default_factory=dict)
     few: Mapping[str, str] = field(default_factory=dict)
+    does: Literal["remove", "add"] = "remove"
 
     def __str__(self) -> str:
-        line = f"asked to remove {self.asked}, removed {self.got}"
+        line = f"asked to {self.does} {self.asked}, {self.does.removesuffix('e')}ed {self.got}"
         return line + _named("short", self.short) + _named("few units stay", self.few)
 
 
@@ -130,7 +132,7 @@ class Edit:
                 raise InputError(
                     f"groups that the code splits into equal parts must keep equally many units, got {counts}"
                 )
-        for name, why in obstacles(self.network, {name: whole_copies(kept[name]) for name in self.grown}).items():
+        for name, why in obstacles(self.network, kept).items():
             raise InputError(f"group '{name}' cannot have more units without a change of outputs: {why}")
 
     @functools.cached_property

@@ -152,9 +152,10 @@ def edit_line(edit: Edit) -> str:
     before, after, network = edit.before, edit.after, edit.network
     if not edit.keep and not edit.values:
         return f"{network.model_name}: nothing goes"
+    changed = "changed" if edit.grown else "cut"
     valued = f", {len(edit.values)} tensors with new values" if edit.values else ""
     return (
-        f"{network.model_name}: {len(edit.keep)} of {len(network.groups)} groups cut{valued}, "
+        f"{network.model_name}: {len(edit.keep)} of {len(network.groups)} groups {changed}{valued}, "
         f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)}), "
         f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})"
     )

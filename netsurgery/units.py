@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from netsurgery.errors import InputError
 
-__all__ = ["Copy", "New", "Planned", "adds_up", "listed", "read", "sources", "then", "whole_copies", "written"]
+__all__ = ["Copy", "New", "Planned", "adds_up", "listed", "read", "sources", "then", "written"]
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,6 @@ def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int |
 def sources(units: Iterable[Planned]) -> list[int]:
     """The old unit of each new one; -1 of a new one."""
     return [-1 if isinstance(unit, New) else unit.unit if isinstance(unit, Copy) else unit for unit in units]
-
-
-def whole_copies(units: Iterable[Planned]) -> bool:
-    """Whether each unit that is left has equally many equal copies, and none is new."""
-    found = sources(units)
-    count = Counter(found)
-    same = {unit.share if isinstance(unit, Copy) else 1.0 for unit in units if not isinstance(unit, New)}
-    return -1 not in count and len(set(count.values())) == 1 and len(same) == 1
 
 
 def adds_up(units: Iterable[Planned]) -> bool:

@@ -1,4 +1,4 @@
-"""Passes to compose: scores, and removals that need them; and a penalty and distillation for training loops."""
+"""Passes to compose: scores, removals that need them, and growth; and a penalty and distillation for training loops."""
 
 if __name__ == "netsurgery.passes":
     from netsurgery.passes.agreement import measure as measure
@@ -6,6 +6,8 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.distillation import Distillation as Distillation
     from netsurgery.passes.entries import unit_scores as unit_scores
     from netsurgery.passes.gradients import GradientScore as GradientScore
+    from netsurgery.passes.growing import PlantChannels as PlantChannels
+    from netsurgery.passes.growing import WidenChannels as WidenChannels
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore
     from netsurgery.passes.penalty import HGSR as HGSR
     from netsurgery.passes.reconstruction import ReconstructionScore as ReconstructionScore

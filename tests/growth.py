@@ -26,20 +26,18 @@ class RandomGrowth(netsurgery.Pass):
     def run(self, network: Network) -> Edit:
         draw, keep = random.Random(self.seed), dict[str, tuple[Any, ...]]()
         self.left.clear()
-        for names in dict.fromkeys(network.equal_to(group.name) for group in network.prunable):
+        bundles = dict.fromkeys(network.equal_to(group.name) for group in network.prunable)
+        for names in bundles:
             if locked := [name for name in names if network[name].locked]:
                 self.left.update(dict.fromkeys(names, f"keeps as many units as {locked[0]}"))
                 continue
             more = draw.randint(1, 3)
-            found = {name: self._some(network[name].size, more, draw) for name in names}
-            if obstacles(network, dict.fromkeys(names, False)):
-                found = {
-                    name: tuple(u for unit in range(network[name].size) for u in (unit, Copy(unit))) for name in names
-                }
-                if why := obstacles(network, dict.fromkeys(names, True)):
-                    self.left.update(why)
-                    continue
-            keep.update(found)
+            keep.update({name: self._some(network[name].size, more, draw) for name in names})
+        twice = {name for one in obstacles(network, keep) for name in network.equal_to(one)}
+        keep.update({n: tuple(u for unit in range(network[n].size) for u in (unit, Copy(unit))) for n in twice})
+        while found := obstacles(network, keep):
+            for one, why in found.items():
+                self.left.update({name: why for name in network.equal_to(one) if keep.pop(name, None)})
         return Edit(network, keep)
 
     def _some(self, size: int, more: int, draw: random.Random) -> tuple[Any, ...]:

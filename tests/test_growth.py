@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from growth import RandomGrowth, check_growth
 from netsurgery import Copy, Edit, New
 from netsurgery.analysis.growth import obstacles
 from netsurgery.errors import InputError
+from netsurgery.passes import MagnitudeScore, PlantChannels, PruneChannels, WidenChannels
+from netsurgery.passes.compensation import compensate
 from random_networks import THEMES, Program, programs
 from test_random_networks import exhaustive
 
@@ -181,17 +185,16 @@ def test_statistics_stay_where_each_unit_has_as_many_copies(norm: nn.Module) -> 
     model = Normed(norm).double()
     x = torch.randn(4, 5).double()
     network = netsurgery.trace(model, x)
-    (name,) = (group.name for group in network.prunable if obstacles(network, {group.name: False}))
+    (name,) = (
+        group.name for group in network.prunable if obstacles(network, {group.name: (*range(group.size), New())})
+    )
     size = network[name].size
     thrice = tuple(unit for u in range(size) for unit in (u, Copy(u), Copy(u)))
     new = netsurgery.rewrite(model, Edit(network, {name: thrice}))
     torch.testing.assert_close(new(x), model(x), rtol=1e-12, atol=1e-12)
-    for units in (
-        (*range(size), New()),
-        (*range(size), Copy(0)),
-        (*range(size), *(Copy(u, 0.25) for u in range(size))),
-    ):
-        with pytest.raises(InputError, match=f"'{name}' cannot have more units without .* as many equal copies"):
+    once = (*range(size), *(Copy(unit) for unit in range(1, size)))
+    for units in ((*range(size), New()), (*range(size), Copy(0)), once):
+        with pytest.raises(InputError, match=f"'{name}' cannot have more units without .* has as many copies"):
             Edit(network, {name: units})
 
 
@@ -332,3 +335,138 @@ def test_a_later_edit_cannot_copy_what_an_earlier_one_makes() -> None:
     later = Edit(netsurgery.trace(netsurgery.rewrite(model, first), X), {"wide": (*range(6), Copy(5))})
     with pytest.raises(InputError, match="carry this one out first"):
         first.then(later)
+
+
+# Passes ------------------------------------------------------------------------------------------------------------
+
+
+def test_widening_keeps_the_function_and_prices_it() -> None:
+    model = net()
+    edit = netsurgery.plan(model, [WidenChannels(1.5)], X)
+    wide = netsurgery.rewrite(model, edit)
+    assert edit.counts == {"stem": 9, "wide": 8, "side": 6, "hidden": 10}
+    assert edit.summary() == "asked to add 50% of the channels of each layer, added 11 to 22 in 4 groups"
+    torch.testing.assert_close(wide(X), model(X), rtol=1e-12, atol=1e-12)
+    assert netsurgery.cost(wide, X) == edit.after
+
+
+def test_units_get_as_many_copies_as_others_or_one_more() -> None:
+    edit = netsurgery.plan(net(), [WidenChannels(2.4, seed=3, include="hidden")], X)
+    many = Counter(unit if isinstance(unit, int) else unit.unit for unit in edit.keep["hidden"])
+    assert sorted(many.values()) == [2, 2, 2, 2, 3, 3, 3]
+    other = netsurgery.plan(net(), [WidenChannels(2.4, seed=4, include="hidden")], X)
+    assert other.keep != edit.keep
+
+
+def test_a_multiple_is_rounded_up() -> None:
+    edit = netsurgery.plan(net(), [WidenChannels(1.1, multiple_of=4)], X)
+    assert edit.counts == {"stem": 8, "wide": 8, "hidden": 8}  # side: 4 already
+
+
+def test_noise_moves_shares_so_that_copies_part_in_training() -> None:
+    model = net()
+    for noise, apart in ((0.0, False), (0.5, True)):
+        wide = netsurgery.apply(model, [WidenChannels(2, noise=noise)], X)
+        torch.testing.assert_close(wide(X), model(X), rtol=1e-12, atol=1e-12)
+        wide(X).square().mean().backward()
+        rows = wide.hidden.weight.grad
+        assert torch.allclose(rows[:7], rows[7:]) != apart
+
+
+def test_planting_adds_what_is_asked_for_by_modules() -> None:
+    model = net()
+    edit = netsurgery.plan(model, [PlantChannels({"wide": 3, "hid*": 2})], X)
+    assert edit.counts == {"wide": 8, "hidden": 9}
+    assert edit.summary() == "asked to add 3 in 'wide', 2 in 'hid*', added 5 to 12 in 2 groups"
+    torch.testing.assert_close(netsurgery.rewrite(model, edit)(X), model(X), rtol=1e-12, atol=1e-12)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Encoder(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 8), Attention(), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def test_heads_grow_where_dimensions_within_them_cannot() -> None:
+    torch.manual_seed(0)
+    model, x = Encoder().double(), torch.randn(2, 6, 5).double()
+    network = netsurgery.trace(model, x)
+    heads = next(group.name for group in network.groups if group.unit == "head")
+    edit = netsurgery.plan(model, [PlantChannels(3)], x)
+    assert edit.counts == {heads: 3, "1.up": 15}  # a head is four channels
+    assert list(edit.outcomes[0].short) == ["0"] and "as many copies" in edit.outcomes[0].short["0"]
+    torch.testing.assert_close(netsurgery.rewrite(model, edit)(x), model(x), rtol=1e-12, atol=1e-12)
+    twice = netsurgery.plan(model, [WidenChannels(2)], x)
+    assert twice.counts == {"0": 16, heads: 4, "1.up": 24} and not twice.outcomes[0].short
+    torch.testing.assert_close(netsurgery.rewrite(model, twice)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Joined(nn.Module):
+    """Statistics are taken over two groups together, and in the second case over a constant with them."""
+
+    def __init__(self, constant: bool) -> None:
+        super().__init__()
+        self.one, self.other, self.last = nn.Linear(5, 4), nn.Linear(5, 3), nn.Linear(9 if constant else 7, 2)
+        self.constant = constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.one(x), self.other(x), *([x.new_zeros(len(x), 2)] if self.constant else [])], 1)
+        return self.last(y - y.mean(1, keepdim=True))
+
+
+def test_statistics_over_several_groups_need_all_of_them() -> None:
+    x = torch.randn(4, 5).double()
+    model = Joined(constant=False).double()
+    wide = netsurgery.apply(model, [WidenChannels(2)], x)
+    torch.testing.assert_close(wide(x), model(x), rtol=1e-12, atol=1e-12)
+    for settings in (WidenChannels(2, include="one"), PlantChannels(1)):
+        with pytest.raises(InputError, match=r"nothing of Joined can grow .* has as many copies"):
+            netsurgery.plan(model, [settings], x)
+    model = Joined(constant=True).double()  # whose code makes more zeros then
+    wide = netsurgery.apply(model, [WidenChannels(2)], x)
+    torch.testing.assert_close(wide(x), model(x), rtol=1e-12, atol=1e-12)
+    assert wide.last.in_features == 18
+
+
+def test_widening_and_pruning_in_one_pipeline() -> None:
+    model = net()
+    passes = [WidenChannels(2), MagnitudeScore(), PruneChannels(0.25)]
+    edit = netsurgery.plan(model, passes, X)
+    small, at_once = model, netsurgery.rewrite(model, edit)
+    small = netsurgery.apply(netsurgery.apply(model, passes[:1], X), passes[1:], X)
+    assert edit.counts == {"stem": 9, "wide": 8, "side": 6, "hidden": 11}
+    torch.testing.assert_close(at_once(X), small(X), rtol=1e-12, atol=1e-12)
+    with pytest.raises(InputError, match="some copies of units of 'stem' were removed again: verify each edit"):
+        netsurgery.verify(model, at_once, edit, X)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WidenChannels(0.5), "a number of at least 1; PruneChannels removes"),
+        (lambda: WidenChannels(2, noise=1.0), r"noise is in \[0, 1\)"),
+        (lambda: WidenChannels(2, multiple_of=0), "multiple_of is a whole number"),
+        (lambda: WidenChannels(2, unit="neuron"), "one or several of 'any', 'channel'"),
+        (lambda: PlantChannels(0), "a whole number of at least 1"),
+        (lambda: PlantChannels(2.5), "a whole number of at least 1"),
+        (lambda: PlantChannels({}), "a whole number of at least 1"),
+        (lambda: PlantChannels(2, init="zeros"), "'he' is the only initialisation"),
+        (lambda: netsurgery.plan(net(), [PlantChannels(2, include="nothing.*")], X), "matches no module"),
+        (lambda: netsurgery.plan(net(), [PlantChannels(2, include="head")], X), "nothing of Net can grow"),
+        (lambda: compensate(netsurgery.plan(net(), [PlantChannels(2)], X), "bias", X), "needs no compensation"),
+    ],
+)
+def test_bad_settings(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()

@@ -1,12 +1,13 @@
 """Where units can be added so that no output changes.
 
 A layer that reads a unit takes nothing from a new one, and shares from copies. Other operations that work across units
-have no weights that could: means and variances stay as they are if each unit has equally many copies, sums do not.
+have no weights that could: means and variances stay as they are if all that they are taken over has equally many
+copies, sums do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -16,6 +17,8 @@ from netsurgery.analysis.network import Network
 from netsurgery.analysis.weights import is_computed
 from netsurgery.axes import Axis, leaves
 from netsurgery.notation import Operation
+from netsurgery.positions import Positions
+from netsurgery.units import Planned
 
 __all__ = ["obstacles", "starts_at_one"]
 
@@ -28,14 +31,15 @@ _AVERAGES = {
 _SCALES = {aten.mul, aten.mul_, aten.div, aten.div_}
 
 
-def obstacles(network: Network, whole: Mapping[str, bool]) -> dict[str, str]:
-    """The groups that cannot grow without a change of outputs, and why.
+def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[str, str]:
+    """The groups that cannot get these units without a change of outputs, and why.
 
     Args:
-        whole: by name of a group that grows whether each of its units gets equally many equal copies.
+        keep: by name what the units of groups will be; those that only lose units are no obstacle.
     """
-    names = {network[name].channel: name for name in whole}
-    roles = {(m.parameter, network[name].channel): m.role for name in whole for m in network[name].members}
+    names = {network[n].channel: n for n, own in keep.items() if not all(isinstance(unit, int) for unit in own)}
+    roles = {(m.parameter, network[name].channel): m.role for name in names.values() for m in network[name].members}
+    at = Positions({network[name].channel: own for name, own in keep.items()})
     found: dict[str, str] = {}
     for program in network.programs:
         for node in program.graph.nodes:
@@ -45,17 +49,20 @@ def obstacles(network: Network, whole: Mapping[str, bool]) -> dict[str, str]:
             for leaf in worked_across(node).keys() & names.keys():
                 if leaf in own or names[leaf] in found:  # statistics are of each group of channels
                     continue
-                if why := _obstacle(node, leaf, whole[names[leaf]], roles):
+                if why := _obstacle(node, leaf, at, roles):
                     found[names[leaf]] = Operation(node).reason(why)
     return found
 
 
-def _obstacle(node: fx.Node, leaf: Axis, whole: bool, roles: Mapping[tuple[str, Axis], str]) -> str | None:
+def _obstacle(node: fx.Node, leaf: Axis, at: Positions, roles: Mapping[tuple[str, Axis], str]) -> str | None:
     """Why an operation that works across units does not give the same of more of them, if so."""
     holders = [one for one in node.all_input_nodes if any(leaf in leaves(axis) for axis in _axes(one))]
     weights = [one for one in holders if "params" in one.meta]
     if packet_of(node) in _AVERAGES:
-        return None if whole else "it takes statistics over these units, which stay if each gets as many equal copies"
+        over = [axis for one in holders for axis in _axes(one) if leaf in leaves(axis)]
+        if all(_evenly(axis, at) for axis in over):
+            return None
+        return "it takes statistics over these units, which stay if all that they are taken over has as many copies"
     if len(holders) != 2 or len(weights) != 1:
         return "it works across these units without weights, and would count the added ones"
     if is_computed(weights[0]):
@@ -63,6 +70,13 @@ def _obstacle(node: fx.Node, leaf: Axis, whole: bool, roles: Mapping[tuple[str, 
     if roles.get((str(peeled(weights[0]).target), leaf)) != "consumes":
         return "the tensor that makes these units reads them, too"
     return None
+
+
+def _evenly(axis: Axis, at: Positions) -> bool:
+    """Whether each position that is left along an axis has equally many copies, and none is new."""
+    found = at(axis)
+    counts = [] if found is None else found.unique(return_counts=True)[1].tolist()
+    return len({*counts}) <= 1 and at.new(axis) is None
 
 
 def _axes(node: fx.Node) -> list[Axis]:

@@ -45,19 +45,20 @@ def rewrite(
         inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before must be
             gone (``del loss``), and so must a DistributedDataParallel around it: their graphs remember the old shapes.
         optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
-            groups then hold the smaller model's parameters, in the same order with the same settings, and its state
-            is cut with the weights: what it keeps of each element (momentum, moments), or averaged over some
-            dimensions of a parameter. Without ``inplace`` it moves from ``model``, which then has no optimizer. A
-            gradient scaler needs nothing.
+            groups then hold the smaller model's parameters, in the same order with the same settings, and its state is
+            cut with the weights: what it keeps of each element (momentum, moments), or averaged over some dimensions of
+            a parameter. Copies of units take their state along, that of new ones begins. Without ``inplace`` it moves
+            from ``model``, which then has no optimizer. A gradient scaler needs nothing.
         ema: averages of the model's weights, one or several: modules of the same names and shapes, or wrapped as
             ``torch.optim.swa_utils.AveragedModel`` does. They are cut in place, and go on with the smaller model;
             where the edit has new values, they are moved by as much as the weights are.
 
     Returns:
-        The model's own class with the same module names and state_dict keys. Its tensors are cut, and attributes such
-        as ``in_channels`` follow. Training mode, hooks, requires_grad, dtype, device, memory format and shared weights
-        stay. The entries that stay of a computed weight keep their values: the length of a weight norm is scaled so
-        that they do (the norms of other computations lock the units that they are taken over).
+        The model's own class with the same module names and state_dict keys. Its tensors are cut or grown, and
+        attributes such as ``in_channels`` follow. Consumers take shares from copies and zeros from new units. Training
+        mode, hooks, requires_grad, dtype, device, memory format and shared weights stay. The entries that stay of a
+        computed weight keep their values: the length of a weight norm is scaled so that they do (the norms of other
+        computations lock the units that they are taken over).
         A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
         ``netsurgery`` names these, ``edit.replaced`` says why.
 

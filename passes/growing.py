@@ -1,0 +1,229 @@
+"""More units, and the same outputs: widen by copies, or plant new ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from numbers import Real
+from typing import Any, ClassVar, get_args
+
+from netsurgery.analysis.growth import obstacles
+from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.units import Unit
+from netsurgery.arguments import is_count
+from netsurgery.edit import Edit, Outcome
+from netsurgery.errors import InputError
+from netsurgery.passes.bundles import brief
+from netsurgery.passes.patterns import Chosen, Modules, as_patterns
+from netsurgery.passes.selection import ANY, belongs, channels_per_unit, is_touched, one_of_each_product
+from netsurgery.pipeline import Pass
+from netsurgery.units import Copy, New, Planned
+
+__all__ = ["PlantChannels", "WidenChannels"]
+
+
+@dataclass(frozen=True)
+class _Growth(Pass):
+    """What passes that add units have in common: which groups are meant, and what is said of those that cannot grow."""
+
+    include: Modules = dataclasses.field(default=(), kw_only=True)
+    exclude: Modules = dataclasses.field(default=(), kw_only=True)
+    unit: str | Sequence[str] = dataclasses.field(default="any", kw_only=True)
+    seed: int = dataclasses.field(default=0, kw_only=True)
+
+    gives: ClassVar[frozenset[str]] = frozenset({"edit"})
+
+    def __post_init__(self) -> None:
+        known = {"any", *get_args(Unit)}
+        sorts = (self.unit,) if isinstance(self.unit, str) else tuple(self.unit)
+        if not sorts or not set(sorts) <= known:
+            listed = ", ".join(map(repr, sorted(known)))
+            raise InputError(f"{type(self).__name__}(unit={self.unit!r}): one or several of {listed}")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, as_patterns(getattr(self, name)))
+
+    def run(self, network: Network) -> Edit:
+        """Add units to every group that is meant and can grow."""
+        keep, refused = self._possible(network)
+        short = {
+            name: f"0 of {network[name].size} ({why})"
+            for name, why in refused.items()
+            if len(one_of_each_product(network, [network[one] for one in (*keep, name)])) > len(keep)
+        }  # where another factor of the same dimension grows, nothing is missing
+        if not keep:
+            listed = "; ".join(f"{name}: {why}" for name, why in refused.items())[:500]
+            raise InputError(f"nothing of {network.model_name} can grow with these settings. {listed}")
+        before = sum(network[name].size for name in keep)
+        added = sum(map(len, keep.values())) - before
+        got = f"{added:,} to {before:,} in {len(keep)} groups"
+        return dataclasses.replace(Edit(network, keep), outcomes=(Outcome(self.asked(), got, short, does="add"),))
+
+    def _meant(self, network: Network) -> list[Group]:
+        sorts = {one for unit in ((self.unit,) if isinstance(self.unit, str) else self.unit) for one in _sorts(unit)}
+        include, exclude = as_patterns(self.include), as_patterns(self.exclude)
+        included, excluded = Chosen(network, include), Chosen(network, exclude)
+        return [
+            group
+            for group in network.prunable
+            if group.unit in sorts
+            and not is_touched(group, excluded)
+            and (not include or belongs(group, included, include))
+        ]
+
+    def _possible(self, network: Network) -> tuple[dict[str, tuple[Planned, ...]], dict[str, str]]:
+        """The units of the groups that can grow together, one factor of each dimension; and why others cannot."""
+        units, refused = {}, dict[str, str]()
+        for group in self._meant(network):
+            together = network.equal_to(group.name)
+            if locked := [name for name in together if network[name].locked]:
+                refused[group.name] = (
+                    f"keeps as many units as '{locked[0]}', which is locked: {network[locked[0]].locked}"
+                )
+            else:
+                units.update({name: self.units(network, network[name]) for name in together if name not in units})
+        units = {name: own for name, own in units.items() if len(own) > network[name].size}
+        while True:
+            chosen = one_of_each_product(network, [network[name] for name in units])
+            keep = {name: units[name] for name in chosen if all(one in chosen for one in network.equal_to(name))}
+            found = obstacles(network, keep)
+            if not found:
+                return keep, refused
+            for name, why in found.items():
+                refused.update({one: why for one in network.equal_to(name) if units.pop(one, None)})
+
+    def units(self, network: Network, group: Group) -> tuple[Planned, ...]:
+        """The units that a group will have."""
+        raise NotImplementedError
+
+    def asked(self) -> str:
+        """The growth that is asked for, in words."""
+        raise NotImplementedError
+
+
+def _sorts(unit: str) -> tuple[str, ...]:
+    return ANY if unit == "any" else (unit,)
+
+
+@dataclass(frozen=True)
+class WidenChannels(_Growth):
+    """Widen each group by copies of its units; outputs stay as they are.
+
+    Args:
+        factor: how many times as many units there will be, at least 1; rounded to whole units. Each unit gets as many
+            copies as others, or one more: which, is drawn. Units that statistics are taken over (a layer norm) grow
+            by whole factors only.
+        multiple_of: the number of channels of a layer that grows is rounded up to a multiple of this.
+        noise: how much the shares that consumers take from the copies of a unit differ: each is drawn from 1 - noise
+            to 1 + noise times an equal share. Copies whose shares are equal get equal gradients and stay equal in
+            training; outputs are the same with any.
+        include: modules, by name patterns, classes or themselves, as for ``PruneChannels``.
+        exclude: likewise.
+        unit: which sorts of units, as for ``PruneChannels``.
+        seed: fixes what is drawn.
+
+    Source: Net2WiderNet of Chen, Goodfellow and Shlens, arXiv 1511.05641. They add noise to the weights of copies; here
+    the shares differ instead, so that the function stays exactly the same.
+
+    Raises:
+        InputError: a number out of range, a pattern that matches nothing, or nothing that can grow.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import WidenChannels
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> netsurgery.apply(model, [WidenChannels(1.5)])[0]
+        Linear(in_features=4, out_features=12, bias=True)
+    """
+
+    factor: float
+    multiple_of: int = dataclasses.field(default=1, kw_only=True)
+    noise: float = dataclasses.field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.factor, Real) or isinstance(self.factor, bool) or not 1 <= self.factor < float("inf"):
+            raise InputError(f"WidenChannels(factor={self.factor!r}): a number of at least 1; PruneChannels removes")
+        if not is_count(self.multiple_of) or self.multiple_of < 1 or not 0 <= self.noise < 1:
+            raise InputError("WidenChannels: multiple_of is a whole number of at least 1, noise is in [0, 1)")
+
+    def units(self, network: Network, group: Group) -> tuple[Planned, ...]:
+        """The units, and behind them the copies in the order of what they are copies of."""
+        size, channels = group.size, channels_per_unit(network, group)
+        step = self.multiple_of // gcd(self.multiple_of, channels)
+        count = max(size, -(-round(size * self.factor) // step) * step)
+        draw = random.Random(f"{self.seed} {size} {count}")  # groups of equal sizes alike
+        rest = draw.sample(range(size), count % size) if count > size else []
+        copies = sorted([*list(range(size)) * (count // size - 1), *rest])
+        if not self.noise:
+            return (*range(size), *(Copy(unit) for unit in copies))
+        many = Counter(copies)
+        return (*range(size), *(Copy(u, (1 + self.noise * draw.uniform(-1, 1)) / (many[u] + 1)) for u in copies))
+
+    def asked(self) -> str:
+        """The growth that is asked for, in words."""
+        return f"{100 * (self.factor - 1):g}% of the channels of each layer"
+
+
+@dataclass(frozen=True)
+class PlantChannels(_Growth):
+    """Add new units to each group; consumers read them by zeros, so that outputs stay as they are.
+
+    Args:
+        amount: new channels of each layer, or by modules, as for ``include``: ``{"layer3.*": 8, "layer4.*": 16}``.
+            Where a unit is several channels, as a head is, so many units as make at least these.
+        init: how the weights that make new units begin, see ``netsurgery.New``.
+        include: modules, by name patterns, classes or themselves, as for ``PruneChannels``.
+        exclude: likewise.
+        unit: which sorts of units, as for ``PruneChannels``.
+        seed: fixes the random numbers.
+
+    Source: channel planting, arXiv 2011.02390. Zeros in the consumers are our choice where the source is silent.
+
+    Raises:
+        InputError: a number out of range, a pattern that matches nothing, or nothing that can grow.
+
+    Example:
+        >>> import torch, netsurgery
+        >>> from netsurgery.passes import PlantChannels
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> larger = netsurgery.apply(model, [PlantChannels(3)])
+        >>> larger[0], larger[2].weight[:, 8:].any().item()
+        (Linear(in_features=4, out_features=11, bias=True), False)
+    """
+
+    amount: int | Mapping[Any, int]
+    init: str = dataclasses.field(default="he", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        amounts = list(self.amount.values()) if isinstance(self.amount, Mapping) else [self.amount]
+        if not amounts or not all(is_count(one) and one >= 1 for one in amounts):
+            raise InputError(f"PlantChannels(amount={self.amount!r}): a whole number of at least 1, or one by modules")
+        if isinstance(self.amount, Mapping):
+            as_patterns(tuple(self.amount))
+        New(self.init)
+
+    def _meant(self, network: Network) -> list[Group]:
+        return [group for group in super()._meant(network) if self._amount(network, group)]
+
+    def _amount(self, network: Network, group: Group) -> int:
+        if not isinstance(self.amount, Mapping):
+            return self.amount
+        given = ((as_patterns(one), count) for one, count in self.amount.items())
+        return next((n for patterns, n in given if belongs(group, Chosen(network, patterns), patterns)), 0)
+
+    def units(self, network: Network, group: Group) -> tuple[Planned, ...]:
+        """The units, and the new ones behind them."""
+        together = [network[name] for name in network.equal_to(group.name)]
+        most = max(-(-self._amount(network, one) // channels_per_unit(network, one)) for one in together)
+        return (*range(group.size), *[New(self.init, self.seed)] * most)
+
+    def asked(self) -> str:
+        """The growth that is asked for, in words."""
+        if not isinstance(self.amount, Mapping):
+            return f"{self.amount} channels to each layer"
+        return ", ".join(f"{count} in {brief(one)}" for one, count in self.amount.items())
