@@ -2,7 +2,8 @@
 
 For every model of coverage_models.py, in a process of its own: half of the channels of every layer that is not locked
 are removed at random, and the result is compared with the original whose removed units are silenced. Weights, norms and
-statistics are random (alive.py). A model that fails has its row as well.
+statistics are random (alive.py). A model that fails has its row as well. With ``--grow`` units are added instead
+(half as many, as many, three new channels), and the outputs are compared with the original's.
 """
 
 import argparse
@@ -56,9 +57,10 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="leave out the models that --out has")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each model")
     parser.add_argument("--double", action="store_true", help="in float64, where 1e-9 is the bound")
+    parser.add_argument("--grow", action="store_true", help="add units instead")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    options = Options(given.seed, given.timeout, given.double)
+    options = Options(given.seed, given.timeout, given.double, given.grow)
     done = {(row["kind"], row["model"]) for row in read(given.out)} if given.resume else set()
     for kind, name in list(chosen(given)):
         if (kind, name) not in done:

@@ -22,7 +22,7 @@ from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, inner
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.capture.source_locations import format_where
-from netsurgery.passes import PruneChannels, RandomScore
+from netsurgery.passes import PlantChannels, PruneChannels, RandomScore, WidenChannels
 from netsurgery.report import entries, prunable_share
 from netsurgery.verification import permuted_difference
 
@@ -36,11 +36,15 @@ _CONTEXT = multiprocessing.get_context("fork")  # what is imported here need not
 
 @dataclass(frozen=True)
 class Options:
-    """How models are measured: the seed of all random numbers, seconds for each model, float64 in place of float32."""
+    """How models are measured: the seed of all random numbers, seconds for each model, float64 in place of float32.
+
+    ``grow``: units are added instead of removed.
+    """
 
     seed: int = 0
     timeout: float = 300.0
     double: bool = False
+    grow: bool = False
 
 
 def measure(kind: str, name: str, options: Options, row: Row) -> None:
@@ -52,6 +56,11 @@ def measure(kind: str, name: str, options: Options, row: Row) -> None:
         inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     row["dead"] = alive.what_is_dead(tensors_in(coverage_models.call(model, inputs)))
+    (measure_growth if options.grow else measure_removal)(model, inputs, options, row)
+
+
+def measure_removal(model: nn.Module, inputs: Any, options: Options, row: Row) -> None:
+    """Half of every group goes; beside the silenced original nothing else may change."""
     start = time.perf_counter()
     network = netsurgery.trace(model, inputs)
     row.update(trace_s=time.perf_counter() - start, **facts(network))
@@ -65,6 +74,37 @@ def measure(kind: str, name: str, options: Options, row: Row) -> None:
     row["changed"] = changed(model, small, inputs)
     row["permuted"] = permuted_difference(model, network, inputs, options.seed)
     row.update(verdict(row, 1e-9 if options.double else 1e-4))
+
+
+GROWTH = (WidenChannels(1.5, noise=0.5), WidenChannels(2), PlantChannels(3))
+
+
+def measure_growth(model: nn.Module, inputs: Any, options: Options, row: Row) -> None:
+    """Add units in three ways; the outputs must stay, and ``share`` is that of the groups that grew."""
+    before = tensors_in(coverage_models.call(model, inputs))
+    row.update(difference=0.0, share=0.0, left={})
+    start = time.perf_counter()
+    for one in GROWTH:
+        edit = netsurgery.plan(model, [one], inputs)
+        after = tensors_in(coverage_models.call(netsurgery.rewrite(model, edit), inputs))
+        row["difference"] = max(row["difference"], _difference(before, after))
+        row["share"] = max(row["share"], len(edit.grown) / len(edit.network.prunable))
+        row["left"].update(edit.outcomes[0].short)
+    row["rewrite_s"] = time.perf_counter() - start
+    exact = row["difference"] <= (1e-9 if options.double else 1e-4)
+    row["status"] = "WRONG" if not exact else "exact" if row["dead"] is None else "PROVES NOTHING"
+
+
+def _difference(wanted: list[Tensor], found: list[Tensor]) -> float:
+    """The largest difference over the largest number, of the worst output."""
+    worst = 0.0
+    for one, other in zip(wanted, found, strict=True):
+        if one.shape != other.shape:
+            return float("inf")
+        if one.is_floating_point() and one.numel():
+            far = float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
+            worst = far if far > worst or far != far else worst
+    return worst
 
 
 def verdict(row: Row, bound: float) -> Row:
