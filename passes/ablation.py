@@ -157,10 +157,15 @@ class Ablation(SampleLosses):
                     checkpoint.save_now_and_then()
                     self.report.advance(name, len(units), stop - start)
 
+    def copies(self, rows: int) -> int:
+        """How many times over some samples go through at once: no more than any group has units to be tried."""
+        units = max((group.size for group in self.network.prunable), default=1)
+        return max(1, min(self.chunk() // rows, units))
+
     def loss_deltas(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
         """The changes of the loss ``(removals, rows)`` for some removals of a series at a time."""
         rows = stop - start
-        copies = max(1, self.chunk() // rows)
+        copies = self.copies(rows)
         engine = self.engine(rows, copies, start)
         if engine is None:
             yield from (self.by_silencing if self.random else self.by_surgery)(due, start, stop)

@@ -66,7 +66,7 @@ def time_trials(trials: Ablation, rows: Mapping[str, int], *, could_race: bool =
 def _work(trials: Ablation, name: str) -> float:
     """Numbers that are computed for a row without units of a group."""
     rows = min(trials.chunk(), trials.samples.count)
-    copies = max(1, trials.chunk() // rows)
+    copies = trials.copies(rows)
     engine = trials.engine(rows, copies)
     if engine is None:
         operations = trials.network.programs[0].operations
@@ -82,7 +82,7 @@ def _work(trials: Ablation, name: str) -> float:
 def _measured(trials: Ablation, names: list[str]) -> dict[str, float]:
     """Seconds that the last of a few trials took a row, for each of some groups."""
     rows = min(trials.chunk(), trials.samples.count)
-    copies = max(1, trials.chunk() // rows)
+    copies = trials.copies(rows)
     units = 2 * copies if trials.engine(rows, copies) is not None else 2
     wanted = {name: [*range(min(units, trials.series[name].size))] for name in names}
     found: dict[str, float] = {}

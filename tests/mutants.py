@@ -1433,7 +1433,7 @@ def caught_by(mutant: Mutant) -> str | None:
             "PYTHONPATH": folder,
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
-            "NETSURGERY_EXAMPLES": "40",
+            "NETSURGERY_EXAMPLES": "50",
         }
         environment.pop("PYTEST_ADDOPTS", None)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -171,15 +171,35 @@ def test_a_unit_of_a_resnet_takes_few_calls(dear: Callable[[], None]) -> None:
     assert ours.count / units < naive.count / 8
 
 
-def test_racing_traces_few_sizes(dear: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = set[tuple[int, int]]()
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """Numbers of samples that went through at once, and how many times over."""
+    found = set[tuple[int, int]]()
     trace = Ablation.trace
 
     def noted(trials: Ablation, rows: int, copies: int, start: int) -> netsurgery.Network:
-        sizes.add((rows, copies))
+        found.add((rows, copies))
         return trace(trials, rows, copies, start)
 
     monkeypatch.setattr(Ablation, "trace", noted)
+    return found
+
+
+@pytest.mark.parametrize("units", [(2, 3), (7, 5), (3, 20)])
+@pytest.mark.parametrize(("loss", "rows"), [(F.cross_entropy, 1), (None, 40)])
+def test_samples_come_no_more_often_than_there_are_units(
+    units: tuple[int, int], loss: Loss | None, rows: int, sizes: set[tuple[int, int]]
+) -> None:
+    """A loss that is a mean takes one sample at a time: copies that try no unit would fill the batch."""
+    model = nn.Sequential(
+        nn.Linear(4, units[0]), nn.ReLU(), nn.Linear(units[0], units[1]), nn.ReLU(), nn.Linear(units[1], 3)
+    )
+    data = torch.randn(40, 4), torch.arange(40) % 3
+    LossIncreaseScore(data, loss).run(netsurgery.trace(model, data[0][:2]))
+    assert (rows, max(units)) in sizes and max(copies for _, copies in sizes) == max(units)
+
+
+def test_racing_traces_few_sizes(dear: Callable[[], None], sizes: set[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
     data = torch.randn(1000, 8), torch.arange(1000) % 4

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,15 @@ def kept() -> list[Any]:
 
 
 @pytest.fixture
-def _captures(monkeypatch: pytest.MonkeyPatch) -> None:
+def _captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a GPU whose stream is being captured, on the CPU; nothing is launched."""
     monkeypatch.setattr(hgsr_triton, "_capturing", lambda device: True)
     for name in ("value_kernel", "gradient_kernel"):
         monkeypatch.setattr(hgsr_triton, name, Nothing())
+    gc.collect()
+    gc.freeze()  # what is there already need not be walked through each time that a test collects
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("_captures")

@@ -84,17 +84,17 @@ def test_nothing_is_found_under_the_wrong_name(name: str) -> None:
         assert ran.returncode != 0 and ran.stderr.splitlines()[-1].startswith(error), ran.stderr
 
 
-@pytest.mark.parametrize("name", ["passes", "kernels"])
-def test_another_package_of_the_same_name_is_the_one_that_is_imported(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text("from . import inner\n__version__ = '9'\n")
-    (tmp_path / name / "inner.py").write_text("here = __name__\n")
-    ran = run(
-        f"import sys; sys.path.append({str(tmp_path)!r})\n"
-        f"import {name}, {name}.inner, netsurgery.{name}\n"
-        f"print({name}.__version__, {name}.inner.here, netsurgery.{name}.__name__)"
-    )
-    assert (ran.stdout, ran.stderr) == (f"9 {name}.inner netsurgery.{name}\n", "")
+def test_other_packages_of_the_same_names_are_those_that_are_imported(tmp_path: Path) -> None:
+    code, expected = f"import sys; sys.path.append({str(tmp_path)!r})\n", ""
+    for name in ("passes", "kernels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("from . import inner\n__version__ = '9'\n")
+        (tmp_path / name / "inner.py").write_text("here = __name__\n")
+        code += f"import {name}, {name}.inner, netsurgery.{name}\n"
+        code += f"print({name}.__version__, {name}.inner.here, netsurgery.{name}.__name__)\n"
+        expected += f"9 {name}.inner netsurgery.{name}\n"
+    ran = run(code)
+    assert (ran.stdout, ran.stderr) == (expected, "")
 
 
 def test_transformers_can_be_imported_from_the_root() -> None:
@@ -157,20 +157,22 @@ def test_the_core_works_without_triton_and_loads_nothing_heavy() -> None:
     assert ran.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["--version", "rules", "train --help"])
-def test_other_commands_do_not_load_what_trains(command: str) -> None:
+def test_the_core_and_other_commands_do_not_load_what_trains_nor_triton() -> None:
+    """One after the other in one process, of which the first statement imports the core."""
+    commands = ["--version", "rules", "train --help"]
     ran = run(
-        "import sys\n"
-        f"sys.argv = ['netsurgery', *{command.split()}]\n"
+        "import sys, netsurgery\n"
+        "print('core', 'triton' in sys.modules, file=sys.stderr)\n"
         "from netsurgery.cli import main\n"
-        "try:\n    main()\nfinally:\n"
-        "    print([n for n in ('accelerate', 'netsurgery.training') if n in sys.modules], file=sys.stderr)"
+        f"for command in {commands}:\n"
+        "    sys.argv = ['netsurgery', *command.split()]\n"
+        "    try:\n        main()\n        code = 0\n"
+        "    except SystemExit as stopped:\n        code = stopped.code\n"
+        "    loaded = [n for n in ('accelerate', 'netsurgery.training') if n in sys.modules]\n"
+        "    print(command, code, loaded, file=sys.stderr)"
     )
-    assert (ran.returncode, ran.stderr) == (0, "[]\n")
-
-
-def test_importing_the_core_does_not_import_triton() -> None:
-    assert run("import sys, netsurgery; print('triton' in sys.modules)").stdout == "False\n"
+    assert ran.stderr == "".join(["core False\n", *(f"{command} 0 []\n" for command in commands)])
+    assert ran.returncode == 0 and "Usage" in ran.stdout
 
 
 @pytest.fixture

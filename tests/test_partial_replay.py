@@ -91,7 +91,7 @@ def stay(size: int, units: tuple[int, ...]) -> Tensor:
     return torch.tensor([unit for unit in range(size) if unit not in units])
 
 
-MODELS = ["densenet121", "mobilenet_v3_small", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5"]
+MODELS = ["densenet121", "mobilenet_v3_small", "regnet_x_400mf", "resnet18", "shufflenet_v2_x0_5"]
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,13 @@ def test_half_of_every_group(name):
     expected = 0.75 if name.startswith("shufflenet") else 0.5
     assert parameters(small) < expected * parameters(model)
     with torch.no_grad():
-        far = (small(*inputs) - model(*inputs)).abs().max() / model(*inputs).abs().max()
+        outputs = model(*inputs)
+        far = (small(*inputs) - outputs).abs().max() / outputs.abs().max()
     assert far > 1e-3  # what went did matter, so that the comparison proves something
+    if name in zoo.REPRESENTATIVES:  # outputs are of a sane scale and tell images apart, or all this proves little
+        one, other = outputs
+        assert 0.05 < one.std() < 20
+        assert (one - other).std() > 0.01 * one.std()
 
     if not name.startswith("shufflenet"):
         locked = [group for group in network.groups if group.locked and group.size > 1]
@@ -114,12 +119,3 @@ def test_what_shufflenet_locks(name):
     network = netsurgery.trace(zoo.build(name), (zoo.images(name),))
     locked = [group for group in network.groups if group.locked and not group.locked.startswith("the network")]
     assert Counter((g.name.partition(".")[0], g.locked.partition(" in ")[0]) for g in locked) == SHUFFLENET[name]
-
-
-@pytest.mark.parametrize("name", zoo.REPRESENTATIVES)
-def test_the_zoo_is_alive(name):
-    """Outputs are of a sane scale and tell images apart, or the tests above prove little."""
-    with torch.no_grad():
-        one, other = zoo.build(name)(zoo.images(name))
-    assert 0.05 < one.std() < 20
-    assert (one - other).std() > 0.01 * one.std()
