@@ -35,6 +35,9 @@ class Copy:
     unit: int
     share: float | None = None
 
+    def __repr__(self) -> str:
+        return f"Copy({self.unit})" if self.share is None else f"Copy({self.unit}, share={self.share:g})"
+
 
 @dataclass(frozen=True)
 class New:
@@ -49,6 +52,9 @@ class New:
 
     init: str = "he"
     seed: int = 0
+
+    def __repr__(self) -> str:
+        return f"New({self.init!r}, seed={self.seed})"
 
     def __post_init__(self) -> None:
         if self.init != "he":

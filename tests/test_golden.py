@@ -346,7 +346,7 @@ MACs 5,280 -> 1,656 (31.4%)""",
     "PlantChannels": (
         planned(PlantChannels({"0": 2})),
         """\
-0 keeps 0, 1, 2, 3, 4, 5, New(init='he', seed=0), New(init='he', seed=0)
+0 keeps 0, 1, 2, 3, 4, 5, New('he', seed=0), New('he', seed=0)
 0.weight 6x2x3x3 -> 8x2x3x3
 1.weight 6 -> 8
 1.bias 6 -> 8
@@ -357,20 +357,20 @@ parameters 391 -> 503 (128.6%)
 MACs 5,280 -> 7,008 (132.7%)""",
     ),
     "WidenChannels": (
-        planned(WidenChannels(1.5)),
+        planned(WidenChannels(1.34)),
         """\
-0 keeps Copy(unit=0, share=0.5), Copy(unit=1, share=0.5), 2, 3, Copy(unit=4, share=0.5), 5, Copy(unit=0, share=0.5), Copy(unit=1, share=0.5), Copy(unit=4, share=0.5)
-3 keeps 0, Copy(unit=1, share=0.5), Copy(unit=2, share=0.5), 3, Copy(unit=1, share=0.5), Copy(unit=2, share=0.5)
-0.weight 6x2x3x3 -> 9x2x3x3
-1.weight 6 -> 9
-1.bias 6 -> 9
-1.running_mean 6 -> 9
-1.running_var 6 -> 9
-3.weight 4x6x3x3 -> 6x9x3x3
-3.bias 4 -> 6
-6.weight 3x16 -> 3x24
-parameters 391 -> 747 (191.0%)
-MACs 5,280 -> 9,216 (174.5%)""",
+0 keeps Copy(0, share=0.5), 1, 2, 3, 4, Copy(5, share=0.5), Copy(0, share=0.5), Copy(5, share=0.5)
+3 keeps 0, Copy(1, share=0.5), 2, 3, Copy(1, share=0.5)
+0.weight 6x2x3x3 -> 8x2x3x3
+1.weight 6 -> 8
+1.bias 6 -> 8
+1.running_mean 6 -> 8
+1.running_var 6 -> 8
+3.weight 4x6x3x3 -> 5x8x3x3
+3.bias 4 -> 5
+6.weight 3x16 -> 3x20
+parameters 391 -> 588 (150.4%)
+MACs 5,280 -> 7,608 (144.1%)""",
     ),
 }
 
