@@ -191,7 +191,7 @@ def measured(kind: str, name: str, options: Options) -> Row:
     if row["status"] != "WRONG" or options.double:
         return row
     again = measured_once(kind, name, replace(options, double=True))
-    figures = {key: row[key] for key in ("difference", "permuted")}
+    figures = {key: row[key] for key in ("difference", "permuted") if key in row}
     return {**again, "in_float32": figures} if again["status"] == "exact" else {**row, "in_float64": again}
 
 
