@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.adaptation.fit_code import fit_code, with_repeats
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.adaptation.one_by_one import settle_alone
 from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.network import Network
@@ -78,12 +79,12 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
         >>> [(group.name, group.size) for group in netsurgery.trace(model).prunable]
         [('0', 8)]
     """
-    network = trace_untried(model, example_inputs)
+    network, code = trace_untried(model, example_inputs), ModelCode(model)
     halves = {group.name: group.size - group.size // 2 for group in network.prunable}
-    while found := fit_code(model, network, halves)[1]:  # each round locks at least one group
+    while found := fit_code(code, network, halves)[1]:  # each round locks at least one group
         network = network.with_locked(found)
         halves = {group.name: halves[group.name] for group in network.prunable}
-    return settle_alone(model, network)
+    return settle_alone(code, network)
 
 
 @gc_paused()
@@ -116,9 +117,9 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
         MACs 48 -> 24 (50.0%)
     """
     check_order(passes)
-    network = trace_untried(model, example_inputs)
+    network, code = trace_untried(model, example_inputs), ModelCode(model)
     while True:
-        edit, found = _run(passes, model, network)
+        edit, found = _run(passes, code, network)
         if not found:
             return dataclasses.replace(edit, measured=_measured(passes, model, edit))
         network = network.with_locked(found)
@@ -132,7 +133,7 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
         return Measured(0, why=str(error))
 
 
-def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Edit, dict[str, str]]:
+def _run(passes: Sequence[Pass], code: ModelCode, network: Network) -> tuple[Edit, dict[str, str]]:
     """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any."""
     earlier: Edit | None = None  # all but the last, which passes may still change
     last: Edit | None = None
@@ -149,13 +150,13 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
             if "edit" in one.needs and before is not None and edit.counts == before.counts:
                 adaptation = before.adaptation
             else:
-                adaptation, found = fit_code(model, edit.network, edit.counts)
+                adaptation, found = fit_code(code, edit.network, edit.counts)
                 if found:
                     return edit, found
-                adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
+                adaptation = with_repeats(code, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
-                network = _left(model, last, edit)
+                network = _left(code.model, last, edit)
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
     if edit is None:

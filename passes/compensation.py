@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from netsurgery.adaptation.fit_code import fit_code
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.arguments import is_count
 from netsurgery.compensated import Compensation
 from netsurgery.edit import Edit
@@ -143,7 +144,7 @@ def compensate(
     the ridges and what is held back are our choice.
     """
     network = edit.network
-    adaptation, refused = fit_code(network.model, network, edit.counts)
+    adaptation, refused = fit_code(ModelCode(network.model), network, edit.counts)
     if refused or not edit.keep:  # what the code does not follow is locked by plan, and this asked for again
         return edit
     edit = dataclasses.replace(edit, adaptation=adaptation, values={}, uncompensated={}, compensations=())

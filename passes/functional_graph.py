@@ -38,7 +38,10 @@ class Unsuited(Exception):
 
 @dataclass
 class Step:
-    """One operation, or the constant result of some: what to call, and the nodes whose results it takes."""
+    """One operation, or the constant result of some: what to call, and the nodes whose results it takes.
+
+    ``names`` has the axes of its notation.
+    """
 
     node: fx.Node
     call: Callable[..., Any]
@@ -46,7 +49,8 @@ class Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dims: Dims
-    inputs: tuple[fx.Node, ...] = ()
+    names: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[fx.Node, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         found: dict[fx.Node, None] = {}
@@ -194,7 +198,7 @@ class _Builder:
             call = functools.partial(self.drawn, call, self.order[node])
         if "decided" in node.meta:
             call = functools.partial(_decided, target, node.meta["decided"])
-        return Step(node, call, packet, node.args, kwargs, node.meta["dims"])
+        return Step(node, call, packet, node.args, kwargs, node.meta["dims"], node.meta.get("names", {}))
 
     def writes_constants(self, node: fx.Node) -> bool:
         """Whether an operation overwrites a constant with others, unit by unit: it is then carried out, once."""
@@ -252,9 +256,7 @@ class _Builder:
         of.steps.remove(norm)
         of.steps.remove(conv)
         args = (conv.args[0], conv.node, norm.node, *conv.args[3:])
-        folded = Step(step.node, conv.call, conv.packet, args, {}, step.dims)
-        folded.node.meta["names"] = conv.node.meta["names"]
-        of.steps.append(folded)
+        of.steps.append(Step(step.node, conv.call, conv.packet, args, {}, step.dims, conv.names))
         return True
 
     def prune(self) -> None:

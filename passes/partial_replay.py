@@ -92,8 +92,7 @@ class PartialReplay(FunctionalGraph):
         if (along := self.normalised(step)) is not None:
             return bool(self.carries(along, channel))
         if step.packet in CONTRACTED:
-            names = step.node.meta["names"]
-            return bool(self.carries(names[CONTRACTED[step.packet]], channel))
+            return bool(self.carries(step.names[CONTRACTED[step.packet]], channel))
         if is_view(step.node):
             return False
         most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
@@ -282,7 +281,7 @@ class PartialReplay(FunctionalGraph):
     def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: RemovedUnits) -> Tensor:
         """The result in the whole network without the contribution of the units."""
         step, gone = run.step, gone.seen_by(run.step.node)
-        axis = step.node.meta["names"][CONTRACTED[step.packet]]
+        axis = step.names[CONTRACTED[step.packet]]
         if step.packet is aten.convolution:
             operands, places = step.args[:2], (1, 0 if step.args[6] else 1)
             call: Callable[..., Tensor] = functools.partial(_convolved, step.call, step.args[3:])

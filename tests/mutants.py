@@ -1259,7 +1259,7 @@ MUTANTS = (
     Mutant(
         "a number that the code computes with follows",
         "netsurgery/adaptation/fit_code.py",
-        "            found = withdrawn(found, path, mentioned_names(kinds[path]))\n",
+        "            found = withdrawn(found, path, mentioned_names(code.kinds[path]))\n",
         "            return adaptation.joined(found)\n",
         ("test_repeats.py",),
     ),
