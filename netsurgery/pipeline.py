@@ -48,6 +48,11 @@ class Pass(abc.ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether the scores of a group are the same whichever others are locked: ``plan`` then asks for them once."""
+        return False
+
     @abc.abstractmethod
     def run(self, network: Any) -> Network | Edit:
         """Return the network with scores or locks laid on it, or an Edit of it. Must be pure."""
@@ -98,8 +103,8 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
 
     Returns:
         An Edit that the model's own code is known to follow. A group whose size turns out to be hard-coded is locked
-        and the passes are run again. Where a pass holds data, ``measured`` says how far the smaller network is from
-        the original on up to 512 of its samples (132 pictures of 224 pixels).
+        and the passes are run again, but for those that are ``groupwise``. Where a pass holds data, ``measured`` says
+        how far the smaller network is from the original on up to 512 of its samples (132 pictures of 224 pixels).
 
     Raises:
         PassError: the order of passes cannot work, or a pass returned something else.
@@ -118,8 +123,9 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
     """
     check_order(passes)
     network, code = trace_untried(model, example_inputs), ModelCode(model)
+    known: dict[Any, Network] = {}
     while True:
-        edit, found = _run(passes, code, network)
+        edit, found = _run(passes, code, network, known)
         if not found:
             return dataclasses.replace(edit, measured=_measured(passes, model, edit))
         network = network.with_locked(found)
@@ -133,22 +139,34 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
         return Measured(0, why=str(error))
 
 
-def _run(passes: Sequence[Pass], code: ModelCode, network: Network) -> tuple[Edit, dict[str, str]]:
-    """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any."""
+def _run(
+    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Any, Network]
+) -> tuple[Edit, dict[str, str]]:
+    """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
+
+    Args:
+        known: what groupwise passes have returned, by their place and what removals before them keep; gets more.
+    """
     earlier: Edit | None = None  # all but the last, which passes may still change
     last: Edit | None = None
     edit: Edit | None = None
+    kept: tuple[Any, ...] = ()
     for index, one in enumerate(passes):
-        result = one.run(last if "edit" in one.needs else network)
+        if (before := known.get((index, kept))) is not None and any(g.name in before.scores for g in network.prunable):
+            result: Network | Edit = _again(network, before)
+        else:
+            result = one.run(last if "edit" in one.needs else network)
         if isinstance(result, Network) and "edit" not in one.gives:
             network = result
+            if one.groupwise:
+                known[index, kept] = network
         elif isinstance(result, Edit) and "edit" in one.gives:
             if "edit" not in one.needs:
                 earlier = edit
-            before, last = edit, result
+            previous, last = edit, result
             edit = last if earlier is None else earlier.then(last)
-            if "edit" in one.needs and before is not None and edit.counts == before.counts:
-                adaptation = before.adaptation
+            if "edit" in one.needs and previous is not None and edit.counts == previous.counts:
+                adaptation = previous.adaptation
             else:
                 adaptation, found = fit_code(code, edit.network, edit.counts)
                 if found:
@@ -156,12 +174,19 @@ def _run(passes: Sequence[Pass], code: ModelCode, network: Network) -> tuple[Edi
                 adaptation = with_repeats(code, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
-                network = _left(code.model, last, edit)
+                network, kept = _left(code.model, last, edit), (*kept, tuple(edit.keep.items()))
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
     if edit is None:
         raise PassError("no pass returned an Edit: add a removal such as PruneChannels(0.5)")
     return edit, {}
+
+
+def _again(network: Network, before: Network) -> Network:
+    """A network with the locks, and the scores of open groups, that a pass laid on it before more were locked."""
+    locked = network.with_locked({group.name: group.locked for group in before.groups if group.locked is not None})
+    scores = {name: one for name, one in before.scores.items() if locked[name].locked is None}
+    return locked.with_scores(scores, before.comparable, before.ordinal)
 
 
 def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:

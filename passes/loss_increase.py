@@ -129,7 +129,6 @@ class LossIncreaseScore(DataPass):
     file: str | Path | None = None
     progress: bool = True
     by: Reading | None = None
-    _known: dict[str, ScoreCheckpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
@@ -174,6 +173,11 @@ class LossIncreaseScore(DataPass):
         """Whether units are scored by their effect or by the rise."""
         return self.by or ("effect" if self.mode == "score" else "rise")
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether each group is tried for itself."""
+        return self.mode == "per-group" or (self.mode == "score" and not self.racing)
+
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         if not network.prunable:
@@ -188,12 +192,8 @@ class LossIncreaseScore(DataPass):
         race_of = (self.share, self.confidence, [*trials.everything()]) if self.racing else None
         tolerance = self.tolerance if self.mode != "score" else None
         key = f"{self.reading} {trials.fingerprint(self.mode, race_of, tolerance)}"
-        checkpoint = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
-        if checkpoint is None:
-            checkpoint = ScoreCheckpoint(key, Path(self.file) if self.file is not None else None)
-            checkpoint.load()
-            self._known.clear()
-            self._known[key] = checkpoint
+        checkpoint = ScoreCheckpoint(key, Path(self.file) if self.file is not None else None)
+        checkpoint.load()
         with trials.report.running(), checkpoint.kept():
             if self.mode != "score" and self.progress and not checkpoint.entries:
                 time_trials(trials, trials.rows_left(checkpoint, trials.everything()))

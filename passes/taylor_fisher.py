@@ -30,6 +30,11 @@ class _GateScore(DataPass):
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
     labelled: ClassVar[bool] = True
 
+    @property
+    def groupwise(self) -> bool:
+        """Each group has gates of its own."""
+        return True
+
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         if not network.prunable:
