@@ -40,9 +40,9 @@ class _GateScore(DataPass):
         if not network.prunable:
             return network
         network.require_weights(self)
-        trials = Ablation(AblationSettings(self.loss, self.rows), network, self.drawn())
-        trials.check()
-        slopes = gate_slopes(trials)
+        ablation = Ablation(AblationSettings(self.loss, self.rows), network, self.drawn())
+        ablation.check()
+        slopes = gate_slopes(ablation)
         for name, slope in slopes.items():
             if not bool(slope.isfinite().all()):
                 raise InputError(

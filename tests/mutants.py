@@ -902,8 +902,8 @@ MUTANTS = (
     Mutant(
         "a lower rise later on hides a higher one",
         "passes/prefixes.py",
-        "self.highest, self.last = max(self.highest, rise), rise",
-        "self.highest, self.last = rise, rise",
+        "self.highest, self.last = max(self.highest, loss_delta), loss_delta",
+        "self.highest, self.last = loss_delta, loss_delta",
     ),
     Mutant(
         "what others have lost is whole again",
@@ -960,8 +960,8 @@ MUTANTS = (
     Mutant(
         "one file holds scores by either reading",
         "passes/loss_increase.py",
-        'key = f"{self.reading} {trials.fingerprint(self.mode, race_of, tolerance)}"',
-        "key = trials.fingerprint(self.mode, race_of, tolerance)",
+        'key = f"{self.reading} {ablation.fingerprint(self.mode, race_of, tolerance)}"',
+        "key = ablation.fingerprint(self.mode, race_of, tolerance)",
         ("test_readings.py",),
     ),
     Mutant(

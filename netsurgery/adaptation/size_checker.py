@@ -48,7 +48,7 @@ class Failure:
     suspected_in: str | None = None
 
 
-def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
+def _first_units(sizes: Sizes) -> Callable[[Axis], Tensor]:
     """Units that stay, for a run at other sizes: the first ones of each channel."""
     return lambda channel: torch.arange(sizes(channel))
 
@@ -60,7 +60,7 @@ def known_values(
     values = KnownValues(next((t.device for t in network.tensors.values()), torch.device("cpu")))
     for _, tensor in named_tensors(meta):
         if (name := names.get(id(tensor), "")) in network.tensors and not is_number(tensor):
-            values.bind(tensor, select(network.tensors[name].detach(), network.axes[name], _first(sizes)))
+            values.bind(tensor, select(network.tensors[name].detach(), network.axes[name], _first_units(sizes)))
     bind_inputs(values, inputs, draw(network.inputs, values.device))
     return values
 
@@ -234,7 +234,7 @@ class SizeChecker(Lockstep):
             if self.known is None:
                 out = infer(func, args, kwargs)
             else:
-                out = self.known.replay(node, func, args, kwargs, _first(self.sizes))
+                out = self.known.replay(node, func, args, kwargs, _first_units(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
