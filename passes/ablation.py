@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import with_constants
+from netsurgery.analysis.replay_without import replay_without
 from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import tensors_in
@@ -32,7 +33,6 @@ from netsurgery.passes.sample_losses import SampleLosses, finite, nearly_equal
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.series import Series
 from netsurgery.rewriting.surgery import rewrite
-from netsurgery.verification.silencing import silenced
 
 __all__ = ["Ablation", "AblationSettings", "Terms"]
 
@@ -368,9 +368,9 @@ class Ablation(SampleLosses):
         tensors = dict(named_tensors(self.model))
 
         def loss(keep: Mapping[str, tuple[int, ...]]) -> Tensor:
-            channels = {network[name].channel: torch.tensor(stay) for name, stay in keep.items()}
+            channels = {network[name].channel: stay for name, stay in keep.items()}
             with seeded(start, self.device):
-                outputs = silenced(network, network.programs[0], tensors, inputs, channels)
+                outputs = replay_without(network.programs[0], tensors, inputs, channels)
             return self.loss(self.filled(outputs), targets)
 
         base = finite(loss({}))

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from netsurgery.analysis.replay_without import is_view
+from netsurgery.analysis.statistics import STATISTICS
 from netsurgery.axes import Axis
 from netsurgery.capture.inputs import Inputs, tensors_in
-from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Step, is_view
+from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Step
 from netsurgery.passes.removed_units import NOTHING, Removal, RemovedUnits
-from netsurgery.passes.statistics import STATISTICS
 
 __all__ = ["PartialReplay", "Run", "Suffix"]
 

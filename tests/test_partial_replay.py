@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import netsurgery
 import zoo
 from netsurgery.analysis.replay import with_constants
+from netsurgery.analysis.statistics import STATISTICS
 from netsurgery.capture.copies import named_tensors
 from netsurgery.passes.functional_graph import Unsuited
 from netsurgery.passes.partial_replay import PartialReplay
 from netsurgery.passes.removed_units import Removal
-from netsurgery.passes.statistics import STATISTICS
 from netsurgery.verification.silencing import silenced
 from random_networks import Program, build, example, programs
 
