@@ -173,6 +173,7 @@ def _run(
                     return edit, found
                 adaptation = with_repeats(code, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
+            last = edit if earlier is None else last
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
                 network, kept = _left(code.model, last, edit), (*kept, tuple(edit.keep.items()))
         else:

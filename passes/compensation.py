@@ -138,15 +138,20 @@ def compensate(
     that fire by their spread (below a ReLU most do) fall silent, until the network answers alike to every sample.
 
     Where a layer cannot be compensated in this way, ``edit.uncompensated`` says why, and the logger ``netsurgery`` too.
+    An edit that the model's code does not follow has no new values, and ``uncompensated`` names the groups.
 
     Source: the least squares of He, Zhang and Sun (Channel Pruning for Accelerating Very Deep Neural Networks, arXiv
     1707.06168) and of ThiNet (Luo, Wu and Lin, arXiv 1707.06342), which fit layer after layer. The original's inputs,
     the ridges and what is held back are our choice.
     """
     network = edit.network
-    adaptation, refused = fit_code(ModelCode(network.model), network, edit.counts)
-    if refused or not edit.keep:  # what the code does not follow is locked by plan, and this asked for again
+    if not edit.keep:
         return edit
+    if (adaptation := edit.adaptation_for(network.model)) is None:
+        adaptation, refused = fit_code(ModelCode(network.model), network, edit.counts)
+        if refused:  # plan locks these groups, and asks for this again
+            whys = (f"group '{name}' cannot have {edit.counts[name]} units: {why}" for name, why in refused.items())
+            return dataclasses.replace(edit, uncompensated={**edit.uncompensated, network.model_name: "; ".join(whys)})
     edit = dataclasses.replace(edit, adaptation=adaptation, values={}, uncompensated={}, compensations=())
     readers, left = readers_of(edit, refit=method == "least-squares")
     small = rewrite(network.model, edit)
