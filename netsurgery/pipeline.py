@@ -23,7 +23,7 @@ from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.adaptation.one_by_one import settle_alone
 from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.tracing import gc_paused, trace_untried
+from netsurgery.analysis.tracing import gc_paused, network_of
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
@@ -66,13 +66,15 @@ class Pass(abc.ABC):
 
 
 @gc_paused()
-def trace(model: nn.Module, example_inputs: Any = None) -> Network:
+def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = True) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
     Args:
         model: any module. It is neither touched nor run; a copy without weights is, with its hooks.
         example_inputs: a tuple of the positional inputs, one tensor, or a dictionary of keyword inputs; only shapes
             and dtypes count, unless the code looks at values. None: inferred from the first layer.
+        try_sizes: run the code with fewer units, too, and lock the groups that it does not follow. ``plan`` does
+            without, and tries the sizes that it asks for.
 
     Raises:
         TraceError: the model does not run on such inputs; the message names the module and the line. Or its code
@@ -84,7 +86,10 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
         >>> [(group.name, group.size) for group in netsurgery.trace(model).prunable]
         [('0', 8)]
     """
-    network, code = trace_untried(model, example_inputs), ModelCode(model)
+    network = network_of(model, example_inputs)
+    if not try_sizes:
+        return network
+    code = ModelCode(model)
     halves = {group.name: group.size - group.size // 2 for group in network.prunable}
     while found := fit_code(code, network, halves)[1]:  # each round locks at least one group
         network = network.with_locked(found)
@@ -122,7 +127,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
         MACs 48 -> 24 (50.0%)
     """
     check_order(passes)
-    network, code = trace_untried(model, example_inputs), ModelCode(model)
+    network, code = trace(model, example_inputs, try_sizes=False), ModelCode(model)
     known: dict[Any, Network] = {}
     while True:
         edit, found = _run(passes, code, network, known)
@@ -193,7 +198,7 @@ def _again(network: Network, before: Network) -> Network:
 def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
     """The network that an edit leaves, with the scores and locks that passes have laid on the one before."""
     inputs = last.network.inputs
-    network = trace_untried(rewrite(model, edit), inputs[0] or inputs[1])
+    network = trace(rewrite(model, edit), inputs[0] or inputs[1], try_sizes=False)
     names, before = last.names_in(network), last.network
     locks = {new: reason for new, old in names.items() if (reason := before[old].locked) is not None}
     scores = {
@@ -295,4 +300,4 @@ def cost(model: nn.Module, example_inputs: Any = None) -> Cost:
         64
     """
     with torch.no_grad():
-        return trace_untried(model, example_inputs).cost()
+        return trace(model, example_inputs, try_sizes=False).cost()

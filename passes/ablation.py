@@ -17,7 +17,6 @@ from torch import Tensor, fx
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import with_constants
 from netsurgery.analysis.replay_without import replay_without
-from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.capture.randomness import seeded
@@ -32,6 +31,7 @@ from netsurgery.passes.removed_units import Removal
 from netsurgery.passes.sample_losses import SampleLosses, finite, nearly_equal
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.series import Series
+from netsurgery.pipeline import trace
 from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["Ablation", "AblationSettings", "Terms"]
@@ -201,7 +201,7 @@ class Ablation(SampleLosses):
         if found is None:
             inputs, _ = self.batch(start, start + rows, copies)
             with seeded(0, self.device):
-                found = with_constants(self.model, trace_untried(self.model, inputs[0] or inputs[1]), inputs)
+                found = with_constants(self.model, trace(self.model, inputs[0] or inputs[1], try_sizes=False), inputs)
             self.by_batch = self.by_batch or found.programs[0].values != "none"
             for group in self.network.prunable:
                 other = found.by_name.get(group.name)

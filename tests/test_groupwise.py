@@ -118,3 +118,11 @@ def test_where_no_score_is_left_the_pass_says_so(monkeypatch: pytest.MonkeyPatch
     score = LossIncreaseScore(DATA, samples=12, include=["a"])
     with pytest.raises(netsurgery.NetsurgeryError, match="no group of Stubborn is left to be scored"):
         netsurgery.plan(model, [score, PruneChannels(0.5, include=["a"])], (DATA[0][:2],))
+
+
+def test_a_plan_starts_from_a_network_whose_code_was_not_tried() -> None:
+    model = Stubborn((0, 2)).eval()
+    tried, untried = (netsurgery.trace(model, (DATA[0][:2],), try_sizes=sizes) for sizes in (True, False))
+    assert [group.name for group in tried.prunable] == ["b"]
+    assert [group.name for group in untried.prunable] == ["a", "b", "c"]
+    assert untried.with_locked({name: tried[name].locked or "" for name in ("a", "c")}).groups == tried.groups
