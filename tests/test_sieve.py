@@ -267,10 +267,10 @@ def test_how_long_it_will_take_is_said_before(
 
 
 def test_what_is_known_already_is_not_forecast(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(forecast, "_WORTH", 0.0)
-    score = LossIncreaseScore(data_for(NETWORKS["residual"]()), samples=12)
+    score = LossIncreaseScore(data_for(NETWORKS["residual"]()), samples=12, file=tmp_path / "scores")
     assert len(said(score, caplog)) == 1
     assert said(score, caplog) == []
 
