@@ -611,6 +611,27 @@ MUTANTS = (
         "network.with_scores(",
         ("test_targets.py",),
     ),
+    Mutant(
+        "scores that depend on locks are kept",
+        "netsurgery/pipeline.py",
+        "            if one.groupwise:\n",
+        "            if True:\n",
+        ("test_groupwise.py",),
+    ),
+    Mutant(
+        "a trial takes statistics over everything",
+        "netsurgery/analysis/replay_without.py",
+        "if not fixed and at.changes(op.dims(source)):",
+        "if False:",
+        ("test_partial_replay.py",),
+    ),
+    Mutant(
+        "a code's traces are written onto the network",
+        "netsurgery/adaptation/remedies.py",
+        "        found = self.model_code.traces[key]\n",
+        "        found = program.traces = self.model_code.traces[key]\n",
+        ("test_unchanged.py",),
+    ),
     # prices, and what is no channel
     Mutant(
         "output positions of transposed convolutions",
