@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.adaptation.fit_code import fit_code, with_repeats
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.adaptation.one_by_one import settle_alone
 from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.tracing import gc_paused, trace_untried
+from netsurgery.analysis.tracing import gc_paused, network_of
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
@@ -48,6 +49,11 @@ class Pass(abc.ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether the scores of a group are the same whichever others are locked: ``plan`` then asks for them once."""
+        return False
+
     @abc.abstractmethod
     def run(self, network: Any) -> Network | Edit:
         """Return the network with scores or locks laid on it, or an Edit of it. Must be pure."""
@@ -61,13 +67,15 @@ class Pass(abc.ABC):
 
 
 @gc_paused()
-def trace(model: nn.Module, example_inputs: Any = None) -> Network:
+def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = True) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
     Args:
         model: any module. It is neither touched nor run; a copy without weights is, with its hooks.
         example_inputs: a tuple of the positional inputs, one tensor, or a dictionary of keyword inputs; only shapes
             and dtypes count, unless the code looks at values. None: inferred from the first layer.
+        try_sizes: run the code with fewer units, too, and lock the groups that it does not follow. ``plan`` does
+            without, and tries the sizes that it asks for.
 
     Raises:
         TraceError: the model does not run on such inputs; the message names the module and the line. Or its code
@@ -79,12 +87,15 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Network:
         >>> [(group.name, group.size) for group in netsurgery.trace(model).prunable]
         [('0', 8)]
     """
-    network = trace_untried(model, example_inputs)
+    network = network_of(model, example_inputs)
+    if not try_sizes:
+        return network
+    code = ModelCode(model)
     halves = {group.name: group.size - group.size // 2 for group in network.prunable}
-    while found := fit_code(model, network, halves)[1]:  # each round locks at least one group
+    while found := fit_code(code, network, halves)[1]:  # each round locks at least one group
         network = network.with_locked(found)
         halves = {group.name: halves[group.name] for group in network.prunable}
-    return settle_alone(model, network)
+    return settle_alone(code, network)
 
 
 @gc_paused()
@@ -98,8 +109,8 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
 
     Returns:
         An Edit that the model's own code is known to follow. A group whose size turns out to be hard-coded is locked
-        and the passes are run again. Where a pass holds data, ``measured`` says how far the smaller network is from
-        the original on up to 512 of its samples (132 pictures of 224 pixels).
+        and the passes are run again, but for those that are ``groupwise``. Where a pass holds data, ``measured`` says
+        how far the smaller network is from the original on up to 512 of its samples (132 pictures of 224 pixels).
 
     Raises:
         PassError: the order of passes cannot work, or a pass returned something else.
@@ -117,9 +128,10 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
         MACs 48 -> 24 (50.0%)
     """
     check_order(passes)
-    network = trace_untried(model, example_inputs)
+    network, code = trace(model, example_inputs, try_sizes=False), ModelCode(model)
+    known: dict[Any, Network] = {}
     while True:
-        edit, found = _run(passes, model, network)
+        edit, found = _run(passes, code, network, known)
         if not found:
             return dataclasses.replace(edit, measured=_measured(passes, model, edit))
         network = network.with_locked(found)
@@ -133,30 +145,43 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
         return Measured(0, why=str(error))
 
 
-def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Edit, dict[str, str]]:
-    """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any."""
+def _run(
+    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Any, Network]
+) -> tuple[Edit, dict[str, str]]:
+    """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
+
+    Args:
+        known: what groupwise passes have returned, by their place and what removals before them keep; gets more.
+    """
     earlier: Edit | None = None  # all but the last, which passes may still change
     last: Edit | None = None
     edit: Edit | None = None
+    kept: tuple[Any, ...] = ()
     for index, one in enumerate(passes):
-        result = one.run(last if "edit" in one.needs else network)
+        if (before := known.get((index, kept))) is not None and any(g.name in before.scores for g in network.prunable):
+            result: Network | Edit = _again(network, before)
+        else:
+            result = one.run(last if "edit" in one.needs else network)
         if isinstance(result, Network) and "edit" not in one.gives:
             network = result
+            if one.groupwise:
+                known[index, kept] = network
         elif isinstance(result, Edit) and "edit" in one.gives:
             if "edit" not in one.needs:
                 earlier = edit
-            before, last = edit, result
+            previous, last = edit, result
             edit = last if earlier is None else earlier.then(last)
-            if "edit" in one.needs and before is not None and edit.counts == before.counts:
-                adaptation = before.adaptation
+            if "edit" in one.needs and previous is not None and edit.counts == previous.counts:
+                adaptation = previous.adaptation
             else:
-                adaptation, found = fit_code(model, edit.network, edit.counts)
+                adaptation, found = fit_code(code, edit.network, edit.counts)
                 if found:
                     return edit, found
-                adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
+                adaptation = with_repeats(code, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
+            last = edit if earlier is None else last
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
-                network = _left(model, last, edit)
+                network, kept = _left(code.model, last, edit), (*kept, tuple(edit.keep.items()))
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
     if edit is None:
@@ -164,10 +189,17 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
     return edit, {}
 
 
+def _again(network: Network, before: Network) -> Network:
+    """A network with the locks, and the scores of open groups, that a pass laid on it before more were locked."""
+    locked = network.with_locked({group.name: group.locked for group in before.groups if group.locked is not None})
+    scores = {name: one for name, one in before.scores.items() if locked[name].locked is None}
+    return locked.with_scores(scores, before.comparable, before.ordinal)
+
+
 def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
     """The network that an edit leaves, with the scores and locks that passes have laid on the one before."""
     inputs = last.network.inputs
-    network = trace_untried(rewrite(model, edit), inputs[0] or inputs[1])
+    network = trace(rewrite(model, edit), inputs[0] or inputs[1], try_sizes=False)
     names, before = last.names_in(network), last.network
     locks = {new: reason for new, old in names.items() if (reason := before[old].locked) is not None}
     units = {new: sources(last.keep.get(old, range(before[old].size))) for new, old in names.items()}
@@ -271,4 +303,4 @@ def cost(model: nn.Module, example_inputs: Any = None) -> Cost:
         64
     """
     with torch.no_grad():
-        return trace_untried(model, example_inputs).cost()
+        return trace(model, example_inputs, try_sizes=False).cost()

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import with_constants
-from netsurgery.analysis.tracing import trace_untried
+from netsurgery.analysis.replay_without import replay_without
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.capture.randomness import seeded
@@ -31,15 +31,15 @@ from netsurgery.passes.removed_units import Removal
 from netsurgery.passes.sample_losses import SampleLosses, finite, nearly_equal
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.series import Series
+from netsurgery.pipeline import trace
 from netsurgery.rewriting.surgery import rewrite
-from netsurgery.verification.silencing import silenced
 
 __all__ = ["Ablation", "AblationSettings", "Terms"]
 
 _log = logging.getLogger("netsurgery")
 
 
-Key = tuple[int, int, int]  # rows, copies of these, and the first sample
+Key = tuple[int, ...]  # rows, copies of these, and the first sample; of an engine whether decisions are held, too
 Active = Mapping[str, list[int]]  # names of series, and which removals of each are to be tried
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
 
@@ -77,7 +77,6 @@ class Ablation(SampleLosses):
     Attributes:
         series: the removals that can be tried, by name.
         bases: losses of samples where nothing is removed.
-        decisions: whether what the code decides by values may be held as it is for each batch.
         by_batch: whether the code may take another path for each batch.
         by_sample: whether the loss of a sample is the same whatever goes through beside it; None if not known.
         unsuited: why the network cannot be run in parts.
@@ -88,7 +87,7 @@ class Ablation(SampleLosses):
         self.settings = settings
         self.series = {group.name: Series({group.name: range(group.size)}) for group in network.prunable}
         self.bases: dict[Key, Tensor] = {}
-        self.decisions = self.by_batch = False
+        self.by_batch = False
         self.engines: dict[Key, PartialReplay | None] = {}
         self.traced: dict[Key, Network] = {}
         self.steady: dict[Key, bool] = {}
@@ -99,6 +98,10 @@ class Ablation(SampleLosses):
     def everything(self) -> dict[str, list[int]]:
         """Every unit of every group that may lose some."""
         return {group.name: list(range(group.size)) for group in self.network.prunable}
+
+    def add_series(self, series: Mapping[str, Series]) -> None:
+        """More removals can be tried, or others under the same names."""
+        self.series.update(series)
 
     def rows_left(self, checkpoint: ScoreCheckpoint, wanted: Active) -> dict[str, int]:
         """Rows that the wanted removals were not tried on yet, in all, by series."""
@@ -203,7 +206,7 @@ class Ablation(SampleLosses):
         if found is None:
             inputs, _ = self.batch(start, start + rows, copies)
             with seeded(0, self.device):
-                found = with_constants(self.model, trace_untried(self.model, inputs[0] or inputs[1]), inputs)
+                found = with_constants(self.model, trace(self.model, inputs[0] or inputs[1], try_sizes=False), inputs)
             self.by_batch = self.by_batch or found.programs[0].values != "none"
             for group in self.network.prunable:
                 other = found.by_name.get(group.name)
@@ -212,18 +215,22 @@ class Ablation(SampleLosses):
             self.traced[self.key(rows, copies, start)] = found
         return found
 
-    def engine(self, rows: int, copies: int, start: int = 0) -> PartialReplay | None:
-        """The network traced on ``copies`` times ``rows`` rows, or None where it cannot be run in parts."""
-        key = self.key(rows, copies, start)
+    def engine(self, rows: int, copies: int, start: int = 0, decisions: bool = False) -> PartialReplay | None:
+        """The network traced on ``copies`` times ``rows`` rows, or None where it cannot be run in parts.
+
+        Args:
+            decisions: whether what the code decides by values may be held as it is for each batch.
+        """
+        key = *self.key(rows, copies, start), decisions
         if key not in self.engines:
             tensors = dict(named_tensors(self.model))
             try:
                 network, dtype = self.trace(rows, copies, start), self.settings.autocast
-                made = PartialReplay(network, tensors, dtype, self.decisions, whole_products=self.dear)
+                made = PartialReplay(network, tensors, dtype, decisions, whole_products=self.dear)
             except Unsuited as reason:
                 self.unsuited, made = str(reason), None
                 _log.info("each unit is cut out in turn, which is slow: %s", reason)
-            key = self.key(rows, copies, start)
+            key = *self.key(rows, copies, start), decisions
             self.engines[key] = made
         engine = self.engines[key]
         if engine is not None:
@@ -370,9 +377,9 @@ class Ablation(SampleLosses):
         tensors = dict(named_tensors(self.model))
 
         def loss(keep: Mapping[str, tuple[int, ...]]) -> Tensor:
-            channels = {network[name].channel: torch.tensor(stay) for name, stay in keep.items()}
+            channels = {network[name].channel: stay for name, stay in keep.items()}
             with seeded(start, self.device):
-                outputs = silenced(network, network.programs[0], tensors, inputs, channels)
+                outputs = replay_without(network.programs[0], tensors, inputs, channels)
             return self.loss(self.filled(outputs), targets)
 
         base = finite(loss({}))

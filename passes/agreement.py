@@ -123,10 +123,10 @@ def reported(
         small = rewrite(model, edit)
     finally:
         _log.setLevel(level)
-    return compared(model, small, _first(drawn) if before is None else drawn, loss, before, classes)
+    return compared(model, small, _first_samples(drawn) if before is None else drawn, loss, before, classes)
 
 
-def _first(drawn: Samples) -> Samples:
+def _first_samples(drawn: Samples) -> Samples:
     """As many samples as a report is worth."""
     count = min(drawn.count, max(_LEAST, int(_ALL / _numbers_in(drawn))))
     return Samples(*drawn.rows(slice(count), torch.device("cpu")), count)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from netsurgery.adaptation.fit_code import fit_code
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.arguments import is_count
 from netsurgery.compensated import Compensation
 from netsurgery.edit import Edit
@@ -137,6 +138,7 @@ def compensate(
     that fire by their spread (below a ReLU most do) fall silent, until the network answers alike to every sample.
 
     Where a layer cannot be compensated in this way, ``edit.uncompensated`` says why, and the logger ``netsurgery`` too.
+    An edit that the model's code does not follow has no new values, and ``uncompensated`` names the groups.
 
     Source: the least squares of He, Zhang and Sun (Channel Pruning for Accelerating Very Deep Neural Networks, arXiv
     1707.06168) and of ThiNet (Luo, Wu and Lin, arXiv 1707.06342), which fit layer after layer. The original's inputs,
@@ -147,9 +149,13 @@ def compensate(
         raise InputError(
             f"'{edit.grown[0]}' gets more units, which needs no compensation: compensate the removal alone"
         )
-    adaptation, refused = fit_code(network.model, network, edit.counts)
-    if refused or not edit.keep:  # what the code does not follow is locked by plan, and this asked for again
+    if not edit.keep:
         return edit
+    if (adaptation := edit.adaptation_for(network.model)) is None:
+        adaptation, refused = fit_code(ModelCode(network.model), network, edit.counts)
+        if refused:  # plan locks these groups, and asks for this again
+            whys = (f"group '{name}' cannot have {edit.counts[name]} units: {why}" for name, why in refused.items())
+            return dataclasses.replace(edit, uncompensated={**edit.uncompensated, network.model_name: "; ".join(whys)})
     edit = dataclasses.replace(edit, adaptation=adaptation, values={}, uncompensated={}, compensations=())
     readers, left = readers_of(edit, refit=method == "least-squares")
     small = rewrite(network.model, edit)

@@ -47,53 +47,53 @@ class Forecast:
         return sum(n * self.rate(name) for name, n in rows.items())
 
 
-def time_trials(trials: Ablation, rows: Mapping[str, int], *, could_race: bool = False) -> Forecast | None:
+def time_trials(ablation: Ablation, rows: Mapping[str, int], *, could_race: bool = False) -> Forecast | None:
     """Measure a few trials and say how long so many rows of each group's will take; None where that is little.
 
     Args:
         could_race: whether all these rows are tried, so that racing would save some; else it is the most that may be.
     """
-    works = {name: _work(trials, name) for name in rows}
+    works = {name: _work(ablation, name) for name in rows}
     if not works or sum(rows[name] * work for name, work in works.items()) < _WORTH:
         return None
     ordered = sorted(works, key=works.__getitem__)
     picked = dict.fromkeys(ordered[i * (len(ordered) - 1) // (_MEASURED - 1)] for i in range(_MEASURED))
-    forecast = Forecast(works, _measured(trials, [*picked]))
-    _say(trials, rows, forecast.total(rows), len(picked), could_race)
+    forecast = Forecast(works, _measured(ablation, [*picked]))
+    _say(ablation, rows, forecast.total(rows), len(picked), could_race)
     return forecast
 
 
-def _work(trials: Ablation, name: str) -> float:
+def _work(ablation: Ablation, name: str) -> float:
     """Numbers that are computed for a row without units of a group."""
-    rows = min(trials.chunk(), trials.samples.count)
-    copies = trials.copies(rows)
-    engine = trials.engine(rows, copies)
+    rows = min(ablation.chunk(), ablation.samples.count)
+    copies = ablation.copies(rows)
+    engine = ablation.engine(rows, copies)
     if engine is None:
-        operations = trials.network.programs[0].operations
+        operations = ablation.network.programs[0].operations
         shapes = [node.meta["shape"] for node in operations]
         return float(sum(math.prod(shape) for shape in shapes if isinstance(shape, Size)))
-    runs = trials.series[name].suffix(engine).runs
+    runs = ablation.series[name].suffix(engine).runs
     each: Iterable[tuple[Axis, ...] | None] = itertools.chain.from_iterable(
         [run.step.dims] if isinstance(run.step.dims, tuple) else run.step.dims for run in runs
     )
     return 1.0 + sum(math.prod(axis.size for axis in dims) for dims in each if dims) / (rows * copies)
 
 
-def _measured(trials: Ablation, names: list[str]) -> dict[str, float]:
+def _measured(ablation: Ablation, names: list[str]) -> dict[str, float]:
     """Seconds that the last of a few trials took a row, for each of some groups."""
-    rows = min(trials.chunk(), trials.samples.count)
-    copies = trials.copies(rows)
-    units = 2 * copies if trials.engine(rows, copies) is not None else 2
-    wanted = {name: [*range(min(units, trials.series[name].size))] for name in names}
+    rows = min(ablation.chunk(), ablation.samples.count)
+    copies = ablation.copies(rows)
+    units = 2 * copies if ablation.engine(rows, copies) is not None else 2
+    wanted = {name: [*range(min(units, ablation.series[name].size))] for name in names}
     found: dict[str, float] = {}
     last = time.perf_counter()
-    for name, tried, _ in trials.loss_deltas(wanted, 0, rows):
+    for name, tried, _ in ablation.loss_deltas(wanted, 0, rows):
         now = time.perf_counter()
         found[name], last = (now - last) / (len(tried) * rows), now
     return found
 
 
-def _say(trials: Ablation, rows: Mapping[str, int], seconds: float, measured: int, could_race: bool) -> None:
+def _say(ablation: Ablation, rows: Mapping[str, int], seconds: float, measured: int, could_race: bool) -> None:
     most = "" if could_race else "at most "
     advice = []
     if seconds > _LONG:
@@ -101,6 +101,6 @@ def _say(trials: Ablation, rows: Mapping[str, int], seconds: float, measured: in
         advice = [*racing, "fewer samples", "include, exclude or removal where not every group will be cut"]
     _log.info(
         "LossIncreaseScore: %s units in %d groups on %d samples will take %sabout %s, by trials of %d groups%s",
-        f"{sum(trials.series[name].size for name in rows):,}", len(rows), trials.samples.count, most, span(seconds),
+        f"{sum(ablation.series[name].size for name in rows):,}", len(rows), ablation.samples.count, most, span(seconds),
         measured, f"; cheaper: {', '.join(advice)}" if advice else "",
     )  # fmt: skip

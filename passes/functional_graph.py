@@ -18,12 +18,13 @@ from torch import Tensor, fx
 from netsurgery.analysis.computed_weights import ancestors, worked_across, writers
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import draws
+from netsurgery.analysis.replay_without import is_view
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.capture.known_values import any_layout, replay_decision
 from netsurgery.capture.meta_run import home
 from netsurgery.capture.randomness import torch_seeded
 
-__all__ = ["CONTRACTED", "Dims", "FunctionalGraph", "Step", "Unsuited", "is_view"]
+__all__ = ["CONTRACTED", "Dims", "FunctionalGraph", "Step", "Unsuited"]
 
 aten = torch.ops.aten
 Dims = Any  # of a node: a tuple of axes, or one for each result
@@ -38,7 +39,10 @@ class Unsuited(Exception):
 
 @dataclass
 class Step:
-    """One operation, or the constant result of some: what to call, and the nodes whose results it takes."""
+    """One operation, or the constant result of some: what to call, and the nodes whose results it takes.
+
+    ``names`` has the axes of its notation.
+    """
 
     node: fx.Node
     call: Callable[..., Any]
@@ -46,7 +50,8 @@ class Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dims: Dims
-    inputs: tuple[fx.Node, ...] = ()
+    names: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[fx.Node, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         found: dict[fx.Node, None] = {}
@@ -194,7 +199,7 @@ class _Builder:
             call = functools.partial(self.drawn, call, self.order[node])
         if "decided" in node.meta:
             call = functools.partial(_decided, target, node.meta["decided"])
-        return Step(node, call, packet, node.args, kwargs, node.meta["dims"])
+        return Step(node, call, packet, node.args, kwargs, node.meta["dims"], node.meta.get("names", {}))
 
     def writes_constants(self, node: fx.Node) -> bool:
         """Whether an operation overwrites a constant with others, unit by unit: it is then carried out, once."""
@@ -252,9 +257,7 @@ class _Builder:
         of.steps.remove(norm)
         of.steps.remove(conv)
         args = (conv.args[0], conv.node, norm.node, *conv.args[3:])
-        folded = Step(step.node, conv.call, conv.packet, args, {}, step.dims)
-        folded.node.meta["names"] = conv.node.meta["names"]
-        of.steps.append(folded)
+        of.steps.append(Step(step.node, conv.call, conv.packet, args, {}, step.dims, conv.names))
         return True
 
     def prune(self) -> None:
@@ -274,17 +277,6 @@ class _Builder:
             weight = self.of.constants.get(step.args[1]) if step.packet is aten.convolution else None
             if weight is not None and weight.dim() == 4 and weight.dtype is torch.float32 and self.device.type == "cpu":
                 self.of.constants[step.args[1]] = weight.contiguous(memory_format=torch.channels_last)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a result shares the memory of an argument, so that zeros there are zeros here; expand makes new units."""
-    if node.target is operator.getitem:
-        source = node.args[0]
-        return isinstance(source, fx.Node) and is_view(source)
-    schema = getattr(node.target, "_schema", None)
-    shared = [one.alias_info for one in schema.arguments if one.alias_info is not None] if schema is not None else []
-    written = any(one.is_write for one in shared)
-    return bool(shared) and not written and node.target.overloadpacket is not aten.expand  # type: ignore[union-attr]
 
 
 def _on_a_copy(target: Callable[..., Any], written: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ __all__ = ["gate_slopes"]
 _log = logging.getLogger("netsurgery")
 
 
-def gate_slopes(trials: Ablation) -> dict[str, Tensor]:
+def gate_slopes(ablation: Ablation) -> dict[str, Tensor]:
     """For each group the derivative of each sample's loss by a gate on each unit: ``(samples, units)`` float64.
 
     What the code decides by values is held as it is for each batch. Where samples cannot be told apart in what it
@@ -32,41 +32,38 @@ def gate_slopes(trials: Ablation) -> dict[str, Tensor]:
     Raises:
         InputError: the network cannot be run in parts: its code writes into views.
     """
-    trials.decisions = True
     try:
-        return _in_batches(trials, trials.chunk())
+        return _in_batches(ablation, ablation.chunk())
     except _Mingled as place:
         _log.info("each sample goes through alone, which is slow: rows of the batch are mingled %s", place)
-        return _in_batches(trials, 1)
+        return _in_batches(ablation, 1)
 
 
 class _Mingled(Exception):
     """Which samples the rows of a result belong to is not known."""
 
 
-def _in_batches(trials: Ablation, step: int) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {group.name: [] for group in trials.network.prunable}
-    count = trials.samples.count
+def _in_batches(ablation: Ablation, step: int) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {group.name: [] for group in ablation.network.prunable}
+    count = ablation.samples.count
     for start in range(0, count, step):
         rows = min(step, count - start)
-        engine = trials.engine(rows, 1, start)
+        engine = ablation.engine(rows, 1, start, True)
         if engine is None:
             raise InputError(
-                f"{trials.network.model_name} cannot be run with gates, as {trials.unsuited}: use LossIncreaseScore, "
-                "which can cut each unit out"
+                f"{ablation.network.model_name} cannot be run with gates, as {ablation.unsuited}: use "
+                "LossIncreaseScore, which can cut each unit out"
             )
-        for name, slopes in _slopes(trials, engine, start, start + rows).items():
+        for name, slopes in _slopes(ablation, engine, start, start + rows).items():
             found[name].append(slopes.double().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _slopes(trials: Ablation, engine: PartialReplay, start: int, stop: int) -> dict[str, Tensor]:
-    inputs, targets = trials.batch(start, stop, 1)
+def _slopes(ablation: Ablation, engine: PartialReplay, start: int, stop: int) -> dict[str, Tensor]:
+    inputs, targets = ablation.batch(start, stop, 1)
     kind = next((t.dtype for t in engine.constants.values() if t.is_floating_point()), torch.float32)
-    gates = {
-        name: torch.ones(stop - start, trials.network[name].size, dtype=kind, device=trials.device, requires_grad=True)
-        for name in trials.everything()
-    }
+    rows, device, sizes = stop - start, ablation.device, {g.name: g.size for g in ablation.network.prunable}
+    gates = {n: torch.ones(rows, size, dtype=kind, device=device, requires_grad=True) for n, size in sizes.items()}
     channels = {engine.network[name].channel: gate for name, gate in gates.items()}
     values: dict[fx.Node, Any] = dict(zip(engine.inputs, tensors_in(inputs), strict=True))
     with torch.enable_grad():
@@ -78,7 +75,7 @@ def _slopes(trials: Ablation, engine: PartialReplay, start: int, stop: int) -> d
                     args[place] = args[place] * gate.to(args[place].dtype)
                 values[step.node] = step.call(*args, **engine.arguments(step.kwargs, values))
         outputs = [values[node] for node in engine.outputs]
-        loss = trials.loss(trials.filled(outputs), targets).sum()
+        loss = ablation.loss(ablation.filled(outputs), targets).sum()
         found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(gates, found, strict=True))
 

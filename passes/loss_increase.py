@@ -129,7 +129,6 @@ class LossIncreaseScore(DataPass):
     file: str | Path | None = None
     progress: bool = True
     by: Reading | None = None
-    _known: dict[str, ScoreCheckpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
@@ -174,6 +173,11 @@ class LossIncreaseScore(DataPass):
         """Whether units are scored by their effect or by the rise."""
         return self.by or ("effect" if self.mode == "score" else "rise")
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether each group is tried for itself."""
+        return self.mode == "per-group" or (self.mode == "score" and not self.racing)
+
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         if not network.prunable:
@@ -183,29 +187,25 @@ class LossIncreaseScore(DataPass):
         settings = AblationSettings(
             self.loss, self.rows, self.memory, self.autocast, self.progress, each=effects, compared=self.racing
         )
-        trials = Ablation(settings, self._scoped(network), self.drawn())
-        trials.check()
-        race_of = (self.share, self.confidence, [*trials.everything()]) if self.racing else None
+        ablation = Ablation(settings, self._scoped(network), self.drawn())
+        ablation.check()
+        race_of = (self.share, self.confidence, [*ablation.everything()]) if self.racing else None
         tolerance = self.tolerance if self.mode != "score" else None
-        key = f"{self.reading} {trials.fingerprint(self.mode, race_of, tolerance)}"
-        checkpoint = self._known.get(key)  # plans run their passes again where code turns out to hold a size fixed
-        if checkpoint is None:
-            checkpoint = ScoreCheckpoint(key, Path(self.file) if self.file is not None else None)
-            checkpoint.load()
-            self._known.clear()
-            self._known[key] = checkpoint
-        with trials.report.running(), checkpoint.kept():
+        key = f"{self.reading} {ablation.fingerprint(self.mode, race_of, tolerance)}"
+        checkpoint = ScoreCheckpoint(key, Path(self.file) if self.file is not None else None)
+        checkpoint.load()
+        with ablation.report.running(), checkpoint.kept():
             if self.mode != "score" and self.progress and not checkpoint.entries:
-                time_trials(trials, trials.rows_left(checkpoint, trials.everything()))
+                time_trials(ablation, ablation.rows_left(checkpoint, ablation.everything()))
             if self.racing:
-                scores = race(trials, checkpoint, self.reading, self.share, self.confidence, self.seed)
+                scores = race(ablation, checkpoint, self.reading, self.share, self.confidence, self.seed)
             elif self.mode == "cumulative":
                 removal = self.removal or PruneChannels(threshold=self.tolerance)
-                scores = cumulative(trials, checkpoint, removal, self.tolerance)
+                scores = cumulative(ablation, checkpoint, removal, self.tolerance)
             elif self.mode == "per-group":
-                scores = per_group(trials, checkpoint, self.tolerance)
+                scores = per_group(ablation, checkpoint, self.tolerance)
             else:
-                scores = self._exact(trials, checkpoint)
+                scores = self._exact(ablation, checkpoint)
         if self.mode == "score" and self.reading == "rise":
             warn_of_falls("LossIncreaseScore(by='rise')", scores, self._said)
         return network.with_scores(scores, comparable=True)
@@ -216,14 +216,12 @@ class LossIncreaseScore(DataPass):
         exclude: Any = self.exclude
         return scoped(network, include, exclude, self.removal)
 
-    def _exact(self, trials: Ablation, checkpoint: ScoreCheckpoint) -> dict[str, Tensor]:
-        left = trials.rows_left(checkpoint, trials.everything())
-        forecast = time_trials(trials, left, could_race=True) if self.progress else None
-        if forecast is not None:
-            trials.report.rate = forecast.rate
-        trials.report.begin("every unit", left)
-        trials.extend(checkpoint, trials.everything(), trials.samples.count, _SUMS[self.reading])
-        return {group.name: checkpoint.means(group.name) for group in trials.network.prunable}
+    def _exact(self, ablation: Ablation, checkpoint: ScoreCheckpoint) -> dict[str, Tensor]:
+        left = ablation.rows_left(checkpoint, ablation.everything())
+        forecast = time_trials(ablation, left, could_race=True) if self.progress else None
+        ablation.report.begin("every unit", left, None if forecast is None else forecast.rate)
+        ablation.extend(checkpoint, ablation.everything(), ablation.samples.count, _SUMS[self.reading])
+        return {group.name: checkpoint.means(group.name) for group in ablation.network.prunable}
 
 
 _SUMS: dict[Reading, Terms] = {

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from netsurgery.analysis.replay_without import is_view
+from netsurgery.analysis.statistics import STATISTICS
 from netsurgery.axes import Axis
 from netsurgery.capture.inputs import Inputs, tensors_in
-from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Step, is_view
+from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Step
 from netsurgery.passes.removed_units import NOTHING, Removal, RemovedUnits
-from netsurgery.passes.statistics import STATISTICS
 
 __all__ = ["PartialReplay", "Run", "Suffix"]
 
@@ -92,8 +93,7 @@ class PartialReplay(FunctionalGraph):
         if (along := self.normalised(step)) is not None:
             return bool(self.carries(along, channel))
         if step.packet in CONTRACTED:
-            names = step.node.meta["names"]
-            return bool(self.carries(names[CONTRACTED[step.packet]], channel))
+            return bool(self.carries(step.names[CONTRACTED[step.packet]], channel))
         if is_view(step.node):
             return False
         most = max((self.carries(self.dims[node], channel) for node in step.inputs), default=0)
@@ -282,7 +282,7 @@ class PartialReplay(FunctionalGraph):
     def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: RemovedUnits) -> Tensor:
         """The result in the whole network without the contribution of the units."""
         step, gone = run.step, gone.seen_by(run.step.node)
-        axis = step.node.meta["names"][CONTRACTED[step.packet]]
+        axis = step.names[CONTRACTED[step.packet]]
         if step.packet is aten.convolution:
             operands, places = step.args[:2], (1, 0 if step.args[6] else 1)
             call: Callable[..., Tensor] = functools.partial(_convolved, step.call, step.args[3:])

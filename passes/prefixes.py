@@ -30,20 +30,20 @@ _ROUNDS = 2
 _WIDTH = 4  # prefixes that are tried first; then twice as many each time
 
 
-def per_group(trials: Ablation, checkpoint: ScoreCheckpoint, tolerance: float) -> dict[str, Tensor]:
+def per_group(ablation: Ablation, checkpoint: ScoreCheckpoint, tolerance: float) -> dict[str, Tensor]:
     """The highest rise up to each unit of a group, where every other group is whole."""
-    orders = _by_norm(trials.network)
-    trials.series = {name: Series({name: order[:-1]}, prefixes=True) for name, order in orders.items()}
-    trials.report.begin("one unit after the other")
-    open_ = {name: 0 for name, series in trials.series.items() if series.size}  # prefixes tried so far
+    orders = _by_norm(ablation.network)
+    ablation.add_series({name: Series({name: order[:-1]}, prefixes=True) for name, order in orders.items()})
+    ablation.report.begin("one unit after the other")
+    open_ = {name: 0 for name, series in ablation.series.items() if series.size}  # prefixes tried so far
     width = _WIDTH
     while open_:
-        tried = {name: list(range(n, min(n + width, trials.series[name].size))) for name, n in open_.items()}
-        trials.extend(checkpoint, tried, trials.samples.count)
+        tried = {name: list(range(n, min(n + width, ablation.series[name].size))) for name, n in open_.items()}
+        ablation.extend(checkpoint, tried, ablation.samples.count)
         open_ = {
             name: units[-1] + 1
             for name, units in tried.items()
-            if units[-1] + 1 < trials.series[name].size and bool((checkpoint.means(name)[units] <= tolerance).all())
+            if units[-1] + 1 < ablation.series[name].size and bool((checkpoint.means(name)[units] <= tolerance).all())
         }
         width *= 2
     return {name: _laid_out(order, _up_to(checkpoint, name, tolerance), tolerance) for name, order in orders.items()}
@@ -58,17 +58,17 @@ def _up_to(checkpoint: ScoreCheckpoint, name: str, tolerance: float) -> list[flo
 
 
 def cumulative(
-    trials: Ablation, checkpoint: ScoreCheckpoint, removal: PruneChannels, tolerance: float
+    ablation: Ablation, checkpoint: ScoreCheckpoint, removal: PruneChannels, tolerance: float
 ) -> dict[str, Tensor]:
     """The highest rise of the loss up to each unit, where all that was accepted before it is gone.
 
     Args:
         removal: what may go: its limits hold.
     """
-    network, orders = trials.network, _by_norm(trials.network)
+    network, orders = ablation.network, _by_norm(ablation.network)
     ranks = {name: torch.tensor(order).argsort().double() for name, order in orders.items()}
-    way = _Way(trials, checkpoint, Choice(removal, network.with_scores(ranks)).bundles)
-    trials.report.begin("one unit after the other")
+    way = _Way(ablation, checkpoint, Choice(removal, network.with_scores(ranks)).bundles)
+    ablation.report.begin("one unit after the other")
     way.go(tolerance)
     accepted = {group.name: n for n, bundle in enumerate(way.bundles) for group in bundle.groups}
     return {
@@ -87,7 +87,7 @@ class _Way:
         last: the rise where all that was accepted is gone.
     """
 
-    trials: Ablation
+    ablation: Ablation
     checkpoint: ScoreCheckpoint
     bundles: Sequence[Bundle]
     heights: list[list[float]] = field(init=False)
@@ -109,7 +109,7 @@ class _Way:
         gone = sum(len(heights) * len(b.groups) for heights, b in zip(self.heights, self.bundles, strict=True))
         _log.info(
             "without %d units of %d groups the loss rises by %.4g on %d samples; the tolerance is %g",
-            gone, sum(map(bool, self.heights)), self.last, self.trials.samples.count, tolerance,
+            gone, sum(map(bool, self.heights)), self.last, self.ablation.samples.count, tolerance,
         )  # fmt: skip
 
     def visit(self, index: int, level: float) -> None:
@@ -117,13 +117,13 @@ class _Way:
         bundle, heights = self.bundles[index], self.heights[index]
         name = self.open(index)
         for counts in _widening([k for k in range(len(heights) + 1, bundle.most + 1) if bundle.allowed(k) == k]):
-            self.trials.extend(self.checkpoint, {name: [k - 1 for k in counts]}, self.trials.samples.count)
+            self.ablation.extend(self.checkpoint, {name: [k - 1 for k in counts]}, self.ablation.samples.count)
             loss_deltas = self.checkpoint.means(name)
             for k in counts:
-                rise = float(loss_deltas[k - 1])
-                if not rise <= level:  # nor one that is NaN
+                loss_delta = float(loss_deltas[k - 1])
+                if not loss_delta <= level:  # nor one that is NaN
                     return
-                self.highest, self.last = max(self.highest, rise), rise
+                self.highest, self.last = max(self.highest, loss_delta), loss_delta
                 heights.extend([self.highest] * (k - len(heights)))
 
     def open(self, index: int) -> str:
@@ -131,14 +131,14 @@ class _Way:
         bundle, before = self.bundles[index], dict[str, tuple[int, ...]]()
         for other, heights in zip(self.bundles, self.heights, strict=True):
             if heights and other is not self.bundles[index]:
-                before.update(_first(other, len(heights)))
+                before.update(_first_units(other, len(heights)))
         orders = {g.name: order[:-1] for g, order in zip(bundle.groups, bundle.order, strict=True)}
         name = f"{bundle.groups[0].name} after {_digest(before)}"
-        self.trials.series[name] = Series(orders, prefixes=True, before=before)
+        self.ablation.add_series({name: Series(orders, prefixes=True, before=before)})
         return name
 
 
-def _first(bundle: Bundle, count: int) -> dict[str, tuple[int, ...]]:
+def _first_units(bundle: Bundle, count: int) -> dict[str, tuple[int, ...]]:
     return {g.name: tuple(sorted(order[:count])) for g, order in zip(bundle.groups, bundle.order, strict=True)}
 
 

@@ -28,25 +28,24 @@ class Report:
     Args:
         shown: whether anything is said.
         who: the work.
-
-    Attributes:
-        rate: what a row of a trial of each series costs, in any unit: of equal worth where that is not known.
     """
 
     def __init__(self, shown: bool, who: str = "loss increase"):
         self.shown, self.who = shown, who
-        self.rate: Callable[[str], float] = lambda name: 1.0
         self.draw: Callable[[], None] = self.line
         self.begin("trials")
 
-    def begin(self, what: str, rows: Mapping[str, int] | None = None) -> None:
+    def begin(
+        self, what: str, rows: Mapping[str, int] | None = None, rate: Callable[[str], float] | None = None
+    ) -> None:
         """A part of the work begins.
 
         Args:
             what: its name.
             rows: how many rows are to go through, by series; None where it is not known.
+            rate: what a row of a trial of each series costs, in any unit; None where it is not known: all alike.
         """
-        self.what, self.tried, self.done = what, 0, 0.0
+        self.what, self.rate, self.tried, self.done = what, rate or (lambda name: 1.0), 0, 0.0
         self.total = None if rows is None else sum(n * self.rate(name) for name, n in rows.items())
         self.started = self.said = time.monotonic()
 

@@ -31,7 +31,7 @@ _WIDER = 2.0  # times the standard error: rises of the loss have heavy tails
 
 
 def race(
-    trials: Ablation, checkpoint: ScoreCheckpoint, reading: Reading, share: float, confidence: float, seed: int
+    ablation: Ablation, checkpoint: ScoreCheckpoint, reading: Reading, share: float, confidence: float, seed: int
 ) -> dict[str, Tensor]:
     """Rises of the loss, or effects on it, by group: estimates, exact for units whose side stays open to the end.
 
@@ -41,11 +41,11 @@ def race(
         confidence: the share of the selection that must be expected to be right.
         seed: of the units that are drawn at random.
     """
-    runner = _Race(trials, checkpoint, reading, share, confidence, seed)
+    runner = _Race(ablation, checkpoint, reading, share, confidence, seed)
     runner.forecast_time()
     sieve = runner.sieve()
     if sieve is None:
-        runner.go(trials.everything())
+        runner.go(ablation.everything())
     else:
         while units := sieve.more():
             runner.say(sieve)
@@ -53,28 +53,28 @@ def race(
             for name, some in units.items():
                 sieve.regressions[name].learn(some, runner.estimates(name)[0][some])
         runner.say(sieve)
-    if all(bool((seen == trials.samples.count).all()) for _, seen in checkpoint.entries.values()):
-        _log.info("racing has saved nothing: every unit was tried on all %d samples", trials.samples.count)
-    return {group.name: runner.estimates(group.name)[0] for group in trials.network.prunable}
+    if all(bool((seen == ablation.samples.count).all()) for _, seen in checkpoint.entries.values()):
+        _log.info("racing has saved nothing: every unit was tried on all %d samples", ablation.samples.count)
+    return {group.name: runner.estimates(group.name)[0] for group in ablation.network.prunable}
 
 
 @dataclass
 class _Race:
-    trials: Ablation
+    ablation: Ablation
     checkpoint: ScoreCheckpoint
     reading: Reading
     share: float
     confidence: float
     seed: int
-    guesses: Mapping[str, Tensor] = field(default_factory=dict)  # rises of units that are not tried
+    guesses: Mapping[str, Tensor] = field(default_factory=dict)  # loss deltas of units that are not tried
 
     def __post_init__(self) -> None:
-        trials, count = self.trials, self.trials.samples.count
-        self.predicted = trials.engine(min(trials.chunk(), count), 1) is not None
+        ablation, count = self.ablation, self.ablation.samples.count
+        self.predicted = ablation.engine(min(ablation.chunk(), count), 1) is not None
         if self.predicted:
-            slopes = gate_slopes(trials)
+            slopes = gate_slopes(ablation)
         else:  # nothing is predicted
-            slopes = {g.name: torch.zeros(count, g.size, dtype=torch.float64) for g in trials.network.prunable}
+            slopes = {g.name: torch.zeros(count, g.size, dtype=torch.float64) for g in ablation.network.prunable}
         squares = [slope.square().sum(1) for slope in slopes.values()]
         weight = torch.stack([square / square.sum().clamp_min(1e-300) for square in squares]).sum(0)
         self.head = min(count, max(32, count // 16))
@@ -82,7 +82,7 @@ class _Race:
         rest = torch.ones(count, dtype=torch.bool)
         rest[top] = False
         order = torch.cat([top, rest.nonzero().flatten()])
-        trials.reorder(order)
+        ablation.reorder(order)
         ahead = {name: slope[order].T for name, slope in slopes.items()}  # (units, samples)
         self.read = torch.abs if self.reading == "effect" else torch.Tensor.clone
         self.predictions = {
@@ -91,25 +91,24 @@ class _Race:
 
     def forecast_time(self) -> None:
         """Say how long all trials would take."""
-        trials = self.trials
-        rows = trials.rows_left(self.checkpoint, trials.everything())
-        self.forecast = time_trials(trials, rows) if trials.settings.progress else None
-        if self.forecast is not None:
-            trials.report.rate = self.forecast.rate
+        ablation = self.ablation
+        rows = ablation.rows_left(self.checkpoint, ablation.everything())
+        self.forecast = time_trials(ablation, rows) if ablation.settings.progress else None
+        self.rate = None if self.forecast is None else self.forecast.rate
 
     def sieve(self) -> Sieve | None:
         """Try units at random, and fit to them what slopes predict; None where slopes cannot decide anything."""
-        trials = self.trials
-        sizes = {group.name: group.size for group in trials.network.prunable}
+        ablation = self.ablation
+        sizes = {group.name: group.size for group in ablation.network.prunable}
         draw = drawn(sizes, self.confidence, self.seed) if self.predicted else None
         if draw is None:
             return None
-        trials.report.begin("units drawn at random", trials.rows_left(self.checkpoint, draw.units))
-        for stop in (self.head, trials.samples.count):
-            trials.extend(self.checkpoint, draw.units, stop, self.terms, 5)
+        ablation.report.begin("units drawn at random", ablation.rows_left(self.checkpoint, draw.units), self.rate)
+        for stop in (self.head, ablation.samples.count):
+            ablation.extend(self.checkpoint, draw.units, stop, self.terms, 5)
         regressions = {}
         for name, units in draw.units.items():
-            loss_deltas = self.checkpoint.entries[name][0][:2, units].sum(0) / trials.samples.count
+            loss_deltas = self.checkpoint.entries[name][0][:2, units].sum(0) / ablation.samples.count
             regressions[name] = Regression(self.predictions[name].mean(1), units, loss_deltas)
         self.guesses = {name: one.estimates for name, one in regressions.items()}
         return Sieve(
@@ -118,8 +117,8 @@ class _Race:
 
     def say(self, sieve: Sieve) -> None:
         """Say what slopes decide, and how long the rest will take or, at the end, how much may be wrong."""
-        sizes = [group.size for group in self.trials.network.prunable]
-        left = self.trials.rows_left(self.checkpoint, sieve.tried)
+        sizes = [group.size for group in self.ablation.network.prunable]
+        left = self.ablation.rows_left(self.checkpoint, sieve.tried)
         if sieve.missed <= 1 - sieve.confidence:
             more = f"at most {100 * sieve.missed:.1f}% of the selection is wrong by that, with a chance of 95%"
         elif self.forecast is not None:
@@ -131,16 +130,17 @@ class _Race:
 
     def go(self, active: dict[str, list[int]]) -> None:
         """Try some units on growing sets of samples."""
-        trials, count = self.trials, self.trials.samples.count
+        ablation, count = self.ablation, self.ablation.samples.count
         more = max(64, count // 10)
-        at_once = self.head if trials.dear else None  # batches of one size, which is traced once
-        if trials.dear:
+        at_once = self.head if ablation.dear else None  # batches of one size, which is traced once
+        if ablation.dear:
             more = self.head * math.ceil(more / self.head)
         seen = min(count, self.head + more)
-        trials.report.begin("racing", trials.rows_left(self.checkpoint, active) if seen == count else None)
-        trials.extend(self.checkpoint, active, self.head, self.terms, 5, at_once)
+        left = ablation.rows_left(self.checkpoint, active) if seen == count else None
+        ablation.report.begin("racing", left, self.rate)
+        ablation.extend(self.checkpoint, active, self.head, self.terms, 5, at_once)
         while active:
-            trials.extend(self.checkpoint, active, seen, self.terms, 5, at_once)
+            ablation.extend(self.checkpoint, active, seen, self.terms, 5, at_once)
             if seen == count:
                 break
             active = {name: self.undecided(name, units) for name, units in active.items()}
@@ -148,7 +148,7 @@ class _Race:
             seen = min(count, self.head + 2 * (seen - self.head))
 
     def terms(self, name: str, units: list[int], loss_deltas: Tensor, start: int) -> Tensor:
-        """Sums over rises or effects y: of y in the head; of y, y², and y times each prediction in the rest."""
+        """Sums over loss deltas or effects y: of y in the head; of y, y², and y times each prediction in the rest."""
         loss_deltas = self.read(loss_deltas)
         if start < self.head:
             return torch.cat([loss_deltas.sum(1)[None], torch.zeros(4, len(units), dtype=torch.float64)])
@@ -161,7 +161,7 @@ class _Race:
     def estimates(self, name: str) -> tuple[Tensor, Tensor]:
         """Means over all samples, and their standard errors."""
         sums, seen = self.checkpoint.entries[name]
-        count, predictions = self.trials.samples.count, self.predictions[name]
+        count, predictions = self.ablation.samples.count, self.predictions[name]
         left, known = count - self.head, seen > 0
         guesses = self.guesses[name] if name in self.guesses else torch.zeros_like(sums[0])
         if not left:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from netsurgery.adaptation.fit_code import fit_code
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.analysis.network import Group, Network
 from netsurgery.axes import leaves
 from netsurgery.capture.copies import named_modules
@@ -397,12 +399,13 @@ def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
 def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, classes: bool) -> Network:
     """Scores: how far parts of each group move the network's outputs, dealt to units in proportion to their costs."""
     before = list(answers(network.model, held))
+    measure = partial(_effect, ModelCode(network.model), network, held=held, before=before, classes=classes)
     bundles = {network.equal_to(name): {o: found[o] for o in network.equal_to(name) if o in found} for name in found}
     effects: dict[tuple[str, ...], list[float]] = {}
     refused: dict[str, str] = {}
     with waiting("reconstruction: groups", len(bundles)) as step:
         for names, together in bundles.items():
-            effect, why = _effect(network, together, 0, held, before, classes)
+            effect, why = measure(together, 0)
             refused.update(why)
             effects[names] = [effect]
             step()
@@ -412,16 +415,18 @@ def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, 
         known = effects[names]
         if known[0] <= _LITTLE * median:  # what is free says nothing of what comes after it
             counts = range(1, len(next(iter(together.values())).counts))
-            known += [_effect(network, together, place, held, before, classes)[0] for place in counts]
+            known += [measure(together, place)[0] for place in counts]
         scores.update((name, one.scores([each / len(together) for each in known])) for name, one in together.items())
     scored = network.with_scores(scores, comparable=True)
     return scored.with_locked(refused) if refused else scored
 
 
 def _effect(
+    code: ModelCode,
     network: Network,
     gone: Mapping[str, _Eliminated],
     place: int,
+    *,
     held: Samples,
     before: Sequence[Any],
     classes: bool,
@@ -429,7 +434,7 @@ def _effect(
     """How far the network's outputs move without some units; or groups whose sizes its code does not follow."""
     keep = {name: tuple(sorted(one.order[one.counts[place] :].tolist())) for name, one in gone.items()}
     edit = Edit(network, keep)
-    adaptation, refused = fit_code(network.model, network, edit.counts)
+    adaptation, refused = fit_code(code, network, edit.counts)
     if refused:
         return 0.0, refused
     values: dict[str, Tensor] = {}
@@ -438,7 +443,7 @@ def _effect(
         values[name] = values.get(name, own.double()) + change.to(own.device)
     values = {name: value.to(network.tensors[name].dtype) for name, value in values.items()}
     edit = replace(edit, adaptation=adaptation, values=values)
-    found = reported(network.model, edit, held, before=before, classes=classes)
+    found = reported(code.model, edit, held, before=before, classes=classes)
     if found.error is None:
         raise InputError(f"the outputs of {network.model_name} cannot be compared: {found.why}")
     effect = found.error**2 if found.kl is None else found.kl

@@ -78,18 +78,18 @@ def at_most(wrong: int, tried: int, level: float = _LEVEL) -> float:
 
 
 class Regression:
-    """Rises of a group's units as a regression on predictions has them, on a scale that tames the largest.
+    """Loss deltas of a group's units as a regression on predictions has them, on a scale that tames the largest.
 
     Args:
-        predictions: of the rise, first and second order, ``(units, 2)``.
+        predictions: of the loss delta, first and second order, ``(units, 2)``.
         units: those that were tried at random.
-        rises: what came out.
+        loss_deltas: what came out.
 
     Attributes:
         means: of all units, on that scale; of those tried at random as the regression fitted to the others has them.
         error: standard deviation of what comes out around it.
         known: what came out, on that scale; NaN of units that were not tried.
-        estimates: rises as the regression has them.
+        estimates: loss deltas as the regression has them.
     """
 
     def __init__(self, predictions: Tensor, units: list[int], loss_deltas: Tensor):

@@ -30,14 +30,19 @@ class _GateScore(DataPass):
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
     labelled: ClassVar[bool] = True
 
+    @property
+    def groupwise(self) -> bool:
+        """Each group has gates of its own."""
+        return True
+
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""
         if not network.prunable:
             return network
         network.require_weights(self)
-        trials = Ablation(AblationSettings(self.loss, self.rows), network, self.drawn())
-        trials.check()
-        slopes = gate_slopes(trials)
+        ablation = Ablation(AblationSettings(self.loss, self.rows), network, self.drawn())
+        ablation.check()
+        slopes = gate_slopes(ablation)
         for name, slope in slopes.items():
             if not bool(slope.isfinite().all()):
                 raise InputError(

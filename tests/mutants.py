@@ -724,6 +724,27 @@ MUTANTS = (
         "network.with_scores(",
         ("test_targets.py",),
     ),
+    Mutant(
+        "scores that depend on locks are kept",
+        "netsurgery/pipeline.py",
+        "            if one.groupwise:\n",
+        "            if True:\n",
+        ("test_groupwise.py",),
+    ),
+    Mutant(
+        "a trial takes statistics over everything",
+        "netsurgery/analysis/replay_without.py",
+        "if not fixed and at.changes(op.dims(source)):",
+        "if False:",
+        ("test_partial_replay.py",),
+    ),
+    Mutant(
+        "a code's traces are written onto the network",
+        "netsurgery/adaptation/remedies.py",
+        "        found = self.model_code.traces[key]\n",
+        "        found = program.traces = self.model_code.traces[key]\n",
+        ("test_unchanged.py",),
+    ),
     # prices, and what is no channel
     Mutant(
         "output positions of transposed convolutions",
@@ -1015,8 +1036,8 @@ MUTANTS = (
     Mutant(
         "a lower rise later on hides a higher one",
         "passes/prefixes.py",
-        "self.highest, self.last = max(self.highest, rise), rise",
-        "self.highest, self.last = rise, rise",
+        "self.highest, self.last = max(self.highest, loss_delta), loss_delta",
+        "self.highest, self.last = loss_delta, loss_delta",
     ),
     Mutant(
         "what others have lost is whole again",
@@ -1073,8 +1094,8 @@ MUTANTS = (
     Mutant(
         "one file holds scores by either reading",
         "passes/loss_increase.py",
-        'key = f"{self.reading} {trials.fingerprint(self.mode, race_of, tolerance)}"',
-        "key = trials.fingerprint(self.mode, race_of, tolerance)",
+        'key = f"{self.reading} {ablation.fingerprint(self.mode, race_of, tolerance)}"',
+        "key = ablation.fingerprint(self.mode, race_of, tolerance)",
         ("test_readings.py",),
     ),
     Mutant(
@@ -1372,7 +1393,7 @@ MUTANTS = (
     Mutant(
         "a number that the code computes with follows",
         "netsurgery/adaptation/fit_code.py",
-        "            found = withdrawn(found, path, mentioned_names(kinds[path]))\n",
+        "            found = withdrawn(found, path, mentioned_names(code.kinds[path]))\n",
         "            return adaptation.joined(found)\n",
         ("test_repeats.py",),
     ),

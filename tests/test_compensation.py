@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from netsurgery.errors import InputError, PassError, RewriteError
 from netsurgery.models import DigitsResNet
 from netsurgery.passes import MagnitudeScore, PruneChannels, RandomScore, compensation, least_squares, lost, progress
 from netsurgery.passes.calibration import draw_inputs
-from netsurgery.passes.compensation import Compensate, compensate
+from netsurgery.passes.compensation import Compensate, Method, compensate
 from netsurgery.passes.least_squares import windows
 from oracles import RandomKeep, snapshot
 from random_networks import Program, build, example, programs
@@ -429,22 +430,51 @@ def test_data_of_every_sort_and_few_samples() -> None:
     assert repr(passes[1]) == repr(PruneChannels(0.4, compensate="bias", data=data))
 
 
+class Fixed(nn.Module):
+    """The size of its first layer is fixed by the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():  # so that it is not rewritten
+            return self.c(torch.relu(self.b(torch.relu(self.a(x)).view(-1, 8))))
+
+
 def test_code_that_hard_codes_a_size_is_found_first() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.enable_grad():  # so that it is not rewritten
-                return self.c(torch.relu(self.b(torch.relu(self.a(x)).view(-1, 8))))
-
-    model = Fixed().double()
     x = ROWS[:, 0]
     edit = netsurgery.plan(
-        model, [MagnitudeScore(), PruneChannels(0.5, compensate="bias", data=(x, torch.zeros(30)))], (x[:2],)
+        Fixed().double(), [MagnitudeScore(), PruneChannels(0.5, compensate="bias", data=(x, torch.zeros(30)))], (x[:2],)
     )
-    assert list(edit.keep) == ["b"] and list(edit.values) == ["c.bias"]
+    assert list(edit.keep) == ["b"] and list(edit.values) == ["c.bias"] and edit.uncompensated == {}
+
+
+@pytest.mark.parametrize("method", ["bias", "least-squares"])
+def test_an_edit_that_the_code_does_not_follow_says_so(method: Method) -> None:
+    x = ROWS[:, 0]
+    network = netsurgery.trace(Fixed().double(), (x[:2],), try_sizes=False)
+    edit = compensate(netsurgery.Edit(network, {"a": range(4), "b": range(3)}), method, x)
+    ((name, why),) = edit.uncompensated.items()
+    assert name == "Fixed" and not edit.values and not edit.compensations
+    assert re.fullmatch(r"group 'a' cannot have 4 units: .* fixed by the code.*", why), why
+    assert f"Fixed not compensated: {why}" in edit.diff()
+
+
+@pytest.mark.parametrize("removals", [1, 2])
+def test_the_code_is_fitted_once_for_the_removal_and_its_compensation(
+    removals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    fit = compensation.fit_code
+    monkeypatch.setattr(compensation, "fit_code", lambda *args: tried.append(args) or fit(*args))  # type: ignore[func-returns-value]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    passes = [PruneChannels(0.5), Compensate("least-squares", ROWS[:, 0])]
+    edit = netsurgery.plan(model, [MagnitudeScore(), *passes * removals], (ROWS[:2, 0],))
+    assert len(tried) == removals - 1 and len(edit.compensations) == removals
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, (ROWS[:2, 0],)) < 1e-12
 
 
 def test_code_that_runs_otherwise_in_training() -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 import netsurgery
 import zoo
 from netsurgery.analysis.replay import with_constants
+from netsurgery.analysis.replay_without import replay_without
+from netsurgery.analysis.statistics import STATISTICS
 from netsurgery.capture.copies import named_tensors
 from netsurgery.passes.functional_graph import Unsuited
 from netsurgery.passes.partial_replay import PartialReplay
 from netsurgery.passes.removed_units import Removal
-from netsurgery.passes.statistics import STATISTICS
 from netsurgery.verification.silencing import silenced
-from random_networks import Program, build, example, programs
+from random_networks import THEMES, Program, build, example, programs
 
 aten = torch.ops.aten
 EXAMPLES = int(os.environ.get("NETSURGERY_EXAMPLES", "60"))
@@ -125,6 +126,40 @@ def test_random_networks() -> None:
     run()  # of 40: 29 are compared, 10 are unsuited, and 1 has nothing to compare
     assert seen["unsuited"] <= 0.35 * seen.total(), seen
     assert seen["nothing to compare"] <= 0.1 * seen.total(), seen
+
+
+def replayed(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> float:
+    """The largest relative difference of whole replays without a third of the units of every other group, in turn."""
+    network = netsurgery.trace(model, inputs)
+    given, tensors = (inputs, {}), dict(named_tensors(model))
+    network = with_constants(model, network, given)
+    generator, worst = torch.Generator().manual_seed(seed), 0.0
+    for groups in (network.prunable[::2], network.prunable[1::2]):
+        keep = {}
+        for name in dict.fromkeys(tied for group in groups for tied in network.equal_to(group.name)):
+            size = network[name].size
+            keep[network[name].channel] = torch.randperm(size, generator=generator)[size // 3 :].sort().values
+        want = silenced(network, network.programs[0], tensors, given, keep)
+        lists = {channel: units.tolist() for channel, units in keep.items()}
+        pairs = zip(replay_without(network.programs[0], tensors, given, lists), want, strict=True)
+        worst = max([worst, *(relative(found, one) for found, one in pairs)])
+    return worst
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_whole_replays_on_random_networks(theme: str) -> None:
+    @settings(max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(programs(theme))
+    def run(program: Program) -> None:
+        torch.manual_seed(0)
+        assert replayed(build(program), example(program), program.seed) < 1e-10
+
+    run()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "swin_t"])
+def test_whole_replays_on_the_zoo(name: str) -> None:
+    assert replayed(zoo.build(name), (zoo.images(name),), seed=0) < 1e-5
 
 
 def test_what_is_missed_is_seen() -> None:

@@ -16,7 +16,17 @@ import netsurgery
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import LossIncreaseScore, MagnitudeScore, PruneChannels
 from netsurgery.passes.ablation import Ablation
-from test_loss_increase import NETWORKS, Deciding, Normed, WritesIntoViews, by_surgery, data_for, loss_of, randomised
+from test_loss_increase import (
+    NETWORKS,
+    Deciding,
+    Normed,
+    WritesIntoViews,
+    by_surgery,
+    checkpoints,
+    data_for,
+    loss_of,
+    randomised,
+)
 
 
 class Halves(nn.Module):
@@ -325,11 +335,12 @@ def test_trials_that_are_refused_from_some_number_on_count_once(mode: Any, monke
     model = randomised(WritesIntoViews())
     data = data_for(model)
     network = netsurgery.trace(model, data[0][:3])
+    made = checkpoints(monkeypatch)
 
     def scores() -> Tensor:
         score = LossIncreaseScore(data, mode=mode, tolerance=0.3, samples=24, rows=9)
         found = score.run(network).scores["conv"]
-        (checkpoint,) = score._known.values()
+        *_, checkpoint = made
         assert all(int(seen.max()) == 24 for _, seen in checkpoint.entries.values())
         return found
 

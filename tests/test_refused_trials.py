@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import netsurgery
-from netsurgery.analysis.tracing import trace_untried
 from netsurgery.capture.copies import named_tensors
 from netsurgery.errors import RewriteError
 from netsurgery.passes import LossIncreaseScore, PruneChannels
@@ -108,7 +107,7 @@ def effects(model: nn.Module, network: netsurgery.Network, samples: Any) -> dict
 def test_scores_are_the_effects_by_the_oracle(name: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[name]()
     samples = draw_samples((IDS, IDS), 12)
-    network = trace_untried(model, samples.inputs[0])  # as ``plan`` starts
+    network = netsurgery.trace(model, samples.inputs[0], try_sizes=False)  # as ``plan`` starts
     if not parts:
         monkeypatch.setattr(Ablation, "engine", lambda *_: None)
     scores = LossIncreaseScore((IDS, IDS), of_logits, samples=12).run(network).scores
@@ -121,7 +120,7 @@ def test_scores_are_the_effects_by_the_oracle(name: str, parts: bool, monkeypatc
 def test_there_are_trials_that_are_refused(name: str) -> None:
     """Else this file would test nothing."""
     model = MODELS[name]()
-    network = trace_untried(model, (IDS,))
+    network = netsurgery.trace(model, (IDS,), try_sizes=False)
     size = network[REFUSED[name]].size
     with pytest.raises(RewriteError):
         netsurgery.rewrite(model, netsurgery.Edit(network, {REFUSED[name]: tuple(range(size - 1))}))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: From the ground up: a room imports from itself and from rooms before it.
 ROOMS = (
     "errors", "arguments", "outputs", "axes", "units", "positions", "report", "fidelity", "compensated",  # values
-    "kernels", "capture", "notation", "analysis", "adaptation", "edit", "verification", "rewriting", "pipeline",
+    "kernels", "capture", "notation", "analysis", "adaptation", "edit", "rewriting", "verification", "pipeline",
     "models", "passes", "model_lookup", "demo", "training", "weight_sources", "persistence", "cli",
 )  # fmt: skip
 
@@ -73,6 +73,15 @@ def test_imports_point_down() -> None:
         if room(one) and room(one) != room(other) and ROOMS.index(room(other)) > ROOMS.index(room(one))
     ]
     assert not up
+
+
+def test_passes_and_their_oracle_share_nothing() -> None:
+    """Else both may be wrong alike. ``SoftPruning`` asks ``verify``, as a user may, whether a zero leaks."""
+    edges = set(graph().edges)
+    borrowing = {one for one, other in edges if room(other) == "verification" and room(one) in ("passes", "rewriting")}
+    assert borrowing == {"netsurgery.passes.filter_positions"}
+    own = ("netsurgery.positions", "netsurgery.analysis.replay_without", "netsurgery.analysis.statistics")
+    assert not [one for one, other in edges if room(one) == "verification" and other in own]
 
 
 def test_imports_run_in_no_circle() -> None:

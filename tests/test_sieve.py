@@ -17,7 +17,7 @@ from netsurgery.errors import InputError
 from netsurgery.passes import LossIncreaseScore, PruneChannels, forecast, progress
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.sieve import Regression, Sieve, at_most, drawn
-from test_loss_increase import NETWORKS, Deciding, data_for, randomised, separable
+from test_loss_increase import NETWORKS, Deciding, checkpoints, data_for, randomised, separable
 
 Data = tuple[Tensor, Tensor]
 
@@ -97,8 +97,9 @@ def shared(one: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize(("seed", "samples"), [(0, 96), (1, 96), (2, 96), (3, 400)])
 def test_what_slopes_decide_is_the_exact_selection_at_the_stated_confidence(
-    seed: int, samples: int, caplog: pytest.LogCaptureFixture
+    seed: int, samples: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = checkpoints(monkeypatch)
     model, data = wide(seed)
     network = netsurgery.trace(model, data[0][:3])
     exact = LossIncreaseScore(data, samples=samples).run(network).scores
@@ -111,7 +112,7 @@ def test_what_slopes_decide_is_the_exact_selection_at_the_stated_confidence(
         r"chance of 95%"
     )
     decided, bound = map(float, re.fullmatch(pattern, said).groups())  # type: ignore[union-attr]
-    (checkpoint,) = race._known.values()
+    *_, checkpoint = made
     assert sum(int((seen == 0).sum()) for _, seen in checkpoint.entries.values()) == decided > 200
     wrong = 1 - sum(shared(found[name], exact[name]) for name in exact) / 2
     assert bound <= 10 and wrong <= 0.1
@@ -266,10 +267,10 @@ def test_how_long_it_will_take_is_said_before(
 
 
 def test_what_is_known_already_is_not_forecast(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(forecast, "_WORTH", 0.0)
-    score = LossIncreaseScore(data_for(NETWORKS["residual"]()), samples=12)
+    score = LossIncreaseScore(data_for(NETWORKS["residual"]()), samples=12, file=tmp_path / "scores")
     assert len(said(score, caplog)) == 1
     assert said(score, caplog) == []
 

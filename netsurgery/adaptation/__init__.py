@@ -4,5 +4,6 @@
 that hard-codes a size ``remedies`` looks for help: integers on modules (``attributes``, ``repeated_sizes``), or else a
 ``forward`` that is generated (``forwards``) from a trace of the module (``module_tracer``, with ``function_recorder``,
 ``traced_numbers`` and ``size_arguments``). ``gradient_check`` compares its gradients with those of the original code,
-``input_guards`` refuse inputs that it was not traced with. ``one_by_one`` tries each group alone.
+``input_guards`` refuse inputs that it was not traced with. ``one_by_one`` tries each group alone. ``model_code`` keeps
+the traces, which serve all sizes.
 """

@@ -46,7 +46,7 @@ def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) ->
             for value, table in zip((call.args, call.out), (_OF_INPUT, _OF_OUTPUT), strict=True):
                 held = modules[call.path].__dict__
                 present = {attribute: dim for attribute, dim in table.items() if type(held.get(attribute)) is int}
-                node = _first(value) if present else None
+                node = _first_node(value) if present else None
                 for attribute, dim in present.items():
                     if node is not None and (axis := _dim(node, dim)) is not None:
                         yield call.path, attribute, own(axis), sizes(axis)
@@ -107,7 +107,7 @@ def _of_recurrence(module: nn.Module) -> Iterator[tuple[str, str, int]]:
             yield "hidden_size", "weight_hh_l0", 1
 
 
-def _first(value: Any) -> fx.Node | None:
+def _first_node(value: Any) -> fx.Node | None:
     return next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)), None)
 
 

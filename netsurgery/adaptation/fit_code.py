@@ -8,63 +8,59 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from netsurgery.adaptation.forwards import Adaptation
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.adaptation.remedies import Remedies, mentioned_names
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
 from netsurgery.adaptation.size_checker import Failure, is_in, is_within
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis
-from netsurgery.capture.copies import named_modules
 
-__all__ = ["fit_code", "follows", "with_repeats"]
+__all__ = ["fit_code", "runs_at", "with_repeats"]
 
 
-def fit_code(model: nn.Module, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
+def fit_code(code: ModelCode, network: Network, counts: Mapping[str, int]) -> tuple[Adaptation, dict[str, str]]:
     """An adaptation of the code to these numbers of units, and the groups that cannot change, each with a reason.
 
     Raises:
         RewriteError: the code does not follow, and no group can be named as the cause.
     """
-    adaptation, lost = _tried(model, network, counts)
+    adaptation, lost = _tried(code, network, counts)
     found: dict[str, str] = {}
     bisected: dict[tuple[type, type], tuple[str, list[str]]] = {}  # by class: the module, and the groups found in it
-    kinds = {path: type(module) for path, module in named_modules(model).items()}
     for path, failure in lost.items():
         reasons = failure.reasons
         if len(reasons) <= _MANY or (failure.suspected_in is None and len(reasons) > _FEW):
             found.update(reasons)
             continue
         around = path if failure.suspected_in is None else failure.suspected_in
-        kind = kinds[path], kinds[around]
+        kind = code.kinds[path], code.kinds[around]
         if kind not in bisected:
-            bisected[kind] = around, _bisect(model, network, counts, path, around)
+            bisected[kind] = around, _bisect(code, network, counts, path, around)
         alike = _counterparts(network, bisected[kind][1], bisected[kind][0], around)
         reason = next(iter(reasons.values()))
         found.update({name: reasons.get(name, reason) for name in alike if name in counts})
     return adaptation, found or {name: why for failure in lost.values() for name, why in failure.reasons.items()}
 
 
-def with_repeats(model: nn.Module, network: Network, counts: Mapping[str, int], adaptation: Adaptation) -> Adaptation:
+def with_repeats(code: ModelCode, network: Network, counts: Mapping[str, int], adaptation: Adaptation) -> Adaptation:
     """An adaptation with those numbers that repeat a size (see ``repeated_sizes.py``) that a run confirms."""
     needed = {(path, name) for path, values in adaptation.attributes.items() for name in values}
-    found = repeats(model, network, network.sizes(counts), needed)
-    kinds: dict[str, Any] = {path: type(module) for path, module in named_modules(model).items()}
+    found = repeats(code.model, network, network.sizes(counts), needed)
     while any(one.follows for one in found):
-        remedies = Remedies(model, network, network.sizes(counts), _changed(network, counts))
+        remedies = Remedies(code, network, network.sizes(counts), _changed(network, counts))
         remedies.adaptation = adaptation.joined(found)
         failures = remedies.failures()
         if not failures:
             break
         for path in failures:
-            found = withdrawn(found, path, mentioned_names(kinds[path]))
+            found = withdrawn(found, path, mentioned_names(code.kinds[path]))
     return adaptation.joined(found)
 
 
-def follows(model: nn.Module, network: Network, counts: Mapping[str, int]) -> bool:
+def runs_at(code: ModelCode, network: Network, counts: Mapping[str, int]) -> bool:
     """True if the modules that changed groups come near follow these numbers of units; False may be wrong."""
-    return not _tried(model, network, counts, hurry=True)[1]
+    return not _tried(code, network, counts, hurry=True)[1]
 
 
 _MANY = 1  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
@@ -77,7 +73,7 @@ def _changed(network: Network, counts: Mapping[str, int]) -> dict[Axis, str]:
 
 
 def _tried(
-    model: nn.Module, network: Network, counts: Mapping[str, int], hurry: bool = False
+    code: ModelCode, network: Network, counts: Mapping[str, int], hurry: bool = False
 ) -> tuple[Adaptation, dict[str, Failure]]:
     """An adaptation for these numbers of units, and the failures that no remedy helps, by path.
 
@@ -85,7 +81,7 @@ def _tried(
         hurry: pass over modules that no changed group comes near.
     """
     changed = _changed(network, counts)
-    remedies = Remedies(model, network, network.sizes(counts), changed, hurry)
+    remedies = Remedies(code, network, network.sizes(counts), changed, hurry)
     while changed and (failures := remedies.failures()):
         tried = {path: remedies.remedy(path, failure) for path, failure in failures.items()}
         if lost := {path: failure for path, failure in tried.items() if failure is not None}:
@@ -93,7 +89,7 @@ def _tried(
     return remedies.adaptation, {}
 
 
-def _bisect(model: nn.Module, network: Network, counts: Mapping[str, int], path: str, around: str) -> list[str]:
+def _bisect(code: ModelCode, network: Network, counts: Mapping[str, int], path: str, around: str) -> list[str]:
     """Find one changed group that makes the code of a module fail, with those that keep equally many units.
 
     Groups in the module ``around`` are tried by themselves first.
@@ -103,7 +99,7 @@ def _bisect(model: nn.Module, network: Network, counts: Mapping[str, int], path:
 
     def fails(tried: list[EqualSizes]) -> bool:
         some = {name: counts[name] for names in tried for name in names}
-        return path in _tried(model, network, some, hurry=True)[1]
+        return path in _tried(code, network, some, hurry=True)[1]
 
     return list(_last_needed(near, fails) or _last_needed(together, fails) or together[-1])
 

@@ -264,7 +264,7 @@ def generate_forward(
         _settle_parts(node, values)
     for node in [node for node in new_graph.nodes if node.meta.get("guard") and not values(node.args[0])]:
         with new_graph.inserting_before(node):
-            node.args = (_with_constants(node.args[0], written), *node.args[1:])
+            node.args = (_substituted(node.args[0], written), *node.args[1:])
         if written_only and not values(node.args[0]):
             raise Untraceable("asks for a size that changes")
     for node in list(new_graph.nodes):
@@ -386,7 +386,7 @@ def _at_new_size(
         return sizes(axis)
     for constants in (changed, written):  # one size may be computed from another: view(n, 4, c // 4)
         with node.graph.inserting_before(node):
-            other = _with_constants(value, constants)
+            other = _substituted(value, constants)
         if values(other) == sizes(axis):
             return other
     if values.free(axis) or written_only:
@@ -394,14 +394,14 @@ def _at_new_size(
     return sizes(axis)
 
 
-def _with_constants(value: Any, changed: Mapping[int, int]) -> Any:
+def _substituted(value: Any, changed: Mapping[int, int]) -> Any:
     if not isinstance(value, fx.Node):
         return changed.get(value, value) if type(value) is int else value
     if "attribute" in value.meta:
         return changed.get(value.meta["value"], value)
     if value.op != "call_function" or "value" not in value.meta:
         return value
-    new = value.graph.call_function(value.target, tuple(_with_constants(a, changed) for a in value.args))  # type: ignore[arg-type]
+    new = value.graph.call_function(value.target, tuple(_substituted(a, changed) for a in value.args))  # type: ignore[arg-type]
     new.meta["value"] = value.meta["value"]
     return new
 

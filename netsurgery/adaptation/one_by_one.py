@@ -12,37 +12,36 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import networkx as nx
-from torch import nn
 
-from netsurgery.adaptation.fit_code import fit_code, follows
-from netsurgery.adaptation.size_checker import channels_of
+from netsurgery.adaptation.fit_code import fit_code, runs_at
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.analysis.network import Group, Network
 
 __all__ = ["settle_alone"]
 
 
-def settle_alone(model: nn.Module, network: Network) -> Network:
+def settle_alone(code: ModelCode, network: Network) -> Network:
     """The same network with equal sizes, or locks, for the groups that cannot be cut alone."""
-    near = _near(network)
+    near = _near(code, network)
     counts, unsure = _differing(network, near)
-    doubtful = unsure if follows(model, network, counts) else set(near)
+    doubtful = unsure if runs_at(code, network, counts) else set(near)
     for names in _apart(near):
         names = [name for name in names if name in doubtful]
-        if not names or follows(model, network, _counts(network, names)):
+        if not names or runs_at(code, network, _counts(network, names)):
             continue
-        while found := fit_code(model, network, _counts(network, names))[1]:  # each round settles at least one
-            network = _settled(model, network, near, found)
+        while found := fit_code(code, network, _counts(network, names))[1]:  # each round settles at least one
+            network = _settled(code, network, near, found)
     return network
 
 
-def _near(network: Network) -> Any:
+def _near(code: ModelCode, network: Network) -> Any:
     """The open groups, as a graph: an edge joins two that the code of one module, without its parts, handles."""
     graph = nx.Graph()
     graph.add_nodes_from(group.name for group in network.prunable)
     handled: dict[str, dict[str, None]] = {}
     for program in network.programs:
         for node in program.operations:
-            found = [network.by_channel.get(channel) for channel in channels_of(node)]
+            found = [network.by_channel.get(channel) for channel in code.channels_of(node)]
             here = handled.setdefault(node.meta["module"], {})
             here.update((group.name, None) for group in found if group is not None and group.locked is None)
     for here in handled.values():
@@ -101,7 +100,7 @@ def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
     return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].locked is None}
 
 
-def _settled(model: nn.Module, network: Network, near: Any, found: Mapping[str, str]) -> Network:
+def _settled(code: ModelCode, network: Network, near: Any, found: Mapping[str, str]) -> Network:
     """Give groups the size of a partner that helps, lock others; groups in like places share the search."""
     partners: dict[str, str | None] = {}
     equal_sizes: list[tuple[str, ...]] = []
@@ -110,7 +109,7 @@ def _settled(model: nn.Module, network: Network, near: Any, found: Mapping[str, 
         place = _place(network[name])
         others = [other for other in near[name] if _may_be_equal(network, name, other)]
         if place not in partners:
-            partner = next((other for other in others if _follows(model, network, (name, other))), None)
+            partner = next((other for other in others if _run_together(code, network, (name, other))), None)
             partners[place] = None if partner is None else _place(network[partner])
         partner = next((other for other in others if _place(network[other]) == partners[place]), None)
         if partner is None:
@@ -130,6 +129,6 @@ def _may_be_equal(network: Network, name: str, other: str) -> bool:
     return network[other].locked is None and network[other].size == network[name].size and not tied
 
 
-def _follows(model: nn.Module, network: Network, names: Iterable[str]) -> bool:
+def _run_together(code: ModelCode, network: Network, names: Iterable[str]) -> bool:
     """True if the code follows when some groups are cut together."""
-    return not fit_code(model, network, _counts(network, names))[1]
+    return not fit_code(code, network, _counts(network, names))[1]

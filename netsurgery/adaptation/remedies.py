@@ -22,12 +22,12 @@ from netsurgery.adaptation.forwards import (
 )
 from netsurgery.adaptation.function_recorder import Untraceable
 from netsurgery.adaptation.gradient_check import difference
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.adaptation.module_tracer import ModuleTrace, trace_module
-from netsurgery.adaptation.size_checker import Failure, SizeChecker, channels_of, known_values, relevant_operations
+from netsurgery.adaptation.size_checker import Failure, SizeChecker, known_values
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis
-from netsurgery.capture.copies import named_modules
 from netsurgery.capture.inputs import meta_inputs
 from netsurgery.capture.meta_run import home, meta_copy, run_guarded
 from netsurgery.capture.program import Program
@@ -39,12 +39,12 @@ class Remedies:
     """Runs the model's code at some sizes, and collects in ``adaptation`` what helps the modules that do not follow."""
 
     def __init__(
-        self, model: nn.Module, network: Network, sizes: Sizes, changed: Mapping[Axis, str], hurry: bool = False
+        self, code: ModelCode, network: Network, sizes: Sizes, changed: Mapping[Axis, str], hurry: bool = False
     ):
-        self.model, self.network, self.sizes, self.changed = model, network, sizes, changed
+        self.model_code, self.model = code, code.model
+        self.network, self.sizes, self.changed = network, sizes, changed
         self.shapes = {name: tuple(map(sizes, axes)) for name, axes in network.axes.items()}
-        self.kinds = {path: type(module) for path, module in named_modules(model).items()}
-        self.adaptation = Adaptation(model=weakref.ref(model))
+        self.adaptation = Adaptation(model=weakref.ref(code.model))
         self.solved: set[str] = set()  # paths whose attributes were solved for
         self.guessed: set[str] = set()  # paths whose attributes were chosen by their value
         self.branching: set[str] = set()  # paths where the code does more with sizes than to write them down
@@ -67,10 +67,10 @@ class Remedies:
         self.adaptation.carry_out(meta)
         inputs = meta_inputs(self.network.inputs)
         known = None if program.values == "none" else known_values(self.network, self.sizes, meta, names, inputs)
-        checker = SizeChecker(program, self.network, self.kinds, self.sizes, self.changed, known)
+        checker = SizeChecker(program, self.network, self.model_code.kinds, self.sizes, self.changed, known)
         checker.begin(names, inputs, meta)
         if self.hurry:
-            checker.relevant = relevant_operations(program, self.changed)
+            checker.relevant = self.model_code.relevant_operations(program, self.changed)
         checker.finish(run_guarded(meta, checker, inputs, home(self.model)))
         return checker
 
@@ -134,7 +134,7 @@ class Remedies:
         for program in self.network.programs:
             for call in [call for call in program.calls if call.path == path]:
                 for node in program.operations[call.begin : call.end]:
-                    for channel in channels_of(node):
+                    for channel in self.model_code.channels_of(node):
                         if channel in self.network.by_channel:
                             now.setdefault(channel.size, set()).add(self.sizes(channel))
         module = self.model.get_submodule(path)
@@ -172,8 +172,8 @@ class Remedies:
         """
         program = self.recorded(path)
         runs = [run for training in (False, True) for run in self.traces(path, training)]
-        alike = type(module), *((str(run.recorded), run.code) for run in runs)
-        if alike not in program.module_traces:
+        alike = program, type(module), *((str(run.recorded), run.code) for run in runs)
+        if alike not in self.model_code.differences:
             forward = compiled(self.code(path, module, Sizes({}), {}))["forward"]
             found = (
                 difference(module, forward, call, self.network.tensors, training)
@@ -181,9 +181,9 @@ class Remedies:
                 for call in self.recorded(path, training).calls
                 if call.path == path
             )
-            program.module_traces[alike] = next((one for one in found if one is not None), None)
-        if program.module_traces[alike] is not None:
-            raise Untraceable(f"has other gradients as a graph, which {program.module_traces[alike]}")
+            self.model_code.differences[alike] = next((one for one in found if one is not None), None)
+        if (differs := self.model_code.differences[alike]) is not None:
+            raise Untraceable(f"has other gradients as a graph, which {differs}")
 
     def recorded(self, path: str, training: bool = False) -> Program:
         """The first program in which a module runs; in training, one that was recorded in training if there is any."""
@@ -197,15 +197,15 @@ class Remedies:
             Untraceable: it cannot be traced; the message says why.
         """
         program = self.recorded(path, training)
-        module, key = self.model.get_submodule(path), (path, training)
-        if key not in program.module_traces or program.module_traces[key][0]() is not module:
+        key = program, path, training
+        if key not in self.model_code.traces:
+            module, calls = self.model.get_submodule(path), [call for call in program.calls if call.path == path]
             try:
-                calls = [call for call in program.calls if call.path == path]
                 runs = [trace_module(module, program, call, self.network, training) for call in calls]
-                program.module_traces[key] = weakref.ref(module), runs
+                self.model_code.traces[key] = runs
             except Untraceable as reason:
-                program.module_traces[key] = weakref.ref(module), str(reason)
-        found: list[ModuleTrace] | str = program.module_traces[key][1]
+                self.model_code.traces[key] = str(reason)
+        found = self.model_code.traces[key]
         if isinstance(found, str):
             raise Untraceable(found)
         return found

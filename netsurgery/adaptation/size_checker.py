@@ -7,7 +7,7 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from netsurgery.capture.source_locations import format_where, raised_at
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.notation import Operation
 
-__all__ = ["Failure", "SizeChecker", "channels_of", "is_in", "is_within", "known_values", "relevant_operations"]
+__all__ = ["Failure", "SizeChecker", "channels_of", "is_in", "is_within", "known_values"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Failure:
     suspected_in: str | None = None
 
 
-def _first(sizes: Sizes) -> Callable[[Axis], Tensor]:
+def _first_units(sizes: Sizes) -> Callable[[Axis], Tensor]:
     """Units that stay, for a run at other sizes: the first ones of each channel."""
     return lambda channel: torch.arange(sizes(channel))
 
@@ -60,7 +60,7 @@ def known_values(
     values = KnownValues(next((t.device for t in network.tensors.values()), torch.device("cpu")))
     for _, tensor in named_tensors(meta):
         if (name := names.get(id(tensor), "")) in network.tensors and not is_number(tensor):
-            values.bind(tensor, select(network.tensors[name].detach(), network.axes[name], _first(sizes)))
+            values.bind(tensor, select(network.tensors[name].detach(), network.axes[name], _first_units(sizes)))
     bind_inputs(values, inputs, draw(network.inputs, values.device))
     return values
 
@@ -234,7 +234,7 @@ class SizeChecker(Lockstep):
             if self.known is None:
                 out = infer(func, args, kwargs)
             else:
-                out = self.known.replay(node, func, args, kwargs, _first(self.sizes))
+                out = self.known.replay(node, func, args, kwargs, _first_units(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
             asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
@@ -329,20 +329,7 @@ class SizeChecker(Lockstep):
 
 def channels_of(node: fx.Node) -> dict[Axis, None]:
     """The channels in the dimensions of an operation's arguments and results."""
-    if "channels" not in node.meta:
-        touched = _touched(node, *node.all_input_nodes)
-        node.meta["channels"] = dict.fromkeys(leaf for axis in touched for leaf in leaves(axis))
-    return node.meta["channels"]  # type: ignore[no-any-return]
-
-
-def relevant_operations(program: Program, changed: Container[Axis]) -> list[int]:
-    """For each position: the number of operations before it that concern a changed group, or write to a tensor."""
-    count = [0]
-    for node in program.operations:
-        schema: Any = getattr(node.target, "_schema", None)
-        matters = getattr(schema, "is_mutable", False) or any(channel in changed for channel in channels_of(node))
-        count.append(count[-1] + matters)
-    return count
+    return dict.fromkeys(leaf for axis in _touched(node, *node.all_input_nodes) for leaf in leaves(axis))
 
 
 @functools.cache

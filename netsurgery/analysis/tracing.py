@@ -19,7 +19,7 @@ from netsurgery.capture.recorder import record
 from netsurgery.capture.refusals import refuse_unsupported
 from netsurgery.errors import InputError, TraceError
 
-__all__ = ["gc_paused", "trace_untried"]
+__all__ = ["gc_paused", "network_of"]
 
 
 @contextlib.contextmanager
@@ -35,8 +35,8 @@ def gc_paused() -> Iterator[None]:
 
 
 @gc_paused()
-def trace_untried(model: nn.Module, example_inputs: Any) -> Network:
-    """The network before its code was tried at other sizes."""
+def network_of(model: nn.Module, example_inputs: Any) -> Network:
+    """The network of a model, as ``netsurgery.trace`` returns it where it tries no sizes."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
     refuse_unsupported(model)

@@ -48,11 +48,8 @@ class NodeMeta(TypedDict, total=False):
     scaled_by: str  # the parameter that makes up for a removal in a computed weight
     limited: bool  # whether that parameter is itself the weight, within a largest norm
 
-    # Noted when the code is run at other sizes:
-    channels: dict[Axis, None]  # the channels in the dimensions of the operation's arguments and results
 
-
-@dataclass
+@dataclass(eq=False)  # a key of what is known of it
 class Program:
     """One recorded run.
 
@@ -67,7 +64,6 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     values: Literal["none", "known", "all"] = "none"
-    module_traces: dict[Any, Any] = field(default_factory=dict)  # what adaptation has traced of modules, by path
 
     def __repr__(self) -> str:
         return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"

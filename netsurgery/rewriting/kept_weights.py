@@ -9,12 +9,10 @@ from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import aligned_dims, scaled
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.replay import units_in
+from netsurgery.analysis.replay_without import replay_without
 from netsurgery.analysis.weights import no_inputs, part
-from netsurgery.axes import Axis
 from netsurgery.errors import RewriteError
-from netsurgery.positions import positions
-from netsurgery.verification.silencing import entries, silenced
+from netsurgery.positions import Positions
 
 __all__ = ["rescaled"]
 
@@ -29,7 +27,8 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
     Raises:
         RewriteError: a filter would keep nothing but zeros, and so have no direction any more.
     """
-    units = {network[name].channel: torch.tensor(kept) for name, kept in keep.items()}
+    units = {network[name].channel: kept for name, kept in keep.items()}
+    places = Positions(units)
     found: dict[str, Tensor] = {}
     for program in network.programs:
         weights = [node for node in scaled(program, units) if node.meta["scaled_by"] not in found]
@@ -38,8 +37,7 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
             continue
         # Other units, such as ranks, are gone in both runs: the weight is to lose them.
         full, cut = (
-            silenced(network, part(program, weights, whole), tensors, no_inputs(tensors), units)
-            for whole in (True, False)
+            replay_without(part(program, weights, whole), tensors, no_inputs(tensors), units) for whole in (True, False)
         )
         for node, wanted, left in zip(weights, full, cut, strict=True):
             name = node.meta["scaled_by"]
@@ -47,30 +45,25 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
                 found[name] = wanted.reshape(tensors[name].shape)
                 continue
             source = next(one for one in node.graph.nodes if one.op == "get_attr" and one.target == name)
-            ratio = _ratio(node, source, *_kept(node, wanted, left, units))
+            ratio = _ratio(node, source, *_kept(node, wanted, left, places))
             found[name] = tensors[name].detach() * ratio.reshape(tensors[name].shape).to(tensors[name])
     return found
 
 
-def _kept(node: fx.Node, wanted: Tensor, left: Tensor, units: Mapping[Axis, Tensor]) -> tuple[Tensor, Tensor]:
+def _kept(node: fx.Node, wanted: Tensor, left: Tensor, places: Positions) -> tuple[Tensor, Tensor]:
     """A weight as it is and as the code makes it of what stays, in float64 and without what goes.
 
     Raises:
         RewriteError: the code makes no numbers of what stays.
     """
-    stays = entries([_positions(axis, units).to(wanted.device) for axis in node.meta["dims"]])
-    if not bool((left.isfinite() | ~stays | ~wanted.isfinite()).all()):
+    dims = node.meta["dims"]
+    stays, made = places.cut(wanted, dims), places.cut(left, dims)
+    if not bool((made.isfinite() | ~stays.isfinite()).all()):
         raise RewriteError(
             f"some rows of a weight that is computed from '{node.meta['scaled_by']}' would keep nothing but zeros, "
             "and then have no norm to be divided by: keep other units"
         )
-    return torch.where(stays, wanted, 0).double(), left.double()
-
-
-def _positions(axis: Axis, units: Mapping[Axis, Tensor]) -> Tensor:
-    stays = torch.zeros(axis.size, dtype=torch.bool)
-    stays[positions(axis, units_in(units))] = True
-    return stays
+    return places.put(torch.zeros_like(wanted), dims, stays).double(), left.double()
 
 
 def _ratio(node: fx.Node, source: fx.Node, wanted: Tensor, left: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from netsurgery.adaptation.attributes import follow
 from netsurgery.adaptation.fit_code import fit_code, with_repeats
 from netsurgery.adaptation.forwards import Adaptation
+from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.arguments import expect
 from netsurgery.capture.copies import copy_with, like, named_tensors
 from netsurgery.edit import Edit
@@ -137,11 +138,12 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     known = edit.adaptation_for(model)
     if known is not None:
         return known
-    adaptation, refused = fit_code(model, edit.network, edit.counts)
+    code = ModelCode(model)
+    adaptation, refused = fit_code(code, edit.network, edit.counts)
     if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
-    return with_repeats(model, edit.network, edit.counts, adaptation)
+    return with_repeats(code, edit.network, edit.counts, adaptation)
 
 
 def _copy(tensor: Tensor, value: Tensor, name: str, edit: Edit) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.replay import Drawn, Numbers, Units, inputs_read, replay, run, units_in, with_constants
-from netsurgery.analysis.tracing import trace_untried
+from netsurgery.analysis.tracing import network_of
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs, as_inputs, meta_inputs, tensors_in
 from netsurgery.capture.known_values import ConcreteValues, draw, flat, is_number, remapped, replay_decision, select
@@ -167,7 +167,7 @@ def _on_the_way_of(inputs: Inputs, model: nn.Module, edit: Edit) -> Edit:
     Raises:
         InputError: a group is another there, or locked.
     """
-    network = trace_untried(model, inputs[0] or inputs[1])
+    network = network_of(model, inputs[0] or inputs[1])
     for name in edit.keep:
         group = network.by_name.get(name)
         if (

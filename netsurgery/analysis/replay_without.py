@@ -1,0 +1,87 @@
+"""A recorded graph runs without some units: these contribute nothing, and statistics are taken over what stays.
+
+The oracle of ``netsurgery.verification`` says the same in other words, on purpose, and neither uses the other.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from netsurgery.analysis.computed_weights import packet_of
+from netsurgery.analysis.replay import replay
+from netsurgery.analysis.statistics import STATISTICS
+from netsurgery.axes import Axis, leaves
+from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.program import Program
+from netsurgery.notation import Operation
+from netsurgery.positions import Positions
+
+__all__ = ["is_view", "replay_without"]
+
+aten = torch.ops.aten
+
+
+def replay_without(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Inputs, keep: Mapping[Axis, Sequence[int]]
+) -> list[Tensor]:
+    """The outputs of a recorded program, of full size, where some channels have only some of their units.
+
+    The computation of a weight from others sees all units of some channels, so that what stays keeps its values.
+
+    Args:
+        tensors: of the model, by name.
+        keep: by channel the units that stay, ascending; other channels have all of theirs.
+    """
+    places = {frozenset[Axis](): Positions(keep)}
+
+    def positions(node: fx.Node) -> Positions:
+        seen = frozenset(leaf for axis in node.meta.get("whole", ()) for leaf in leaves(axis) if leaf in keep)
+        if seen not in places:
+            places[seen] = Positions({channel: units for channel, units in keep.items() if channel not in seen})
+        return places[seen]
+
+    def after(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
+        at = positions(node)
+        special = STATISTICS.get(packet_of(node)) if "decided" not in node.meta else None
+        if special is not None:
+            op = Operation(node)
+            source, fixed = op.inputs[0], packet_of(node) is aten.native_batch_norm and not op["training"]
+            if not fixed and at.changes(op.dims(source)):
+                given = {name: values.get(v, v) if isinstance(v, fx.Node) else v for name, v in op.arguments.items()}
+                out = special(node.target, given, _on(values[source].device, at, op.dims(source)))
+        if isinstance(out, Tensor) and out.numel() and not is_view(node) and at.changes(node.meta["dims"]):
+            written = getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable
+            return _zeroed(out if written else out.clone(), _on(out.device, at, node.meta["dims"]))
+        return out
+
+    return replay(program, tensors, inputs, after)
+
+
+def _on(device: torch.device, at: Positions, dims: tuple[Axis, ...]) -> list[Tensor | None]:
+    """The positions that stay along each dimension, None for all."""
+    return [None if (found := at(axis)) is None else found.to(device) for axis in dims]
+
+
+def _zeroed(tensor: Tensor, kept: Sequence[Tensor | None]) -> Tensor:
+    """A tensor in which all entries but those that stay are set to zero, in place."""
+    for dim, where in enumerate(kept):
+        if where is not None:
+            gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device).index_fill(0, where, False)
+            tensor.index_fill_(dim, gone.nonzero().flatten(), 0)
+    return tensor
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a result shares the memory of an argument, so that zeros there are zeros here; expand makes new units."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and is_view(source)
+    schema = getattr(node.target, "_schema", None)
+    shared = [one.alias_info for one in schema.arguments if one.alias_info is not None] if schema is not None else []
+    written = any(one.is_write for one in shared)
+    return bool(shared) and not written and node.target.overloadpacket is not aten.expand  # type: ignore[union-attr]
