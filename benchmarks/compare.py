@@ -2,6 +2,7 @@
 
 Both tools prune half of every layer by magnitude, in place, on copies of the same network made outside the timed part.
 They take turns, so that a busy machine slows both; the first round, when caches are cold, is reported apart.
+A third table grows networks, beside pruning them: trace, plan and rewrite.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from models import (
 from torch import Tensor, nn
 
 import netsurgery
+from netsurgery.passes import PlantChannels, WidenChannels
 
 SCALING = ("dense_stack_16", "dense_stack_32", "dense_stack_64", "dense_stack_128", "swin_t", "maxvit_t")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # on a busy machine: cpu, with one thread
@@ -42,6 +44,8 @@ GROWING = (
     "model", "trace ms", "trace + plan ms (min to max)", "rewrite ms", "first trace + plan ms",
     "groups (locked)", "params M", "left M", "peak MiB",
 )  # fmt: skip
+GROWN = ("model", "half pruned, ms", "widened by half, ms", "8 channels planted, ms", "of pruning (min to max)")
+GROWTH = ([WidenChannels(1.5)], [PlantChannels(8)])
 Surgery = Callable[[nn.Module, Tensor], nn.Module]
 
 
@@ -74,6 +78,23 @@ def compare(name: str, rounds: int, clock: str) -> list[str]:
         f"{left / 1e6:.2f} / {left_by_peer / 1e6:.2f}",
         f"{memory(name):.0f}",
     ]
+
+
+def grow(name: str, rounds: int, clock: str) -> list[str]:
+    """One row: pruning and two ways to grow, in turns."""
+    model, x = build(name), image(name)
+    ways = [HALF, *GROWTH]
+    taken: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds + 1):
+        for passes, times in zip(ways, taken, strict=True):
+            gc.collect()
+            start = CLOCKS[clock]()
+            netsurgery.apply(model, passes, (x,))
+            times.append(1e3 * (CLOCKS[clock]() - start))
+    pruned, *grown = [times[1:] for times in taken]
+    ratios = [[g / p for g, p in zip(times, pruned, strict=True)] for times in grown]
+    said = ", ".join(f"**{median(one):.2f}** ({min(one):.2f} to {max(one):.2f})" for one in ratios)
+    return [name, *(f"{median(times):.0f}" for times in (pruned, *grown)), said]
 
 
 def scale(name: str, rounds: int, clock: str) -> list[str]:
@@ -142,6 +163,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--models", default=",".join(COMPARED), help="compared with the peer; empty for none")
     parser.add_argument("--scaling", default=",".join(SCALING), help="ours alone; empty for none")
+    parser.add_argument("--growing", default="resnet50,densenet121", help="grown beside pruned; empty for none")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -153,6 +175,9 @@ def main() -> None:
     if options.models:
         print(f"\nAgainst torch-pruning {version('torch-pruning')}:\n")
         print_table(AGAINST, (compare(name, rounds, clock) for name in options.models.split(",")))
+    if options.growing:
+        print("\nGrown, beside pruned:\n")
+        print_table(GROWN, (grow(name, rounds, clock) for name in options.growing.split(",")))
     if options.scaling:
         print("\nAs networks grow:\n")
         print_table(GROWING, (scale_or_say_why(name, rounds, clock) for name in options.scaling.split(",")))

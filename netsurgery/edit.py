@@ -17,6 +17,7 @@ from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.network import Group, Network
 from netsurgery.arguments import expect
+from netsurgery.axes import Axis
 from netsurgery.capture.saved_inputs import described, made
 from netsurgery.compensated import Compensation
 from netsurgery.errors import InputError
@@ -166,6 +167,20 @@ class Edit:
     def positions(self) -> Positions:
         """The old position for each new one of tensors."""
         return Positions({self.network[name].channel: units for name, units in self.keep.items()})
+
+    @functools.cached_property
+    def readers(self) -> frozenset[tuple[str, int, Axis]]:
+        """The places where tensors read units: parameter, dimension and channel."""
+        return self._places("consumes")
+
+    @functools.cached_property
+    def makers(self) -> frozenset[tuple[str, int, Axis]]:
+        """Likewise where they make them."""
+        return self._places("produces")
+
+    def _places(self, role: str) -> frozenset[tuple[str, int, Axis]]:
+        groups = self.network.groups
+        return frozenset((m.parameter, m.axis, g.channel) for g in groups for m in g.members if m.role == role)
 
     @property
     def before(self) -> Cost:

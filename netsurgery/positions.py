@@ -91,12 +91,18 @@ class Positions:
     """
 
     def __init__(self, units: Mapping[Axis, Sequence[Planned]]):
-        self.units = dict(units)
-        self.memo: dict[Axis, Tensor | None] = {
-            channel: torch.tensor(sources(own)).clamp_(min=0) for channel, own in units.items()
-        }
-        self.planted = {channel for channel, own in units.items() if any(isinstance(unit, New) for unit in own)}
-        self.copied = {channel for channel, own in units.items() if any(isinstance(unit, Copy) for unit in own)}
+        self.memo: dict[Axis, Tensor | None] = {}
+        self.planted: dict[Axis, Tensor] = {}  # by channel with new units, which are new: bool
+        self.seeds = sorted({unit.seed for own in units.values() for unit in own if isinstance(unit, New)})
+        self.copied: dict[Axis, Tensor] = {}  # by channel with copies, the share that is taken of each unit: float64
+        for channel, own in units.items():
+            found = torch.tensor(sources(own))
+            self.memo[channel] = found.clamp(min=0)
+            if bool((found < 0).any()):
+                self.planted[channel] = found < 0
+            if any(isinstance(unit, Copy) for unit in own):
+                shares = [unit.share if isinstance(unit, Copy) else 1.0 for unit in own]
+                self.copied[channel] = torch.tensor(shares, dtype=torch.float64)
 
     def __call__(self, axis: Axis) -> Tensor | None:
         if axis not in self.memo:
@@ -114,14 +120,8 @@ class Positions:
         Args:
             among: channels whose new units count.
         """
-        if not any(leaf in self.planted and among(leaf) for leaf in leaves(axis)):
-            return None
-
-        def old(channel: Axis) -> Tensor:
-            own = self.units.get(channel, range(channel.size)) if among(channel) else self._units(channel)
-            return torch.tensor([[not isinstance(unit, New) for unit in own]])
-
-        return ~multiplied(axis, old)[0]
+        found = {leaf: ~self.planted[leaf] for leaf in leaves(axis) if leaf in self.planted and among(leaf)}
+        return ~self._multiplied(axis, found, torch.bool) if found else None
 
     def shares(self, axis: Axis, among: Callable[[Axis], bool]) -> Tensor | None:
         """What is taken from each position where units are copied: float64, ``(new size,)``, or None for all of it.
@@ -129,15 +129,15 @@ class Positions:
         Args:
             among: channels that are read.
         """
-        if not any(leaf in self.copied and among(leaf) for leaf in leaves(axis)):
-            return None
+        found = {leaf: self.copied[leaf] for leaf in leaves(axis) if leaf in self.copied and among(leaf)}
+        return self._multiplied(axis, found, torch.float64) if found else None
 
-        def share(channel: Axis) -> Tensor:
-            own = self.units.get(channel, range(channel.size)) if among(channel) else self._units(channel)
-            shares = [unit.share if isinstance(unit, Copy) else 1.0 for unit in own]
-            return torch.tensor([shares], dtype=torch.float64)
+    def _multiplied(self, axis: Axis, values: Mapping[Axis, Tensor], dtype: torch.dtype) -> Tensor:
+        def of(channel: Axis) -> Tensor:
+            own = values.get(channel)
+            return (torch.ones(len(self._units(channel)), dtype=dtype) if own is None else own)[None]
 
-        return multiplied(axis, share)[0]
+        return multiplied(axis, of)[0]
 
     def changes(self, axes: tuple[Axis, ...]) -> bool:
         """Whether a tensor of these dimensions does."""

@@ -79,6 +79,8 @@ def listed(name: str, given: Any, size: int, whole: bool = True) -> tuple[Planne
         raise InputError(
             f"group '{name}': the units that stay must be a list of whole numbers, got {given!r}"
         ) from None
+    if units == list(range(size)):
+        return tuple(units)
     if not units:
         raise InputError(f"group '{name}' would lose all of its {size} units; at least one must stay")
     kept = [unit for unit in units if isinstance(unit, int)]
@@ -88,6 +90,8 @@ def listed(name: str, given: Any, size: int, whole: bool = True) -> tuple[Planne
             f"group '{name}': units that stay must be distinct and in 0..{size - 1}, got {_start(units)}; "
             "Copy(unit) makes another of a unit"
         )
+    if len(kept) == len(indices):
+        return tuple(units)
     shares = _shares(name, units, whole)
     return tuple(unit if isinstance(unit, New) else shares[place] for place, unit in enumerate(units))
 

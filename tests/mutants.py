@@ -664,8 +664,8 @@ MUTANTS = (
     Mutant(
         "copies without shares",
         "netsurgery/rewriting/added.py",
-        "new.mul_(_along(shares.to(new), dim, new.dim()))",
-        "new.mul_(_along(shares.to(new).ceil(), dim, new.dim()))",
+        "new.mul_(shares.to(new).reshape(",
+        "new.mul_(shares.to(new).ceil().reshape(",
         ("test_growth.py",),
     ),
     Mutant(

@@ -18,7 +18,7 @@ from netsurgery.analysis.weights import is_computed
 from netsurgery.axes import Axis, leaves
 from netsurgery.notation import Operation
 from netsurgery.positions import Positions
-from netsurgery.units import Planned
+from netsurgery.units import Planned, listed
 
 __all__ = ["obstacles", "starts_at_one"]
 
@@ -39,7 +39,8 @@ def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[s
     """
     names = {network[n].channel: n for n, own in keep.items() if not all(isinstance(unit, int) for unit in own)}
     roles = {(m.parameter, network[name].channel): m.role for name in names.values() for m in network[name].members}
-    at = Positions({network[name].channel: own for name, own in keep.items()})
+    groups = [(network[name], own) for name, own in keep.items()]
+    at = Positions({group.channel: listed(group.name, own, group.size, False) for group, own in groups})
     found: dict[str, str] = {}
     for program in network.programs:
         for node in program.graph.nodes:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from netsurgery.analysis.growth import starts_at_one
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import leaves
 from netsurgery.edit import Edit
-from netsurgery.units import New
 
 __all__ = ["filled"]
 
@@ -29,54 +27,29 @@ def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
     if new.is_meta or not any(leaf in at.planted or leaf in at.copied for axis in axes for leaf in leaves(axis)):
         return new
     with torch.no_grad():
-        made: list[Tensor | None] = []  # of each dimension, where units are new that this tensor makes
         for dim, axis in enumerate(axes):
-            reads, makes = _among(edit, name, dim)
-            if (shares := at.shares(axis, reads)) is not None:
-                new.mul_(_along(shares.to(new), dim, new.dim()))
-            made.append(at.new(axis, makes))
-        if any(where is not None for where in made):
-            _begin(new, old, name, made, edit)
+            reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
+            if (shares := at.shares(axis, reads.__contains__)) is not None:
+                new.mul_(shares.to(new).reshape([-1 if i == dim else 1 for i in range(new.dim())]))
+        for dim, axis in enumerate(axes):
+            reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
+            made = at.new(axis, lambda channel, reads=reads: channel not in reads)  # type: ignore[misc]
+            if made is not None:
+                _begin(new, old, name, dim, made.nonzero().flatten().to(new.device), edit)
     return new
 
 
-def _among(edit: Edit, name: str, dim: int) -> tuple[Callable[[Axis], bool], Callable[[Axis], bool]]:
-    """Whether a tensor reads the units of a channel in one of its dimensions; and whether it makes or carries them."""
-    by_channel = edit.network.by_channel
-
-    def reads(channel: Axis) -> bool:
-        members = by_channel[channel].members if channel in by_channel else ()
-        return any(m.role == "consumes" for m in members if (m.parameter, m.axis) == (name, dim))
-
-    return reads, lambda channel: not reads(channel)
-
-
-def _begin(new: Tensor, old: Tensor, name: str, made: list[Tensor | None], edit: Edit) -> None:
-    """Let the entries of new units begin: by He where several inputs make a unit, else so that nothing changes."""
-    entries = torch.zeros(new.shape, dtype=torch.bool)
-    for dim, where in enumerate(made):
-        if where is not None:
-            entries |= _along(where, dim, new.dim())
-    entries = entries.to(new.device)
-    count = int(entries.sum())
+def _begin(new: Tensor, old: Tensor, name: str, dim: int, units: Tensor, edit: Edit) -> None:
+    """Let new units begin: by He where several inputs make one, else so that they change nothing."""
     network = edit.network
-    members = [m for group in network.groups for m in group.members if m.parameter == name]
-    makes = {m.axis for m in members if m.role == "produces"}
+    makes = {axis for parameter, axis, _ in edit.makers if parameter == name}
     if new.dim() < 2 or not makes or not new.is_floating_point():
-        new[entries] = 1.0 if starts_at_one(network, name) else 0.0
+        new.index_fill_(dim, units, 1.0 if starts_at_one(network, name) else 0.0)
         return
-    read = any(m.role == "consumes" for m in members) or new.dim() > 2
-    inputs = math.prod(size for dim, size in enumerate(new.shape) if dim not in makes)
+    read = any(parameter == name for parameter, _, _ in edit.readers) or new.dim() > 2
+    inputs = math.prod(size for place, size in enumerate(new.shape) if place not in makes)
     spread = math.sqrt(2 / inputs) if read else float(old.detach().float().std())
-    generator = torch.Generator().manual_seed(_seed(edit, name))
-    new[entries] = (torch.randn(count, generator=generator) * spread).to(new)
-
-
-def _seed(edit: Edit, name: str) -> int:
-    """A number that depends on the tensor and the seeds of the new units."""
-    seeds = [unit.seed for units in edit.keep.values() for unit in units if isinstance(unit, New)]
-    return zlib.crc32(repr((name, sorted(set(seeds)))).encode())
-
-
-def _along(values: Tensor, dim: int, dims: int) -> Tensor:
-    return values.reshape([-1 if i == dim else 1 for i in range(dims)])
+    seed = zlib.crc32(repr((name, edit.positions.seeds)).encode())
+    generator = torch.Generator().manual_seed(seed)
+    shape = [len(units) if place == dim else size for place, size in enumerate(new.shape)]
+    new.index_copy_(dim, units, (torch.randn(shape, generator=generator) * spread).to(new))
