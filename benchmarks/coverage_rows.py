@@ -22,6 +22,7 @@ from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, inner
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.capture.source_locations import format_where
+from netsurgery.errors import InputError
 from netsurgery.passes import PlantChannels, PruneChannels, RandomScore, WidenChannels
 from netsurgery.report import entries, prunable_share
 from netsurgery.verification import permuted_difference
@@ -85,12 +86,19 @@ def measure_growth(model: nn.Module, inputs: Any, options: Options, row: Row) ->
     row.update(difference=0.0, share=0.0, left={})
     start = time.perf_counter()
     for one in GROWTH:
-        edit = netsurgery.plan(model, [one], inputs)
+        try:
+            edit = netsurgery.plan(model, [one], inputs)
+        except InputError as error:  # nothing can grow so
+            row["left"][repr(one)] = str(error)
+            continue
         after = tensors_in(coverage_models.call(netsurgery.rewrite(model, edit), inputs))
         row["difference"] = max(row["difference"], _difference(before, after))
         row["share"] = max(row["share"], len(edit.grown) / len(edit.network.prunable))
         row["left"].update(edit.outcomes[0].short)
     row["rewrite_s"] = time.perf_counter() - start
+    if not row["share"]:
+        row.update(status="REFUSED", message=str(row["left"]))
+        return
     exact = row["difference"] <= (1e-9 if options.double else 1e-4)
     row["status"] = "WRONG" if not exact else "exact" if row["dead"] is None else "PROVES NOTHING"
 

@@ -55,7 +55,8 @@ class _Growth(Pass):
             if len(one_of_each_product(network, [network[one] for one in (*keep, name)])) > len(keep)
         }  # where another factor of the same dimension grows, nothing is missing
         if not keep:
-            listed = "; ".join(f"{name}: {why}" for name, why in refused.items())[:500]
+            locked = {group.name: f"locked, {group.locked}" for group in network.groups if group.locked}
+            listed = "; ".join(f"{name}: {why}" for name, why in {**refused, **locked}.items())[:500]
             raise InputError(f"nothing of {network.model_name} can grow with these settings. {listed}")
         before = sum(network[name].size for name in keep)
         added = sum(map(len, keep.values())) - before

@@ -213,6 +213,12 @@ class Summed(Normed):
         return self.last(y) + y.sum(-1, keepdim=True)
 
 
+class Unbiased(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(y / y.std(-1, keepdim=True))
+
+
 class Tied(Normed):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.relu(self.first(x)), self.first.weight.T)
@@ -229,6 +235,7 @@ class WeightNorm(Normed):
     [
         (Softmax, "works across these units without weights"),
         (Summed, "works across these units without weights"),
+        (Unbiased, "works across these units without weights"),
         (Tied, "the tensor that makes these units reads them, too"),
         (WeightNorm, "works across these units without weights"),
     ],
@@ -238,6 +245,8 @@ def test_what_would_change_outputs_is_refused_by_name(kind: type[Normed], why: s
     network = netsurgery.trace(model, torch.randn(4, 5).double())
     with pytest.raises(InputError, match=f"group 'first' cannot have more units .*{why}"):
         Edit(network, {"first": (*range(6), New())})
+    with pytest.raises(InputError, match=f"group 'first' cannot have more units .*{why}"):
+        Edit(network, {"first": (*range(6), *(Copy(unit) for unit in range(6)))})
 
 
 # What else follows -------------------------------------------------------------------------------------------------
@@ -474,3 +483,18 @@ def test_widening_and_pruning_in_one_pipeline() -> None:
 def test_bad_settings(make: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+class Quiet(Attention):
+    """Its own train() gives nothing back, as some do."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_code_whose_train_returns_nothing_follows() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), Quiet(), nn.Linear(8, 3)).double(), torch.randn(2, 6, 5).double()
+    nn.Module.train(model, False)
+    wide = netsurgery.apply(model, [WidenChannels(2)], x)
+    torch.testing.assert_close(wide(x), model(x), rtol=1e-12, atol=1e-12)

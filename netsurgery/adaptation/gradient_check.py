@@ -63,7 +63,8 @@ def _both(
     device = next((t.device for t in tensors.values() if not t.is_meta), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), _differentiated(module, device, half):
         own = {id(tensor): _without_data(tensor, device) for _, tensor in named_tensors(module)}
-        meta = copy_with(module, own).eval()
+        meta = copy_with(module, own)
+        meta.eval()  # some return nothing
         meta.training = training
         given = [v for v in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(v, fx.Node | Named)]
         leaves = {value: _Given(value, tensors, device) for value in given}

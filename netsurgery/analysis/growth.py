@@ -28,6 +28,7 @@ _AVERAGES = {
     aten.mean, aten.var, aten.var_mean, aten.std, aten.std_mean, aten.native_layer_norm, aten.native_group_norm,
     aten.native_batch_norm, aten.amax, aten.amin, aten.max, aten.min, aten.all, aten.any,
 }  # fmt: skip
+_VARIANCES = {aten.var, aten.var_mean, aten.std, aten.std_mean}
 _SCALES = {aten.mul, aten.mul_, aten.div, aten.div_}
 
 
@@ -59,7 +60,7 @@ def _obstacle(node: fx.Node, leaf: Axis, at: Positions, roles: Mapping[tuple[str
     """Why an operation that works across units does not give the same of more of them, if so."""
     holders = [one for one in node.all_input_nodes if any(leaf in leaves(axis) for axis in _axes(one))]
     weights = [one for one in holders if "params" in one.meta]
-    if packet_of(node) in _AVERAGES:
+    if packet_of(node) in _AVERAGES and not _corrected(node):
         over = [axis for one in holders for axis in _axes(one) if leaf in leaves(axis)]
         if all(_evenly(axis, at) for axis in over):
             return None
@@ -71,6 +72,13 @@ def _obstacle(node: fx.Node, leaf: Axis, at: Positions, roles: Mapping[tuple[str
     if roles.get((str(peeled(weights[0]).target), leaf)) != "consumes":
         return "the tensor that makes these units reads them, too"
     return None
+
+
+def _corrected(node: fx.Node) -> bool:
+    """Whether an operation is a variance over the number of units less one, as torch's are by default."""
+    arguments = Operation(node).arguments
+    given = arguments.get("correction", arguments.get("unbiased"))
+    return packet_of(node) in _VARIANCES and (given is None or bool(given))
 
 
 def _evenly(axis: Axis, at: Positions) -> bool:

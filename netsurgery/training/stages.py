@@ -125,7 +125,8 @@ class Job:
         """Raise a NetsurgeryError unless the model runs on an image and has an output for every class."""
         netsurgery.trace(model, self.images.example)  # its error says where the model does not run
         with torch.no_grad():
-            shape = tuple(model.eval()(self.images.example).shape)
+            model.eval()
+            shape = tuple(model(self.images.example).shape)
         if len(shape) != 2 or shape[1] < self.images.classes:
             raise InputError(
                 f"{self.variant.model.name} gives outputs of shape {shape} for one image of {self.variant.data.name}: "
@@ -152,7 +153,8 @@ class Job:
         model = fresh(self.variant.model, self.seed).to(device)
         state = checkpoints.read(self.trained) if self.trained.exists() else {"model": model.state_dict()}
         model.load_state_dict(state["model"])
-        edit, small = self.cut(model.eval(), state)
+        model.eval()
+        edit, small = self.cut(model, state)
         model.cpu(), small.cpu()
         x, error = (self.images.test[0][0][None],), 0.0
         if edit is not None:
