@@ -154,7 +154,7 @@ class Positions:
             for dim, axis in enumerate(axes):
                 if axis is not None and (positions := self(axis)) is not None:
                     new = new.index_select(dim, positions.to(tensor.device))
-                    if (planted := self.new(axis)) is not None:
+                    if self.planted and (planted := self.new(axis)) is not None:
                         new.index_fill_(dim, planted.nonzero().flatten().to(tensor.device), 0)
             if tensor.layout != torch.strided:  # the gradient of a sparse embedding
                 return new.clone()

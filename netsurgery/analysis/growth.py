@@ -39,6 +39,8 @@ def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[s
         keep: by name what the units of groups will be; those that only lose units are no obstacle.
     """
     names = {network[n].channel: n for n, own in keep.items() if not all(isinstance(unit, int) for unit in own)}
+    if not names:
+        return {}
     roles = {(m.parameter, network[name].channel): m.role for name in names.values() for m in network[name].members}
     groups = [(network[name], own) for name, own in keep.items()]
     at = Positions({group.channel: listed(group.name, own, group.size, False) for group, own in groups})

@@ -24,7 +24,7 @@ def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
         name: of the tensor.
     """
     at, axes = edit.positions, edit.network.axes[name]
-    if new.is_meta or not any(leaf in at.planted or leaf in at.copied for axis in axes for leaf in leaves(axis)):
+    if new.is_meta or not (at.planted or at.copied) or not at.changes(axes):
         return new
     with torch.no_grad():
         for dim, axis in enumerate(axes):
