@@ -65,6 +65,14 @@ def _named(what: str, groups: Mapping[str, str]) -> str:
     return f"; {what}: {'; '.join(first)}" + (f"; and {more} more groups" if more else "")
 
 
+class _Checked(dict[str, tuple[Planned, ...]]):
+    """What the units of groups will be, checked for a network: as often as an edit is copied, once is enough."""
+
+    def __init__(self, network: Network, keep: Mapping[str, tuple[Planned, ...]]):
+        super().__init__(keep)
+        self.network = network
+
+
 @dataclass(frozen=True)
 class Edit:
     """What the units of each group will be, by group name and in order; groups not named stay as they are.
@@ -116,6 +124,8 @@ class Edit:
             if name not in self.network.axes or shape != tuple(value.shape):
                 found = f"the tensor has {shape}" if name in self.network.axes else "the model has no such tensor"
                 raise InputError(f"the new value of '{name}' has shape {tuple(value.shape)}, but {found}")
+        if getattr(self.keep, "network", None) is self.network:
+            return  # of another edit of this network
         order = {group.name: index for index, group in enumerate(self.network.groups)}
         kept: dict[str, tuple[Planned, ...]] = {}
         for name in sorted(self.keep, key=lambda name: order.get(name, 0)):
@@ -126,7 +136,7 @@ class Edit:
             if group.locked is not None:
                 raise InputError(f"group '{name}' is locked: {group.locked}")
             kept[name] = units
-        object.__setattr__(self, "keep", kept)
+        object.__setattr__(self, "keep", _Checked(self.network, kept))
         for names in self.network.equal_sizes:
             counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in names}
             if len(set(counts.values())) > 1:

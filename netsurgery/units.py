@@ -93,24 +93,26 @@ def listed(name: str, given: Any, size: int, whole: bool = True) -> tuple[Planne
     if len(kept) == len(indices):
         return tuple(units)
     shares = _shares(name, units, whole)
-    return tuple(unit if isinstance(unit, New) else shares[place] for place, unit in enumerate(units))
+    return tuple(shares.get(place, unit) for place, unit in enumerate(units))
 
 
 def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int | Copy]:
-    """By place, the units that come from old ones, with their shares; an integer where that is all of one."""
-    places: dict[int, list[int]] = {}
+    """By place, the units that have copies, and these, with their shares; an integer where that is all of one."""
+    places: dict[int, list[int]] = {unit.unit: [] for unit in units if isinstance(unit, Copy)}
     for place, unit in enumerate(units):
-        if not isinstance(unit, New):
-            places.setdefault(unit if isinstance(unit, int) else unit.unit, []).append(place)
+        index = unit.unit if isinstance(unit, Copy) else unit
+        if index in places:
+            places[index].append(place)
     found: dict[int, int | Copy] = {}
     for unit, own in places.items():
         given = {p: one.share for p in own if isinstance(one := units[p], Copy) and one.share is not None}
-        open_ = [place for place in own if place not in given]
         left = 1.0 - sum(given.values())
-        if whole and not open_ and abs(left) > 1e-6:
+        if whole and len(given) == len(own) and abs(left) > 1e-6:
             raise InputError(f"group '{name}': the shares of unit {unit} add up to {1 - left:g}, not to 1")
-        shares = {**given, **dict.fromkeys(open_, left / max(1, len(open_)))}
-        found.update({place: unit if shares[place] == 1.0 else Copy(unit, shares[place]) for place in own})
+        equal = left / max(1, len(own) - len(given))
+        for place in own:
+            share = given.get(place, equal)
+            found[place] = unit if share == 1.0 else Copy(unit, share)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil, gcd
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from netsurgery.passes.selection import (
 if TYPE_CHECKING:
     from netsurgery.passes.removal import PruneChannels
 
-__all__ = ["Bundle", "Choice", "brief"]
+__all__ = ["Bundle", "Choice", "brief", "call_of"]
 
 _EPSILON = 1e-9  # 0.3 of 10 units are 3
 _MOST = 0.9  # share of a layer that may go
@@ -306,6 +306,12 @@ def _checked(network: Network, group: Group) -> Tensor:
         bad = torch.where(~torch.isfinite(score))[0][:5].tolist()
         raise InputError(f"scores of group '{group.name}' are NaN or infinite at units {bad}: look at {where}")
     return score
+
+
+def call_of(one: Any) -> str:
+    """The call that makes a pass, with the settings that are not its defaults."""
+    given = [field for field in fields(one) if getattr(one, field.name) != field.default and field.repr]
+    return f"{type(one).__name__}({', '.join(f'{field.name}={brief(getattr(one, field.name))}' for field in given)})"
 
 
 def brief(value: Any) -> str:

@@ -17,7 +17,7 @@ from netsurgery.analysis.units import Unit
 from netsurgery.arguments import is_count
 from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
-from netsurgery.passes.bundles import brief
+from netsurgery.passes.bundles import brief, call_of
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
 from netsurgery.passes.selection import ANY, belongs, channels_per_unit, is_touched, one_of_each_product
 from netsurgery.pipeline import Pass
@@ -26,7 +26,7 @@ from netsurgery.units import Copy, New, Planned
 __all__ = ["PlantChannels", "WidenChannels"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Growth(Pass):
     """What passes that add units have in common: which groups are meant, and what is said of those that cannot grow."""
 
@@ -36,6 +36,9 @@ class _Growth(Pass):
     seed: int = dataclasses.field(default=0, kw_only=True)
 
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
+
+    def __repr__(self) -> str:
+        return call_of(self)
 
     def __post_init__(self) -> None:
         known = {"any", *get_args(Unit)}
@@ -109,7 +112,7 @@ def _sorts(unit: str) -> tuple[str, ...]:
     return ANY if unit == "any" else (unit,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WidenChannels(_Growth):
     """Widen each group by copies of its units; outputs stay as they are.
 
@@ -169,7 +172,7 @@ class WidenChannels(_Growth):
         return f"{100 * (self.factor - 1):g}% of the channels of each layer"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlantChannels(_Growth):
     """Add new units to each group; consumers read them by zeros, so that outputs stay as they are.
 

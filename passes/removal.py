@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from math import inf
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
@@ -12,7 +12,7 @@ from netsurgery.analysis.network import Network, Unit
 from netsurgery.arguments import is_count
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.bundles import Bundle, Choice, brief
+from netsurgery.passes.bundles import Bundle, Choice, call_of
 from netsurgery.passes.compensation import Compensate, Method, check_settings
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.reporting import DataPass
@@ -112,8 +112,7 @@ class PruneChannels(DataPass):
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
 
     def __repr__(self) -> str:
-        given = [one for one in fields(self) if getattr(self, one.name) != one.default and one.repr]
-        return f"PruneChannels({', '.join(f'{one.name}={brief(getattr(self, one.name))}' for one in given)})"
+        return call_of(self)
 
     def __post_init__(self) -> None:
         super().__post_init__()
