@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from netsurgery.analysis.growth import starts_at_one
+from netsurgery.analysis.growth import start
 from netsurgery.axes import Axis, leaves
 from netsurgery.edit import Edit
 from netsurgery.units import New
@@ -62,14 +62,20 @@ def _begin(new: Tensor, old: Tensor, name: str, made: list[Tensor | None], edit:
     network = edit.network
     members = [m for group in network.groups for m in group.members if m.parameter == name]
     makes = {m.axis for m in members if m.role == "produces"}
-    if new.dim() < 2 or not makes or not new.is_floating_point():
-        new[entries] = 1.0 if starts_at_one(network, name) else 0.0
+    real = new.is_floating_point() or new.is_complex()
+    if new.dim() < 2 or not makes or not real:
+        begin = start(network, name)
+        new[entries] = old.detach().mean().to(new) if begin is None and real else begin or 0
         return
     read = any(m.role == "consumes" for m in members) or new.dim() > 2
     inputs = math.prod(size for dim, size in enumerate(new.shape) if dim not in makes)
-    spread = math.sqrt(2 / inputs) if read else float(old.detach().float().std())
+    spread = (
+        math.sqrt(2 / inputs) if read else float(old.detach().to(torch.promote_types(old.dtype, torch.float32)).std())
+    )
     generator = torch.Generator().manual_seed(_seed(edit, name))
-    new[entries] = (torch.randn(count, generator=generator) * spread).to(new)
+    new[entries] = (
+        torch.randn(count, generator=generator, dtype=torch.cfloat if new.is_complex() else None) * spread
+    ).to(new)
 
 
 def _seed(edit: Edit, name: str) -> int:
