@@ -236,7 +236,7 @@ MUTANTS = (
     Mutant(
         "gradients left uncut",
         "netsurgery/rewriting/surgery.py",
-        "new.grad = edit.positions.cut(tensor.grad, edit.network.axes[name])",
+        "new.grad = gradient(tensor.grad, name, edit)",
         "new.grad = tensor.grad[: len(new)]",
     ),
     Mutant(

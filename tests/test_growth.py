@@ -437,12 +437,33 @@ def test_averages_grow_alike() -> None:
         assert torch.equal(one, other)
 
 
-def test_gradients_of_copies_are_there_and_of_new_units_zero() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_are_those_of_the_larger_network(inplace: bool) -> None:
     model = net()
     model(X).square().mean().backward()
-    new = grown(model, {"hidden": (*range(7), Copy(2), New())})
-    assert torch.equal(new.hidden.weight.grad[:8], model.hidden.weight.grad[[*range(7), 2]])
-    assert not new.hidden.weight.grad[8].any()
+    keep = {"hidden": (*range(7), Copy(2), New()), "stem": (0, 1, Copy(1, share=0.3), 3, 4, 2, 5)}
+    new = grown(model, keep, inplace=inplace)
+    found = {name: parameter.grad for name, parameter in new.named_parameters()}
+    new.zero_grad()
+    new(X).square().mean().backward()
+    for name, parameter in new.named_parameters():
+        wanted = parameter.grad.clone()
+        if name == "head.weight":  # what a new unit gives was not known
+            assert not found[name][:, 8].any()
+            wanted[:, 8] = 0
+        torch.testing.assert_close(found[name], wanted, rtol=1e-10, atol=1e-14)
+
+
+def test_sparse_gradients_are_shared_too() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.ReLU(), nn.Linear(6, 2)).double()
+    x = torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(0))
+    model(x).square().mean().backward()
+    new = netsurgery.rewrite(model, Edit(netsurgery.trace(model, x), {"0": (0, *range(1, 6), Copy(0, share=0.3))}))
+    found = new[0].weight.grad
+    new.zero_grad()
+    new(x).square().mean().backward()
+    assert found is not None and found.is_sparse
+    torch.testing.assert_close(found.to_dense(), new[0].weight.grad.to_dense(), rtol=1e-10, atol=1e-14)
 
 
 def test_an_edit_that_grows_is_a_value() -> None:

@@ -14,7 +14,7 @@ from netsurgery.axes import Axis, leaves
 from netsurgery.edit import Edit
 from netsurgery.units import New
 
-__all__ = ["filled"]
+__all__ = ["filled", "gradient"]
 
 
 def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
@@ -37,6 +37,22 @@ def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
             made.append(at.new(axis, makes))
         if any(where is not None for where in made):
             _begin(new, old, name, made, edit)
+    return new
+
+
+def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
+    """The gradient of a tensor after an edit: copies share that of what makes a unit, and have that of what reads it.
+
+    That of new units is zero, though it need not be where they are read.
+    """
+    axes = edit.network.axes[name]
+    new = edit.positions.cut(grad, axes)
+    for dim, axis in enumerate(axes):
+        shares = edit.positions.shares(axis, _among(edit, name, dim)[1])
+        if shares is not None:
+            dense = new.layout == torch.strided  # else of an embedding: its rows are sparse, what it makes is not
+            values = new if dense else new._values()
+            values.mul_(_along(shares.to(values), dim if dense else dim - new.sparse_dim() + 1, values.dim()))
     return new
 
 
