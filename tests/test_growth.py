@@ -266,6 +266,7 @@ REFUSED: list[tuple[Callable[..., Tensor], tuple, str]] = [
     (lambda m, h: m.last(h.log()), PLANTED, "gives no number for some values, .*aten.log"),
     (lambda m, h: m.last((h - 1).sqrt()), PLANTED, "gives no number for some values"),
     (lambda m, h: m.last(h / h.sum(0, keepdim=True)), PLANTED, "gives no number for some values, .*aten.div"),
+    (lambda m, h: m.last(torch.addcdiv(h, h, h.relu().sum(0))), PLANTED, "gives no number for some values"),
     (lambda m, h: m.last(h**0.5), PLANTED, "gives no number for some values"),
     (lambda m, h: m.last(h.tanh().acos()), PLANTED, "gives no number for some values"),
 ]
@@ -286,6 +287,7 @@ KEPT: list[Callable[..., Tensor]] = [
     lambda m, h: m.last((h.square() + 1e-3).log() + (1 + h.exp()).rsqrt()),
     lambda m, h: m.last(F.normalize(h, dim=0) + h / (h.std(0, keepdim=True) + 1e-5)),
     lambda m, h: m.last(h.relu().sqrt() + h.sigmoid().reciprocal() + h.abs().clamp(min=0.1) ** 1.5),
+    lambda m, h: m.last((h + m.scale) / m.scale),  # neither 0 nor 1 would do for both
     lambda m, h: m.last(h + m.scale.log() + h.sigmoid() ** (1 / m.scale)),
 ]
 

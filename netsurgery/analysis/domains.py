@@ -20,11 +20,12 @@ __all__ = ["is_limited", "undefined"]
 #: The least that an argument may be: "above" zero, or "zero"; None where no sign is enough.
 _NEEDS = {
     "log": "above", "log2": "above", "log10": "above", "rsqrt": "above", "reciprocal": "above", "div": "above",
-    "sqrt": "zero", "log1p": "zero", "pow": "zero", "acos": None, "asin": None, "acosh": None, "atanh": None,
-    "erfinv": None, "logit": None, "lgamma": None, "digamma": None, "special_erfinv": None,
+    "addcdiv": "above", "xlogy": "above", "sqrt": "zero", "log1p": "zero", "pow": "zero", "acos": None, "asin": None,
+    "acosh": None, "atanh": None, "erfinv": None, "logit": None, "lgamma": None, "digamma": None,
 }  # fmt: skip
 _POSITIVE = {"exp", "exp2", "sigmoid", "softplus", "_softmax", "cosh", "rsqrt"}
 _NOT_NEGATIVE = {"relu", "abs", "square", "var", "std", "linalg_vector_norm", "norm", "sqrt"}
+_PLACE = {"div": 1, "xlogy": 1, "addcdiv": 2}  # of that argument, where it is not the first
 #: What is as positive as the argument is.
 _KEEPS = {
     "mean", "sum", "amax", "amin", "expand", "unsqueeze", "squeeze", "view", "_unsafe_view", "permute", "transpose",
@@ -47,7 +48,7 @@ def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
     if name not in _NEEDS or "params" in node.meta:
         return set()
     given = list(Operation(node).arguments.values())
-    value, need = given[1] if name == "div" else given[0], _NEEDS[name]
+    value, need = given[_PLACE.get(name, 0)], _NEEDS[name]
     if name == "pow":
         least = given[1] if isinstance(given[1], int | float) else -0.5
         if least >= 0 and least == int(least):

@@ -150,18 +150,22 @@ def start(network: Network, name: str) -> float | None:
     A factor and a variance begin at 1, what is added at 0. The mean is as good as the old values elsewhere: it is
     positive where all are, say.
     """
+    found: set[float | None] = set()
     for program in network.programs:
         left = [node for node in program.graph.nodes if node.op == "get_attr" and node.target == name]
         while left:
             node = left.pop()
-            for user in node.users:
-                if "params" in user.meta and not is_limited(user):
-                    left.append(user)
-                    continue
-                arguments = Operation(user).arguments if hasattr(user.target, "_schema") else {}
-                given = next((key for key, value in arguments.items() if value is node), None)
-                if packet_of(user) in _SHIFTS or given in ("bias", "running_mean"):
-                    return 0.0
-                scales = packet_of(user) in _SCALES or (given == "weight" and packet_of(user) in _AVERAGES)
-                return 1.0 if scales or given == "running_var" else None
-    return None
+            inner = [user for user in node.users if "params" in user.meta and not is_limited(user)]
+            left.extend(inner)
+            found.update(_neutral(user, node) for user in node.users if user not in inner)
+    return found.pop() if len(found) == 1 else None
+
+
+def _neutral(user: fx.Node, node: fx.Node) -> float | None:
+    """The value of a tensor with which an operation changes nothing, if there is one."""
+    packet, arguments = packet_of(user), Operation(user).arguments if hasattr(user.target, "_schema") else {}
+    given = next((key for key, value in arguments.items() if value is node), None)
+    if packet in _SHIFTS or given in ("bias", "running_mean"):
+        return 0.0
+    scales = packet in _SCALES or (given == "weight" and packet in _AVERAGES)
+    return 1.0 if scales or given == "running_var" else None
