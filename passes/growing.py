@@ -68,7 +68,7 @@ class _Growth(Pass):
         before = sum(network[name].size for name in keep)
         added = sum(map(len, keep.values())) - before
         got = f"{added:,} to {before:,} in {len(keep)} groups"
-        return dataclasses.replace(Edit(network, keep), outcomes=(Outcome(self.asked(), got, short, does="add"),))
+        return Edit(network, keep, outcomes=(Outcome(self.asked(), got, short, does="add"),))
 
     def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
         sorts = {one for unit in ((self.unit,) if isinstance(self.unit, str) else self.unit) for one in _sorts(unit)}

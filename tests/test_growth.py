@@ -617,6 +617,27 @@ def test_heads_grow_where_dimensions_within_them_cannot() -> None:
     torch.testing.assert_close(netsurgery.rewrite(model, twice)(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+class Flipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).flip(-1)).relu())
+
+
+@pytest.mark.parametrize("settings", [PlantChannels(2), PlantChannels({"first": 1, "second": 2}), WidenChannels(2)])
+def test_locked_layers_are_named(settings: netsurgery.Pass) -> None:
+    edit = netsurgery.plan(Flipped(), [settings], torch.randn(4, 5))
+    assert list(edit.counts) == ["second"]
+    assert edit.outcomes[0].short["first"].startswith("0 of 6 (locked: units are identified by position: aten.flip")
+
+
+def test_a_locked_layer_alone_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"nothing of Flipped can grow .*first: 0 of 6 \(locked: units are identified"):
+        netsurgery.plan(Flipped(), [PlantChannels(2, include="first")], torch.randn(4, 5))
+
+
 class Joined(nn.Module):
     """Statistics are taken over two groups together, and in the second case over a constant with them."""
 
