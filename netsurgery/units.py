@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,15 @@ class Copy:
     unit: int
     share: float | None = None
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "unit", operator.index(self.unit))
+            object.__setattr__(self, "share", None if self.share is None else float(self.share))
+        except (TypeError, ValueError):
+            raise InputError(f"Copy({self.unit!r}, share={self.share!r}): the index of a unit, and a number") from None
+        if self.share is not None and not math.isfinite(self.share):
+            raise InputError(f"Copy({self.unit}, share={self.share}): a share is a finite number")
+
     def __repr__(self) -> str:
         return f"Copy({self.unit})" if self.share is None else f"Copy({self.unit}, share={self.share:g})"
 
@@ -57,6 +67,8 @@ class New:
         return f"New({self.init!r}, seed={self.seed})"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise InputError(f"New(seed={self.seed!r}): a whole number")
         if self.init != "he":
             raise InputError(f"New(init={self.init!r}): 'he' is the only initialisation")
 
@@ -112,7 +124,7 @@ def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int |
         equal = left / max(1, len(own) - len(given))
         for place in own:
             share = given.get(place, equal)
-            found[place] = unit if share == 1.0 else Copy(unit, share)
+            found[place] = unit if share == 1.0 and len(own) == 1 else Copy(unit, share)
     return found
 
 
@@ -147,7 +159,7 @@ def then(first: Sequence[Planned], later: Iterable[Planned]) -> tuple[Planned, .
         else:
             unit, before = (was.unit, was.share) if isinstance(was, Copy) else (was, 1.0)
             both = float(before or 0) * float(share or 0)
-            found.append(unit if both == 1.0 else Copy(unit, both))
+            found.append(Copy(unit, both))
     return tuple(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from numbers import Real
@@ -19,11 +19,15 @@ from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import brief, call_of
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
-from netsurgery.passes.selection import ANY, belongs, channels_per_unit, is_touched, one_of_each_product
+from netsurgery.passes.selection import ANY, belongs, channels_per_unit, is_touched, one_of_each_product, stands_still
 from netsurgery.pipeline import Pass
 from netsurgery.units import Copy, New, Planned
 
 __all__ = ["PlantChannels", "WidenChannels"]
+
+
+_FEW = "The factor adds less than one unit to each group"
+_NONE = "They leave no group with open units: network.prunable lists these, network.groups the reasons of others"
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,22 +61,25 @@ class _Growth(Pass):
             for name, why in refused.items()
             if len(one_of_each_product(network, [network[one] for one in (*keep, name)])) > len(keep)
         }  # where another factor of the same dimension grows, nothing is missing
+        locked = [group for group in network.groups if group.locked is not None]
+        for group in stands_still(network, self._meant(network, locked), keep):
+            short[group.name] = f"0 of {group.size} (locked: {group.locked})"
         if not keep:
-            locked = {group.name: f"locked, {group.locked}" for group in network.groups if group.locked}
-            listed = "; ".join(f"{name}: {why}" for name, why in {**refused, **locked}.items())[:500]
+            listed = "; ".join(f"{name}: {why}" for name, why in short.items())[:500]
+            listed = listed or (_FEW if self._meant(network, network.prunable) else _NONE)
             raise InputError(f"nothing of {network.model_name} can grow with these settings. {listed}")
         before = sum(network[name].size for name in keep)
         added = sum(map(len, keep.values())) - before
         got = f"{added:,} to {before:,} in {len(keep)} groups"
-        return dataclasses.replace(Edit(network, keep), outcomes=(Outcome(self.asked(), got, short, does="add"),))
+        return Edit(network, keep, outcomes=(Outcome(self.asked(), got, short, does="add"),))
 
-    def _meant(self, network: Network) -> list[Group]:
+    def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
         sorts = {one for unit in ((self.unit,) if isinstance(self.unit, str) else self.unit) for one in _sorts(unit)}
         include, exclude = as_patterns(self.include), as_patterns(self.exclude)
         included, excluded = Chosen(network, include), Chosen(network, exclude)
         return [
             group
-            for group in network.prunable
+            for group in among
             if group.unit in sorts
             and not is_touched(group, excluded)
             and (not include or belongs(group, included, include))
@@ -81,7 +88,7 @@ class _Growth(Pass):
     def _possible(self, network: Network) -> tuple[dict[str, tuple[Planned, ...]], dict[str, str]]:
         """The units of the groups that can grow together, one factor of each dimension; and why others cannot."""
         units, refused = {}, dict[str, str]()
-        for group in self._meant(network):
+        for group in self._meant(network, network.prunable):
             together = network.equal_to(group.name)
             if locked := [name for name in together if network[name].locked]:
                 refused[group.name] = (
@@ -211,14 +218,15 @@ class PlantChannels(_Growth):
             as_patterns(tuple(self.amount))
         New(self.init)
 
-    def _meant(self, network: Network) -> list[Group]:
-        return [group for group in super()._meant(network) if self._amount(network, group)]
+    def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
+        return [group for group in super()._meant(network, among) if self._amount(network, group)]
 
     def _amount(self, network: Network, group: Group) -> int:
         if not isinstance(self.amount, Mapping):
             return self.amount
-        given = ((as_patterns(one), count) for one, count in self.amount.items())
-        return next((n for patterns, n in given if belongs(group, Chosen(network, patterns), patterns)), 0)
+        given = [(as_patterns(one), count) for one, count in self.amount.items()]
+        found = [(Chosen(network, patterns), patterns, count) for patterns, count in given]  # each matches something
+        return next((count for chosen, patterns, count in found if belongs(group, chosen, patterns)), 0)
 
     def units(self, network: Network, group: Group) -> tuple[Planned, ...]:
         """The units, and the new ones behind them."""

@@ -236,7 +236,7 @@ MUTANTS = (
     Mutant(
         "gradients left uncut",
         "netsurgery/rewriting/surgery.py",
-        "new.grad = edit.positions.cut(tensor.grad, edit.network.axes[name])",
+        "new.grad = gradient(tensor.grad, name, edit)",
         "new.grad = tensor.grad[: len(new)]",
     ),
     Mutant(
@@ -664,8 +664,8 @@ MUTANTS = (
     Mutant(
         "copies without shares",
         "netsurgery/rewriting/added.py",
-        "new.mul_(shares.to(new).reshape(",
-        "new.mul_(shares.to(new).ceil().reshape(",
+        "new.mul_(_along(shares.to(new), dim, new.dim()))",
+        "new.mul_(_along(shares.to(new).ceil(), dim, new.dim()))",
         ("test_growth.py",),
     ),
     Mutant(
@@ -685,8 +685,22 @@ MUTANTS = (
     Mutant(
         "tied tensors grow",
         "netsurgery/analysis/growth.py",
-        '!= "consumes":',
-        'not in ("consumes", "produces"):',
+        '(name, "consumes")]) != 1:',
+        '(name, "consumes")]) > 1:',
+        ("test_growth.py",),
+    ),
+    Mutant(
+        "shares of a tensor that is used otherwise, too",
+        "netsurgery/analysis/growth.py",
+        "if packet_of(user) not in _FACTORS or leaf not in worked_across(user):",
+        "if False:",
+        ("test_growth.py",),
+    ),
+    Mutant(
+        "logarithms of new units",
+        "netsurgery/analysis/growth.py",
+        "for leaf in at.planted.keys() & undefined(node, network.tensors):",
+        "for leaf in at.planted.keys() & set():",
         ("test_growth.py",),
     ),
     Mutant(
@@ -706,8 +720,8 @@ MUTANTS = (
     Mutant(
         "norms of new units at zero",
         "netsurgery/analysis/growth.py",
-        'return given in ("weight", "running_var") or packet_of(user) in _SCALES',
-        "return packet_of(user) in _SCALES",
+        'return 1.0 if scales or given == "running_var" else None',
+        "return 0.0",
         ("test_growth.py",),
     ),
     Mutant(

@@ -235,7 +235,7 @@ class WeightNorm(Normed):
     [
         (Softmax, "works across these units without weights"),
         (Summed, "works across these units without weights"),
-        (Unbiased, "works across these units without weights"),
+        (Unbiased, "it takes (statistics|a variance) over these units"),
         (Tied, "the tensor that makes these units reads them, too"),
         (WeightNorm, "works across these units without weights"),
     ],
@@ -247,6 +247,157 @@ def test_what_would_change_outputs_is_refused_by_name(kind: type[Normed], why: s
         Edit(network, {"first": (*range(6), New())})
     with pytest.raises(InputError, match=f"group 'first' cannot have more units .*{why}"):
         Edit(network, {"first": (*range(6), *(Copy(unit) for unit in range(6)))})
+
+
+class Body(Normed):
+    """A network around a function of its units and its last layer."""
+
+    def __init__(self, body: Callable[..., Tensor]) -> None:
+        super().__init__(nn.Identity())
+        self.body, self.other = body, nn.Linear(6, 2)
+        self.square, self.scale = nn.Linear(6, 6), nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, self.first(x))
+
+
+PLANTED, COPIED = (*range(6), New()), (*range(6), Copy(2))
+DOUBLED = (*range(6), *map(Copy, range(6)))
+REFUSED: list[tuple[Callable[..., Tensor], tuple, str]] = [
+    (lambda m, h: m.last(h / h.std(-1, keepdim=True)), DOUBLED, "variance over these units .*unbiased"),
+    (lambda m, h: m.last(h) * torch.var_mean(h, -1, keepdim=True)[0], DOUBLED, "variance over these units"),
+    (lambda m, h: m.last(h) + h.var(-1, correction=2, keepdim=True), DOUBLED, "variance over these units"),
+    (lambda m, h: torch.cdist(h, m.last.weight), COPIED, "works across these units without weights"),
+    (lambda m, h: m.last(h) + m.other(h * m.last.weight[0]), COPIED, "used otherwise, too: aten.select"),
+    (lambda m, h: m.last(h) + m.other(h + m.last.weight.mean(0)), COPIED, "used otherwise, too: aten.mean"),
+    (lambda m, h: (h @ m.scale)[:, None] + m.other(h * m.scale), COPIED, "used otherwise, too: aten.mul"),
+    (lambda m, h: m.last(h + m.square(h) + h @ m.square.weight), COPIED, "the tensor that makes these units"),
+    (lambda m, h: m.last(h.log()), PLANTED, "gives no number for some values, .*aten.log"),
+    (lambda m, h: m.last((h - 1).sqrt()), PLANTED, "gives no number for some values"),
+    (lambda m, h: m.last(h / h.sum(0, keepdim=True)), PLANTED, "gives no number for some values, .*aten.div"),
+    (lambda m, h: m.last(torch.addcdiv(h, h, h.relu().sum(0))), PLANTED, "gives no number for some values"),
+    (lambda m, h: m.last(h**0.5), PLANTED, "gives no number for some values"),
+    (lambda m, h: m.last(h.tanh().acos()), PLANTED, "gives no number for some values"),
+]
+
+
+@pytest.mark.parametrize(("body", "units", "why"), REFUSED)
+def test_what_shares_and_zeros_do_not_keep_is_refused(body: Callable[..., Tensor], units: tuple, why: str) -> None:
+    network = netsurgery.trace(Body(body).double(), torch.randn(4, 5).double())
+    with pytest.raises(InputError, match=f"group 'first' cannot have more units .*{why}"):
+        Edit(network, {"first": units})
+
+
+KEPT: list[Callable[..., Tensor]] = [
+    lambda m, h: m.last(h + m.square(h)),  # the layer makes and reads the same units
+    lambda m, h: m.last(h + h @ m.square.weight),
+    lambda m, h: m.last(F.glu(torch.cat([h, m.square(h)], 1), 1)),
+    lambda m, h: m.last(F.pad(h, (1, 1))[:, 1:-1]),
+    lambda m, h: m.last((h.square() + 1e-3).log() + (1 + h.exp()).rsqrt()),
+    lambda m, h: m.last(F.normalize(h, dim=0) + h / (h.std(0, keepdim=True) + 1e-5)),
+    lambda m, h: m.last(h.relu().sqrt() + h.sigmoid().reciprocal() + h.abs().clamp(min=0.1) ** 1.5),
+    lambda m, h: m.last((h + m.scale) / m.scale),  # neither 0 nor 1 would do for both
+    lambda m, h: m.last(h + m.scale.log() + h.sigmoid() ** (1 / m.scale)),
+]
+
+
+@pytest.mark.parametrize("body", KEPT)
+@pytest.mark.parametrize("units", [PLANTED, COPIED, (2, 1, Copy(2), 0, New(), 3, 4, 5)])
+def test_what_keeps_outputs_grows(body: Callable[..., Tensor], units: tuple) -> None:
+    torch.manual_seed(1)
+    model, x = Body(body).double(), torch.randn(4, 5).double()
+    new = netsurgery.rewrite(model, Edit(netsurgery.trace(model, x), {"first": units}))
+    torch.testing.assert_close(new(x), model(x), rtol=1e-12, atol=1e-12)
+    new(x).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in new.parameters())
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options: object) -> None:
+        super().__init__()
+        self.layer, self.last = kind(5, 6, batch_first=True, **options), nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(nn.LSTM, {"num_layers": 2}), (nn.GRU, {"bidirectional": True}), (nn.RNN, {}), (nn.LSTM, {"proj_size": 4})],
+)
+def test_recurrent_layers_grow(kind: type[nn.RNNBase], options: dict) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent(kind, **options).double(), torch.randn(3, 4, 5).double()
+    model(x)
+    edit, left = check_growth(model, (x,), 1e-12, RandomGrowth(3))
+    assert edit.grown and not left
+
+
+class Tokens(nn.Module):
+    """A batch norm of tokens, whose statistics run over the units in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 6), nn.BatchNorm1d(4), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norms_across_units_need_equal_copies_in_any_mode(training: bool) -> None:
+    model, x = Tokens().double().train(training), torch.randn(3, 4, 5).double()
+    network = netsurgery.trace(model, x)
+    for units in (PLANTED, COPIED):
+        with pytest.raises(InputError, match="takes statistics over these units"):
+            Edit(network, {"first": units})
+    new = netsurgery.rewrite(model, Edit(network, {"first": DOUBLED}))
+    torch.testing.assert_close(new.train()(x), model.train()(x), rtol=1e-12, atol=1e-12)
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.register_buffer("counts", torch.arange(12).view(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x) * 10).long() @ self.counts
+
+
+def test_whole_numbers_have_no_shares() -> None:
+    torch.manual_seed(0)
+    model, x = Whole().double(), torch.randn(4, 5).double()
+    network = netsurgery.trace(model, x)
+    with pytest.raises(InputError, match="by whole numbers, of which copies cannot take shares"):
+        Edit(network, {"first": COPIED})
+    assert torch.equal(netsurgery.rewrite(model, Edit(network, {"first": PLANTED}))(x), model(x))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(5, 6, dtype=torch.cdouble))
+        self.last = nn.Parameter(torch.randn(6, 2, dtype=torch.cdouble))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(x.to(self.first.dtype) @ self.first @ self.last)
+
+
+def test_new_units_of_complex_weights_are_no_zeros() -> None:
+    model, x = Complex(), torch.randn(4, 5).double()
+    new = netsurgery.rewrite(model, Edit(netsurgery.trace(model, x), {"first": (*PLANTED, Copy(0))}))
+    assert new.first[:, 6].abs().min() > 0 and not new.last[6].any()
+    torch.testing.assert_close(new(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_slopes_begin_with_their_mean_and_units_may_all_be_new() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.PReLU(6, 0.2), nn.Linear(6, 2)).double(), torch.randn(4, 5).double()
+    new = netsurgery.rewrite(model, Edit(netsurgery.trace(model, x), {"0": (New(), New(), New(seed=1))}))
+    torch.testing.assert_close(new[1].weight, torch.full((3,), 0.2).double())
+    assert not new[0].bias.any() and new[0].weight.all()
+    assert torch.equal(new(x), model[2].bias.expand(4, 2))
 
 
 # What else follows -------------------------------------------------------------------------------------------------
@@ -297,12 +448,33 @@ def test_averages_grow_alike() -> None:
         assert torch.equal(one, other)
 
 
-def test_gradients_of_copies_are_there_and_of_new_units_zero() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_are_those_of_the_larger_network(inplace: bool) -> None:
     model = net()
     model(X).square().mean().backward()
-    new = grown(model, {"hidden": (*range(7), Copy(2), New())})
-    assert torch.equal(new.hidden.weight.grad[:8], model.hidden.weight.grad[[*range(7), 2]])
-    assert not new.hidden.weight.grad[8].any()
+    keep = {"hidden": (*range(7), Copy(2), New()), "stem": (0, 1, Copy(1, share=0.3), 3, 4, 2, 5)}
+    new = grown(model, keep, inplace=inplace)
+    found = {name: parameter.grad for name, parameter in new.named_parameters()}
+    new.zero_grad()
+    new(X).square().mean().backward()
+    for name, parameter in new.named_parameters():
+        wanted = parameter.grad.clone()
+        if name == "head.weight":  # what a new unit gives was not known
+            assert not found[name][:, 8].any()
+            wanted[:, 8] = 0
+        torch.testing.assert_close(found[name], wanted, rtol=1e-10, atol=1e-14)
+
+
+def test_sparse_gradients_are_shared_too() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.ReLU(), nn.Linear(6, 2)).double()
+    x = torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(0))
+    model(x).square().mean().backward()
+    new = netsurgery.rewrite(model, Edit(netsurgery.trace(model, x), {"0": (0, *range(1, 6), Copy(0, share=0.3))}))
+    found = new[0].weight.grad
+    new.zero_grad()
+    new(x).square().mean().backward()
+    assert found is not None and found.is_sparse
+    torch.testing.assert_close(found.to_dense(), new[0].weight.grad.to_dense(), rtol=1e-10, atol=1e-14)
 
 
 def test_an_edit_that_grows_is_a_value() -> None:
@@ -334,12 +506,41 @@ def test_edits_compose_as_they_are_carried_out() -> None:
         ({"wide": (0, Copy(9))}, r"'wide': units that stay must be distinct and in 0..4"),
         ({"wide": (Copy(0, share=0.5), 1)}, "the shares of unit 0 add up to 0.5, not to 1"),
         ({"head": (*range(3), New())}, "'head' is locked: the network output"),
+        ({"wide": (0, New)}, "'wide': the units that stay must be a list of whole numbers"),
     ],
 )
 def test_impossible_growth(keep: dict, message: str) -> None:
     network = netsurgery.trace(net(), X)
     with pytest.raises(InputError, match=message):
         Edit(network, keep)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Copy(1.5), r"Copy\(1.5, share=None\): the index of a unit, and a number"),
+        (lambda: Copy("a"), "the index of a unit"),
+        (lambda: Copy(1, share="half"), r"Copy\(1, share='half'\): the index of a unit, and a number"),
+        (lambda: Copy(1, share=float("nan")), "a share is a finite number"),
+        (lambda: New(seed=1.5), r"New\(seed=1.5\): a whole number"),
+    ],
+)
+def test_units_are_checked_where_they_are_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_whole_shares_of_several_copies_are_written_and_read() -> None:
+    model = net()
+    network = netsurgery.trace(model, X)
+    edit = Edit(network, {"side": (0, 1, 2, 3, Copy(0, share=1), Copy(0, share=1), Copy(0, share=-2))})
+    assert Edit.from_json(edit.to_json(), network) == edit
+    larger = netsurgery.rewrite(model, edit)
+    torch.testing.assert_close(larger(X), model(X), rtol=1e-12, atol=1e-12)
+    back = Edit(netsurgery.trace(larger, X), {"side": (4, 1, 2, 3, 5)})
+    both = edit.then(back)
+    assert both.keep["side"] == (Copy(0, share=1), 1, 2, 3, Copy(0, share=1))
+    assert Edit.from_json(both.to_json(), network) == both
 
 
 def test_a_later_edit_cannot_copy_what_an_earlier_one_makes() -> None:
@@ -425,6 +626,27 @@ def test_heads_grow_where_dimensions_within_them_cannot() -> None:
     torch.testing.assert_close(netsurgery.rewrite(model, twice)(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+class Flipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).flip(-1)).relu())
+
+
+@pytest.mark.parametrize("settings", [PlantChannels(2), PlantChannels({"first": 1, "second": 2}), WidenChannels(2)])
+def test_locked_layers_are_named(settings: netsurgery.Pass) -> None:
+    edit = netsurgery.plan(Flipped(), [settings], torch.randn(4, 5))
+    assert list(edit.counts) == ["second"]
+    assert edit.outcomes[0].short["first"].startswith("0 of 6 (locked: units are identified by position: aten.flip")
+
+
+def test_a_locked_layer_alone_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"nothing of Flipped can grow .*first: 0 of 6 \(locked: units are identified"):
+        netsurgery.plan(Flipped(), [PlantChannels(2, include="first")], torch.randn(4, 5))
+
+
 class Joined(nn.Module):
     """Statistics are taken over two groups together, and in the second case over a constant with them."""
 
@@ -476,7 +698,12 @@ def test_widening_and_pruning_in_one_pipeline() -> None:
         (lambda: PlantChannels({}), "a whole number of at least 1"),
         (lambda: PlantChannels(2, init="zeros"), "'he' is the only initialisation"),
         (lambda: netsurgery.plan(net(), [PlantChannels(2, include="nothing.*")], X), "matches no module"),
-        (lambda: netsurgery.plan(net(), [PlantChannels(2, include="head")], X), "nothing of Net can grow"),
+        (
+            lambda: netsurgery.plan(net(), [PlantChannels(2, include="head")], X),
+            r"nothing of Net can grow with these settings\. They leave no group with open units: network\.prunable",
+        ),
+        (lambda: netsurgery.plan(net(), [PlantChannels({"wide": 2, "nothing": 1})], X), "'nothing' matches no module"),
+        (lambda: netsurgery.plan(net(), [WidenChannels(1)], X), "The factor adds less than one unit to each group"),
         (lambda: compensate(netsurgery.plan(net(), [PlantChannels(2)], X), "bias", X), "needs no compensation"),
     ],
 )

@@ -7,20 +7,21 @@ copies, sums do not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from netsurgery.analysis.computed_weights import is_moved, packet_of, peeled, worked_across
-from netsurgery.analysis.network import Network
+from netsurgery.analysis.domains import is_limited, undefined
+from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.weights import is_computed
 from netsurgery.axes import Axis, leaves
 from netsurgery.notation import Operation
 from netsurgery.positions import Positions
 from netsurgery.units import Planned, listed
 
-__all__ = ["obstacles", "starts_at_one"]
+__all__ = ["obstacles", "start"]
 
 aten = torch.ops.aten
 #: What these compute of units is the same where each unit has equally many copies.
@@ -28,8 +29,17 @@ _AVERAGES = {
     aten.mean, aten.var, aten.var_mean, aten.std, aten.std_mean, aten.native_layer_norm, aten.native_group_norm,
     aten.native_batch_norm, aten.amax, aten.amin, aten.max, aten.min, aten.all, aten.any,
 }  # fmt: skip
-_VARIANCES = {aten.var, aten.var_mean, aten.std, aten.std_mean}
+#: What these give at a unit depends on no other, though it is in other dimensions: of equal halves, or of no values.
+_APART = {aten.glu, aten.new_zeros, aten.new_ones, aten.new_full}
+_DEVIATIONS = {aten.var, aten.var_mean, aten.std, aten.std_mean}
+#: The arguments that products multiply, without what they add.
+_FACTORS = {
+    aten.mm: ("self", "mat2"), aten.addmm: ("mat1", "mat2"), aten.bmm: ("self", "mat2"),
+    aten.baddbmm: ("batch1", "batch2"), aten.mv: ("self", "vec"), aten.addmv: ("mat", "vec"),
+    aten.dot: ("self", "tensor"), aten.vdot: ("self", "other"), aten.convolution: ("input", "weight"),
+}  # fmt: skip
 _SCALES = {aten.mul, aten.mul_, aten.div, aten.div_}
+_SHIFTS = {aten.add, aten.add_, aten.sub, aten.sub_, aten.addmm, aten.addmv, aten.baddbmm}
 
 
 def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[str, str]:
@@ -41,46 +51,81 @@ def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[s
     names = {network[n].channel: n for n, own in keep.items() if not all(isinstance(unit, int) for unit in own)}
     if not names:
         return {}
-    roles = {(m.parameter, network[name].channel): m.role for name in names.values() for m in network[name].members}
     groups = [(network[name], own) for name, own in keep.items()]
     at = Positions({group.channel: listed(group.name, own, group.size, False) for group, own in groups})
+    readers: dict[str, list[Axis]] = {}
+    for leaf, name in names.items():
+        for parameter in dict.fromkeys(m.parameter for m in network[name].members if m.role == "consumes"):
+            readers.setdefault(parameter, []).append(leaf)
     found: dict[str, str] = {}
     for program in network.programs:
-        for node in program.graph.nodes:
-            if node.op != "call_function" or _is_view(node):
+        for node in sorted(program.graph.nodes, key=lambda node: node.op == "get_attr"):
+            if node.op == "get_attr":
+                reasons = _used_otherwise(node, readers.get(str(node.target), []))
+            elif node.op == "call_function" and not _is_view(node):
+                reasons = _across(node, network, names, at)
+            else:
                 continue
-            own = set(leaves(node.meta["names"]["g"])) if packet_of(node) is aten.native_group_norm else set()
-            for leaf in worked_across(node).keys() & names.keys():
-                if leaf in own or names[leaf] in found:  # statistics are of each group of channels
-                    continue
-                if why := _obstacle(node, leaf, at, roles):
-                    found[names[leaf]] = Operation(node).reason(why)
+            for leaf, why in reasons:
+                found.setdefault(names[leaf], why)
     return found
 
 
-def _obstacle(node: fx.Node, leaf: Axis, at: Positions, roles: Mapping[tuple[str, Axis], str]) -> str | None:
+Reasons = Iterator[tuple[Axis, str]]  # a channel, and why it cannot have these units
+
+
+def _across(node: fx.Node, network: Network, names: Mapping[Axis, str], at: Positions) -> Reasons:
+    """The channels of which an operation would give something else."""
+    packet = packet_of(node)
+    across = set(worked_across(node)) if packet not in _APART else set()
+    if packet is aten.native_batch_norm:  # in training, whatever the mode is now
+        across.update(
+            leaf for dim, axis in enumerate(_axes(node.all_input_nodes[0])) if dim != 1 for leaf in leaves(axis)
+        )
+    if packet is aten.native_group_norm:  # statistics are of each group of channels
+        across -= set(leaves(node.meta["names"]["g"]))
+    for leaf in across & names.keys():
+        if why := _obstacle(node, leaf, at, network[names[leaf]], network):
+            yield leaf, Operation(node).reason(why)
+    for leaf in at.planted.keys() & undefined(node, network.tensors):
+        why = "it gives no number for some values, and those of a new unit are not known; copies have known ones"
+        yield leaf, Operation(node).reason(why)
+
+
+def _obstacle(node: fx.Node, leaf: Axis, at: Positions, group: Group, network: Network) -> str | None:
     """Why an operation that works across units does not give the same of more of them, if so."""
-    holders = [one for one in node.all_input_nodes if any(leaf in leaves(axis) for axis in _axes(one))]
-    weights = [one for one in holders if "params" in one.meta]
-    if packet_of(node) in _AVERAGES and not _corrected(node):
-        over = [axis for one in holders for axis in _axes(one) if leaf in leaves(axis)]
-        if all(_evenly(axis, at) for axis in over):
-            return None
-        return "it takes statistics over these units, which stay if all that they are taken over has as many copies"
-    if len(holders) != 2 or len(weights) != 1:
+    packet, given = packet_of(node), Operation(node).arguments
+    if packet in _AVERAGES:
+        over = [axis for one in node.all_input_nodes for axis in _axes(one) if leaf in leaves(axis)]
+        if not all(_evenly(axis, at) for axis in over):
+            return "it takes statistics over these units, which stay if all that they are taken over has as many copies"
+        if packet in _DEVIATIONS and given.get("unbiased", True) and given.get("correction", 1) != 0:
+            return "it takes a variance over these units with a correction for their number (unbiased)"
+        return None
+    weights = [given[name] for name in _FACTORS.get(packet, ()) if given[name].meta.get("params")]
+    if len(weights) != 1:
         return "it works across these units without weights, and would count the added ones"
     if is_computed(weights[0]):
         return "it reads these units by a weight that is computed from others"
-    if roles.get((str(peeled(weights[0]).target), leaf)) != "consumes":
+    name = str(peeled(weights[0]).target)
+    if len([m for m in group.members if (m.parameter, m.role) == (name, "consumes")]) != 1:
         return "the tensor that makes these units reads them, too"
+    if leaf in at.copied and not (network.tensors[name].is_floating_point() or network.tensors[name].is_complex()):
+        return "it reads these units by whole numbers, of which copies cannot take shares"
     return None
 
 
-def _corrected(node: fx.Node) -> bool:
-    """Whether an operation is a variance over the number of units less one, as torch's are by default."""
-    arguments = Operation(node).arguments
-    given = arguments.get("correction", arguments.get("unbiased"))
-    return packet_of(node) in _VARIANCES and (given is None or bool(given))
+def _used_otherwise(node: fx.Node, read: Sequence[Axis]) -> Reasons:
+    """Of the channels that a tensor reads those where it is also used in another way, which shares would change."""
+    left = list(node.users) if read else []
+    while left:
+        user = left.pop()
+        if is_moved(user):
+            left.extend(user.users)
+        elif user.op == "call_function":
+            for leaf in read:
+                if packet_of(user) not in _FACTORS or leaf not in worked_across(user):
+                    yield leaf, Operation(user).reason("a tensor that reads these units is used otherwise, too")
 
 
 def _evenly(axis: Axis, at: Positions) -> bool:
@@ -102,17 +147,28 @@ def _is_view(node: fx.Node) -> bool:
     return schema is None or is_moved(node) or (bool(aliases) and not any(a.is_write for a in aliases))
 
 
-def starts_at_one(network: Network, name: str) -> bool:
-    """Whether a tensor scales what it meets, as the weight and the variance of a norm do, so that 1 changes nothing."""
+def start(network: Network, name: str) -> float | None:
+    """What a tensor that meets units begins with at new ones, so that it changes nothing; None for the mean of its own.
+
+    A factor and a variance begin at 1, what is added at 0. The mean is as good as the old values elsewhere: it is
+    positive where all are, say.
+    """
+    found: set[float | None] = set()
     for program in network.programs:
         left = [node for node in program.graph.nodes if node.op == "get_attr" and node.target == name]
         while left:
             node = left.pop()
-            for user in node.users:
-                if "params" in user.meta:
-                    left.append(user)
-                    continue
-                arguments = Operation(user).arguments if hasattr(user.target, "_schema") else {}
-                given = next((key for key, value in arguments.items() if value is node), None)
-                return given in ("weight", "running_var") or packet_of(user) in _SCALES
-    return False
+            inner = [user for user in node.users if "params" in user.meta and not is_limited(user)]
+            left.extend(inner)
+            found.update(_neutral(user, node) for user in node.users if user not in inner)
+    return found.pop() if len(found) == 1 else None
+
+
+def _neutral(user: fx.Node, node: fx.Node) -> float | None:
+    """The value of a tensor with which an operation changes nothing, if there is one."""
+    packet, arguments = packet_of(user), Operation(user).arguments if hasattr(user.target, "_schema") else {}
+    given = next((key for key, value in arguments.items() if value is node), None)
+    if packet in _SHIFTS or given in ("bias", "running_mean"):
+        return 0.0
+    scales = packet in _SCALES or (given == "weight" and packet in _AVERAGES)
+    return 1.0 if scales or given == "running_var" else None

@@ -8,11 +8,11 @@ import zlib
 import torch
 from torch import Tensor
 
-from netsurgery.analysis.growth import starts_at_one
+from netsurgery.analysis.growth import start
 from netsurgery.axes import leaves
 from netsurgery.edit import Edit
 
-__all__ = ["filled"]
+__all__ = ["filled", "gradient"]
 
 
 def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
@@ -30,7 +30,7 @@ def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
         for dim, axis in enumerate(axes):
             reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
             if (shares := at.shares(axis, reads.__contains__)) is not None:
-                new.mul_(shares.to(new).reshape([-1 if i == dim else 1 for i in range(new.dim())]))
+                new.mul_(_along(shares.to(new), dim, new.dim()))
         for dim, axis in enumerate(axes):
             reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
             made = at.new(axis, lambda channel, reads=reads: channel not in reads)  # type: ignore[misc]
@@ -39,17 +39,42 @@ def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
     return new
 
 
+def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
+    """The gradient of a tensor after an edit: copies share that of what makes a unit, and have that of what reads it.
+
+    That of new units is zero, though it need not be where they are read.
+    """
+    new = edit.positions.cut(grad, edit.network.axes[name])
+    for dim, axis in enumerate(edit.network.axes[name]):
+        reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
+        makes = {channel for channel in leaves(axis) if channel not in reads}
+        if (shares := edit.positions.shares(axis, makes.__contains__)) is not None:
+            dense = new.layout == torch.strided  # else of an embedding: its rows are sparse, what it makes is not
+            values = new if dense else new._values()
+            values.mul_(_along(shares.to(values), dim if dense else dim - new.sparse_dim() + 1, values.dim()))
+    return new
+
+
 def _begin(new: Tensor, old: Tensor, name: str, dim: int, units: Tensor, edit: Edit) -> None:
     """Let new units begin: by He where several inputs make one, else so that they change nothing."""
     network = edit.network
     makes = {axis for parameter, axis, _ in edit.makers if parameter == name}
-    if new.dim() < 2 or not makes or not new.is_floating_point():
-        new.index_fill_(dim, units, 1.0 if starts_at_one(network, name) else 0.0)
+    real = new.is_floating_point() or new.is_complex()
+    if new.dim() < 2 or not makes or not real:
+        begin = start(network, name)
+        value = old.detach().mean() if begin is None and real else begin or 0
+        new.index_fill_(dim, units, value)
         return
     read = any(parameter == name for parameter, _, _ in edit.readers) or new.dim() > 2
     inputs = math.prod(size for place, size in enumerate(new.shape) if place not in makes)
-    spread = math.sqrt(2 / inputs) if read else float(old.detach().float().std())
+    wide = old.detach().to(torch.promote_types(old.dtype, torch.float32))
+    spread = math.sqrt(2 / inputs) if read else float(wide.std())
     seed = zlib.crc32(repr((name, edit.positions.seeds)).encode())
     generator = torch.Generator().manual_seed(seed)
     shape = [len(units) if place == dim else size for place, size in enumerate(new.shape)]
-    new.index_copy_(dim, units, (torch.randn(shape, generator=generator) * spread).to(new))
+    drawn = torch.randn(shape, generator=generator, dtype=torch.cfloat if new.is_complex() else None)
+    new.index_copy_(dim, units, (drawn * spread).to(new))
+
+
+def _along(values: Tensor, dim: int, dims: int) -> Tensor:
+    return values.reshape([-1 if i == dim else 1 for i in range(dims)])

@@ -20,7 +20,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
 from netsurgery.positions import Positions
 from netsurgery.report import first_of
-from netsurgery.rewriting.added import filled
+from netsurgery.rewriting.added import filled, gradient
 from netsurgery.rewriting.kept_weights import rescaled
 from netsurgery.rewriting.optimizers import OptimizerStates, as_list, averaged
 
@@ -149,7 +149,7 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
 def _copy(tensor: Tensor, value: Tensor, name: str, edit: Edit) -> Tensor:
     new = like(tensor, _resized(value.to(tensor), name, edit))
     if tensor.is_leaf and tensor.grad is not None:  # another, such as the last result of a weight norm, has none
-        new.grad = edit.positions.cut(tensor.grad, edit.network.axes[name])
+        new.grad = gradient(tensor.grad, name, edit)
     return new
 
 
@@ -167,7 +167,7 @@ def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, positions: Positions, va
         (
             old,
             _resized(values[name].to(old) if name in values else old, name, edit),
-            positions.cut(old.grad, axes[name]) if old.is_leaf and old.grad is not None else None,
+            gradient(old.grad, name, edit) if old.is_leaf and old.grad is not None else None,
         )
         for name, old in tensors.items()
         if name in axes and (name in values or positions.changes(axes[name]))
