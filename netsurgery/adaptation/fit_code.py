@@ -13,10 +13,11 @@ from torch import nn
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.adaptation.remedies import Remedies, mentioned_names
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
-from netsurgery.adaptation.size_checker import Failure, is_in, is_within
+from netsurgery.adaptation.size_checker import Failure, is_in
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.paths import is_within
 
 __all__ = ["fit_code", "follows", "with_repeats"]
 
