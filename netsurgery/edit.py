@@ -172,7 +172,8 @@ class Edit:
 
         Known once ``plan`` has tried the model's code; an edit made by hand is tried by ``rewrite``.
         """
-        return dict(self.adaptation.reasons) if self.adaptation else {}
+        reasons = self.adaptation.reasons if self.adaptation else {}
+        return {path: why for path, why in reasons.items() if not any(is_within(path, one) for one in self.dropped)}
 
     def adaptation_for(self, model: nn.Module) -> Adaptation | None:
         """The changes that the code of this very model needs, if it has been tried at the sizes of this edit."""

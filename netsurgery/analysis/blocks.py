@@ -23,19 +23,61 @@ from netsurgery.capture.copies import named_modules
 from netsurgery.capture.paths import is_within
 from netsurgery.capture.program import Call, Program
 
-__all__ = ["Block", "residual_blocks", "shortened"]
+__all__ = ["Block", "Place", "at", "constant_outputs", "places", "residual_blocks", "shortened"]
 
 aten = torch.ops.aten
 
 
+Place = tuple[Any, ...]  # indices and keys that lead to a part of nested tuples, lists and dictionaries
+
+
+def places(value: Any) -> dict[fx.Node, Place]:
+    """Where each node stands first, in order, in nested tuples, lists and dictionaries."""
+    found: dict[fx.Node, Place] = {}
+
+    def visit(value: Any, place: Place) -> None:
+        if isinstance(value, fx.Node):
+            found.setdefault(value, place)
+        elif isinstance(value, tuple | list | dict):
+            for step, item in value.items() if isinstance(value, dict) else enumerate(value):
+                visit(item, (*place, step))
+
+    visit(value, ())
+    return found
+
+
+def at(place: Place, value: Any) -> Any:
+    """The part of a nested value that stands at a place."""
+    for step in place:
+        value = value[step]
+    return value
+
+
 @dataclass(frozen=True)
 class Block:
-    """One residual block: the path of its module, and how it was called in the recorded run."""
+    """One residual block.
+
+    Attributes:
+        path: of its module.
+        call: its recorded run.
+        source: the tensor that it adds to.
+        result: the tensor that it gives.
+    """
 
     path: str
     call: Call = field(repr=False, compare=False)
     source: fx.Node = field(repr=False, compare=False)
     result: fx.Node = field(repr=False, compare=False)
+
+    @property
+    def given(self) -> Place:
+        """Where the source stands in ``(args, kwargs)``."""
+        return places((self.call.args, self.call.kwargs))[self.source]
+
+    @property
+    def returned(self) -> Place:
+        """Where the result stands in what the module returns."""
+        return places(self.call.out)[self.result]
 
 
 class _Run:
@@ -73,13 +115,13 @@ class _Run:
         if len(calls) != 1 or calls[0].end <= calls[0].begin:
             return None
         call = calls[0]
-        source, result = _first(call.args, call.kwargs), _first(call.out)
-        if source is None or result is None or not call.begin <= self.position(result) < call.end:
-            return None
-        if self.position(source) >= call.begin or not _alike(source, result):
-            return None
         inside = self.inside(call)
-        if not _Stream(source, inside).sums(result) or self._escapes(call, inside, result):
+        source = next(iter(places((call.args, call.kwargs))), None)
+        if source is None or self.position(source) >= call.begin:
+            return None
+        stream = _Stream(source, inside)
+        result = next((node for node in places(call.out) if _alike(source, node) and stream.sums(node)), None)
+        if result is None or self._escapes(call, inside, result):
             return None
         return Block(path, call, source, result)
 
@@ -107,10 +149,6 @@ class _Run:
                     views[user] = None
                     left.append(user)
         return False
-
-
-def _first(*values: Any) -> fx.Node | None:
-    return next((leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)), None)
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
@@ -314,8 +352,17 @@ def _is_own(module: nn.Module) -> bool:
     return type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+def constant_outputs(program: Program) -> list[bool]:
+    """Which outputs of a program are tensors that its code makes, such as the length of a cache of each layer."""
+    outputs: Any = program.graph.output_node().args[0]
+    return [one.op == "get_attr" and one.target in program.constants for one in outputs]
+
+
 def shortened(program: Program, paths: Iterable[str]) -> Program:
-    """A recorded program without some blocks: their operations go, and their input stands for their output."""
+    """A recorded program without some blocks: their operations go, and their input stands for their output.
+
+    Constants are no outputs of it: how many there are may depend on the number of blocks.
+    """
     run = _Run(program)
     blocks = [block for path in paths if (block := run.block(path)) is not None]
     graph: Any = fx.Graph()
@@ -326,7 +373,8 @@ def shortened(program: Program, paths: Iterable[str]) -> Program:
         if node in stands:
             renamed[node] = renamed[stands[node]]
         elif node.op == "output":
-            graph.output(tuple(renamed[one] for one in node.args[0] if one in renamed))  # a cache keeps less
+            left = [one for one, fixed in zip(node.args[0], constant_outputs(program), strict=True) if not fixed]
+            graph.output(tuple(renamed[one] for one in left if one in renamed))  # a cache keeps less
         elif node not in gone and not (node.op == "get_attr" and node.users and all(u in gone for u in node.users)):
             renamed[node] = graph.node_copy(node, renamed.__getitem__)
             renamed[node].meta = copy.copy(node.meta)

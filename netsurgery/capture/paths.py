@@ -30,7 +30,7 @@ def renumbered(name: str, gone: Collection[str], lists: Collection[str]) -> str 
         return None
     parts = name.split(".")
     found = list(parts)
-    for place in range(1, len(parts)):
+    for place in range(len(parts)):
         around = ".".join(parts[:place])
         if around in lists and parts[place].isdigit():
             before = [path for path in gone if _parent(path) == around and int(_last(path)) < int(parts[place])]

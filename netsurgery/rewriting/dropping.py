@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from netsurgery.analysis.blocks import Block, shortened
+from netsurgery.analysis.blocks import Block, Place, at, constant_outputs, places, shortened
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import units_in
 from netsurgery.capture.copies import copy_with, named_modules, named_tensors
@@ -28,8 +28,6 @@ from netsurgery.errors import NetsurgeryError, RewriteError
 from netsurgery.verification.oracles import run_with_decisions
 
 __all__ = ["Dropping", "Skipped", "dropping_for"]
-
-Place = tuple[Any, ...]  # 0 for positional arguments or 1 for keywords, and the index or key there, and within that
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,7 @@ def _is_plain(name: str, value: Any) -> bool:
 
 def _filled(value: Any, given: Any) -> Any:
     if isinstance(value, _Argument):
-        for step in value.place:
-            given = given[step]
-        return given
+        return at(value.place, given)
     if isinstance(value, tuple) and hasattr(value, "_make"):
         return value._make(_filled(item, given) for item in value)
     if type(value) in (tuple, list):
@@ -79,26 +75,15 @@ def _filled(value: Any, given: Any) -> Any:
 
 def _returns(block: Block) -> Any:
     """What stands for the result of a block: its input; arguments that it passed on; None for other tensors."""
-    places = {id(value): place for value, place in reversed([*_placed((block.call.args, block.call.kwargs), ())])}
+    found = places((block.call.args, block.call.kwargs))
 
     def stand_in(value: Any) -> Any:
         if isinstance(value, fx.Node):
-            place = places.get(id(block.source if value is block.result else value))
+            place = found.get(block.source if value is block.result else value)
             return None if place is None else _Argument(place)
         return value if isinstance(value, int | float | str | None) else None
 
     return pytree.tree_map(stand_in, block.call.out)
-
-
-def _placed(value: Any, place: Place) -> Any:
-    if isinstance(value, fx.Node):
-        yield value, place
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            yield from _placed(item, (*place, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _placed(item, (*place, key))
 
 
 @dataclass(frozen=True)
@@ -284,5 +269,6 @@ def _compare(found: Program, wanted: Program, names: Mapping[str, str]) -> None:
         if not lockstep.leave_out(node):
             raise PathDiverged(f"{node.target} is missing")
     outputs: list[Any] = [program.graph.output_node().args[0] for program in (found, wanted)]
-    if [*map(source, outputs[0])] != [*map(wanted_source, outputs[1])]:
+    computed = [node for node, fixed in zip(outputs[0], constant_outputs(found), strict=True) if not fixed]
+    if [*map(source, computed)] != [*map(wanted_source, outputs[1])]:
         raise PathDiverged("the outputs are others")

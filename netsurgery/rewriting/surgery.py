@@ -135,7 +135,7 @@ def _carried_out(
         follow(one, network, network.sizes(edit.counts))
         adaptation.carry_out(one)
         dropping.carry_out(one)
-    if reasons := adaptations[0].reasons:
+    if reasons := [path for path in adaptations[0].reasons if dropping.renamed(path) is not None]:
         listed = first_of(path or "the model" for path in reasons)
         _log.warning("rewrote the forward of %d modules whose code hard-codes a size: %s", len(reasons), listed)
     return result
