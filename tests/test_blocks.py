@@ -18,7 +18,7 @@ import netsurgery
 from netsurgery import Edit
 from netsurgery.errors import InputError, NetsurgeryError, PassError
 from netsurgery.passes import BlockInfluenceScore, Compensate, MagnitudeScore, PruneChannels, RemoveBlocks, Skipped
-from tests.oracles import parameters, snapshot
+from oracles import parameters, snapshot
 
 IDS = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 SIZES = {"hidden_size": 16, "intermediate_size": 12, "num_attention_heads": 4, "vocab_size": 64}
@@ -351,6 +351,27 @@ def test_a_block_that_writes_where_others_read_is_none() -> None:
     assert blocks_of(ReadBefore(InPlace), X) == []
     assert blocks_of(Net(InPlace), X) == [f"layers.{i}" for i in range(4)]
     shorter(Net(InPlace), X, "layers.0", "layers.2")
+
+
+class Around(nn.Module):
+    """Reads the input of a block after its output was written to, or the other way round."""
+
+    def __init__(self, writes: str) -> None:
+        super().__init__()
+        self.stem, self.block, self.writes = nn.Linear(4, 6), Residual(), writes
+        self.double()
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        y = self.block(x)
+        if self.writes:
+            (x if self.writes == "input" else y.view(-1)).mul_(2)
+        return x - y
+
+
+@pytest.mark.parametrize(("writes", "found"), [("", ["block"]), ("input", []), ("output", [])])
+def test_input_and_output_become_one_tensor(writes: str, found: list[str]) -> None:
+    assert blocks_of(Around(writes), X) == found
 
 
 def test_shared_blocks_are_none() -> None:

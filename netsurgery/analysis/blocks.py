@@ -121,7 +121,7 @@ class _Run:
             return None
         stream = _Stream(source, inside)
         result = next((node for node in places(call.out) if _alike(source, node) and stream.sums(node)), None)
-        if result is None or self._escapes(call, inside, result):
+        if result is None or self._escapes(call, inside, result) or self._clash(call, inside, source, result):
             return None
         return Block(path, call, source, result)
 
@@ -140,15 +140,27 @@ class _Run:
         """Whether memory from outside that a call writes to is read from then on, but through its result."""
         if root.op == "get_attr":
             return not is_within(str(root.target), call.path)
-        views, left = {root: None}, [root]
+        return any(True for _ in self._users(root, call.begin, inside))
+
+    def _users(self, root: fx.Node, begin: int, inside: Mapping[fx.Node, None]) -> Iterator[tuple[fx.Node, bool]]:
+        """Operations outside of a call that read a tensor or a view of it, from some on; and whether they write to it."""
+        seen, left = {root: None}, [root]
         while left:
-            for user in left.pop().users:
-                if user not in inside and (user.op == "output" or self.position(user) >= call.begin):
-                    return True
-                if user not in inside and user not in views and _bases(user):
-                    views[user] = None
+            given = left.pop()
+            for user in given.users:
+                if user in inside:
+                    continue
+                aliased = [written for base, written in _aliased(user) if base is given]
+                if user.op == "output" or self.position(user) >= begin:
+                    yield user, any(aliased)
+                if aliased and user not in seen:
+                    seen[user] = None
                     left.append(user)
-        return False
+
+    def _clash(self, call: Call, inside: Mapping[fx.Node, None], source: fx.Node, result: fx.Node) -> bool:
+        """Whether code writes to the source or the result later and reads the other: they would be one tensor."""
+        users = [[*self._users(node, call.end, inside)] for node in (source, result)]
+        return all(users) and any(written for some in users for _, written in some)
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
