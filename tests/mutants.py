@@ -397,7 +397,7 @@ MUTANTS = (
     Mutant(
         "states stay with the old parameters",
         "netsurgery/rewriting/optimizers.py",
-        "state.update((new.get(id(key), key), entry) for key, entry in items)",
+        "state.update((new.get(id(key), key), entry) for key, entry in items if self._stays(key))",
         "state.update(items)",
     ),
     Mutant(

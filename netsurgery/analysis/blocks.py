@@ -143,7 +143,7 @@ class _Run:
         return any(True for _ in self._users(root, call.begin, inside))
 
     def _users(self, root: fx.Node, begin: int, inside: Mapping[fx.Node, None]) -> Iterator[tuple[fx.Node, bool]]:
-        """Operations outside of a call that read a tensor or a view of it, from some on; and whether they write to it."""
+        """Operations outside of a call that later read a tensor or a view of it, and whether they write to it."""
         seen, left = {root: None}, [root]
         while left:
             given = left.pop()

@@ -140,7 +140,7 @@ class OptimizerStates:
         lists = [group["params"] for group in optimizer.param_groups]
         if moved:
             self._check_attributes(optimizer, lists)
-        self.groups.extend(optimizer.param_groups)
+        self.groups.extend(one for one in optimizer.param_groups if not any(one is other for other in self.groups))
         self.lists.extend(one for one in lists if not any(one is other for other in self.lists))
         if any(optimizer.state is state for state in self.states):
             return
