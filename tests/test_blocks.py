@@ -321,6 +321,7 @@ class Other(Residual):
             "normed": lambda: F.layer_norm(self.branch(x) + 2 * x, [6], self.table),
             "twice": lambda: torch.tanh(x) + (x + self.branch(x)) + self.table,
             "no branch": lambda: x + self.table,
+            "transposed": lambda: (x.T + self.branch(x).T).T,
             "product": lambda: x * torch.sigmoid(self.branch(x)),
             "no stream": lambda: self.branch(x) + self.branch(-x),
             "another type": lambda: (x + self.branch(x)).float(),
@@ -332,7 +333,14 @@ class Other(Residual):
 @pytest.mark.parametrize(
     ("form", "block"),
     [
-        *(("activated", True), ("normed", True), ("twice", True), ("no branch", False), ("product", False)),
+        *(
+            ("activated", True),
+            ("normed", True),
+            ("twice", True),
+            ("transposed", True),
+            ("no branch", False),
+            ("product", False),
+        ),
         *(("no stream", False), ("another type", False), ("turned", False)),
     ],
 )
@@ -397,6 +405,8 @@ def test_the_outermost_blocks_that_repeat() -> None:
     model = nn.Sequential(nn.Linear(4, 6), stages, nn.Linear(6, 2)).double()
     assert blocks_of(model, X) == ["1.0.0", "1.0.1", "1.1.0", "1.1.1"]
     shorter(model, X, "1.0.0", "1.1.0", "1.1.1")
+    alone = nn.Sequential(nn.Linear(4, 6), nn.Sequential(Residual()), nn.Sequential(Residual())).double()
+    assert blocks_of(alone, X) == ["1.0", "2.0"]
     assert blocks_of(Net(count=1), X) == ["layers.0"]
 
 

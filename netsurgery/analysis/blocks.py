@@ -213,7 +213,10 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 
 _SUMS = (aten.add, aten.add_)
 _NORMS = (aten.native_layer_norm, aten.native_batch_norm, aten.native_group_norm, aten._fused_rms_norm)
-_COPIES = (aten.clone, aten._to_copy, aten.detach, aten.alias, aten.view, aten._unsafe_view, aten.native_dropout)
+_COPIES = (
+    aten.clone, aten._to_copy, aten.detach, aten.alias, aten.view, aten._unsafe_view, aten.native_dropout,
+    aten.permute, aten.transpose,
+)  # fmt: skip
 
 
 class _Stream:
@@ -335,9 +338,11 @@ class _Choice:
         )
 
     def _is_series(self, path: str) -> bool:
-        """Whether a module only runs several blocks that are alike."""
+        """Whether a module only runs blocks that are alike: several, or one in a container."""
         inner = self.within.get(path, [])
-        return len(inner) > 1 and len({self.kinds[one] for one in inner}) == 1 and self._adds_nothing(path)
+        if len({self.kinds[one] for one in inner}) != 1 or not self._adds_nothing(path):
+            return False
+        return len(inner) > 1 or not _is_own(self.modules[path])
 
     def _adds_nothing(self, path: str) -> bool:
         """Whether all operations of a module are those of candidates in it."""
