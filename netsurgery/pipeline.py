@@ -26,7 +26,7 @@ from netsurgery.analysis.tracing import gc_paused, trace_untried
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
-from netsurgery.rewriting.surgery import rewrite, with_same_names
+from netsurgery.rewriting.surgery import check_blocks, rewrite, with_same_names
 from netsurgery.units import sources
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
@@ -157,6 +157,7 @@ def _run(passes: Sequence[Pass], model: nn.Module, network: Network) -> tuple[Ed
                     return edit, found
                 adaptation = with_repeats(model, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
+            check_blocks(model, edit, [adaptation] if adaptation is not None else [])
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
                 network = _left(model, last, edit)
         else:

@@ -186,8 +186,8 @@ MUTANTS = (
     Mutant(
         "lists close the gap without a trial",
         "netsurgery/rewriting/dropping.py",
-        "if not blocks or (lists and trial.fails(found := Dropping(blocks, lists)) is None):",
-        "if not blocks or lists:",
+        "if lists and trial.fails(found := Dropping(blocks, lists)) is None:",
+        "if lists and (found := Dropping(blocks, lists)):",
     ),
     Mutant(
         "a trial compares no numbers",

@@ -351,6 +351,26 @@ def test_what_is_a_sum(form: str, block: bool) -> None:
         shorter(model, X, "1")
 
 
+class Merge(Residual):
+    def forward(self, x: Tensor, other: Tensor) -> Any:
+        return x + self.branch(other)
+
+
+class Merged(Net):
+    """Adds what comes from elsewhere: the module is the only way for it."""
+
+    def forward(self, x: Tensor) -> Any:
+        stem = self.stem(x)
+        x = torch.sin(stem)
+        for layer in self.layers:
+            x = layer(x, stem)
+        return self.head(x)
+
+
+def test_a_sum_with_something_from_elsewhere_is_no_block() -> None:
+    assert blocks_of(Merged(Merge), X) == []
+
+
 def test_a_block_with_an_intermediate_result_that_is_read_elsewhere_is_none() -> None:
     assert blocks_of(Escapes(Telling), X) == ["layers.0", "layers.2", "layers.3"]
 
@@ -566,6 +586,37 @@ def test_a_model_that_does_not_do_without_a_block_stays_as_it_is() -> None:
     ):
         netsurgery.rewrite(model, edit, inplace=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(NetsurgeryError, match=r"does not work without layers\.1"):
+        netsurgery.plan(model, [RemoveBlocks(blocks=["layers.1"])], X)
+
+
+def test_a_forward_that_is_rewritten_for_new_sizes_does_not_run_what_is_gone() -> None:
+    class Fixed(Net):
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x.view(-1, 3, 2).flip(0).reshape(-1, 6))
+
+    model = Fixed()
+    network = netsurgery.trace(model, X)
+    stream = next(group for group in network.prunable if any(m.parameter == "stem.weight" for m in group.members))
+    edit = Edit(network, {stream.name: (0, 1)}, dropped=("layers.1",))
+    with pytest.raises(NetsurgeryError, match=r"rewritten for new sizes and runs 'layers\.1', which goes: remove the"):
+        netsurgery.rewrite(model, edit)
+    small = netsurgery.rewrite(model, Edit(network, {}, dropped=("layers.1",)))
+    later = Edit(netsurgery.trace(small, X), {stream.name: (0, 1)})
+    assert netsurgery.verify(small, netsurgery.rewrite(small, later), later, X) < 1e-12
+
+
+def test_blocks_go_while_units_are_added() -> None:
+    model = Net()
+    more = (0, 1, 2, 3, 4, netsurgery.Copy(4), netsurgery.New())
+    edit = Edit(netsurgery.trace(model, X), {"layers.0.up": more}, dropped=("layers.2",))
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, X) < 1e-12
+    short = netsurgery.rewrite(model, Edit(edit.network, {}, dropped=("layers.2",)))
+    torch.testing.assert_close(small(X), short(X), rtol=1e-12, atol=1e-12)
 
 
 # The passes

@@ -191,14 +191,16 @@ def dropping_for(model: nn.Module, edit: Edit, close: bool = True) -> Dropping:
     Raises:
         RewriteError: the model's code does not do without the blocks.
     """
+    if not edit.dropped:
+        return Dropping()
     network = edit.network
     blocks = [block for block in network.blocks if block.path in edit.dropped]
     modules = named_modules(model)
     around = {block.path.rpartition(".")[0] for block in blocks}
     lists = frozenset(path for path in around if close and isinstance(modules[path], nn.ModuleList | nn.Sequential))
     trial = _Trial(model, network, edit.dropped)
-    if not blocks or (lists and trial.fails(found := Dropping(blocks, lists)) is None):
-        return Dropping(blocks, lists)
+    if lists and trial.fails(found := Dropping(blocks, lists)) is None:
+        return found
     if (why := trial.fails(found := Dropping(blocks))) is not None:
         raise RewriteError(f"the code of {network.model_name} does not work without {', '.join(edit.dropped)}: {why}")
     for path in sorted(lists):

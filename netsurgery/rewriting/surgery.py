@@ -21,11 +21,11 @@ from netsurgery.errors import RewriteError
 from netsurgery.positions import Positions
 from netsurgery.report import first_of
 from netsurgery.rewriting.added import filled
-from netsurgery.rewriting.dropping import dropping_for
+from netsurgery.rewriting.dropping import Dropping, dropping_for
 from netsurgery.rewriting.kept_weights import rescaled
 from netsurgery.rewriting.optimizers import OptimizerStates, as_list, averaged
 
-__all__ = ["rewrite", "with_same_names"]
+__all__ = ["check_blocks", "rewrite", "with_same_names"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("netsurgery")
@@ -110,9 +110,7 @@ def _carried_out(
     optimizers = as_list(optimizer, Optimizer, "optimizer")
     modules: list[nn.Module] = [model, *averages]
     adaptations = [_adaptation(one, edit) for one in modules]
-    dropping = dropping_for(model, edit, close)
-    for adaptation in adaptations:
-        _check_order(adaptation, edit)
+    dropping = check_blocks(model, edit, adaptations, close)
     states = OptimizerStates(optimizers, tensors, edit, not inplace, dropping.renamed)
     new: dict[int, Tensor] = {}
     result = model
@@ -172,15 +170,20 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     return with_repeats(model, edit.network, edit.counts, adaptation)
 
 
-def _check_order(adaptation: Adaptation, edit: Edit) -> None:
-    """Make sure that no forward that is rewritten for new sizes calls a block that goes."""
-    for path in adaptation.code:
+def check_blocks(model: nn.Module, edit: Edit, adaptations: Sequence[Adaptation], close: bool = True) -> Dropping:
+    """Make sure that the model's code does without the blocks that go, and find how they leave.
+
+    Raises:
+        RewriteError: it does not, or a forward that is rewritten for new sizes calls one of them.
+    """
+    for path in [path for adaptation in adaptations for path in adaptation.code]:
         called = [block for block in edit.dropped if block != path and is_within(block, path)]
         if called:
             raise RewriteError(
                 f"the forward of '{path}' is rewritten for new sizes and runs '{called[0]}', which goes: remove the "
                 "blocks first (rewrite), and plan the rest for the model that is left"
             )
+    return dropping_for(model, edit, close)
 
 
 def _copy(tensor: Tensor, value: Tensor, name: str, edit: Edit) -> Tensor:
