@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.network import Group, Network
 from netsurgery.arguments import expect
 from netsurgery.axes import Axis
+from netsurgery.capture.copies import named_modules
+from netsurgery.capture.paths import is_within, renumbered, renumbered_lists
 from netsurgery.capture.saved_inputs import described, made
 from netsurgery.compensated import Compensation
 from netsurgery.errors import InputError
@@ -68,9 +70,9 @@ def _named(what: str, groups: Mapping[str, str]) -> str:
 class _Checked(dict[str, tuple[Planned, ...]]):
     """What the units of groups will be, checked for a network: as often as an edit is copied, once is enough."""
 
-    def __init__(self, network: Network, keep: Mapping[str, tuple[Planned, ...]]):
+    def __init__(self, network: Network, dropped: tuple[str, ...], keep: Mapping[str, tuple[Planned, ...]]):
         super().__init__(keep)
-        self.network = network
+        self.network, self.dropped = network, dropped
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Edit:
         network: the network the edit is for.
         keep: for each changed group its units: the index of one that stays, a ``Copy`` of one, or a ``New`` one.
             Removing some changes nothing but what they did; copies and new ones change no output.
+        dropped: paths of residual blocks that go, of ``network.blocks``; their input takes the place of their output.
         values: new values of tensors of the model by name, at full size; these are cut in place of the old ones. They
             compensate for a removal. They fit the weights of this model only, and are no part of the JSON.
         uncompensated: weights (or groups) that could not be compensated, and why.
@@ -89,9 +92,9 @@ class Edit:
         measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
 
     Raises:
-        InputError: a name that is no group, a locked group, indices out of range or repeated, a group left without
-            units, groups of equal sizes left with different numbers of units, units added where outputs would change,
-            or values of another shape.
+        InputError: a path that is no residual block, a name that is no group, a locked group, indices out of range or
+            repeated, a group left without units, groups of equal sizes left with different numbers of units, units
+            added where outputs would change, or values of another shape.
 
     Example:
         >>> import torch, netsurgery
@@ -112,6 +115,7 @@ class Edit:
     outcomes: tuple[Outcome, ...] = field(default=(), repr=False, compare=False)
     compensations: tuple[Compensation, ...] = field(default=(), repr=False, compare=False)
     measured: Measured | None = field(default=None, repr=False, compare=False)
+    dropped: tuple[str, ...] = ()
     composed: bool = field(
         default=False, repr=False, compare=False
     )  # of several, which may remove copies that one made
@@ -124,7 +128,7 @@ class Edit:
             if name not in self.network.axes or shape != tuple(value.shape):
                 found = f"the tensor has {shape}" if name in self.network.axes else "the model has no such tensor"
                 raise InputError(f"the new value of '{name}' has shape {tuple(value.shape)}, but {found}")
-        if getattr(self.keep, "network", None) is self.network:
+        if isinstance(self.keep, _Checked) and self.keep.network is self.network and self.keep.dropped == self.dropped:
             return  # of another edit of this network
         order = {group.name: index for index, group in enumerate(self.network.groups)}
         kept: dict[str, tuple[Planned, ...]] = {}
@@ -136,15 +140,30 @@ class Edit:
             if group.locked is not None:
                 raise InputError(f"group '{name}' is locked: {group.locked}")
             kept[name] = units
-        object.__setattr__(self, "keep", _Checked(self.network, kept))
+        object.__setattr__(self, "dropped", self._blocks_dropped())
+        object.__setattr__(self, "keep", _Checked(self.network, self.dropped, kept))
         for names in self.network.equal_sizes:
-            counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in names}
+            stay = [name for name in names if not self._goes(self.network[name])]
+            counts = {name: len(self.keep.get(name, range(self.network[name].size))) for name in stay}
             if len(set(counts.values())) > 1:
                 raise InputError(
                     f"groups that the code splits into equal parts must keep equally many units, got {counts}"
                 )
         for name, why in obstacles(self.network, kept).items():
             raise InputError(f"group '{name}' cannot have more units without a change of outputs: {why}")
+
+    def _blocks_dropped(self) -> tuple[str, ...]:
+        """The paths of the blocks that go, in the order in which they run."""
+        given = tuple(self.dropped)
+        paths = [block.path for block in self.network.blocks] if given else []
+        if unknown := next((path for path in given if path not in paths), None):
+            has = f"those are {', '.join(paths)}" if paths else "it has none"
+            raise InputError(f"'{unknown}' is no residual block of {self.network.model_name} that can go: {has}")
+        return tuple(path for path in paths if path in given)
+
+    def _goes(self, group: Group) -> bool:
+        """Whether all that a group occurs in is dropped."""
+        return all(any(is_within(one.parameter, path) for path in self.dropped) for one in group.members)
 
     @functools.cached_property
     def grown(self) -> tuple[str, ...]:
@@ -166,7 +185,8 @@ class Edit:
 
         Known once ``plan`` has tried the model's code; an edit made by hand is tried by ``rewrite``.
         """
-        return dict(self.adaptation.reasons) if self.adaptation else {}
+        reasons = self.adaptation.reasons if self.adaptation else {}
+        return {path: why for path, why in reasons.items() if not any(is_within(path, one) for one in self.dropped)}
 
     def adaptation_for(self, model: nn.Module) -> Adaptation | None:
         """The changes that the code of this very model needs, if it has been tried at the sizes of this edit."""
@@ -200,16 +220,19 @@ class Edit:
     @property
     def after(self) -> Cost:
         """Cost of the network after the edit."""
-        return self.network.cost(self.counts)
+        return self.network.cost(self.counts, self.dropped)
 
     def diff(self) -> str:
         """Every tensor whose shape or values change, every module whose code must, and the cost before and after."""
         sizes = self.network.sizes(self.counts)
         lines = []
         for name, axes in self.network.axes.items():
+            if any(is_within(name, path) for path in self.dropped):
+                continue
             old, new = tuple(axis.size for axis in axes), tuple(map(sizes, axes))
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
+        lines.extend(f"{path} removed" for path in self.dropped)
         lines.extend(f"{path}.forward rewritten".lstrip(".") for path in self.replaced)
         valued = {*self.values, *self._scaled}
         lines.extend(f"{name} has new values" for name in self.network.tensors if name in valued)
@@ -259,17 +282,20 @@ class Edit:
             for what, units in (("removed", gone), ("added", more))
             if any(units.values())
         ]
+        said += [f"removed {len(self.dropped)} of {len(self.network.blocks)} blocks"] if self.dropped else []
         return "; ".join(said) or ("put units in another order" if self.keep else "removed nothing")
 
     def then(self, later: Edit) -> Edit:
         """This edit followed by one made for the network it leads to.
 
         Raises:
-            InputError: the later edit names a group or units that this edit does not leave.
+            InputError: the later edit names a group, units or a block that this edit does not leave.
         """
         expect("edit.then(later)", "an Edit", (later, Edit))
         keep = dict(self.keep)
         names = self.names_in(later.network)
+        dropped = [*self.dropped, *self._blocks_in(later)]
+        tensors = {new: old for old, new in self.names_after(later.network.tensors).items()}
         for name, units in later.keep.items():
             if name not in names:
                 raise InputError(f"the later edit names group '{name}', which this edit does not leave")
@@ -277,7 +303,8 @@ class Edit:
         if later.values and self.grown:
             raise InputError("the later edit has new values of weights that this edit makes: carry this one out first")
         values, positions = dict(self.values), self.positions
-        for name, value in later.values.items():
+        for new, value in later.values.items():
+            name = tensors[new]
             full = values.get(name, self.network.tensors[name])
             values[name] = positions.put(full, self.network.axes[name], value)
         uncompensated = {**self.uncompensated, **later.uncompensated}
@@ -286,6 +313,7 @@ class Edit:
         return Edit(
             self.network,
             keep,
+            dropped=tuple(dropped),
             values=values,
             uncompensated=uncompensated,
             outcomes=outcomes,
@@ -295,16 +323,42 @@ class Edit:
 
     def names_in(self, later: Network) -> dict[str, str]:
         """The names here of the groups of the smaller network: they occur in the same places."""
-        left = {group.name: self.counts.get(group.name, group.size) for group in self.network.groups}
-        found = counterparts(self.network, later, [name for name, count in left.items() if count > 1])
+        left = {
+            group.name: self.counts.get(group.name, group.size)
+            for group in self.network.groups
+            if not self._goes(group)
+        }
+        among = [name for name, count in left.items() if count > 1]
+        found = counterparts(self.network, later, among, self.names_after(later.tensors))
         return {new: old for new, old in found.items() if later[new].size == left[old]}
+
+    def names_after(self, left: Collection[str]) -> dict[str, str]:
+        """The names of the tensors that stay in the model that this edit leads to, by their names here.
+
+        Args:
+            left: the names of that model's tensors: they tell whether lists close the gaps that blocks leave.
+
+        Raises:
+            InputError: they are names of another model.
+        """
+        lists = renumbered_lists(self.network.tensors, self.dropped, left)
+        pairs = ((name, renumbered(name, self.dropped, lists)) for name in self.network.tensors)
+        return {name: new for name, new in pairs if new is not None}
+
+    def _blocks_in(self, later: Edit) -> list[str]:
+        """The paths here of the blocks that a later edit drops."""
+        lists = renumbered_lists(self.network.tensors, self.dropped, later.network.tensors)
+        names = {renumbered(path, self.dropped, lists): path for path in named_modules(self.network.model)}
+        return [names[path] for path in later.dropped]
 
     def to_json(self) -> str:
         """The edit as JSON: group sizes and what their units will be, and the inputs the network was traced with."""
         groups = {n: {"size": self.network[n].size, "keep": [*map(written, own)]} for n, own in self.keep.items()}
         inputs = described(self.network.inputs)
-        number = FORMAT if self.grown else 2
-        return json.dumps({"format": number, "model": self.network.model_name, "inputs": inputs, "groups": groups})
+        found = {"model": self.network.model_name, "inputs": inputs, "groups": groups}
+        if self.dropped:
+            found["dropped"] = [*self.dropped]
+        return json.dumps({"format": FORMAT if self.grown or self.dropped else 2, **found})
 
     @classmethod
     def from_json(cls, text: str, network: Network) -> Edit:
@@ -315,15 +369,16 @@ class Edit:
         """
         kinds = (text, str), (network, Network)
         expect("Edit.from_json(text, network)", "the JSON of an edit and the Network of its model", *kinds)
-        groups = _read(text)["groups"]
+        found = _read(text)
+        groups = found["groups"]
         for name, entry in groups.items():
             if name not in network.by_name or network[name].size != entry["size"]:
-                found = network[name].size if name in network.by_name else "no such group"
+                here = network[name].size if name in network.by_name else "no such group"
                 raise InputError(
-                    f"the edit is for another model: group '{name}' has {entry['size']} units there, {found} here"
+                    f"the edit is for another model: group '{name}' has {entry['size']} units there, {here} here"
                 )
         keep = {name: tuple(map(read, entry["keep"])) for name, entry in groups.items()}
-        return cls(network, keep, composed=True)
+        return cls(network, keep, dropped=tuple(found.get("dropped", ())), composed=True)
 
     @staticmethod
     def inputs_in(text: str) -> Any:
@@ -356,7 +411,7 @@ def _read(text: str) -> dict[str, Any]:
             "update netsurgery"
         )
     groups = found.get("groups") if isinstance(found, dict) and "inputs" in found else None
-    if not isinstance(groups, dict) or not all(map(_is_entry, groups.values())):
+    if not isinstance(groups, dict) or not all(map(_is_entry, groups.values())) or not _are_paths(found):
         raise InputError(
             "the text is no edit: it has no groups with units, or no inputs; pass what edit.to_json() gave"
         )
@@ -367,17 +422,36 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and "size" in entry and isinstance(entry.get("keep"), list)
 
 
-def counterparts(original: Network, later: Network, among: Iterable[str] | None = None) -> dict[str, str]:
+def _are_paths(found: dict[str, Any]) -> bool:
+    dropped = found.get("dropped", [])
+    return isinstance(dropped, list) and all(isinstance(path, str) for path in dropped)
+
+
+def counterparts(
+    original: Network,
+    later: Network,
+    among: Iterable[str] | None = None,
+    tensors: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """The names in an original network of the groups of a later one: they occur in the same places.
 
     Args:
         among: names of the original's groups that may be meant; by default of all.
+        tensors: the later names of the original's tensors that stay; by default all do, under their names.
     """
-    there = [original[name] for name in (original.by_name if among is None else among)]
+    there = [_renamed(original[name], tensors) for name in (original.by_name if among is None else among)]
     mine, theirs = ([g for g in groups if g.unit in ("head", "head_dim")] for groups in (there, later.groups))
     # A single head that is left is no group: the dimensions within it stand alone in its places.
     apart = _matched(mine, theirs, lambda group: (_occurrences(group), group.unit))
     return {**apart, **_matched(there, later.groups, _occurrences)}
+
+
+def _renamed(group: Group, tensors: Mapping[str, str] | None) -> Group:
+    """A group under the later names of its tensors, where it occurs in those that stay."""
+    if tensors is None:
+        return group
+    members = [replace(m, parameter=tensors[m.parameter]) for m in group.members if m.parameter in tensors]
+    return replace(group, members=tuple(members))
 
 
 def _matched(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:

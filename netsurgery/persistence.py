@@ -63,13 +63,14 @@ def save(folder: str | Path, small: nn.Module, edit: Edit) -> None:
 
 def _check_sizes(small: nn.Module, edit: Edit) -> None:
     sizes, own = edit.network.sizes(edit.counts), dict(named_tensors(small))
-    foreign = sorted(own.keys() ^ edit.network.axes.keys())
+    axes_of = {new: edit.network.axes[name] for name, new in edit.names_after(own).items()}
+    foreign = sorted(own.keys() ^ axes_of.keys())
     if foreign:
         raise InputError(
             "save(folder, small, edit) takes the model that the edit leads to: "
             f"'{foreign[0]}' is in one of the two only; of a wrapped model pass the module inside"
         )
-    for name, axes in edit.network.axes.items():
+    for name, axes in axes_of.items():
         want = tuple(map(sizes, axes))
         if tuple(own[name].shape) != want:
             raise InputError(

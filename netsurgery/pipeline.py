@@ -27,7 +27,7 @@ from netsurgery.analysis.tracing import gc_paused, network_of
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
-from netsurgery.rewriting.surgery import rewrite
+from netsurgery.rewriting.surgery import check_blocks, rewrite, with_same_names
 from netsurgery.units import sources
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
@@ -42,8 +42,8 @@ class Pass(abc.ABC):
     Attributes:
         needs: what earlier passes must have given: ``{"scores"}``; or ``{"edit"}``, of a pass that is run on that Edit
             instead of the network, and returns it with other units or values.
-        gives: what this pass gives: ``{"scores"}`` or ``{"edit"}``; nothing where it only locks groups
-            (``network.with_locked``). Scores and locks hold for all passes that follow.
+        gives: what this pass gives: ``{"scores"}``, ``{"block scores"}`` or ``{"edit"}``; nothing where it only locks
+            groups (``network.with_locked``). Scores and locks hold for all passes that follow.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -158,6 +158,8 @@ def _run(
     edit: Edit | None = None
     kept: tuple[Any, ...] = ()
     for index, one in enumerate(passes):
+        if "edit" in one.needs and last is not None and last.dropped:
+            raise PassError(f"{one!r} changes the units that an edit keeps, but the edit before it drops blocks")
         if (before := known.get((index, kept))) is not None and any(g.name in before.scores for g in network.prunable):
             result: Network | Edit = _again(network, before)
         else:
@@ -180,6 +182,7 @@ def _run(
                 adaptation = with_repeats(code, edit.network, edit.counts, adaptation)
             edit = dataclasses.replace(edit, adaptation=adaptation)
             last = edit if earlier is None else last
+            check_blocks(code.model, edit, [adaptation] if adaptation is not None else [])
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
                 network, kept = _left(code.model, last, edit), (*kept, tuple(edit.keep.items()))
         else:
@@ -199,7 +202,7 @@ def _again(network: Network, before: Network) -> Network:
 def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
     """The network that an edit leaves, with the scores and locks that passes have laid on the one before."""
     inputs = last.network.inputs
-    network = trace(rewrite(model, edit), inputs[0] or inputs[1], try_sizes=False)
+    network = trace(with_same_names(model, edit), inputs[0] or inputs[1], try_sizes=False)
     names, before = last.names_in(network), last.network
     locks = {new: reason for new, old in names.items() if (reason := before[old].locked) is not None}
     units = {new: sources(last.keep.get(old, range(before[old].size))) for new, old in names.items()}
@@ -210,7 +213,16 @@ def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
         if -1 not in units[new]  # a new unit has no score
     }
     scored = network.with_locked(locks).with_scores(scores, before.comparable, before.ordinal)
-    return dataclasses.replace(scored, original=model)
+    gone = {*edit.dropped}
+    blocks = {path: score for path, score in before.block_scores.items() if path not in gone}
+    return dataclasses.replace(scored, original=model, block_scores=blocks)
+
+
+_ADVICE = {
+    "block scores": "a score of blocks such as BlockInfluenceScore(data)",
+    "edit": "a removal such as PruneChannels(0.5)",
+    "scores": "a score such as HGSRScore() or MagnitudeScore()",
+}
 
 
 def check_order(passes: Sequence[Pass]) -> None:
@@ -232,11 +244,7 @@ def check_order(passes: Sequence[Pass]) -> None:
                 f"pass {position} is {one!r}, not a netsurgery.Pass: passes are instances, such as HGSRScore()"
             )
         if missing := sorted(one.needs - given):
-            advice = (
-                "a removal such as PruneChannels(0.5)"
-                if "edit" in missing
-                else "a score such as HGSRScore() or MagnitudeScore()"
-            )
+            advice = _ADVICE.get(missing[0], _ADVICE["scores"])
             raise PassError(
                 f"pass {position}, {one!r}, needs {', '.join(missing)}, which no pass before it gives: "
                 f"put {advice} before it"

@@ -150,12 +150,13 @@ def network_html(network: Network) -> str:
 def edit_line(edit: Edit) -> str:
     """The edit in one line."""
     before, after, network = edit.before, edit.after, edit.network
-    if not edit.keep and not edit.values:
+    if not edit.keep and not edit.values and not edit.dropped:
         return f"{network.model_name}: nothing goes"
     changed = "changed" if edit.grown else "cut"
+    dropped = f", {len(edit.dropped)} of {len(network.blocks)} blocks removed" if edit.dropped else ""
     valued = f", {len(edit.values)} tensors with new values" if edit.values else ""
     return (
-        f"{network.model_name}: {len(edit.keep)} of {len(network.groups)} groups {changed}{valued}, "
+        f"{network.model_name}: {len(edit.keep)} of {len(network.groups)} groups {changed}{valued}{dropped}, "
         f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)}), "
         f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})"
     )

@@ -2,6 +2,7 @@
 
 if __name__ == "netsurgery.passes":
     from netsurgery.passes.agreement import measure as measure
+    from netsurgery.passes.block_influence import BlockInfluenceScore as BlockInfluenceScore
     from netsurgery.passes.compensation import Compensate as Compensate
     from netsurgery.passes.distillation import Distillation as Distillation
     from netsurgery.passes.entries import unit_scores as unit_scores
@@ -12,6 +13,7 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.penalty import HGSR as HGSR
     from netsurgery.passes.reconstruction import ReconstructionScore as ReconstructionScore
     from netsurgery.passes.removal import PruneChannels as PruneChannels
+    from netsurgery.passes.remove_blocks import RemoveBlocks as RemoveBlocks
     from netsurgery.passes.scores import BatchNormScore as BatchNormScore
     from netsurgery.passes.scores import GeometricMedianScore as GeometricMedianScore
     from netsurgery.passes.scores import HGSRScore as HGSRScore
@@ -20,6 +22,7 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.soft import SoftPruning as SoftPruning
     from netsurgery.passes.taylor_fisher import FisherScore as FisherScore
     from netsurgery.passes.taylor_fisher import TaylorScore as TaylorScore
+    from netsurgery.rewriting.dropping import Skipped as Skipped
 else:  # the repository's root is on sys.path, and somebody asks for a package of this name: hardly for this one
     from pathlib import Path
     from runpy import run_path

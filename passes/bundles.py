@@ -74,7 +74,8 @@ class Choice:
         self.original: Network = network
         if settings.of is not None:
             self.original = settings.of.network if isinstance(settings.of, Edit) else settings.of
-        self.names = None if settings.of is None else counterparts(self.original, network)
+        left = settings.of.names_after(network.tensors) if isinstance(settings.of, Edit) else None
+        self.names = None if settings.of is None else counterparts(self.original, network, tensors=left)
         units = (settings.unit,) if isinstance(settings.unit, str) else tuple(settings.unit)
         self.units: list[tuple[str, ...]] = [ANY if unit == "any" else (unit,) for unit in units]
         self.sorts = {unit for sorts in self.units for unit in sorts}

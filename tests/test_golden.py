@@ -11,6 +11,7 @@ import netsurgery
 from netsurgery import passes
 from netsurgery.passes import (
     BatchNormScore,
+    BlockInfluenceScore,
     Compensate,
     FisherScore,
     GeometricMedianScore,
@@ -22,6 +23,7 @@ from netsurgery.passes import (
     PruneChannels,
     RandomScore,
     ReconstructionScore,
+    RemoveBlocks,
     SoftPruning,
     TaylorScore,
     WidenChannels,
@@ -71,6 +73,29 @@ def network() -> nn.Module:
         model[1].running_mean.copy_(0.1 * waves(6))
         model[1].running_var.copy_(1 + 0.5 * waves(6))
     return model
+
+
+class Residual(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(2, 2, 3, padding=1), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.conv(x)
+
+
+def deep() -> nn.Module:
+    """Three residual blocks, of which the second adds least and the last most."""
+    blocks = [Residual(scale) for scale in (0.5, 0.1, 2.0)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(32, 3)).double().eval()
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(waves(*parameter.shape, frequency=1.1 + 0.3 * index))
+    return model
+
+
+#: Passes that are shown on another network.
+NETWORKS = {"BlockInfluenceScore": deep, "RemoveBlocks": deep}
 
 
 def planned(*scores_and_removal: netsurgery.Pass) -> Plan:
@@ -259,6 +284,13 @@ MACs 5,280 -> 3,240 (61.4%)""",
         planned(MagnitudeScore(), PruneChannels(0.5, compensate="least-squares", data=waves(200, 2, 4, 4))),
         COMPENSATED,
     ),
+    "BlockInfluenceScore": (
+        planned(BlockInfluenceScore(X), RemoveBlocks(count=1)),
+        """\
+1 removed
+parameters 213 -> 175 (82.2%)
+MACs 3,648 -> 2,496 (68.4%)""",
+    ),
     "Compensate": (
         planned(MagnitudeScore(), PruneChannels(0.5), Compensate("least-squares", waves(200, 2, 4, 4))),
         COMPENSATED,
@@ -310,6 +342,14 @@ MACs 5,280 -> 1,656 (31.4%)""",
 6.weight 3x16 -> 3x12
 parameters 391 -> 136 (34.8%)
 MACs 5,280 -> 1,656 (31.4%)""",
+    ),
+    "RemoveBlocks": (
+        planned(RemoveBlocks(blocks=["0", "2"])),
+        """\
+0 removed
+2 removed
+parameters 213 -> 137 (64.3%)
+MACs 3,648 -> 1,344 (36.8%)""",
     ),
     "SoftPruning": (
         softly,
@@ -383,7 +423,7 @@ def effect(edit: netsurgery.Edit) -> str:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_effect(name: str) -> None:
     plan, text = GOLDEN[name]
-    model = network()
+    model = NETWORKS.get(name, network)()
     edit = plan(model)
     assert effect(edit) == text
     assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (X[:2],)) < 1e-12

@@ -12,9 +12,10 @@ from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.adaptation.remedies import Remedies, mentioned_names
 from netsurgery.adaptation.repeated_sizes import repeats, withdrawn
-from netsurgery.adaptation.size_checker import Failure, is_in, is_within
+from netsurgery.adaptation.size_checker import Failure, is_in
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis
+from netsurgery.capture.paths import is_within
 
 __all__ = ["fit_code", "runs_at", "with_repeats"]
 

@@ -26,12 +26,13 @@ from netsurgery.capture.known_values import KnownValues, draw, is_number, select
 from netsurgery.capture.lockstep import Lockstep, PathDiverged, source_of
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, bind_inputs
 from netsurgery.capture.meta_shapes import infer
+from netsurgery.capture.paths import is_within
 from netsurgery.capture.program import Call, Program
 from netsurgery.capture.source_locations import format_where, raised_at
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.notation import Operation
 
-__all__ = ["Failure", "SizeChecker", "channels_of", "is_in", "is_within", "known_values"]
+__all__ = ["Failure", "SizeChecker", "channels_of", "is_in", "known_values"]
 
 
 @dataclass
@@ -350,10 +351,6 @@ def _tensors(value: Any) -> Iterator[Any]:
 def is_in(group: Group, path: str) -> bool:
     """True if a group has a member in a module."""
     return any(is_within(member.module, path) for member in group.members)
-
-
-def is_within(module: str, path: str) -> bool:
-    return not path or module == path or module.startswith(f"{path}.")
 
 
 def _is_number(value: Any) -> bool:

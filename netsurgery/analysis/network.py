@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from netsurgery.analysis.blocks import Block, residual_blocks
 from netsurgery.analysis.computed_weights import lock_normalised
 from netsurgery.analysis.costs import Cost, Sizes, Term, total
 from netsurgery.analysis.rules import apply_rule
@@ -28,6 +29,7 @@ from netsurgery.analysis.units import Unit, units_of, units_of_products
 from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, leaves, lock, resolve
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.paths import is_within
 from netsurgery.capture.program import Program
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
@@ -92,6 +94,7 @@ class Network:
         scores: importance of each unit, by group name, laid on by scoring passes.
         comparable: whether scores mean the same in every group, as increases of the loss do.
         ordinal: whether they only rank units, as LAMP's do; such scores must not be divided by costs.
+        block_scores: importance of residual blocks, by path, laid on by passes that score them.
         original: the model that earlier passes have made this one from; modules are named as in it.
     """
 
@@ -106,6 +109,7 @@ class Network:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     comparable: bool = False
     ordinal: bool = False
+    block_scores: Mapping[str, float] = field(default_factory=dict)
     original: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Group:
@@ -148,6 +152,11 @@ class Network:
         """The groups that are not locked."""
         return tuple(group for group in self.groups if group.locked is None)
 
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The residual blocks that can be left out, in the order in which they run."""
+        return residual_blocks(self.model, self.programs)
+
     def equal_to(self, name: str) -> tuple[str, ...]:
         """The names of the groups that must keep as many units as a group, its own among them."""
         return self._equal.get(name, (name,))
@@ -175,9 +184,17 @@ class Network:
         """Sizes of expressions when the named groups have ``counts`` units and all others have theirs."""
         return Sizes({self[name].channel: count for name, count in (counts or {}).items()})
 
-    def cost(self, counts: Mapping[str, int] | None = None) -> Cost:
-        """Parameters and multiply-accumulates, now or with other numbers of units; nothing is built."""
-        return total(*self.terms, self.sizes(counts))
+    def cost(self, counts: Mapping[str, int] | None = None, dropped: Sequence[str] = ()) -> Cost:
+        """Parameters and multiply-accumulates, now, with other numbers of units or without modules; nothing is built.
+
+        Args:
+            counts: the number of units of each group that has another one.
+            dropped: paths of modules that go with all that is in them.
+        """
+        parameters, macs = (
+            [term for term in terms if not any(is_within(term[0], path) for path in dropped)] for terms in self.terms
+        )
+        return total(parameters, macs, self.sizes(counts))
 
     def require_weights(self, reader: object) -> None:
         """Make sure that the model has weights, for a pass that reads them.

@@ -78,7 +78,8 @@ class Program:
 class Call:
     """One run of a module: operations ``begin`` to ``end``, and what went in and came out, nodes for tensors.
 
-    A parameter or buffer that was handed over stands there as ``Named``.
+    A parameter or buffer that was handed over stands there as ``Named``. ``kept`` is what objects that went in, such as
+    a cache of keys and values, hold afterwards.
     """
 
     path: str
@@ -88,6 +89,7 @@ class Call:
     out: Any = None
     end: int = -1
     next: int = -1  # the first call that began after this one ended
+    kept: list[Any] = field(default_factory=list)
 
 
 class Named(str):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs, is_namedtuple, meta_inputs, shapes_text, tensors_in
@@ -73,6 +74,7 @@ class _Recorder(OpObserver):
         calls.append(call)
         out = super().call(path, forward, args, kwargs)
         call.out, call.end, call.next = self.known(out), self.count, len(calls)
+        call.kept = [self.known(tensor) for tensor in _in_objects((args, kwargs))]
         return out
 
     def known(self, value: Any) -> Any:
@@ -164,6 +166,12 @@ class _Recorder(OpObserver):
                 if isinstance(item, Tensor):
                     self.parts[item] = node, index
         return out
+
+
+def _in_objects(value: Any) -> list[Tensor]:
+    """The tensors in objects that a module was handed, such as a cache; not those that it was handed themselves."""
+    leaves = pytree.tree_leaves(value)
+    return tensors_in([leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor)])
 
 
 def _memory(tensor: Tensor) -> int:

@@ -77,6 +77,7 @@ class OptimizerStates:
         tensors: of the model, by name.
         edit: what stays; its new values go into the copies of the weights that a state may hold ("master").
         moved: whether the parameters become other objects.
+        renamed: the name of a tensor afterwards; None where it goes with a block: then its state does.
 
     Raises:
         InputError: an optimizer holds none of the model's parameters.
@@ -89,9 +90,12 @@ class OptimizerStates:
         tensors: Mapping[str, Tensor],
         edit: Edit,
         moved: bool,
+        renamed: Callable[[str], str | None] = str,
     ):
+        self.renamed = renamed
         self.edit, self.axes, self.positions, self.values = edit, edit.network.axes, edit.positions, edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
+        self.groups: list[dict[str, Any]] = []
         self.lists: list[list[Tensor]] = []
         self.states: list[MutableMapping[Any, Any]] = []
         self.entries: list[tuple[MutableMapping[str, Any], dict[str, Tensor]]] = []
@@ -113,17 +117,30 @@ class OptimizerStates:
         """
         for entry, cut in self.entries:
             entry.update(cut)
+        for group in self.groups:
+            if "param_names" in group:
+                pairs = zip(group["param_names"], group["params"], strict=True)
+                group["param_names"] = [self._named(name, param) for name, param in pairs if self._stays(param)]
         for params in self.lists:
-            params[:] = [new.get(id(param), param) for param in params]
+            params[:] = [new.get(id(param), param) for param in params if self._stays(param)]
         for state in self.states:
             items = list(state.items())
             state.clear()
-            state.update((new.get(id(key), key), entry) for key, entry in items)
+            state.update((new.get(id(key), key), entry) for key, entry in items if self._stays(key))
+
+    def _stays(self, param: Any) -> bool:
+        name = self.names.get(id(param))
+        return name is None or self.renamed(name) is not None
+
+    def _named(self, given: str, param: Tensor) -> str:
+        """What an optimizer calls a parameter, where that is the model's own name for it."""
+        return str(self.renamed(given)) if given == self.names.get(id(param)) else given
 
     def _add(self, optimizer: Optimizer, moved: bool) -> None:
         lists = [group["params"] for group in optimizer.param_groups]
         if moved:
             self._check_attributes(optimizer, lists)
+        self.groups.extend(one for one in optimizer.param_groups if not any(one is other for other in self.groups))
         self.lists.extend(one for one in lists if not any(one is other for other in self.lists))
         if any(optimizer.state is state for state in self.states):
             return

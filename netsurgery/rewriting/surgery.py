@@ -16,15 +16,17 @@ from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.arguments import expect
 from netsurgery.capture.copies import copy_with, like, named_tensors
+from netsurgery.capture.paths import is_within
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
 from netsurgery.positions import Positions
 from netsurgery.report import first_of
 from netsurgery.rewriting.added import filled, gradient
+from netsurgery.rewriting.dropping import Dropping, dropping_for
 from netsurgery.rewriting.kept_weights import rescaled
 from netsurgery.rewriting.optimizers import OptimizerStates, as_list, averaged
 
-__all__ = ["rewrite"]
+__all__ = ["check_blocks", "rewrite", "with_same_names"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("netsurgery")
@@ -56,10 +58,14 @@ def rewrite(
 
     Returns:
         The model's own class with the same module names and state_dict keys. Its tensors are cut or grown, and
-        attributes such as ``in_channels`` follow. Consumers take shares from copies and zeros from new units. Training
-        mode, hooks, requires_grad, dtype, device, memory format and shared weights stay. The entries that stay of a
-        computed weight keep their values: the length of a weight norm is scaled so that they do (the norms of other
-        computations lock the units that they are taken over).
+        attributes such as ``in_channels`` follow. Consumers take shares from copies and zeros from new units. Where
+        residual blocks are dropped, an ``nn.ModuleList`` or ``nn.Sequential`` of them closes the gap if its code allows
+        it (nothing else asks for an element by number): keys of what comes after are renumbered (``layers.3.`` becomes
+        ``layers.2.``), and so are the places that layers know themselves (``layer_idx``) and
+        ``config.num_hidden_layers``. Else a ``netsurgery.passes.Skipped`` takes the block's place and all keys stay.
+        Training mode, hooks, requires_grad, dtype, device, memory format and shared weights stay. The entries that stay
+        of a computed weight keep their values: the length of a weight norm is scaled so that they do (the norms of
+        other computations lock the units that they are taken over).
         A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
         ``netsurgery`` names these, ``edit.replaced`` says why.
 
@@ -81,6 +87,22 @@ def rewrite(
         True
     """
     expect("rewrite(model, edit)", "a torch.nn.Module and its Edit", (model, nn.Module), (edit, Edit))
+    return _carried_out(model, edit, inplace, optimizer, ema)
+
+
+def with_same_names(model: Model, edit: Edit) -> Model:
+    """As ``rewrite``, on a copy whose names all stay: no list closes the gap that a block leaves."""
+    return _carried_out(model, edit, close=False)
+
+
+def _carried_out(
+    model: Model,
+    edit: Edit,
+    inplace: bool = False,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ema: nn.Module | Sequence[nn.Module] | None = None,
+    close: bool = True,
+) -> Model:
     network, positions = edit.network, edit.positions
     shapes = {name: tuple(axis.size for axis in axes) for name, axes in network.axes.items()}
     tensors = _tensors(model, shapes)
@@ -88,14 +110,18 @@ def rewrite(
         _check_weights(tensors, network.tensors)
     averages = [averaged(one, model, shapes) for one in as_list(ema, nn.Module, "ema")]
     optimizers = as_list(optimizer, Optimizer, "optimizer")
-    states = OptimizerStates(optimizers, tensors, edit, moved=not inplace)
     modules: list[nn.Module] = [model, *averages]
     adaptations = [_adaptation(one, edit) for one in modules]
+    dropping = check_blocks(model, edit, adaptations, close)
+    states = OptimizerStates(optimizers, tensors, edit, not inplace, dropping.renamed)
     new: dict[int, Tensor] = {}
     result = model
     if not inplace:
         values = _valued(tensors, edit, edit.values)
-        new = {id(t): _copy(t, values.get(name, t), name, edit) for name, t in tensors.items()}
+        new = {
+            id(t): t if dropping.renamed(name) is None else _copy(t, values.get(name, t), name, edit)
+            for name, t in tensors.items()
+        }
         result = copy_with(model, new)
     cuts = [_cut_all(dict(named_tensors(one)), edit, positions, _moved(one, edit)) for one in averages]
     if inplace:
@@ -108,7 +134,8 @@ def rewrite(
     for one, adaptation in zip(done, adaptations, strict=True):
         follow(one, network, network.sizes(edit.counts))
         adaptation.carry_out(one)
-    if reasons := adaptations[0].reasons:
+        dropping.carry_out(one)
+    if reasons := [path for path in adaptations[0].reasons if dropping.renamed(path) is not None]:
         listed = first_of(path or "the model" for path in reasons)
         _log.warning("rewrote the forward of %d modules whose code hard-codes a size: %s", len(reasons), listed)
     return result
@@ -144,6 +171,22 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
     return with_repeats(code, edit.network, edit.counts, adaptation)
+
+
+def check_blocks(model: nn.Module, edit: Edit, adaptations: Sequence[Adaptation], close: bool = True) -> Dropping:
+    """Make sure that the model's code does without the blocks that go, and find how they leave.
+
+    Raises:
+        RewriteError: it does not, or a forward that is rewritten for new sizes calls one of them.
+    """
+    for path in [path for adaptation in adaptations for path in adaptation.code]:
+        called = [block for block in edit.dropped if block != path and is_within(block, path)]
+        if called:
+            raise RewriteError(
+                f"the forward of '{path}' is rewritten for new sizes and runs '{called[0]}', which goes: remove the "
+                "blocks first (rewrite), and plan the rest for the model that is left"
+            )
+    return dropping_for(model, edit, close)
 
 
 def _copy(tensor: Tensor, value: Tensor, name: str, edit: Edit) -> Tensor:
