@@ -166,7 +166,9 @@ def _check_edit(edit: Edit) -> None:
                 "plant New() units, or carry it out with netsurgery.rewrite first"
             )
         if len(edit.sources(name)) < edit.network[name].size:
-            raise InputError(f"Planting: the edit removes units of '{name}': carry it out with netsurgery.rewrite first")
+            raise InputError(
+                f"Planting: the edit removes units of '{name}': carry it out with netsurgery.rewrite first"
+            )
     if not edit.grown:
         raise InputError("Planting: the edit adds no units: give New() units, as PlantChannels does")
     if edit.values:

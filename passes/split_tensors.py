@@ -123,9 +123,7 @@ def join(model: nn.Module) -> None:
     """Make the parameters of a model, or of a copy of it, whole again: the same objects, in the same order."""
     found = list(_split_modules(model))
     whole = {
-        id(one): getattr(module, key).detach()
-        for module, record in found
-        for key, one in record.parameters.items()
+        id(one): getattr(module, key).detach() for module, record in found for key, one in record.parameters.items()
     }
     for module, record in found:
         module.__class__ = record.kind
