@@ -66,7 +66,7 @@ def split(model: nn.Module, new: Mapping[str, Tensor]) -> dict[int, Tensor]:
         if own:
             _split_module(module, own, held, places)
     for module in named_modules(model).values():
-        for key, one in module.__dict__[_RECORD].parameters.items() if is_split(module) else ():
+        for one in module.__dict__[_RECORD].parameters.values() if is_split(module) else ():
             one.grad = None
             at = places.get(id(one))
             one.data = held[id(one)].new_empty(0) if at is None else held[id(one)].flatten()[at]
@@ -97,14 +97,14 @@ def _split_module(
 
 def _reader(key: str) -> Callable[[nn.Module], Tensor]:
     def read(module: nn.Module) -> Tensor:
-        old = module._buffers[f"{key}_old"]
-        assert old is not None
-        return assembled(old, module.__dict__[_RECORD].places_on(key, old.device), module._parameters[f"{key}_new"])
+        old, new = module._buffers[f"{key}_old"], module._parameters[f"{key}_new"]
+        assert old is not None and new is not None
+        return assembled(old, module.__dict__[_RECORD].places_on(key, old.device), new)
 
     return read
 
 
-def _flat_weights(module: Any) -> list[Tensor]:
+def _flat_weights(module: Any) -> list[Any]:
     """The list of weights that a recurrent network keeps for itself."""
     return [getattr(module, name) for name in module._flat_weights_names]
 
