@@ -372,6 +372,15 @@ def test_statistics_are_put_back_after_each_forward_even_of_a_part() -> None:
     assert torch.equal(model.norm.running_mean[1:-1], other[1:-1])
 
 
+def test_statistics_that_the_model_hands_to_functions_are_put_back() -> None:
+    model, x = made("functional")
+    Planting(model, edit=planted(model, x))
+    was = model.norm.running_mean.clone()
+    model(x)
+    changed = model.norm.running_mean != was
+    assert changed[[0, -1]].all() and not changed[1:-1].any()
+
+
 def test_gradients_flow_in_eval_mode_and_through_two_passes() -> None:
     model, x = made("residual, depthwise and concatenation")
     Planting(model, edit=planted(model, x))
