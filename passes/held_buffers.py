@@ -30,12 +30,18 @@ class HeldBuffers:
                 free = {key: new[names[id(one)]] for key, one in own.items() if names[id(one)] in new}
                 self._owners[path] = _Owner(module, free)
 
-    def watch(self, model: nn.Module) -> None:
-        """Put them back after each forward pass of a module that owns some, and of the model."""
+    def watch(self, model: nn.Module, *, normalise: bool) -> None:
+        """Put them back after each forward pass of a module that owns some, and of the model.
+
+        Args:
+            normalise: whether batch norms take running statistics for old units in training mode, too.
+        """
         modules = named_modules(model)
         for path, owner in self._owners.items():
             modules[path].register_forward_hook(owner.put_back, always_call=True)
             modules[path].register_load_state_dict_post_hook(owner.take)
+            if normalise and isinstance(modules[path], nn.modules.batchnorm._BatchNorm):
+                modules[path].register_forward_hook(owner.normalise, with_kwargs=True)  # after they have been put back
         model.register_forward_hook(self.put_back, always_call=True)  # its code may hand buffers to functions
 
     def put_back(self, model: nn.Module, *_: Any) -> None:
@@ -53,6 +59,7 @@ class HeldBuffers:
                     if isinstance(getattr(hook, "__self__", None), HeldBuffers | _Owner):
                         del hooks[key]
                         module._forward_hooks_always_called.pop(key, None)
+                        module._forward_hooks_with_kwargs.pop(key, None)
 
 
 class _Owner:
@@ -80,3 +87,15 @@ class _Owner:
                     self._free[key] = free = free.to(buffer.device)
                 kept = torch.where(free, buffer.detach(), kept)
             buffer.data.copy_(kept)
+
+    def normalise(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """What a norm gives in training mode, but old units as in eval mode, by the statistics that are held."""
+        if not module.training or "running_mean" not in self._kept:
+            return None
+        module.training = False  # of itself alone, not of what is inside
+        try:
+            held: Tensor = module.forward(*args, **kwargs)
+        finally:
+            module.training = True
+        free = self._free.get("running_mean")
+        return held if free is None else torch.where(free.view(-1, *[1] * (held.dim() - 2)), output, held)

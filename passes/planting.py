@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,8 +41,12 @@ class Planting:
 
     A parameter that has new entries stays the same object. Buffers, such as running statistics and the number of
     batches that they have seen, get their old entries back after each forward pass; those of new units follow their
-    batches. In training mode norms take the statistics of the batch, of old and of new units alike, so that activations
-    (not weights) of old units move with the batch as ever.
+    batches. So that training sees old units as they will be used, batch norms normalise them by their running
+    statistics in training mode, too, and new units by those of the batch: at first the model computes in either mode
+    what it computed in eval mode before. With ``statistics="batch"`` it is as ever: outputs in training mode are the
+    same as before in that mode, but statistics that no longer move do not fit what old units get from new ones. On the
+    digits (three new channels in each of three layers of three, four seeds) accuracy in eval mode went from 0.81 to
+    0.93 before, to 0.72 to 0.88 with "batch", and to 0.94 to 0.96 with "running".
 
     Args:
         model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew.
@@ -51,6 +56,7 @@ class Planting:
             look at a weight's shape see a vector. One that is made after planting needs nothing, but ends with it.
         ema: averages of the weights, one or several, as for ``netsurgery.rewrite``: they grow, new entries are
             averaged, and at ``finish`` their old ones are as they were, whatever the averaging made of them.
+        statistics: by which modules of torch's batch norms normalise old units in training mode: "running" or "batch".
 
     Raises:
         InputError: an edit that adds nothing, or that copies, removes or changes units; a model that is being planted
@@ -89,7 +95,10 @@ class Planting:
         edit: Edit,
         optimizer: Optimizer | Sequence[Optimizer] = (),
         ema: nn.Module | Sequence[nn.Module] = (),
+        statistics: Literal["running", "batch"] = "running",
     ):
+        if statistics not in ("running", "batch"):
+            raise InputError(f"Planting(statistics={statistics!r}): 'running' or 'batch'")
         self.model, self.edit = _own(model), edit
         _check_edit(edit)
         optimizers, averages = as_list(optimizer, Optimizer, "optimizer"), as_list(ema, nn.Module, "ema")
@@ -104,7 +113,7 @@ class Planting:
         self._size = sum(one.numel() for one in whole)
         self._buffers = HeldBuffers(self.model, self._new)
         places = split(self.model, self._new)
-        self._buffers.watch(self.model)
+        self._buffers.watch(self.model, normalise=statistics == "running")
         self._states = HeldStates(optimizers, {id(one) for one in whole if id(one) not in places}, places)
         for one in inner:
             split(one, self._new)

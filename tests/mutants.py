@@ -151,6 +151,18 @@ MUTANTS = (
         "torch.no_grad()(buffer.copy_)(kept)",
     ),
     Mutant(
+        "planted units are normalised by statistics that they do not have yet",
+        "passes/held_buffers.py",
+        "return held if free is None else",
+        "return held if True else",
+    ),
+    Mutant(
+        "norms of old units alone take the statistics of the batch while planting",
+        "passes/held_buffers.py",
+        "return held if free is None else",
+        "return output if free is None else",
+    ),
+    Mutant(
         "old entries of averages are what the averaging made of them",
         "passes/planting.py",
         "*((one, held) for one in copies), *self._averages]",

@@ -213,9 +213,10 @@ def test_old_entries_stay_in_networks_of_any_kind(name: str, which: str) -> None
     edit = planted(model, x)
     before = netsurgery.rewrite(model, edit)
     plant = Planting(model, edit=edit, optimizer=optimizer)
-    for training in (True, False):
-        wanted, found = (copy.deepcopy(one).train(training)(x) for one in (original, model))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    norms = any(isinstance(one, nn.BatchNorm1d | nn.BatchNorm2d) for one in model.modules()) and name != "functional"
+    for training in (True, False):  # norms of old units are as in eval mode
+        wanted = copy.deepcopy(original).train(training and not norms)(x)
+        torch.testing.assert_close(copy.deepcopy(model).train(training)(x), wanted, rtol=1e-5, atol=1e-5)
     losses = train(model, optimizer, x, 20)
     if which == "sgd":
         assert losses[-1] < losses[0]
@@ -381,6 +382,37 @@ def test_statistics_that_the_model_hands_to_functions_are_put_back() -> None:
     assert changed[[0, -1]].all() and not changed[1:-1].any()
 
 
+@pytest.mark.parametrize("name", ["residual, depthwise and concatenation", "linear, average of all batches"])
+def test_with_statistics_of_the_batch_training_mode_computes_what_it_did(name: str) -> None:
+    model, x = made(name)
+    original, edit = copy.deepcopy(model), planted(model, x)
+    before = netsurgery.rewrite(model, edit)
+    plant = Planting(model, edit=edit, statistics="batch")
+    for training in (True, False):
+        wanted = copy.deepcopy(original).train(training)(x)
+        torch.testing.assert_close(copy.deepcopy(model).train(training)(x), wanted, rtol=1e-5, atol=1e-5)
+    train(model, SignAndNoise(model.parameters()), x, 5)
+    plant.finish()
+    check_old(edit, before, model)
+
+
+def test_new_units_are_normalised_by_their_batch_and_followed() -> None:
+    model, x = made("residual, depthwise and concatenation")
+    plant = Planting(model, edit=planted(model, x))
+    made_by = model.stem(x)
+    mean, var = made_by.mean((0, 2, 3)), made_by.var((0, 2, 3))
+    was = model.norm.running_mean.clone()
+    with torch.no_grad():
+        found = model.norm(input=made_by)
+    new = torch.tensor([0, -1])
+    torch.testing.assert_close(found.mean((0, 2, 3))[new], torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.norm.running_mean[new], 0.9 * was[new] + 0.1 * mean[new])
+    torch.testing.assert_close(found[:, 1:-1], model.eval().norm(made_by)[:, 1:-1])
+    assert not torch.allclose(mean[1:-1], was[1:-1], rtol=1e-3) and model.norm.training is False and var.all()
+    plant.finish()
+    assert not model.norm._forward_hooks and not model._forward_hooks
+
+
 def test_gradients_flow_in_eval_mode_and_through_two_passes() -> None:
     model, x = made("residual, depthwise and concatenation")
     Planting(model, edit=planted(model, x))
@@ -396,7 +428,7 @@ def test_new_entries_get_the_gradients_of_the_whole_network() -> None:
     model, x = made("residual, depthwise and concatenation")
     edit = planted(model, x)
     whole = netsurgery.rewrite(model, edit)
-    Planting(model, edit=edit)
+    Planting(model, edit=edit, statistics="batch")
     for one in (model, whole):
         one(x).square().mean().backward()
     for name, tensor, new in entries(edit, whole):
@@ -525,6 +557,8 @@ def test_what_cannot_be_planted_is_refused_and_nothing_changes() -> None:
     edit, before = planted(model, x), copy.deepcopy(model)
     with pytest.raises(InputError, match=r"does not hold 'first.weight', which gets new entries"):
         Planting(model, edit=edit, optimizer=torch.optim.SGD(model.last.parameters(), 0.1))
+    with pytest.raises(InputError, match=r"statistics='none'.*: 'running' or 'batch'"):
+        Planting(model, edit=edit, statistics="none")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="holds no module with the names and shapes"):
         Planting(model, edit=edit, ema=nn.Linear(1, 1))
     with pytest.raises(InputError, match="takes an Edit that adds units, got dict"):
