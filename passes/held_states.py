@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
+from netsurgery.capture.inputs import tensors_in
 from netsurgery.passes.split_tensors import assembled
 from netsurgery.rewriting.optimizers import OF_ELEMENTS, OF_WEIGHTS, within
 
@@ -82,7 +83,8 @@ def _merged(
     of_each = {k: v for k, v in late.items() if isinstance(v, Tensor) and v.shape == places.shape and v.dim()}
     others = {k: v for k, v in late.items() if k not in of_each and v is not None}
     if not entry:
-        if not (_is_usual(optimizer) and of_each.keys() <= OF_ELEMENTS):
+        known = of_each.keys() <= OF_ELEMENTS and not any(one.dim() for one in tensors_in(list(others.values())))
+        if not (known and _is_usual(optimizer)):
             return {}  # it is not known what belongs to old entries: the optimizer begins anew
         merged = {**others, **{key: _blank(key, value, param) for key, value in of_each.items()}}
     for key, value in of_each.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,6 +40,7 @@ class Planting:
     old entries alone       none                                    ``conv.weight``
     ======================  ======================================  ========================================
 
+    Save the ``state_dict`` to resume (plant the same Edit, then load it); the model itself cannot be pickled meanwhile.
     A parameter that has new entries stays the same object. Buffers, such as running statistics and the number of
     batches that they have seen, get their old entries back after each forward pass; those of new units follow their
     batches. So that training sees old units as they will be used, batch norms normalise them by their running
@@ -193,6 +195,12 @@ def _check_model(model: nn.Module, new: Mapping[str, Tensor], optimizers: Sequen
             f"Planting: attribute '{key}' of module '{path}' holds tensors that are trained, which is found for "
             "parameters only: register it with register_parameter or nn.ParameterList"
         )
+    for optimizer in optimizers:
+        if isinstance(optimizer, _OF_WHOLE):
+            raise InputError(
+                f"Planting: {type(optimizer).__name__} works on matrices, or on all parameters at once, and cannot go "
+                "on with new entries, which are vectors: do not pass it, and train them by another, such as AdamW"
+            )
     owned = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
     for path, module in named_modules(model).items():
         for key, one in module._parameters.items():
@@ -206,6 +214,9 @@ def _check_model(model: nn.Module, new: Mapping[str, Tensor], optimizers: Sequen
                     f"Planting: the optimizer does not hold '{name}', which gets new entries: pass all optimizers, or "
                     "none, and make one of model.parameters() after planting"
                 )
+
+
+_OF_WHOLE = tuple(getattr(torch.optim, name) for name in ("LBFGS", "Muon") if hasattr(torch.optim, name))
 
 
 def _trained_outside(model: nn.Module) -> Iterator[tuple[str, str]]:

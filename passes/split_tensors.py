@@ -27,9 +27,10 @@ class _Record:
     places: dict[str, Tensor] = field(default_factory=dict)  # of new entries in the flattened tensor: int64
 
     def places_on(self, key: str, device: torch.device) -> Tensor:
-        if self.places[key].device != device:
-            self.places[key] = self.places[key].to(device)
-        return self.places[key]
+        places = self.places[key]
+        if places.device != device:
+            self.places[key] = places = places.to(device)
+        return places
 
 
 def assembled(old: Tensor, places: Tensor, new: Tensor) -> Tensor:
@@ -61,7 +62,8 @@ def split(model: nn.Module, new: Mapping[str, Tensor]) -> dict[int, Tensor]:
         for one in own.values():
             if id(one) not in held:
                 held[id(one)] = one.data
-                if (where := new.get(names[id(one)])) is not None:
+                where = new.get(names[id(one)])
+                if where is not None and (one.is_floating_point() or one.is_complex()):
                     places[id(one)] = where.flatten().nonzero().flatten().to(one.device)
         if own:
             _split_module(module, own, held, places)

@@ -559,6 +559,8 @@ def test_what_cannot_be_planted_is_refused_and_nothing_changes() -> None:
         Planting(model, edit=edit, optimizer=torch.optim.SGD(model.last.parameters(), 0.1))
     with pytest.raises(InputError, match=r"statistics='none'.*: 'running' or 'batch'"):
         Planting(model, edit=edit, statistics="none")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="LBFGS works on matrices, or on all parameters at once, and cannot go on"):
+        Planting(model, edit=edit, optimizer=torch.optim.LBFGS(model.parameters()))
     with pytest.raises(InputError, match="holds no module with the names and shapes"):
         Planting(model, edit=edit, ema=nn.Linear(1, 1))
     with pytest.raises(InputError, match="takes an Edit that adds units, got dict"):
