@@ -2,21 +2,27 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import growth
 import netsurgery
-from netsurgery import Copy, Edit, New
+import random_networks
+from netsurgery import Copy, Edit, Network, New
 from netsurgery.analysis.growth import obstacles
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.models import resnet20
 from netsurgery.passes import Planting
+from random_networks import THEMES, Program, programs
 from test_growth import Net
+from test_random_networks import EXAMPLES, exhaustive
 
 
 class SignAndNoise(torch.optim.Optimizer):
@@ -133,14 +139,24 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     return model, x
 
 
-def planted(model: nn.Module, x: Tensor, amount: int = 2) -> Edit:
+@dataclass(frozen=True)
+class PlantAll(netsurgery.Pass):
     """New units in every group that can grow, the first in front."""
-    network = netsurgery.trace(model, x)
-    left = obstacles(network, {group.name: False for group in network.prunable})
-    names = [group.name for group in network.prunable if not left.keys() & set(network.equal_to(group.name))]
-    keep = {name: (New(), *range(network[name].size), *[New()] * (amount - 1)) for name in names}
-    assert keep
-    return Edit(network, keep)
+
+    amount: int = 2
+    gives: ClassVar[frozenset[str]] = frozenset({"edit"})
+
+    def run(self, network: Network) -> Edit:
+        left = obstacles(network, {group.name: False for group in network.prunable})
+        names = [group.name for group in network.prunable if not left.keys() & set(network.equal_to(group.name))]
+        more = [New()] * (self.amount - 1)
+        return Edit(network, {name: (New(), *range(network[name].size), *more) for name in names})
+
+
+def planted(model: nn.Module, x: Any) -> Edit:
+    edit = netsurgery.plan(model, [PlantAll()], x)
+    assert edit.grown
+    return edit
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: int, *, low: str = "") -> list[float]:
@@ -230,6 +246,34 @@ def test_old_entries_stay_in_networks_of_any_kind(name: str, which: str) -> None
     held = optimizer.param_groups[0]["params"]
     assert all(one is other for one, other in zip(held, model.parameters(), strict=True))
     train(model, optimizer, x, 1)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_old_entries_stay_in_random_networks(theme: str) -> None:
+    grown = []
+
+    @settings(exhaustive, max_examples=min(EXAMPLES, 20), phases=[Phase.generate])
+    @given(programs(theme))
+    def run(program: Program) -> None:
+        torch.manual_seed(0)
+        model, inputs = random_networks.build(program).train(), random_networks.example(program)
+        edit = netsurgery.plan(model, [PlantAll()], inputs)
+        grown.append(bool(edit.grown))
+        if not edit.grown:
+            return
+        before = netsurgery.rewrite(model, edit)
+        optimizer = SignAndNoise(model.parameters())
+        plant = Planting(model, edit=edit, optimizer=optimizer)
+        for _ in range(2):
+            for one in growth.tensors(model(*inputs)):
+                if one.requires_grad:
+                    one.square().sum().backward(retain_graph=True)
+            optimizer.step()
+        plant.finish()
+        check_old(edit, before, model)
+
+    run()
+    assert sum(grown) > 0.5 * len(grown)
 
 
 # Optimizers --------------------------------------------------------------------------------------------------------
