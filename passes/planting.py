@@ -41,14 +41,16 @@ class Planting:
     ======================  ======================================  ========================================
 
     Save the ``state_dict`` to resume (plant the same Edit, then load it); the model itself cannot be pickled meanwhile.
-    A parameter that has new entries stays the same object. Buffers, such as running statistics and the number of
-    batches that they have seen, get their old entries back after each forward pass; those of new units follow their
-    batches. So that training sees old units as they will be used, batch norms normalise them by their running
-    statistics in training mode, too, and new units by those of the batch: at first the model computes in either mode
-    what it computed in eval mode before. With ``statistics="batch"`` it is as ever: outputs in training mode are the
-    same as before in that mode, but statistics that no longer move do not fit what old units get from new ones. On the
-    digits (three new channels in each of three layers of three, four seeds) accuracy in eval mode went from 0.81 to
-    0.93 before, to 0.72 to 0.88 with "batch", and to 0.94 to 0.96 with "running".
+    A parameter that has new entries stays the same object, and is trained even where it was not. Buffers, such as
+    running statistics and the number of batches that they have seen, get their old entries back after each forward
+    pass; those of new units follow their batches.
+
+    So that training sees old units as they will be used, batch norms normalise them by their running statistics in
+    training mode, too, and new units by those of the batch: at first they give in either mode what they gave in eval
+    mode before. With ``statistics="batch"`` they give in training mode what they gave before in that mode, but
+    statistics that no longer move do not fit what old units get from new ones: on the digits (three channels planted in
+    each of three layers of three, four seeds) a mean accuracy of 0.87 fell to 0.80 with "batch", and rose to 0.95 with
+    "running".
 
     Args:
         model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew.
