@@ -123,6 +123,18 @@ class Positions:
         found = {leaf: ~self.planted[leaf] for leaf in leaves(axis) if leaf in self.planted and among(leaf)}
         return ~self._multiplied(axis, found, torch.bool) if found else None
 
+    def new_entries(self, axes: tuple[Axis, ...]) -> Tensor | None:
+        """Which entries of a tensor belong to a new unit in any dimension: bool, or None where none does."""
+        found = [self.new(axis) for axis in axes]
+        if all(one is None for one in found):
+            return None
+        sizes = [axis.size if (at := self(axis)) is None else len(at) for axis in axes]
+        entries = torch.zeros(sizes, dtype=torch.bool)
+        for dim, one in enumerate(found):
+            if one is not None:
+                entries.index_fill_(dim, one.nonzero().flatten(), True)
+        return entries
+
     def shares(self, axis: Axis, among: Callable[[Axis], bool]) -> Tensor | None:
         """What is taken from each position where units are copied: float64, ``(new size,)``, or None for all of it.
 

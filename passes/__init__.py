@@ -11,6 +11,7 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.growing import WidenChannels as WidenChannels
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore
     from netsurgery.passes.penalty import HGSR as HGSR
+    from netsurgery.passes.planting import Planting as Planting
     from netsurgery.passes.reconstruction import ReconstructionScore as ReconstructionScore
     from netsurgery.passes.removal import PruneChannels as PruneChannels
     from netsurgery.passes.remove_blocks import RemoveBlocks as RemoveBlocks

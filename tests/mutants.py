@@ -85,6 +85,10 @@ TESTS_OF = {
     "passes/selection.py": ("test_factors.py", "test_targets.py"),
     "passes/partial_replay.py": ("test_loss_increase.py", "test_taylor_fisher.py", "test_prefixes.py"),
     "passes/ablation.py": ("test_prefixes.py",),
+    "passes/planting.py": ("test_planting.py",),
+    "passes/split_tensors.py": ("test_planting.py",),
+    "passes/held_buffers.py": ("test_planting.py",),
+    "passes/held_states.py": ("test_planting.py",),
 }
 
 
@@ -103,6 +107,90 @@ class Mutant:
 
 
 MUTANTS = (
+    # planting: old entries stay, new ones live
+    Mutant(
+        "planting leaves parameters without new entries in reach of optimizers that nobody speaks of",
+        "passes/split_tensors.py",
+        "one.data = held[id(one)].new_empty(0) if at is None else",
+        "one.data = held[id(one)] if at is None else",
+    ),
+    Mutant(
+        "planting takes what reads new units for old",
+        "netsurgery/positions.py",
+        """        for dim, one in enumerate(found):
+            if one is not None:
+                entries""",
+        """        for dim, one in enumerate(found[:1]):
+            if one is not None:
+                entries""",
+        ("test_planting.py",),
+    ),
+    Mutant(
+        "a recurrent network under planting reads its own list of weights",
+        "passes/split_tensors.py",
+        "if isinstance(module, nn.RNNBase): properties",
+        "if False: properties",
+    ),
+    Mutant(
+        "running statistics of old units follow the batches",
+        "passes/held_buffers.py",
+        "modules[path].register_forward_hook(owner.put_back, always_call=True)",
+        "pass",
+    ),
+    Mutant(
+        "buffers that the model hands to functions are not put back",
+        "passes/held_buffers.py",
+        "model.register_forward_hook(self.put_back, always_call=True)",
+        "pass",
+    ),
+    Mutant(
+        "buffers are put back to what they were before a checkpoint was loaded",
+        "passes/held_buffers.py",
+        "modules[path].register_load_state_dict_post_hook(owner.take)",
+        "pass",
+    ),
+    Mutant(
+        "putting buffers back counts as a change of what autograd has saved",
+        "passes/held_buffers.py",
+        "buffer.data.copy_(kept)",
+        "torch.no_grad()(buffer.copy_)(kept)",
+    ),
+    Mutant(
+        "planted units are normalised by statistics that they do not have yet",
+        "passes/held_buffers.py",
+        "return held if free is None else",
+        "return held if True else",
+    ),
+    Mutant(
+        "norms of old units alone take the statistics of the batch while planting",
+        "passes/held_buffers.py",
+        "return held if free is None else",
+        "return output if free is None else",
+    ),
+    Mutant(
+        "old entries of averages are what the averaging made of them",
+        "passes/planting.py",
+        "*((one, held) for one in copies), *self._averages]",
+        "*((one, held) for one in copies), *((one, held) for one, _ in self._averages)]",
+    ),
+    Mutant(
+        "copies of a planted model go on to put buffers back",
+        "passes/planting.py",
+        "own.forget(one)",
+        "own.forget(self.model)",
+    ),
+    Mutant(
+        "planted units begin with the momentum and the steps of old ones",
+        "passes/held_states.py",
+        "kept = {one: optimizer.state.pop(one) for one in ours}",
+        "kept = {one: optimizer.state[one] for one in ours}",
+    ),
+    Mutant(
+        "what an optimizer has kept of new entries is lost at the end",
+        "passes/held_states.py",
+        "if one in late:",
+        "if not entry and one in late:",
+    ),
     # rewritten forwards: gradients and effects
     Mutant(
         "custom autograd functions are not seen",

@@ -21,7 +21,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.rewriting.added import filled
 
-__all__ = ["OptimizerStates", "as_list", "averaged"]
+__all__ = ["OF_ELEMENTS", "OF_WEIGHTS", "OptimizerStates", "as_list", "averaged", "within"]
 
 Axes = tuple[Axis, ...]
 _BASE = frozenset(["state", "param_groups", "defaults"])
@@ -100,7 +100,7 @@ class OptimizerStates:
         self.states: list[MutableMapping[Any, Any]] = []
         self.entries: list[tuple[MutableMapping[str, Any], dict[str, Tensor]]] = []
         for optimizer in optimizers:
-            inside = [one for one in _within(optimizer) if any(map(self._is_ours, _params(one)))]
+            inside = [one for one in within(optimizer) if any(map(self._is_ours, _params(one)))]
             if not inside:
                 raise InputError(
                     f"{type(optimizer).__name__} holds none of the model's parameters: "
@@ -184,7 +184,7 @@ class OptimizerStates:
                     raise self._refusal(
                         optimizer, where, f"{shapes}, and it is not clear which dimensions are the same"
                     )
-                weights = value.shape == key.shape and ("master" in what or what in _OF_WEIGHTS)
+                weights = value.shape == key.shape and ("master" in what or what in OF_WEIGHTS)
                 if name in self.values and "master" in what and weights:
                     value = self.values[name].to(value)
                 elif not self.positions.changes(tuple(axis for axis in axes if axis is not None)):
@@ -227,7 +227,7 @@ class OptimizerStates:
 
     def _is_usual(self, optimizer: Optimizer, what: str, value: Tensor, param: Tensor) -> bool:
         """Whether state is known to be of each element: by its name, or since that of a parameter not square is."""
-        if value.shape == param.shape and (what in _OF_ELEMENTS or "master" in what):
+        if value.shape == param.shape and (what in OF_ELEMENTS or "master" in what):
             return True
         return any(
             self._is_ours(other)
@@ -253,12 +253,12 @@ class OptimizerStates:
 
 
 # Names under which torch.optim, and others after it, keep a number for each element of a parameter.
-_OF_ELEMENTS = frozenset((
+OF_ELEMENTS = frozenset((
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
     "sum", "ax", "prev", "step_size", "slow_buffer", "z",
 ))  # fmt: skip
 #: Of these, those that are weights: averages, and copies that are trained.
-_OF_WEIGHTS = frozenset(("ax", "slow_buffer", "z"))
+OF_WEIGHTS = frozenset(("ax", "slow_buffer", "z"))
 #: And those that do not begin with zeros: the setting that they begin with (Adagrad, Rprop).
 _STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
 # Adafactor, as fairseq, transformers and timm name it: averages over the last dimension, and over the one before.
@@ -268,7 +268,7 @@ _FACTORS: dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
 }
 
 
-def _within(optimizer: Optimizer) -> Iterator[Optimizer]:
+def within(optimizer: Optimizer) -> Iterator[Optimizer]:
     """An optimizer and those it is built around, such as the base of a lookahead."""
     found, left = [optimizer], [optimizer]
     while left:
