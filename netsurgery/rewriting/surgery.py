@@ -56,7 +56,8 @@ def rewrite(
 
     Returns:
         The model's own class with the same module names and state_dict keys. Its tensors are cut or grown, and
-        attributes such as ``in_channels`` follow. Consumers take shares from copies and zeros from new units. Training
+        attributes such as ``in_channels`` follow. Consumers take shares from copies and zeros from new units; copies
+        share the gradients of what they are copies of. Training
         mode, hooks, requires_grad, dtype, device, memory format and shared weights stay. The entries that stay of a
         computed weight keep their values: the length of a weight norm is scaled so that they do (the norms of other
         computations lock the units that they are taken over).
