@@ -56,7 +56,7 @@ class New:
     Args:
         init: how the weights that make it start. ``"he"``: normally distributed with a variance of 2 over the number
             of inputs (He et al., arXiv 1502.01852); biases start at 0, norms at the identity, tables of embeddings
-            with the spread that they have.
+            with the spread that they have, and what is neither added nor a factor (slopes, exponents) with its mean.
         seed: fixes the random numbers.
     """
 

@@ -168,10 +168,10 @@ def test_removals_compose_when_a_group_shrinks_to_one_unit(seed: int) -> None:
     assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, x) < 1e-10
 
 
-@pytest.mark.parametrize("units", [(0,) * 8, (0, 1, 2, 3, 4, 5, 6, 99), torch.tensor([1, 0])])
+@pytest.mark.parametrize("units", [(0,) * 8, (0, 1, 2, 3, 4, 5, 6, 99), torch.tensor([1, 1])])
 def test_edits_of_any_length_are_checked(units: object) -> None:
     network = netsurgery.trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
-    with pytest.raises(InputError, match=r"ascending, distinct and in 0\.\.7"):
+    with pytest.raises(InputError, match=r"must be distinct and in 0\.\.7"):
         netsurgery.Edit(network, {"0": units})  # type: ignore[dict-item]
 
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from netsurgery.analysis.blocks import Block, Place, at, constant_outputs, places, shortened
+from netsurgery.analysis.decided_runs import run_with_decisions
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import units_in
 from netsurgery.capture.copies import copy_with, named_modules, named_tensors
@@ -25,7 +26,6 @@ from netsurgery.capture.program import Program
 from netsurgery.capture.recorder import record
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, RewriteError
-from netsurgery.verification.oracles import run_with_decisions
 
 __all__ = ["Dropping", "Skipped", "dropping_for"]
 

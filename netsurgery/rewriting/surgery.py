@@ -58,14 +58,14 @@ def rewrite(
 
     Returns:
         The model's own class with the same module names and state_dict keys. Its tensors are cut or grown, and
-        attributes such as ``in_channels`` follow. Consumers take shares from copies and zeros from new units. Where
-        residual blocks are dropped, an ``nn.ModuleList`` or ``nn.Sequential`` of them closes the gap if its code allows
-        it (nothing else asks for an element by number): keys of what comes after are renumbered (``layers.3.`` becomes
-        ``layers.2.``), and so are the places that layers know themselves (``layer_idx``) and
-        ``config.num_hidden_layers``. Else a ``netsurgery.passes.Skipped`` takes the block's place and all keys stay.
-        Training mode, hooks, requires_grad, dtype, device, memory format and shared weights stay. The entries that stay
-        of a computed weight keep their values: the length of a weight norm is scaled so that they do (the norms of
-        other computations lock the units that they are taken over).
+        attributes such as ``in_channels`` follow. Consumers take shares from copies and zeros from new units; copies
+        share the gradients of what they are copies of. Where residual blocks are dropped, an ``nn.ModuleList`` or
+        ``nn.Sequential`` of them closes the gap if its code allows it (nothing else asks for an element by number):
+        keys of what comes after are renumbered (``layers.3.`` becomes ``layers.2.``), and so are the places that layers
+        know themselves (``layer_idx``) and ``config.num_hidden_layers``. Else a ``netsurgery.passes.Skipped`` takes the
+        block's place and all keys stay. Training mode, hooks, requires_grad, dtype, device, memory format and shared
+        weights stay. The entries that stay of a computed weight keep their values: the length of a weight norm is
+        scaled so that they do (the norms of other computations lock the units that they are taken over).
         A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
         ``netsurgery`` names these, ``edit.replaced`` says why.
 
