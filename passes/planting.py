@@ -53,7 +53,8 @@ class Planting:
     "running".
 
     Args:
-        model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew.
+        model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew. Losses computed
+            before must be gone (``del loss``): their graphs remember the old shapes.
         edit: what is added: any Edit of ``New`` units. Copies and removals are refused: they change old entries.
         optimizer: the optimizer of the model, or several. Each goes on with the new entries, in the same groups with
             the same settings, and begins with them; momentum and the like of old ones is kept aside. Optimizers that
