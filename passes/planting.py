@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,13 @@ from netsurgery.capture.copies import named_modules, named_tensors
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.passes.growing import PlantChannels
 from netsurgery.passes.held_buffers import HeldBuffers
 from netsurgery.passes.held_states import HeldStates
 from netsurgery.passes.parameters import own_module
+from netsurgery.passes.patterns import Modules
 from netsurgery.passes.split_tensors import is_split, join, split
+from netsurgery.pipeline import plan
 from netsurgery.rewriting.optimizers import as_list, averaged
 from netsurgery.rewriting.surgery import rewrite
 from netsurgery.units import Copy, New
@@ -55,7 +58,10 @@ class Planting:
     Args:
         model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew. Losses computed
             before must be gone (``del loss``): their graphs remember the old shapes.
-        edit: what is added: any Edit of ``New`` units. Copies and removals are refused: they change old entries.
+        example_inputs: as for ``trace``, for ``amount``.
+        amount: what is added: new channels of each layer, as ``PlantChannels`` counts them; or by modules.
+        include: the modules that get them, as for ``PlantChannels``; by default all that can grow.
+        edit: in place of an amount any Edit of ``New`` units. Copies and removals are refused: they change old entries.
         optimizer: the optimizer of the model, or several. Each goes on with the new entries, in the same groups with
             the same settings, and begins with them; momentum and the like of old ones is kept aside. Optimizers that
             look at a weight's shape see a vector. One that is made after planting needs nothing, but ends with it.
@@ -76,8 +82,7 @@ class Planting:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
         >>> old = net[0].weight.detach().clone()
         >>> optimizer = torch.optim.AdamW(net.parameters(), 0.1)
-        >>> edit = netsurgery.Edit(netsurgery.trace(net, x), {"0": (0, 1, 2, netsurgery.New(), netsurgery.New())})
-        >>> plant = Planting(net, edit=edit, optimizer=optimizer)
+        >>> plant = Planting(net, x, amount=2, optimizer=optimizer)
         >>> print(plant)
         2 new units in 1 group: 14 of 37 parameters are trained
         >>> for _ in range(3):
@@ -96,15 +101,23 @@ class Planting:
     def __init__(
         self,
         model: nn.Module,
+        example_inputs: Any = None,
         *,
-        edit: Edit,
+        amount: int | Mapping[Any, int] | None = None,
+        include: Modules = (),
+        edit: Edit | None = None,
         optimizer: Optimizer | Sequence[Optimizer] = (),
         ema: nn.Module | Sequence[nn.Module] = (),
         statistics: Literal["running", "batch"] = "running",
     ):
         if statistics not in ("running", "batch"):
             raise InputError(f"Planting(statistics={statistics!r}): 'running' or 'batch'")
-        self.model, self.edit = _own(model), edit
+        self.model = _own(model)
+        if (edit is None) == (amount is None) or (edit is not None and include):
+            raise InputError("Planting takes either amount=... (and include=...) or edit=...")
+        if edit is None:
+            edit = plan(self.model, [PlantChannels(amount or 0, include=include)], example_inputs)
+        self.edit = edit
         _check_edit(edit)
         optimizers, averages = as_list(optimizer, Optimizer, "optimizer"), as_list(ema, nn.Module, "ema")
         axes, positions = edit.network.axes, edit.positions
@@ -168,7 +181,10 @@ def _own(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise InputError(f"Planting: plant into the module in {type(model).__name__}, and wrap it again after that")
     expect("Planting(model, edit=...)", "a torch.nn.Module", (model, nn.Module))
-    return own_module(model)
+    own = own_module(model)
+    if any(map(is_split, own.modules())):
+        raise InputError("Planting: the model is being planted already: call finish() of that Planting first")
+    return own
 
 
 def _check_edit(edit: Edit) -> None:
@@ -183,6 +199,8 @@ def _check_edit(edit: Edit) -> None:
             raise InputError(
                 f"Planting: the edit removes units of '{name}': carry it out with netsurgery.rewrite first"
             )
+    if edit.dropped:
+        raise InputError(f"Planting: the edit removes the block '{edit.dropped[0]}': carry it out first")
     if not edit.grown:
         raise InputError("Planting: the edit adds no units: give New() units, as PlantChannels does")
     if edit.values:
@@ -191,8 +209,6 @@ def _check_edit(edit: Edit) -> None:
 
 def _check_model(model: nn.Module, new: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
     """Raise InputError where old entries could not be held, or where new ones would not be trained."""
-    if any(map(is_split, model.modules())):
-        raise InputError("Planting: the model is being planted already: call finish() of that Planting first")
     for path, key in _trained_outside(model):
         raise InputError(
             f"Planting: attribute '{key}' of module '{path}' holds tensors that are trained, which is found for "

@@ -665,3 +665,19 @@ def test_finish_is_called_once_and_planting_is_not_nested() -> None:
         plant.finish()
     with pytest.raises(RuntimeError):
         loss.backward()
+
+
+def test_an_amount_by_modules_stands_for_an_edit() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(8, 4)
+    wanted = net(x).detach()
+    plant = Planting(net, x, amount=3, include="2", optimizer=torch.optim.SGD(net.parameters(), 0.1))
+    assert str(plant) == "3 new units in 1 group: 24 of 99 parameters are trained"
+    assert torch.equal(net(x), wanted)
+    with pytest.raises(InputError, match="is being planted already"):
+        Planting(net, x, amount=1)
+    assert plant.finish()[2].out_features == 9
+    edit = netsurgery.Edit(netsurgery.trace(net, x), {"0": (*range(5), New())})
+    for settled in ({}, {"amount": 1, "edit": edit}, {"edit": edit, "include": "0"}):
+        with pytest.raises(InputError, match="takes either amount"):
+            Planting(net, x, **settled)
