@@ -23,7 +23,7 @@ from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.adaptation.one_by_one import settle_alone
 from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.network import Network
-from netsurgery.analysis.tracing import gc_paused, network_of
+from netsurgery.analysis.tracing import network_of, undisturbed
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError
 from netsurgery.fidelity import Measured
@@ -66,7 +66,7 @@ class Pass(abc.ABC):
         return None
 
 
-@gc_paused()
+@undisturbed()
 def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = True) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
@@ -98,7 +98,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = Tru
     return settle_alone(code, network)
 
 
-@gc_paused()
+@undisturbed()
 def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
     """Decide what to remove; the model stays as it is. Passes after a removal look at a copy that it has cut.
 

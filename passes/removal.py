@@ -124,7 +124,7 @@ class PruneChannels(DataPass):
         self._check_ratio()
         for name in ("params", "macs", "threshold"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, Real):
+            if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
                 raise InputError(f"PruneChannels({name}={value!r}): expected a number")
         for name in ("params", "macs"):
             value = getattr(self, name)
@@ -140,7 +140,7 @@ class PruneChannels(DataPass):
     def _check_ratio(self) -> None:
         shares = self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]
         for share in [share for share in shares if self.ratio is not None]:
-            if not isinstance(share, Real):
+            if not isinstance(share, Real) or isinstance(share, bool):
                 raise InputError(f"PruneChannels(ratio={share!r}): expected a number")
             if not 0 <= share < 1:
                 raise InputError(f"PruneChannels(ratio={share}): the share to remove must be in [0, 1)")

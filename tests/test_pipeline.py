@@ -405,3 +405,20 @@ def test_slice_offsets_are_checked() -> None:
     model, x = Offset(), torch.randn(2, 3)
     edit = netsurgery.plan(model, HALF, x)
     assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, x) < 1e-6
+
+
+def test_in_inference_mode_all_is_as_without_it(model: nn.Module) -> None:
+    passes = [MagnitudeScore(), PruneChannels(0.5)]
+    wanted, cost = netsurgery.plan(model, passes, (X,)), netsurgery.cost(model, (X,))
+    with torch.inference_mode():
+        edit = netsurgery.plan(model, passes, (X,))
+        small = netsurgery.rewrite(model, edit)
+        assert edit.keep == wanted.keep and netsurgery.cost(model, (X,)) == cost
+        assert netsurgery.verify(model, small, edit, (X,)) < 1e-5
+    assert not any(parameter.is_inference() for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"macs": True}, {"params": True}, {"ratio": True}, {"ratio": False}])
+def test_a_truth_value_is_no_number(settings: dict) -> None:
+    with pytest.raises(InputError, match="expected a number"):
+        PruneChannels(**settings)

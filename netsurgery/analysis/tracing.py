@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from netsurgery.analysis.network import Network, analyse
@@ -19,22 +20,26 @@ from netsurgery.capture.recorder import record
 from netsurgery.capture.refusals import refuse_unsupported
 from netsurgery.errors import InputError, TraceError
 
-__all__ = ["gc_paused", "network_of"]
+__all__ = ["network_of", "undisturbed"]
 
 
 @contextlib.contextmanager
-def gc_paused() -> Iterator[None]:
-    """Pause Python's garbage collector: thousands of new nodes would set it off again and again."""
+def undisturbed() -> Iterator[None]:
+    """Leave inference mode, in which nothing can be recorded, and pause the garbage collector.
+
+    Thousands of new nodes would set that off again and again.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+            yield
     finally:
         if enabled:
             gc.enable()
 
 
-@gc_paused()
+@undisturbed()
 def network_of(model: nn.Module, example_inputs: Any) -> Network:
     """The network of a model, as ``netsurgery.trace`` returns it where it tries no sizes."""
     if not isinstance(model, nn.Module):

@@ -14,6 +14,7 @@ from netsurgery.adaptation.attributes import follow
 from netsurgery.adaptation.fit_code import fit_code, with_repeats
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.adaptation.model_code import ModelCode
+from netsurgery.analysis.tracing import undisturbed
 from netsurgery.arguments import expect
 from netsurgery.capture.copies import copy_with, like, named_tensors
 from netsurgery.capture.paths import is_within
@@ -32,6 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("netsurgery")
 
 
+@undisturbed()
 def rewrite(
     model: Model,
     edit: Edit,

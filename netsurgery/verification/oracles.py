@@ -22,7 +22,7 @@ from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.decided_runs import run_with_decisions
 from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.replay import Drawn, Numbers, Units, replay, run, units_in, with_constants
-from netsurgery.analysis.tracing import network_of
+from netsurgery.analysis.tracing import network_of, undisturbed
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs, as_inputs, tensors_in
 from netsurgery.capture.known_values import draw, is_number, select
@@ -38,6 +38,7 @@ from netsurgery.verification.silencing import silenced
 __all__ = ["permuted_difference", "verify"]
 
 
+@undisturbed()
 def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any = None) -> float:
     """Compare a rewritten model with the original in which the removed units are silenced, given the edit's values.
 
