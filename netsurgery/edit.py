@@ -154,7 +154,7 @@ class Edit:
 
     def _blocks_dropped(self) -> tuple[str, ...]:
         """The paths of the blocks that go, in the order in which they run."""
-        given = tuple(self.dropped)
+        given = (self.dropped,) if isinstance(self.dropped, str) else tuple(self.dropped)
         paths = [block.path for block in self.network.blocks] if given else []
         if unknown := next((path for path in given if path not in paths), None):
             has = f"those are {', '.join(paths)}" if paths else "it has none"
@@ -232,6 +232,8 @@ class Edit:
             old, new = tuple(axis.size for axis in axes), tuple(map(sizes, axes))
             if old != new:
                 lines.append(f"{name} {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}")
+            elif self.positions.changes(axes):
+                lines.append(f"{name} {'x'.join(map(str, old))} of other units")
         lines.extend(f"{path} removed" for path in self.dropped)
         lines.extend(f"{path}.forward rewritten".lstrip(".") for path in self.replaced)
         valued = {*self.values, *self._scaled}
@@ -286,7 +288,7 @@ class Edit:
         return "; ".join(said) or ("put units in another order" if self.keep else "removed nothing")
 
     def then(self, later: Edit) -> Edit:
-        """This edit followed by one made for the network it leads to.
+        """This edit followed by one made for the network it leads to. Weights of new units may be drawn anew.
 
         Raises:
             InputError: the later edit names a group, units or a block that this edit does not leave.

@@ -99,7 +99,7 @@ def load(folder: str | Path, model: Model, example_inputs: Any = None) -> Model:
     else:
         if example_inputs is None:
             example_inputs = Edit.inputs_in(text)
-        edit = Edit.from_json(text, trace(model, example_inputs))
+        edit = Edit.from_json(text, trace(model, example_inputs, try_sizes=False))  # rewrite tries these
         small = rewrite(model, edit)
     try:
         small.load_state_dict(weights)

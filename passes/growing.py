@@ -70,7 +70,7 @@ class _Growth(Pass):
             raise InputError(f"nothing of {network.model_name} can grow with these settings. {listed}")
         before = sum(network[name].size for name in keep)
         added = sum(map(len, keep.values())) - before
-        got = f"{added:,} to {before:,} in {len(keep)} groups"
+        got = f"{added:,} to the {before:,} of {len(keep)} groups"
         return Edit(network, keep, outcomes=(Outcome(self.asked(), got, short, does="add"),))
 
     def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:

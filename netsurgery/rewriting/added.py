@@ -69,7 +69,7 @@ def _begin(new: Tensor, old: Tensor, name: str, dim: int, units: Tensor, edit: E
     inputs = math.prod(size for place, size in enumerate(new.shape) if place not in makes)
     wide = old.detach().to(torch.promote_types(old.dtype, torch.float32))
     spread = math.sqrt(2 / inputs) if read else float(wide.std())
-    seed = zlib.crc32(repr((name, edit.positions.seeds)).encode())
+    seed = zlib.crc32(repr((name, tuple(old.shape), edit.positions.seeds)).encode())  # else a second time gives twins
     generator = torch.Generator().manual_seed(seed)
     shape = [len(units) if place == dim else size for place, size in enumerate(new.shape)]
     drawn = torch.randn(shape, generator=generator, dtype=torch.cfloat if new.is_complex() else None)

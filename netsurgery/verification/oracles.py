@@ -78,7 +78,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         raise InputError(f"some copies of units of '{taken}' were removed again: verify each edit by itself")
     inputs = _given(example_inputs, model, edit.network)
     edit = edit if _alike(edit.network, inputs) else _on_the_way_of(inputs, model, edit)
-    keep = {edit.network[name].channel: torch.tensor(edit.sources(name)) for name in edit.keep}
+    keep = {edit.network[name].channel: torch.tensor(edit.sources(name), dtype=torch.long) for name in edit.keep}
     order = {edit.network[name].channel: torch.tensor(sources(own)).clamp_(min=0) for name, own in edit.keep.items()}
     units = units_in({} if _fits(small, edit.network, Sizes({})) else order)
     network = with_constants(model, edit.network, inputs)
