@@ -179,7 +179,7 @@ def _run(
                 adaptation, found = fit_code(code, edit.network, edit.counts)
                 if found:
                     return edit, found
-                adaptation = with_repeats(code, edit.network, edit.counts, adaptation)
+                adaptation = with_repeats(code, edit.network, edit.counts, adaptation, edit.dropped)
             edit = dataclasses.replace(edit, adaptation=adaptation)
             last = edit if earlier is None else last
             check_blocks(code.model, edit, [adaptation] if adaptation is not None else [])

@@ -749,3 +749,12 @@ def test_a_network_without_blocks() -> None:
         Edit(network, {}, dropped=("1",))
     with pytest.raises(InputError, match=r"the text is no edit"):
         Edit.from_json(Edit(network, {}).to_json().replace('"groups"', '"dropped": "1", "groups"'), network)
+
+
+def test_numbers_follow_what_is_left_where_blocks_go_with_it() -> None:
+    model, ids = llama(2), torch.arange(12).view(2, 6)
+    passes = [
+        RemoveBlocks(blocks=["model.layers.1"]), MagnitudeScore(), PruneChannels(0.5, include=["*.mlp.*"])
+    ]  # fmt: skip
+    whole = model.config.intermediate_size
+    assert netsurgery.apply(model, passes, (ids,)).config.intermediate_size == whole // 2

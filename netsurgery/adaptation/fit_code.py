@@ -5,7 +5,7 @@ Code that no remedy helps locks groups: those that an operation of it concerns, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from netsurgery.adaptation.forwards import Adaptation
@@ -44,10 +44,16 @@ def fit_code(code: ModelCode, network: Network, counts: Mapping[str, int]) -> tu
     return adaptation, found or {name: why for failure in lost.values() for name, why in failure.reasons.items()}
 
 
-def with_repeats(code: ModelCode, network: Network, counts: Mapping[str, int], adaptation: Adaptation) -> Adaptation:
+def with_repeats(
+    code: ModelCode,
+    network: Network,
+    counts: Mapping[str, int],
+    adaptation: Adaptation,
+    dropped: Collection[str] = (),
+) -> Adaptation:
     """An adaptation with those numbers that repeat a size (see ``repeated_sizes.py``) that a run confirms."""
     needed = {(path, name) for path, values in adaptation.attributes.items() for name in values}
-    found = repeats(code.model, network, network.sizes(counts), needed)
+    found = repeats(code.model, network, network.sizes(counts), needed, dropped)
     while any(one.follows for one in found):
         remedies = Remedies(code, network, network.sizes(counts), _changed(network, counts))
         remedies.adaptation = adaptation.joined(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.paths import is_within
 
 __all__ = ["Repeat", "repeats", "withdrawn"]
 
@@ -101,10 +102,13 @@ def withdrawn(found: list[Repeat], path: str, read: Container[str]) -> list[Repe
     ]
 
 
-def repeats(model: nn.Module, network: Network, sizes: Sizes, needed: Container[tuple[str, str]]) -> list[Repeat]:
+def repeats(
+    model: nn.Module, network: Network, sizes: Sizes, needed: Container[tuple[str, str]], dropped: Collection[str] = ()
+) -> list[Repeat]:
     """The attributes of a model that repeat sizes that change.
 
     Args:
+        dropped: paths of modules that go, whose sizes say nothing of the others.
         needed: path and name of those that its code needs: these have their values already.
     """
     changing = {axis.size for axes in network.axes.values() for axis in axes if sizes(axis) != axis.size}
@@ -123,7 +127,7 @@ def repeats(model: nn.Module, network: Network, sizes: Sizes, needed: Container[
     holders: dict[int, list[str]] = {}
     for path, _, value in held:
         holders.setdefault(id(value), []).append(path)
-    evidence = _Evidence(network, sizes)
+    evidence = _Evidence(network, sizes, dropped)
     made: dict[tuple[Any, str], tuple[Any, tuple[tuple[str, str], ...]]] = {}
     found = []
     for path, name, value in held:
@@ -221,20 +225,24 @@ class _Follower:
 class _Evidence:
     """The new sizes of dimensions, module by module and by their old size."""
 
-    def __init__(self, network: Network, sizes: Sizes):
+    def __init__(self, network: Network, sizes: Sizes, dropped: Collection[str]):
         self.sizes = sizes
+
+        def stays(path: str) -> bool:
+            return not any(is_within(path, one) for one in dropped)
+
         self.inside: dict[str, New] = {}  # by module: all dimensions of its tensors and its numbers of groups
         self.groups: dict[str, New] = {}
         self.ends: dict[tuple[str, str], New] = {}  # by module and "in" or "out": where units may stand
         for name, axes in network.axes.items():
-            for axis in axes:
+            for axis in axes if stays(name) else ():
                 self.note(self.inside, name.rpartition(".")[0], axis)
         for program in network.programs:
             for node in program.operations:
-                if isinstance(axis := node.meta.get("names", {}).get("g"), Axis):
+                if isinstance(axis := node.meta.get("names", {}).get("g"), Axis) and stays(node.meta["module"]):
                     self.note(self.inside, node.meta["module"], axis)
                     self.note(self.groups, node.meta["module"], axis)
-            for call in program.calls:
+            for call in filter(lambda call: stays(call.path), program.calls):
                 for end, value in (("in", (call.args, call.kwargs)), ("out", call.out)):
                     for axis in _dims(value):
                         self.ends.setdefault((call.path, end), {}).setdefault(axis.size, set()).add(sizes(axis))

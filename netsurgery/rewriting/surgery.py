@@ -172,7 +172,7 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
     if refused:
         group, why = next(iter(refused.items()))
         raise RewriteError(f"group '{group}' cannot have {edit.counts[group]} units: {why}")
-    return with_repeats(code, edit.network, edit.counts, adaptation)
+    return with_repeats(code, edit.network, edit.counts, adaptation, edit.dropped)
 
 
 def check_blocks(model: nn.Module, edit: Edit, adaptations: Sequence[Adaptation], close: bool = True) -> Dropping:
