@@ -63,6 +63,8 @@ TESTS_OF = {
     "netsurgery/analysis/weights.py": ("test_computed_weights.py",),
     "passes/bundles.py": ("test_selection.py", "test_factors.py", "test_targets.py"),
     "passes/compensation.py": ("test_compensation.py",),
+    "passes/least_squares.py": ("test_compensation.py",),
+    "passes/readers.py": ("test_compensation.py",),
     "netsurgery/analysis/proportional.py": ("test_gradients.py",),
     "passes/entries.py": ("test_unit_scores.py",),
     "passes/distillation.py": ("test_distillation.py",),
