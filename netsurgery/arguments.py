@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from netsurgery.errors import InputError
 
-__all__ = ["expect", "is_count", "near_names"]
+__all__ = ["expect", "is_count", "is_real", "near_names"]
 
 
 def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) -> None:
@@ -39,6 +39,11 @@ def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) ->
 def is_count(value: object) -> bool:
     """Whether a number is a whole one, not a share."""
     return isinstance(value, Integral)
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether a value is a number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def near_names(name: str, names: Iterable[str], suffix: str = "") -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.units import Copy, New, Planned, sources
 
-__all__ = ["Positions", "multiplied", "positions", "units_at"]
+__all__ = ["Positions", "laid_out_as", "multiplied", "positions", "units_at"]
 
 
 def positions(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
@@ -81,6 +81,14 @@ def units_at(axis: Axis) -> list[tuple[Axis, Tensor]]:
 def _starts(axis: Axis) -> list[int]:
     """Where the parts of a concatenation begin."""
     return list(accumulate((find(part).size for part in axis.terms[:-1]), initial=0))
+
+
+def laid_out_as(old: Tensor, new: Tensor) -> Tensor:
+    """A tensor in the memory format of another one."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
+    if last is not None and not old.is_contiguous() and old.is_contiguous(memory_format=last):
+        return new.contiguous(memory_format=last)
+    return new
 
 
 class Positions:
@@ -170,9 +178,7 @@ class Positions:
                         new.index_fill_(dim, planted.nonzero().flatten().to(tensor.device), 0)
             if tensor.layout != torch.strided:  # the gradient of a sparse embedding
                 return new.clone()
-            last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
-            if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
-                new = new.contiguous(memory_format=last)
+            new = laid_out_as(tensor, new)
             return new.clone() if new.data_ptr() == tensor.data_ptr() else new
 
     def put(self, full: Tensor, axes: tuple[Axis, ...], part: Tensor) -> Tensor:

@@ -128,6 +128,11 @@ def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int |
     return found
 
 
+def _taken(unit: int | Copy) -> tuple[int, float]:
+    """The old unit of one that is not new, and the share of it that consumers take."""
+    return (unit.unit, unit.share or 0.0) if isinstance(unit, Copy) else (unit, 1.0)
+
+
 def sources(units: Iterable[Planned]) -> list[int]:
     """The old unit of each new one; -1 of a new one."""
     return [-1 if isinstance(unit, New) else unit.unit if isinstance(unit, Copy) else unit for unit in units]
@@ -138,8 +143,8 @@ def adds_up(units: Iterable[Planned]) -> bool:
     taken: dict[int, float] = {}
     for unit in units:
         if not isinstance(unit, New):
-            index, share = (unit.unit, unit.share) if isinstance(unit, Copy) else (unit, 1.0)
-            taken[index] = taken.get(index, 0.0) + float(share or 0)
+            index, share = _taken(unit)
+            taken[index] = taken.get(index, 0.0) + share
     return all(abs(share - 1) <= 1e-6 for share in taken.values())
 
 
@@ -150,16 +155,15 @@ def then(first: Sequence[Planned], later: Iterable[Planned]) -> tuple[Planned, .
         if isinstance(one, New):
             found.append(one)
             continue
-        index, share = (one.unit, one.share) if isinstance(one, Copy) else (one, 1.0)
+        index, share = _taken(one)
         was = first[index]
         if isinstance(was, New):
             if share != 1.0:
                 raise InputError("the later edit copies a unit that the earlier one makes: carry this one out first")
             found.append(was)
         else:
-            unit, before = (was.unit, was.share) if isinstance(was, Copy) else (was, 1.0)
-            both = float(before or 0) * float(share or 0)
-            found.append(Copy(unit, both))
+            unit, before = _taken(was)
+            found.append(Copy(unit, before * share))
     return tuple(found)
 
 

@@ -17,13 +17,13 @@ from netsurgery.edit import Edit, Outcome, counterparts
 from netsurgery.errors import InputError
 from netsurgery.passes.patterns import Chosen, Pattern, as_patterns
 from netsurgery.passes.selection import (
-    ANY,
     belongs,
     channels_per_unit,
     is_touched,
     one_of_each_product,
     others_made_by,
     protected,
+    sorts_of,
     stands_still,
 )
 
@@ -76,8 +76,7 @@ class Choice:
             self.original = settings.of.network if isinstance(settings.of, Edit) else settings.of
         left = settings.of.names_after(network.tensors) if isinstance(settings.of, Edit) else None
         self.names = None if settings.of is None else counterparts(self.original, network, tensors=left)
-        units = (settings.unit,) if isinstance(settings.unit, str) else tuple(settings.unit)
-        self.units: list[tuple[str, ...]] = [ANY if unit == "any" else (unit,) for unit in units]
+        self.units = sorts_of("PruneChannels", settings.unit)
         self.sorts = {unit for sorts in self.units for unit in sorts}
         self.ratios = self._ratios()
         self.short: dict[str, str] = {}

@@ -8,18 +8,24 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from numbers import Real
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.network import Group, Network
-from netsurgery.analysis.units import Unit
-from netsurgery.arguments import is_count
+from netsurgery.arguments import is_count, is_real
 from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import brief, call_of
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
-from netsurgery.passes.selection import ANY, belongs, channels_per_unit, is_touched, one_of_each_product, stands_still
+from netsurgery.passes.selection import (
+    belongs,
+    channels_beside,
+    channels_per_unit,
+    is_touched,
+    one_of_each_product,
+    sorts_of,
+    stands_still,
+)
 from netsurgery.pipeline import Pass
 from netsurgery.units import Copy, New, Planned
 
@@ -45,22 +51,19 @@ class _Growth(Pass):
         return call_of(self)
 
     def __post_init__(self) -> None:
-        known = {"any", *get_args(Unit)}
-        sorts = (self.unit,) if isinstance(self.unit, str) else tuple(self.unit)
-        if not sorts or not set(sorts) <= known:
-            listed = ", ".join(map(repr, sorted(known)))
-            raise InputError(f"{type(self).__name__}(unit={self.unit!r}): one or several of {listed}")
+        sorts_of(type(self).__name__, self.unit)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, as_patterns(getattr(self, name)))
 
     def run(self, network: Network) -> Edit:
         """Add units to every group that is meant and can grow."""
         keep, refused = self._possible(network)
+        others = channels_beside(network, keep)  # where another factor of the same dimension grows, nothing is missing
         short = {
             name: f"0 of {network[name].size} ({why})"
             for name, why in refused.items()
-            if len(one_of_each_product(network, [network[one] for one in (*keep, name)])) > len(keep)
-        }  # where another factor of the same dimension grows, nothing is missing
+            if not any(network[one].channel in others for one in network.equal_to(name))
+        }
         locked = [group for group in network.groups if group.locked is not None]
         for group in stands_still(network, self._meant(network, locked), keep):
             short[group.name] = f"0 of {group.size} (locked: {group.locked})"
@@ -74,7 +77,7 @@ class _Growth(Pass):
         return Edit(network, keep, outcomes=(Outcome(self.asked(), got, short, does="add"),))
 
     def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
-        sorts = {one for unit in ((self.unit,) if isinstance(self.unit, str) else self.unit) for one in _sorts(unit)}
+        sorts = {one for together in sorts_of(type(self).__name__, self.unit) for one in together}
         include, exclude = as_patterns(self.include), as_patterns(self.exclude)
         included, excluded = Chosen(network, include), Chosen(network, exclude)
         return [
@@ -87,7 +90,7 @@ class _Growth(Pass):
 
     def _possible(self, network: Network) -> tuple[dict[str, tuple[Planned, ...]], dict[str, str]]:
         """The units of the groups that can grow together, one factor of each dimension; and why others cannot."""
-        units, refused = {}, dict[str, str]()
+        names, refused = dict[str, None](), dict[str, str]()
         for group in self._meant(network, network.prunable):
             together = network.equal_to(group.name)
             if locked := [name for name in together if network[name].locked]:
@@ -95,8 +98,8 @@ class _Growth(Pass):
                     f"keeps as many units as '{locked[0]}', which is locked: {network[locked[0]].locked}"
                 )
             else:
-                units.update({name: self.units(network, network[name]) for name in together if name not in units})
-        units = {name: own for name, own in units.items() if len(own) > network[name].size}
+                names.update(dict.fromkeys(together))
+        units = {name: own for name, own in self.units(network, names).items() if len(own) > network[name].size}
         while True:
             chosen = one_of_each_product(network, [network[name] for name in units])
             keep = {name: units[name] for name in chosen if all(one in chosen for one in network.equal_to(name))}
@@ -106,17 +109,13 @@ class _Growth(Pass):
             for name, why in found.items():
                 refused.update({one: why for one in network.equal_to(name) if units.pop(one, None)})
 
-    def units(self, network: Network, group: Group) -> tuple[Planned, ...]:
-        """The units that a group will have."""
+    def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
+        """The units that some groups will have, by name."""
         raise NotImplementedError
 
     def asked(self) -> str:
         """The growth that is asked for, in words."""
         raise NotImplementedError
-
-
-def _sorts(unit: str) -> tuple[str, ...]:
-    return ANY if unit == "any" else (unit,)
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,13 +155,16 @@ class WidenChannels(_Growth):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.factor, Real) or isinstance(self.factor, bool) or not 1 <= self.factor < float("inf"):
+        if not is_real(self.factor) or not 1 <= self.factor < float("inf"):
             raise InputError(f"WidenChannels(factor={self.factor!r}): a number of at least 1; PruneChannels removes")
         if not is_count(self.multiple_of) or self.multiple_of < 1 or not 0 <= self.noise < 1:
             raise InputError("WidenChannels: multiple_of is a whole number of at least 1, noise is in [0, 1)")
 
-    def units(self, network: Network, group: Group) -> tuple[Planned, ...]:
-        """The units, and behind them the copies in the order of what they are copies of."""
+    def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
+        """The units of each, and behind them the copies in the order of what they are copies of."""
+        return {name: self._widened(network, network[name]) for name in names}
+
+    def _widened(self, network: Network, group: Group) -> tuple[Planned, ...]:
         size, channels = group.size, channels_per_unit(network, group)
         step = self.multiple_of // gcd(self.multiple_of, channels)
         count = max(size, -(-round(size * self.factor) // step) * step)
@@ -219,20 +221,29 @@ class PlantChannels(_Growth):
         New(self.init)
 
     def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
-        return [group for group in super()._meant(network, among) if self._amount(network, group)]
+        amounts = self._amounts(network)
+        return [group for group in super()._meant(network, among) if amounts[group.name]]
 
-    def _amount(self, network: Network, group: Group) -> int:
+    def _amounts(self, network: Network) -> dict[str, int]:
+        """The new channels that are asked for, by group."""
         if not isinstance(self.amount, Mapping):
-            return self.amount
+            return dict.fromkeys(network.by_name, self.amount)
         given = [(as_patterns(one), count) for one, count in self.amount.items()]
         found = [(Chosen(network, patterns), patterns, count) for patterns, count in given]  # each matches something
-        return next((count for chosen, patterns, count in found if belongs(group, chosen, patterns)), 0)
+        return {
+            group.name: next((count for chosen, patterns, count in found if belongs(group, chosen, patterns)), 0)
+            for group in network.groups
+        }
 
-    def units(self, network: Network, group: Group) -> tuple[Planned, ...]:
-        """The units, and the new ones behind them."""
-        together = [network[name] for name in network.equal_to(group.name)]
-        most = max(-(-self._amount(network, one) // channels_per_unit(network, one)) for one in together)
-        return (*range(group.size), *[New(self.init, self.seed)] * most)
+    def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
+        """The units of each, and the new ones behind them."""
+        amounts = self._amounts(network)
+        new = New(self.init, self.seed)
+
+        def more(name: str) -> int:
+            return -(-amounts[name] // channels_per_unit(network, network[name]))
+
+        return {name: (*range(network[name].size), *[new] * max(map(more, network.equal_to(name)))) for name in names}
 
     def asked(self) -> str:
         """The growth that is asked for, in words."""

@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from netsurgery.analysis.network import Network, Unit
-from netsurgery.arguments import is_count
+from netsurgery.analysis.network import Network
+from netsurgery.arguments import is_count, is_real
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import Bundle, Choice, call_of
 from netsurgery.passes.compensation import Compensate, Method, check_settings
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.reporting import DataPass
+from netsurgery.passes.selection import sorts_of
 
 __all__ = ["PruneChannels"]
 
@@ -124,7 +125,7 @@ class PruneChannels(DataPass):
         self._check_ratio()
         for name in ("params", "macs", "threshold"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
+            if value is not None and not is_real(value):
                 raise InputError(f"PruneChannels({name}={value!r}): expected a number")
         for name in ("params", "macs"):
             value = getattr(self, name)
@@ -140,7 +141,7 @@ class PruneChannels(DataPass):
     def _check_ratio(self) -> None:
         shares = self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]
         for share in [share for share in shares if self.ratio is not None]:
-            if not isinstance(share, Real) or isinstance(share, bool):
+            if not is_real(share):
                 raise InputError(f"PruneChannels(ratio={share!r}): expected a number")
             if not 0 <= share < 1:
                 raise InputError(f"PruneChannels(ratio={share}): the share to remove must be in [0, 1)")
@@ -159,10 +160,7 @@ class PruneChannels(DataPass):
                 "PruneChannels(per='cost') ranks all units for what they cost: it goes with params= or macs=, and with "
                 "scope='global'"
             )
-        units = (self.unit,) if isinstance(self.unit, str) else tuple(self.unit)
-        if not units or not set(units) <= {"any", *get_args(Unit)}:
-            known = ", ".join(map(repr, ("any", *get_args(Unit))))
-            raise InputError(f"PruneChannels(unit={self.unit!r}): one or several of {known}")
+        sorts_of("PruneChannels", self.unit)
         if self.normalize not in ("auto", "mean", "max", "sum", "none"):
             raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'auto', 'mean', 'max', 'sum' or 'none'")
         most = 0.0 if self.max_ratio is None else self.max_ratio

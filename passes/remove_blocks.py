@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from netsurgery.analysis.network import Network
 from netsurgery.arguments import is_count
 from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
-from netsurgery.passes.bundles import brief
+from netsurgery.passes.bundles import call_of
 from netsurgery.pipeline import Pass
 
 __all__ = ["RemoveBlocks"]
@@ -53,8 +53,7 @@ class RemoveBlocks(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
 
     def __repr__(self) -> str:
-        (name,) = [one.name for one in fields(self) if getattr(self, one.name) is not None]
-        return f"RemoveBlocks({name}={brief(getattr(self, name))})"
+        return call_of(self)
 
     def __post_init__(self) -> None:
         given = [name for name in ("count", "ratio", "blocks") if getattr(self, name) is not None]

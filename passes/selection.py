@@ -8,28 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import gcd, prod
+from typing import get_args
 
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from netsurgery.analysis.network import Group, Network, Unit
 from netsurgery.axes import Axis, Fixed, leaves
+from netsurgery.errors import InputError
 from netsurgery.passes.patterns import Chosen, Pattern
 from netsurgery.report import first_of
 
 __all__ = [
     "ANY",
     "belongs",
+    "channels_beside",
     "channels_per_unit",
     "is_touched",
     "one_of_each_product",
     "others_made_by",
     "protected",
+    "sorts_of",
     "stands_still",
 ]
 
 ANY: tuple[Unit, ...] = ("channel", "head", "head_dim")
 _FIRST: dict[Unit, int] = {"head_dim": 0, "channel": 1, "head": 2, "group": 3, "rank": 4}  # finer ones meet a share
+
+
+def sorts_of(caller: str, unit: str | Sequence[str]) -> list[tuple[str, ...]]:
+    """The sorts of units that a setting names, in its order; those that "any" stands for together.
+
+    Raises:
+        InputError: it names none, or others.
+    """
+    units = (unit,) if isinstance(unit, str) else tuple(unit)
+    if not units or not set(units) <= {"any", *get_args(Unit)}:
+        known = ", ".join(map(repr, ("any", *get_args(Unit))))
+        raise InputError(f"{caller}(unit={unit!r}): one or several of {known}")
+    return [ANY if one == "any" else (one,) for one in units]
 
 
 # Modules ---------------------------------------------------------------------------------------------------------
@@ -146,14 +163,19 @@ def channels_per_unit(network: Network, group: Group, cut: Iterable[Axis] = ()) 
     return gcd(*(prod(map(width, partners)) for partners in found))
 
 
+def channels_beside(network: Network, names: Iterable[str]) -> set[Axis]:
+    """The channels that some groups are multiplied with in a dimension of a parameter."""
+    apart = _factors(network)
+    return {channel for name in names for channel in apart.get(network[name].channel, ())}
+
+
 def stands_still(network: Network, locked: Iterable[Group], cut: Iterable[str]) -> list[Group]:
     """The locked groups that are channels between layers: no factors of what is cut, and no mere inputs or outputs."""
-    apart = _factors(network)
-    beside = {channel for name in cut for channel in apart.get(network[name].channel, ())}
+    others = channels_beside(network, cut)
     found = []
     for group in locked:
         roles = {member.role for member in group.members}
         inner = {"produces", "consumes"} <= roles and not isinstance(group.locked, Fixed) and group.size > 1
-        if inner and group.channel not in beside:
+        if inner and group.channel not in others:
             found.append(group)
     return found

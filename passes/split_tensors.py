@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from netsurgery.capture.copies import named_modules, named_tensors
+from netsurgery.positions import laid_out_as
 
 __all__ = ["assembled", "is_split", "join", "split"]
 
 _RECORD = "_split"  # attribute of a module whose parameters are split
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass
@@ -35,11 +35,7 @@ class _Record:
 
 def assembled(old: Tensor, places: Tensor, new: Tensor) -> Tensor:
     """A tensor of the shape and memory format of ``old``, with other values at places of the flattened tensor."""
-    whole = old.flatten().index_copy(0, places, new).view(old.shape)
-    last = _LAST.get(old.dim())
-    if last is not None and not old.is_contiguous() and old.is_contiguous(memory_format=last):
-        whole = whole.contiguous(memory_format=last)
-    return whole
+    return laid_out_as(old, old.flatten().index_copy(0, places, new).view(old.shape))
 
 
 def split(model: nn.Module, new: Mapping[str, Tensor]) -> dict[int, Tensor]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 import netsurgery
 from netsurgery import Copy, Edit, Network, New
 from netsurgery.analysis.growth import obstacles
+from netsurgery.capture.inputs import tensors_in
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ class RandomGrowth(netsurgery.Pass):
         return tuple(units)
 
 
-def tensors(outputs: Any) -> list[Tensor]:
-    return [one for one in pytree.tree_leaves(outputs) if isinstance(one, Tensor)]
-
-
 def check_growth(
     model: nn.Module, inputs: tuple[Any, ...], tolerance: float, growth: RandomGrowth
 ) -> tuple[Edit, dict[str, str]]:
@@ -67,7 +63,7 @@ def check_growth(
     assert sum(p.numel() for p in grown.parameters()) == edit.after.params
     assert (edit.after.params > edit.before.params) == bool(edit.keep)
     with torch.no_grad():
-        wanted, found = tensors(model(*inputs)), tensors(grown(*inputs))
+        wanted, found = tensors_in(model(*inputs)), tensors_in(grown(*inputs))
     for one, other in zip(wanted, found, strict=True):
         assert one.shape == other.shape
         if one.numel() and one.is_floating_point():

@@ -945,8 +945,8 @@ MUTANTS = (
     Mutant(
         "shares of an earlier edit forgotten",
         "netsurgery/units.py",
-        "both = float(before or 0) * float(share or 0)",
-        "both = float(share or 0)",
+        "found.append(Copy(unit, before * share))",
+        "found.append(Copy(unit, share))",
         ("test_growth.py",),
     ),
     Mutant(

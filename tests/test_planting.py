@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import growth
 import netsurgery
 import random_networks
 from netsurgery import Copy, Edit, Network, New
+from netsurgery.capture.inputs import tensors_in
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.models import resnet20
 from netsurgery.passes import Planting
@@ -256,7 +256,7 @@ def test_old_entries_stay_in_networks_of_any_kind(name: str, which: str) -> None
 
 
 def backward(model: nn.Module, inputs: Any) -> None:
-    for one in growth.tensors(model(*inputs)):
+    for one in tensors_in(model(*inputs)):
         if one.requires_grad:
             one.square().sum().backward(retain_graph=True)
 

@@ -15,6 +15,7 @@ from torch import fx
 from netsurgery.analysis.computed_weights import is_moved, packet_of, peeled, worked_across
 from netsurgery.analysis.domains import is_limited, undefined
 from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.weights import is_computed
 from netsurgery.axes import Axis, leaves
 from netsurgery.notation import Operation
@@ -62,7 +63,7 @@ def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[s
         for node in sorted(program.graph.nodes, key=lambda node: node.op == "get_attr"):
             if node.op == "get_attr":
                 reasons = _used_otherwise(node, readers.get(str(node.target), []))
-            elif node.op == "call_function" and not _is_view(node):
+            elif node.op == "call_function" and not is_view(node):
                 reasons = _across(node, network, names, at)
             else:
                 continue
@@ -138,13 +139,6 @@ def _evenly(axis: Axis, at: Positions) -> bool:
 def _axes(node: fx.Node) -> list[Axis]:
     dims = node.meta["dims"]
     return [axis for axis in (dims if isinstance(dims, tuple) else ()) if axis is not None]
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a result is a part of its input, or is in other dimensions."""
-    schema = getattr(node.target, "_schema", None)
-    aliases = [a.alias_info for a in schema.arguments if a.alias_info] if schema else []
-    return schema is None or is_moved(node) or (bool(aliases) and not any(a.is_write for a in aliases))
 
 
 def start(network: Network, name: str) -> float | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from netsurgery.analysis.growth import start
-from netsurgery.axes import leaves
+from netsurgery.axes import Axis
 from netsurgery.edit import Edit
 
 __all__ = ["filled", "gradient"]
@@ -28,13 +29,10 @@ def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
         return new
     with torch.no_grad():
         for dim, axis in enumerate(axes):
-            reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
-            if (shares := at.shares(axis, reads.__contains__)) is not None:
+            if (shares := at.shares(axis, _reads(edit, name, dim))) is not None:
                 new.mul_(_along(shares.to(new), dim, new.dim()))
         for dim, axis in enumerate(axes):
-            reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
-            made = at.new(axis, lambda channel, reads=reads: channel not in reads)  # type: ignore[misc]
-            if made is not None:
+            if (made := at.new(axis, _makes(edit, name, dim))) is not None:
                 _begin(new, old, name, dim, made.nonzero().flatten().to(new.device), edit)
     return new
 
@@ -46,13 +44,21 @@ def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
     """
     new = edit.positions.cut(grad, edit.network.axes[name])
     for dim, axis in enumerate(edit.network.axes[name]):
-        reads = {channel for channel in leaves(axis) if (name, dim, channel) in edit.readers}
-        makes = {channel for channel in leaves(axis) if channel not in reads}
-        if (shares := edit.positions.shares(axis, makes.__contains__)) is not None:
+        if (shares := edit.positions.shares(axis, _makes(edit, name, dim))) is not None:
             dense = new.layout == torch.strided  # else of an embedding: its rows are sparse, what it makes is not
             values = new if dense else new._values()
             values.mul_(_along(shares.to(values), dim if dense else dim - new.sparse_dim() + 1, values.dim()))
     return new
+
+
+def _reads(edit: Edit, name: str, dim: int) -> Callable[[Axis], bool]:
+    """Whether a tensor reads the units of a channel in one of its dimensions."""
+    return lambda channel: (name, dim, channel) in edit.readers
+
+
+def _makes(edit: Edit, name: str, dim: int) -> Callable[[Axis], bool]:
+    """Whether it makes or carries them."""
+    return lambda channel: (name, dim, channel) not in edit.readers
 
 
 def _begin(new: Tensor, old: Tensor, name: str, dim: int, units: Tensor, edit: Edit) -> None:
