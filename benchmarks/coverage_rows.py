@@ -24,7 +24,6 @@ from netsurgery.capture.inputs import tensors_in
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 from netsurgery.passes import PlantChannels, PruneChannels, RandomScore, WidenChannels
-from netsurgery.report import entries, prunable_share
 from netsurgery.verification import permuted_difference
 
 Row = dict[str, Any]
@@ -147,11 +146,11 @@ def facts(network: Network) -> Row:
             held.setdefault(why, set()).update({group.channel} if inner(group.channel) else ())
     free = {group.channel for group in network.prunable}
     for why, channels in held.items():  # what would be open, too
-        reasons[why]["entries"] = entries(network, free | channels) - entries(network, free) if channels else 0.0
+        reasons[why]["entries"] = network.entries(free | channels) - network.entries(free) if channels else 0.0
     return {
         "groups": len(network.groups),
         "locked": len(network.groups) - len(network.prunable),
-        "share": prunable_share(network),
+        "share": network.prunable_share,
         "reasons": sorted(reasons.values(), key=lambda entry: -entry["entries"]),
     }
 

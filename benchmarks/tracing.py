@@ -18,7 +18,6 @@ from models import build, image, machine, print_table
 from torch import nn
 
 import netsurgery
-from netsurgery.report import prunable_share
 
 
 def vit() -> tuple[nn.Module, Any]:
@@ -69,7 +68,7 @@ def main() -> None:
             network = netsurgery.trace(model, inputs)
             taken.append(time.perf_counter() - start)
         spread = f"{min(taken):.2f} to {max(taken):.2f}"
-        share = f"{100 * prunable_share(network):.1f} %"
+        share = f"{100 * network.prunable_share:.1f} %"
         rows.append([name, f"{statistics.median(taken):.2f}", spread, f"{peak() - before:.0f}", share])
     print(f"{machine()}\n")
     print_table(("network", "trace, median s", "spread", "peak memory added, MiB", "parameters in open groups"), rows)

@@ -4,8 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from netsurgery.analysis.costs import Cost as Cost
 from netsurgery.analysis.custom_rules import rule as rule
-from netsurgery.analysis.network import Group as Group
-from netsurgery.analysis.network import Member as Member
+from netsurgery.analysis.groups import Group as Group
+from netsurgery.analysis.groups import Member as Member
 from netsurgery.analysis.network import Network as Network
 from netsurgery.edit import Edit as Edit
 from netsurgery.errors import NetsurgeryError as NetsurgeryError

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from netsurgery.errors import InputError
 
-__all__ = ["expect", "is_count", "is_real", "near_names"]
+__all__ = ["expect", "is_count", "is_real", "near_names", "require_counts"]
 
 
 def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) -> None:
@@ -36,14 +36,31 @@ def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) ->
         raise InputError(f"{call} takes {what}, got {found}")
 
 
-def is_count(value: object) -> bool:
-    """Whether a number is a whole one, not a share."""
-    return isinstance(value, Integral)
+def is_count(value: object) -> TypeGuard[int]:
+    """True if a value is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether a value is a number; True and False are none."""
+    """True if a value is a number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def require_counts(owner: object, *names: str, least: int = 1) -> None:
+    """Make sure that attributes, where they are not None, are whole numbers of at least ``least``.
+
+    Raises:
+        InputError: one is not; the message names it as an argument of the owner's class.
+
+    Example:
+        >>> require_counts(slice(2, 0), "start", "stop")
+        Traceback (most recent call last):
+        netsurgery.errors.InputError: slice(stop=0): a whole number of at least 1
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and (not is_count(value) or value < least):
+            raise InputError(f"{type(owner).__name__}({name}={value!r}): a whole number of at least {least}")
 
 
 def near_names(name: str, names: Iterable[str], suffix: str = "") -> str:

@@ -11,7 +11,7 @@ All of it is exact: a channel is only ever refined, coupled or locked, never gue
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from math import prod
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "lock",
     "product",
     "resolve",
+    "share_with",
     "unify",
 ]
 
@@ -293,3 +294,14 @@ def resolve(axis: Axis, memo: dict[Axis, Axis]) -> Axis:
         else:
             memo[axis] = axis
     return memo[axis]
+
+
+def share_with(axis: Axis, channels: Container[Axis]) -> float:
+    """The share of an axis's positions that hold units of some channels; one factor of a product is enough."""
+    axis = find(axis)
+    if not axis.op:
+        return float(axis in channels)
+    parts = [share_with(term, channels) for term in axis.terms]
+    if axis.op == "product":
+        return 1 - prod(1 - part for part in parts)
+    return sum(part * term.size for part, term in zip(parts, axis.terms, strict=True)) / axis.size

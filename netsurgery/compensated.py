@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from netsurgery.report import columns
+from netsurgery.tables import columns
 
 __all__ = ["Compensation", "LayerError", "Taken"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.analysis.computed_weights import scaled
 from netsurgery.analysis.costs import Cost
+from netsurgery.analysis.counterparts import counterparts
+from netsurgery.analysis.groups import Group
 from netsurgery.analysis.growth import obstacles
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.network import Network
 from netsurgery.arguments import expect
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import named_modules
@@ -25,10 +27,10 @@ from netsurgery.compensated import Compensation
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.positions import Positions
-from netsurgery.report import edit_html, edit_line, share
+from netsurgery.tables import html, share
 from netsurgery.units import Planned, listed, read, sources, then, written
 
-__all__ = ["Edit", "Outcome", "counterparts"]
+__all__ = ["Edit", "Outcome"]
 
 
 @dataclass(frozen=True)
@@ -245,10 +247,26 @@ class Edit:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"Edit({edit_line(self)})"
+        return f"Edit({self._line})"
 
     def _repr_html_(self) -> str:
-        return edit_html(self)
+        sizes = {name: self.network[name].size for name in self.counts}
+        rows = [(n, f"{sizes[n]:,}", f"{count:,}", share(count, sizes[n])) for n, count in self.counts.items()]
+        return html(self._line, [("group", "units", "stay", "kept"), *rows], right=(1, 2, 3))
+
+    @property
+    def _line(self) -> str:
+        before, after, network = self.before, self.after, self.network
+        if not self.keep and not self.values and not self.dropped:
+            return f"{network.model_name}: nothing goes"
+        changed = "changed" if self.grown else "cut"
+        dropped = f", {len(self.dropped)} of {len(network.blocks)} blocks removed" if self.dropped else ""
+        valued = f", {len(self.values)} tensors with new values" if self.values else ""
+        return (
+            f"{network.model_name}: {len(self.keep)} of {len(network.groups)} groups {changed}{valued}{dropped}, "
+            f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)}), "
+            f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})"
+        )
 
     @property
     def _scaled(self) -> list[str]:
@@ -427,47 +445,3 @@ def _is_entry(entry: Any) -> bool:
 def _are_paths(found: dict[str, Any]) -> bool:
     dropped = found.get("dropped", [])
     return isinstance(dropped, list) and all(isinstance(path, str) for path in dropped)
-
-
-def counterparts(
-    original: Network,
-    later: Network,
-    among: Iterable[str] | None = None,
-    tensors: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """The names in an original network of the groups of a later one: they occur in the same places.
-
-    Args:
-        among: names of the original's groups that may be meant; by default of all.
-        tensors: the later names of the original's tensors that stay; by default all do, under their names.
-    """
-    there = [_renamed(original[name], tensors) for name in (original.by_name if among is None else among)]
-    mine, theirs = ([g for g in groups if g.unit in ("head", "head_dim")] for groups in (there, later.groups))
-    # A single head that is left is no group: the dimensions within it stand alone in its places.
-    apart = _matched(mine, theirs, lambda group: (_occurrences(group), group.unit))
-    return {**apart, **_matched(there, later.groups, _occurrences)}
-
-
-def _renamed(group: Group, tensors: Mapping[str, str] | None) -> Group:
-    """A group under the later names of its tensors, where it occurs in those that stay."""
-    if tensors is None:
-        return group
-    members = [replace(m, parameter=tensors[m.parameter]) for m in group.members if m.parameter in tensors]
-    return replace(group, members=tuple(members))
-
-
-def _matched(there: Sequence[Group], here: Sequence[Group], key: Callable[[Group], Any]) -> dict[str, str]:
-    """Pairs of groups with the same key, by name here: in order, where both sides have equally many."""
-    found: list[dict[Any, list[str]]] = []
-    for groups in (there, here):
-        names: dict[Any, list[str]] = {}
-        for group in groups:
-            if group.size > 1:
-                names.setdefault(key(group), []).append(group.name)
-        found.append(names)
-    pairs = [(names, found[0].get(key, [])) for key, names in found[1].items()]
-    return {new: old for one, other in pairs if len(one) == len(other) for new, old in zip(one, other, strict=True)}
-
-
-def _occurrences(group: Group) -> tuple[tuple[str, int], ...]:
-    return tuple((member.parameter, member.axis) for member in group.members)

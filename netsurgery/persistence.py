@@ -18,8 +18,8 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.pipeline import trace
-from netsurgery.report import first_of
 from netsurgery.rewriting.surgery import rewrite
+from netsurgery.tables import first_of
 
 __all__ = ["load", "save"]
 

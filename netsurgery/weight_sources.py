@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.errors import InputError
 from netsurgery.model_lookup import build
-from netsurgery.report import first_of
+from netsurgery.tables import first_of
 
 __all__ = ["Draws", "fill", "prepared", "read_weights"]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from netsurgery.analysis.blocks import Block, at
 from netsurgery.analysis.network import Network
-from netsurgery.arguments import is_count
 from netsurgery.axes import inner, leaves
 from netsurgery.capture.meta_run import home
 from netsurgery.errors import InputError
@@ -72,10 +71,6 @@ class BlockInfluenceScore(DataPass):
         super().__post_init__()
         if self.data is None:
             raise InputError("BlockInfluenceScore(data=None): needs data to run the model on")
-        for name in ("samples", "rows"):
-            value = getattr(self, name)
-            if not is_count(value) or value < 1:
-                raise InputError(f"BlockInfluenceScore({name}={value!r}): at least 1")
 
     def run(self, network: Network) -> Network:
         """Run the model on samples, and lay the scores on its blocks."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import ceil, gcd
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from netsurgery.analysis.network import Group, Network
-from netsurgery.arguments import is_count
-from netsurgery.edit import Edit, Outcome, counterparts
+from netsurgery.analysis.counterparts import counterparts
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
+from netsurgery.arguments import is_count, is_real
+from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
 from netsurgery.passes.patterns import Chosen, Pattern, as_patterns
 from netsurgery.passes.selection import (
@@ -210,7 +211,7 @@ class Choice:
 
     def _outcome(self, edit: Edit, removed: list[int]) -> Outcome:
         settings = self.settings
-        if settings.scope == "global" and isinstance(settings.ratio, Real):
+        if settings.scope == "global" and is_real(settings.ratio):
             got = sum(k * len(bundle.groups) for bundle, k in zip(self.bundles, removed, strict=True))
             self.missing = got < self.wanted(float(settings.ratio))
         for bundle, k in zip(self.bundles, removed, strict=True):

@@ -22,6 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from netsurgery.arguments import is_count
 from netsurgery.capture.inputs import Inputs, as_inputs
 from netsurgery.capture.meta_run import RAISED_BY_MODELS
 from netsurgery.capture.randomness import seeded
@@ -150,7 +151,7 @@ class _Drawing:
     ignored: int | None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or self.count < 1:
+        if not is_count(self.count) or self.count < 1:
             raise InputError(f"samples={self.count!r}: the number of samples to draw must be at least 1")
         self.generator = torch.Generator().manual_seed(self.seed)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from netsurgery.adaptation.fit_code import fit_code
 from netsurgery.adaptation.model_code import ModelCode
-from netsurgery.arguments import is_count
+from netsurgery.arguments import is_real
 from netsurgery.compensated import Compensation
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
@@ -29,7 +29,7 @@ from netsurgery.passes.readers import Reader, readers_of
 from netsurgery.passes.reporting import DataPass
 from netsurgery.rewriting.surgery import rewrite
 
-__all__ = ["Compensate", "Method", "check_settings", "compensate"]
+__all__ = ["Compensate", "Method", "check_ridge", "compensate"]
 
 Method = Literal["bias", "least-squares"]
 _log = logging.getLogger("netsurgery")
@@ -81,23 +81,17 @@ class Compensate(DataPass):
             raise InputError(f"Compensate({self.method!r}): 'bias' or 'least-squares'")
         if self.data is None:
             raise InputError("Compensate(data=None): pass the inputs that it is measured on")
-        check_settings("Compensate", self.samples, self.ridge)
+        check_ridge("Compensate", self.ridge)
 
     def run(self, network: Edit) -> Edit:
         """The edit with new values."""
         return compensate(network, self.method, self.data, self.samples, self.ridge, self.seed, self.memory)
 
 
-def check_settings(who: str, samples: int, ridge: float) -> None:
-    """Make sure that there are samples, and a ridge.
-
-    Raises:
-        InputError: there are none; the message names ``who`` was given them.
-    """
-    if not is_count(samples) or samples < 1:
-        raise InputError(f"{who}(samples={samples}): at least 1")
-    if not ridge > 0:
-        raise InputError(f"{who}(ridge={ridge}): must be positive")
+def check_ridge(who: str, ridge: float) -> None:
+    """Make sure that the ridge is positive."""
+    if not is_real(ridge) or not ridge > 0:
+        raise InputError(f"{who}(ridge={ridge!r}): must be positive")
 
 
 def compensate(

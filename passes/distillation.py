@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from netsurgery.arguments import is_real
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.passes.calibration import IGNORED
@@ -191,7 +191,7 @@ class Distillation(nn.Module):
 
 
 def _check_number(name: str, value: Any, fits: bool, expected: str, most: float = math.inf) -> None:
-    if not (isinstance(value, Real) and fits and 0 <= float(value) <= most and math.isfinite(value)):
+    if not (is_real(value) and fits and 0 <= float(value) <= most and math.isfinite(value)):
         raise InputError(f"Distillation({name}={value!r}): expected {expected}")
 
 

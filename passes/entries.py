@@ -9,14 +9,15 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from netsurgery.analysis.network import Group, Member, Network, Role
+from netsurgery.analysis.groups import Group, Member, Role
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.weights import Use, Weight
 from netsurgery.arguments import expect
 from netsurgery.axes import Axis
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.positions import units_at
-from netsurgery.report import first_of
+from netsurgery.tables import first_of
 
 __all__ = ["ROLES", "accumulated", "as_roles", "in_roles", "listed", "per_unit", "summed", "unit_scores", "unit_sums"]
 

@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.weights import uses
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import copy_with, like, named_tensors

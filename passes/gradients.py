@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from netsurgery.analysis.network import Group, Network, Role
+from netsurgery.analysis.groups import Group, Role
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.proportional import proportional_to
 from netsurgery.analysis.weights import Use, Weight, uses
 from netsurgery.axes import Axis, leaves

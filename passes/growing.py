@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar
 
+from netsurgery.analysis.groups import Group
 from netsurgery.analysis.growth import obstacles
-from netsurgery.analysis.network import Group, Network
-from netsurgery.arguments import is_count, is_real
+from netsurgery.analysis.network import Network
+from netsurgery.arguments import is_count, is_real, require_counts
 from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import brief, call_of
@@ -157,8 +158,9 @@ class WidenChannels(_Growth):
         super().__post_init__()
         if not is_real(self.factor) or not 1 <= self.factor < float("inf"):
             raise InputError(f"WidenChannels(factor={self.factor!r}): a number of at least 1; PruneChannels removes")
-        if not is_count(self.multiple_of) or self.multiple_of < 1 or not 0 <= self.noise < 1:
-            raise InputError("WidenChannels: multiple_of is a whole number of at least 1, noise is in [0, 1)")
+        require_counts(self, "multiple_of")
+        if not is_real(self.noise) or not 0 <= self.noise < 1:
+            raise InputError(f"WidenChannels(noise={self.noise!r}): a number in [0, 1)")
 
     def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
         """The units of each, and behind them the copies in the order of what they are copies of."""

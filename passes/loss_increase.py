@@ -155,8 +155,6 @@ class LossIncreaseScore(DataPass):
         self._check_removal()
         for name in ("include", "exclude"):
             object.__setattr__(self, name, as_patterns(getattr(self, name)))
-        if (self.rows is not None and self.rows < 1) or self.memory < 1 or self.samples < 1:
-            raise InputError("LossIncreaseScore: samples, rows and memory are at least 1")
 
     def _check_removal(self) -> None:
         if self.removal is None or self.mode != "cumulative":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from netsurgery.arguments import is_real
 from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import Name, accumulator
 from netsurgery.kernels.placed import PLAIN, Placed, widest
@@ -17,7 +17,7 @@ from netsurgery.passes.layers import ROLES, Grouping, LayerRole, check_choice, l
 from netsurgery.passes.parameters import Parameters, own_module
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
 from netsurgery.pipeline import trace
-from netsurgery.report import columns
+from netsurgery.tables import columns
 
 __all__ = ["HGSR"]
 
@@ -78,7 +78,7 @@ class HGSR:
         exclude: Modules = (),
     ):
         check_choice("HGSR", criterion, grouping)
-        if not (_is_number(l1_ratio) and 0 <= l1_ratio <= 1):
+        if not (is_real(l1_ratio) and 0 <= l1_ratio <= 1):
             raise InputError(f"HGSR(l1_ratio={l1_ratio!r}): the share of plain L1 must be a number in [0, 1]")
         if roles is None:
             roles = ROLES if grouping == "coupled" else ("convolution", "linear")
@@ -184,7 +184,7 @@ class HGSR:
 
     def _set(self, strength: float | Callable[[int], float], steps: int) -> None:
         now = strength(steps) if callable(strength) else strength
-        if not (_is_number(now) and 0 <= now < float("inf")):
+        if not (is_real(now) and 0 <= now < float("inf")):
             raise InputError(f"HGSR: a strength of {now!r} at step {steps}: expected a number of at least 0")
         self._strength, self.steps, self.now = strength, steps, float(now)
         factors = [self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]
@@ -257,10 +257,6 @@ class HGSR:
                 )
         if isinstance(weights, Placed):
             weights.kept[HGSR] = True
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

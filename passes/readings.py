@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from netsurgery.report import first_of
+from netsurgery.tables import first_of
 
 __all__ = ["Reading", "warn_of_falls"]
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from netsurgery.adaptation.fit_code import fit_code
 from netsurgery.adaptation.model_code import ModelCode
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
+from netsurgery.arguments import require_counts
 from netsurgery.axes import leaves
 from netsurgery.capture.copies import named_modules
 from netsurgery.edit import Edit
@@ -101,10 +103,9 @@ class ReconstructionScore(DataPass):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_rereadable("held_back")
-        if self.samples < 2 or not self.ridge > 0 or not all(0 < one < 1 for one in self.probes or [0]):
-            raise InputError("ReconstructionScore: samples is at least 2, ridge is positive, probes are in (0, 1)")
-        if self.memory < 1:
-            raise InputError(f"ReconstructionScore(memory={self.memory}): bytes, at least 1")
+        require_counts(self, "samples", least=2)
+        if not self.ridge > 0 or not all(0 < one < 1 for one in self.probes or [0]):
+            raise InputError("ReconstructionScore: ridge is positive, probes are in (0, 1)")
 
     def run(self, network: Network) -> Network:
         """Lay the scores on the network."""

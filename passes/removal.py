@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from netsurgery.analysis.network import Network
-from netsurgery.arguments import is_count, is_real
+from netsurgery.arguments import is_count, is_real, require_counts
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import Bundle, Choice, call_of
-from netsurgery.passes.compensation import Compensate, Method, check_settings
+from netsurgery.passes.compensation import Compensate, Method, check_ridge
 from netsurgery.passes.patterns import Modules, as_patterns
 from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.selection import sorts_of
@@ -164,8 +163,9 @@ class PruneChannels(DataPass):
         if self.normalize not in ("auto", "mean", "max", "sum", "none"):
             raise InputError(f"PruneChannels(normalize='{self.normalize}'): 'auto', 'mean', 'max', 'sum' or 'none'")
         most = 0.0 if self.max_ratio is None else self.max_ratio
-        if self.multiple_of < 1 or self.min_channels < 1 or not 0 <= most <= 1:
-            raise InputError("PruneChannels: multiple_of and min_channels are at least 1, max_ratio is in [0, 1]")
+        require_counts(self, "multiple_of", "min_channels")
+        if not is_real(most) or not 0 <= most <= 1:
+            raise InputError(f"PruneChannels(max_ratio={most!r}): a share in [0, 1]")
         if not isinstance(self.of, Edit | Network | None):
             raise InputError(
                 f"PruneChannels(of={type(self.of).__name__}): the Edit that began with the original, or its Network"
@@ -176,7 +176,7 @@ class PruneChannels(DataPass):
             raise InputError(f"PruneChannels(compensate='{self.compensate}'): 'bias', 'least-squares' or None")
         if self.compensate is not None and self.data is None:
             raise InputError(f"PruneChannels(compensate='{self.compensate}') needs data=..., which it is measured on")
-        check_settings("PruneChannels", self.samples, self.ridge)
+        check_ridge("PruneChannels", self.ridge)
 
     def run(self, network: Network) -> Edit:
         """Choose the units that stay, and make up for what goes if that is asked for."""
@@ -198,7 +198,7 @@ class PruneChannels(DataPass):
             return [bundle.allowed(int((bundle.scores <= self.threshold).sum())) for bundle in bundles]
         if self.ratio is not None and self.scope == "layer":
             return [bundle.allowed(bundle.due(bundle.ratio or 0)) for bundle in bundles]
-        if isinstance(self.ratio, Real):
+        if is_real(self.ratio):
             ranked, wanted = _ranked(bundles, [1.0] * len(bundles)), choice.wanted(float(self.ratio))
             return _after(bundles, ranked, _first(ranked, lambda n: _units(bundles, ranked, n) >= wanted))
         return self._within_budget(choice)

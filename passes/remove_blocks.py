@@ -5,11 +5,10 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar
 
 from netsurgery.analysis.network import Network
-from netsurgery.arguments import is_count
+from netsurgery.arguments import is_real, require_counts
 from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import call_of
@@ -59,9 +58,8 @@ class RemoveBlocks(Pass):
         given = [name for name in ("count", "ratio", "blocks") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(f"RemoveBlocks takes one of count, ratio and blocks, got {' and '.join(given) or 'none'}")
-        if self.count is not None and (not is_count(self.count) or self.count < 0):
-            raise InputError(f"RemoveBlocks(count={self.count!r}): the number of blocks to remove is a whole number")
-        if self.ratio is not None and not (isinstance(self.ratio, Real) and 0 <= self.ratio < 1):
+        require_counts(self, "count", least=0)
+        if self.ratio is not None and not (is_real(self.ratio) and 0 <= self.ratio < 1):
             raise InputError(f"RemoveBlocks(ratio={self.ratio!r}): the share of the blocks to remove is in [0, 1)")
         if self.blocks is not None:
             named = [self.blocks] if isinstance(self.blocks, str) else [*self.blocks]

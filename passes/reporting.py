@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from netsurgery.arguments import require_counts
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
@@ -37,6 +38,7 @@ class DataPass(Pass):
     labelled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_counts(self, *(name for name in ("samples", "rows", "memory") if hasattr(self, name)))
         self.check_rereadable("data")
 
     def check_rereadable(self, name: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import peeled
-from netsurgery.analysis.network import Group, Network, Role
+from netsurgery.analysis.groups import Group, Role
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.weights import Use, Weight, computed_weights, is_computed, uses
 from netsurgery.axes import Axis, leaves
 from netsurgery.errors import InputError

@@ -13,11 +13,13 @@ from typing import get_args
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from netsurgery.analysis.network import Group, Network, Unit
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
+from netsurgery.analysis.units import Unit
 from netsurgery.axes import Axis, Fixed, leaves
 from netsurgery.errors import InputError
 from netsurgery.passes.patterns import Chosen, Pattern
-from netsurgery.report import first_of
+from netsurgery.tables import first_of
 
 __all__ = [
     "ANY",

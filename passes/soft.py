@@ -6,14 +6,14 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netsurgery.analysis.network import Group
+from netsurgery.analysis.groups import Group
+from netsurgery.arguments import is_count, is_real
 from netsurgery.capture.copies import named_tensors
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
@@ -35,8 +35,8 @@ from netsurgery.passes.remove_dead import RemoveDead
 from netsurgery.passes.selection import ANY, belongs, is_touched, one_of_each_product
 from netsurgery.passes.soft_schedules import METHODS, Method, hard_share, pruned_share, soft_factor
 from netsurgery.pipeline import plan, trace
-from netsurgery.report import columns
 from netsurgery.rewriting.surgery import rewrite
+from netsurgery.tables import columns
 
 __all__ = ["SoftPruning", "hard_share", "pruned_share", "soft_factor"]
 
@@ -186,7 +186,7 @@ class SoftPruning:
         Raises:
             InputError: an epoch that was done or that there is not, or weights that are not finite or of other shapes.
         """
-        if not isinstance(epoch, Integral) or not self.epoch < epoch < self.epochs:
+        if not is_count(epoch) or not self.epoch < epoch < self.epochs:
             left = f"expected an epoch from {self.epoch + 1} to {self.epochs - 1}"
             raise InputError(
                 f"SoftPruning.step({epoch!r}): "
@@ -432,11 +432,11 @@ def _check(
         raise InputError(f"SoftPruning(method={method!r}): one of {', '.join(METHODS)}")
     if grouping not in get_args(Grouping):
         raise InputError(f"SoftPruning(grouping={grouping!r}): 'layer' or 'coupled'")
-    if not (isinstance(ratio, Real) and 0 <= ratio < 1):
+    if not (is_real(ratio) and 0 <= ratio < 1):
         raise InputError(f"SoftPruning(ratio={ratio!r}): the share of filters that goes must be a number in [0, 1)")
-    if not (isinstance(epochs, Integral) and epochs >= 1):
+    if not (is_count(epochs) and epochs >= 1):
         raise InputError(f"SoftPruning(epochs={epochs!r}): expected a whole number of at least 1")
-    if not (isinstance(settle, Real) and 0 <= settle <= 1):
+    if not (is_real(settle) and 0 <= settle <= 1):
         raise InputError(f"SoftPruning(settle={settle!r}): the share of epochs must be a number in [0, 1]")
     if asymptotic is not None and METHODS[method].hard is None:
         raise InputError(

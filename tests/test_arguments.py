@@ -13,7 +13,19 @@ from torch import nn
 import netsurgery
 from netsurgery import Edit, apply, cost, load, plan, rewrite, save, trace, verify
 from netsurgery.errors import InputError, NetsurgeryError, PassError
-from netsurgery.passes import FisherScore, LossIncreaseScore, MagnitudeScore, PruneChannels, TaylorScore
+from netsurgery.passes import (
+    BlockInfluenceScore,
+    Distillation,
+    FisherScore,
+    LossIncreaseScore,
+    MagnitudeScore,
+    PlantChannels,
+    PruneChannels,
+    ReconstructionScore,
+    RemoveBlocks,
+    TaylorScore,
+    WidenChannels,
+)
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 HALF = [MagnitudeScore(), PruneChannels(0.5)]
@@ -139,6 +151,35 @@ def test_a_mapping_of_any_kind_holds_keyword_inputs() -> None:
             return out
 
     assert [group.size for group in trace(Net(), UserDict(x=X)).prunable] == [8]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        PruneChannels,
+        lambda n: PruneChannels(params=n),
+        lambda n: PruneChannels(0.5, multiple_of=n),
+        lambda n: PruneChannels(0.5, min_channels=n),
+        lambda n: PruneChannels(0.5, max_ratio=n),
+        lambda n: PruneChannels(0.5, compensate="bias", data=(X, X), samples=n),
+        PlantChannels,
+        lambda n: PlantChannels({"0": n}),
+        WidenChannels,
+        lambda n: WidenChannels(1.5, multiple_of=n),
+        lambda n: WidenChannels(1.5, noise=n),
+        lambda n: RemoveBlocks(count=n),
+        lambda n: LossIncreaseScore((X, X), samples=n),
+        lambda n: TaylorScore((X, X), samples=n),
+        lambda n: ReconstructionScore((X, X), samples=n),
+        lambda n: BlockInfluenceScore((X, X), samples=n),
+        lambda n: Distillation(temperature=n),
+        lambda n: Distillation(alpha=n),
+    ],
+)
+@pytest.mark.parametrize("truth", [True, False])
+def test_truth_values_are_no_numbers(make: Callable[[bool], Any], truth: bool) -> None:
+    with pytest.raises(InputError):
+        make(truth)
 
 
 def test_passes_in_a_tuple_do(made: Made) -> None:

@@ -721,10 +721,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "nothing": (lambda: [RemoveBlocks()], InputError, r"one of count, ratio and blocks, got none"),
     "two": (lambda: [RemoveBlocks(1, 0.5)], InputError, r"got count and ratio"),
     "share": (lambda: [RemoveBlocks(ratio=1.0)], InputError, r"ratio=1\.0\): the share of the blocks"),
-    "half": (lambda: [RemoveBlocks(count=0.5)], InputError, r"count=0\.5\): the number of blocks"),  # type: ignore[arg-type]
+    "half": (lambda: [RemoveBlocks(count=0.5)], InputError, r"count=0\.5\): a whole number"),  # type: ignore[arg-type]
     "empty": (lambda: [RemoveBlocks(blocks=[])], InputError, r"blocks=\[\]\): paths of blocks, such as"),
     "no data": (lambda: [BlockInfluenceScore(None)], InputError, r"data=None\): needs data"),
-    "no samples": (lambda: [BlockInfluenceScore(X, samples=0)], InputError, r"samples=0\): at least 1"),
+    "no samples": (lambda: [BlockInfluenceScore(X, samples=0)], InputError, r"samples=0\): a whole number of at least 1"),
     "compensation": (lambda: [RemoveBlocks(blocks="layers.1"), Compensate("bias", X)], PassError,
                      r"changes the units that an edit keeps, but the edit before it drops blocks"),
     "not finite": (lambda: [BlockInfluenceScore(X * float("nan")), RemoveBlocks(count=1)], InputError,

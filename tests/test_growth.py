@@ -691,8 +691,8 @@ def test_widening_and_pruning_in_one_pipeline() -> None:
     ("make", "message"),
     [
         (lambda: WidenChannels(0.5), "a number of at least 1; PruneChannels removes"),
-        (lambda: WidenChannels(2, noise=1.0), r"noise is in \[0, 1\)"),
-        (lambda: WidenChannels(2, multiple_of=0), "multiple_of is a whole number"),
+        (lambda: WidenChannels(2, noise=1.0), r"noise=1.0\): a number in \[0, 1\)"),
+        (lambda: WidenChannels(2, multiple_of=0), r"multiple_of=0\): a whole number"),
         (lambda: WidenChannels(2, unit="neuron"), "one or several of 'any', 'channel'"),
         (lambda: PlantChannels(0), "a whole number of at least 1"),
         (lambda: PlantChannels(2.5), "a whole number of at least 1"),

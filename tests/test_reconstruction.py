@@ -267,7 +267,7 @@ def test_a_group_that_needs_too_much_memory_is_refused(name: str, size: int) -> 
     )
     with pytest.raises(InputError, match=says):
         score(model, x, memory=size - 1)
-    with pytest.raises(InputError, match=r"ReconstructionScore\(memory=0\): bytes, at least 1"):
+    with pytest.raises(InputError, match=r"ReconstructionScore\(memory=0\): a whole number of at least 1"):
         ReconstructionScore(x, memory=0)
 
 
@@ -318,7 +318,7 @@ def test_groups_are_measured_on_what_is_held_back() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"samples": 1}, "samples is at least 2"),
+        ({"samples": 1}, "a whole number of at least 2"),
         ({"ridge": 0.0}, "ridge is positive"),
         ({"probes": ()}, "probes are in"),
         ({"probes": (0.5, 1.0)}, "probes are in"),

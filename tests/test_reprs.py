@@ -13,7 +13,7 @@ from torch import nn
 
 import netsurgery
 from netsurgery.passes import MagnitudeScore, PruneChannels
-from netsurgery.report import SHOWN
+from netsurgery.tables import SHOWN
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the ground up: a room imports from itself and from rooms before it.
 ROOMS = (
-    "errors", "arguments", "outputs", "axes", "units", "positions", "report", "fidelity", "compensated",  # values
+    "errors", "arguments", "outputs", "axes", "units", "positions", "tables", "fidelity", "compensated",  # values
     "kernels", "capture", "notation", "analysis", "adaptation", "edit", "rewriting", "verification", "pipeline",
     "models", "passes", "model_lookup", "demo", "training", "weight_sources", "persistence", "cli",
 )  # fmt: skip

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.axes import Edge, Fixed, channel, inner
 from netsurgery.passes import PruneChannels, RandomScore
-from netsurgery.report import prunable_share
 from test_by_hand import Net
 
 
 def share(run: Callable[..., Tensor], x: Tensor, **layers: nn.Module) -> float:
-    return prunable_share(netsurgery.trace(Net(run, **layers), x))
+    return netsurgery.trace(Net(run, **layers), x).prunable_share
 
 
 def lin(i: int, o: int) -> nn.Linear:
@@ -101,17 +100,17 @@ def test_what_a_constant_feeds_is_an_input() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.c((x[:, None] * self.b(self.a(self.coordinates).relu())).sum(1))
 
-    assert prunable_share(netsurgery.trace(Table(), torch.zeros(5, 6))) == 1
+    assert netsurgery.trace(Table(), torch.zeros(5, 6)).prunable_share == 1
 
 
 def test_what_a_pass_locks_is_locked() -> None:
     model = nn.Sequential(lin(4, 8), nn.ReLU(), lin(8, 8), nn.ReLU(), lin(8, 3))
     network = netsurgery.trace(model, X)
-    assert prunable_share(network) == 1
+    assert network.prunable_share == 1
     one = network.with_locked({"0": "no"})
-    assert prunable_share(one) == pytest.approx((64 + 24) / (32 + 128 + 24))
+    assert one.prunable_share == pytest.approx((64 + 24) / (32 + 128 + 24))
     assert "47.8% of its inner dimensions prunable" in str(one)
-    assert prunable_share(one.with_locked({"2": "no"})) == 0
+    assert one.with_locked({"2": "no"}).prunable_share == 0
 
 
 def test_nothing_but_inputs_and_outputs() -> None:
@@ -128,7 +127,7 @@ def test_small_removals_take_that_share() -> None:
         edit = PruneChannels(0.01).run(RandomScore().run(network))
         assert isinstance(edit, netsurgery.Edit)
         gone.append(edit.before.params - edit.after.params)
-    assert prunable_share(locked) == pytest.approx(gone[0] / gone[1], abs=0.01)
+    assert locked.prunable_share == pytest.approx(gone[0] / gone[1], abs=0.01)
 
 
 def test_inner_dimensions() -> None:

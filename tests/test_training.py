@@ -318,7 +318,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
             "removal.params=99999",
             "variant 'penalised': [removal] with params = 99999, scope = 'global' takes nothing away ",
         ),
-        ("variants.norm.removal.samples=0", "variant 'norm': PruneChannels(samples=0): at least 1"),
+        ("variants.norm.removal.samples=0", "variant 'norm': PruneChannels(samples=0): a whole number of at least 1"),
         (
             "data.batch=401",
             "variant 'penalised': data.batch = 401: at most the 400 training images, and a multiple of the 1 processes",

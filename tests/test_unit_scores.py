@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import netsurgery
 import zoo
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import MagnitudeScore, PruneChannels, unit_scores
 from random_networks import Program, build, example, programs

@@ -15,7 +15,8 @@ import networkx as nx
 
 from netsurgery.adaptation.fit_code import fit_code, runs_at
 from netsurgery.adaptation.model_code import ModelCode
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
 
 __all__ = ["settle_alone"]
 

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from netsurgery.analysis.costs import Sizes
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.rules import SIZED
 from netsurgery.axes import Axis, leaves
 from netsurgery.capture.copies import named_tensors

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from netsurgery.axes import Axis, find
+from netsurgery.tables import Rows, columns, html
 
 __all__ = ["Cost", "Sizes", "Term", "total"]
 
@@ -28,17 +29,19 @@ class Cost:
     modules: Mapping[str, tuple[int, int]]
 
     def __str__(self) -> str:
-        from netsurgery.report import cost_table
-
-        return cost_table(self)
+        return columns(self.rows, right=(1, 2))
 
     def __repr__(self) -> str:
         return f"Cost(params={self.params}, macs={self.macs}, of {len(self.modules)} modules)"
 
     def _repr_html_(self) -> str:
-        from netsurgery.report import cost_html
+        return html(f"{self.params:,} parameters, {self.macs:,} MACs", self.rows, right=(1, 2))
 
-        return cost_html(self)
+    @property
+    def rows(self) -> Rows:
+        """One row for each module, and the sum."""
+        modules = [(path or "(top)", f"{n:,}", f"{m:,}") for path, (n, m) in self.modules.items()]
+        return [("module", "parameters", "MACs"), *modules, ("total", f"{self.params:,}", f"{self.macs:,}")]
 
 
 class Sizes:

@@ -14,7 +14,8 @@ from torch import fx
 
 from netsurgery.analysis.computed_weights import is_moved, packet_of, peeled, worked_across
 from netsurgery.analysis.domains import is_limited, undefined
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.weights import is_computed
 from netsurgery.axes import Axis, leaves

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from math import prod
 
 import networkx as nx
 import torch
@@ -24,59 +24,19 @@ from torch.utils import _pytree as pytree
 from netsurgery.analysis.blocks import Block, residual_blocks
 from netsurgery.analysis.computed_weights import lock_normalised
 from netsurgery.analysis.costs import Cost, Sizes, Term, total
+from netsurgery.analysis.groups import Group, Member, group_rows
 from netsurgery.analysis.rules import apply_rule
 from netsurgery.analysis.units import Unit, units_of, units_of_products
-from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, leaves, lock, resolve
+from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, inner, leaves, lock, resolve, share_with
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs
 from netsurgery.capture.paths import is_within
 from netsurgery.capture.program import Program
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
+from netsurgery.tables import columns, html
 
-__all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse"]
-
-Role = Literal["produces", "consumes", "carries"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One occurrence of a group: axis ``axis`` of tensor ``parameter`` (its state_dict name)."""
-
-    parameter: str
-    axis: int
-    role: Role
-
-    @property
-    def module(self) -> str:
-        """Path of the module that owns the parameter."""
-        return self.parameter.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units that live or die together.
-
-    Attributes:
-        name: the module that first produces the units, in the order of the state dict.
-        size: number of units.
-        members: where they occur, in the order of the state dict.
-        locked: why none may be removed, or None.
-        channel: the group's place in the expressions of dimensions.
-        unit: what its units are: attention heads, dimensions within heads, groups of a convolution or normalisation,
-            ranks of a low-rank product, or channels of any other sort.
-    """
-
-    name: str
-    size: int
-    members: tuple[Member, ...]
-    locked: str | None
-    channel: Axis = field(repr=False, compare=False)
-    unit: Unit = "channel"
-
-    def __repr__(self) -> str:
-        locked = "" if self.locked is None else f", locked={self.locked!r}"
-        return f"Group({self.name!r}, size={self.size}, unit={self.unit!r}, {len(self.members)} members{locked})"
+__all__ = ["Network", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +111,31 @@ class Network:
     def prunable(self) -> tuple[Group, ...]:
         """The groups that are not locked."""
         return tuple(group for group in self.groups if group.locked is None)
+
+    @property
+    def prunable_share(self) -> float:
+        """The share of the network's inner dimensions that a removal can take.
+
+        Let every group that is not locked lose the same small share of its units, and count the entries of parameters
+        that go. The result is relative to the count where all dimensions lose that share, except inputs, outputs and
+        positions. A matrix with one locked axis counts half.
+
+        Example:
+            >>> import torch, netsurgery
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> netsurgery.trace(model, torch.zeros(1, 4)).prunable_share
+            1.0
+        """
+        channels = {leaf for dims in self.axes.values() for axis in dims for leaf in leaves(axis)}
+        most = self.entries({leaf for leaf in channels if inner(leaf)})
+        return self.entries({group.channel for group in self.prunable}) / most if most else 0.0
+
+    def entries(self, channels: Container[Axis]) -> float:
+        """Entries of parameters at units of some channels: an entry counts once for each axis that has such units."""
+        parameters = (dims for name, dims in self.axes.items() if isinstance(self.tensors[name], nn.Parameter))
+        return sum(
+            prod(axis.size for axis in dims) * sum(share_with(axis, channels) for axis in dims) for dims in parameters
+        )
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -248,20 +233,21 @@ class Network:
         group = self.by_channel.get(axis)
         return group.name if group else str(axis.size)
 
-    def __str__(self) -> str:
-        from netsurgery.report import network_table
+    @property
+    def _line(self) -> str:
+        cost, locked = self.cost(), len(self.groups) - len(self.prunable)
+        return f"{cost.params:,} parameters, {cost.macs:,} MACs, {len(self.groups)} groups, {locked} locked"
 
-        return network_table(self)
+    def __str__(self) -> str:
+        inputs = ", ".join("x".join(map(str, node.meta["shape"])) for node in self.ir.nodes if node.op == "placeholder")
+        share = f"{100 * self.prunable_share:.1f}% of its inner dimensions prunable"
+        return f"{self.model_name} on {inputs}: {self._line}, {share}\n{columns(group_rows(self.groups), right=(1,))}"
 
     def __repr__(self) -> str:
-        from netsurgery.report import network_line
-
-        return f"Network({network_line(self)})"
+        return f"Network({self.model_name}: {self._line}{', scored' if self.scores else ''})"
 
     def _repr_html_(self) -> str:
-        from netsurgery.report import network_html
-
-        return network_html(self)
+        return html(repr(self).removeprefix("Network(").removesuffix(")"), group_rows(self.groups), right=(1,))
 
 
 class Analysis:

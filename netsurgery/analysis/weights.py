@@ -22,8 +22,9 @@ from netsurgery.analysis.computed_weights import (
     peeled,
     writers,
 )
+from netsurgery.analysis.groups import Group, Role
 from netsurgery.analysis.low_rank import adapted_layers
-from netsurgery.analysis.network import Group, Network, Role
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import replay
 from netsurgery.axes import Axis, leaves, resolve
 from netsurgery.capture.inputs import Inputs

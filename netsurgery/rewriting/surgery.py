@@ -21,11 +21,11 @@ from netsurgery.capture.paths import is_within
 from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
 from netsurgery.positions import Positions
-from netsurgery.report import first_of
 from netsurgery.rewriting.added import filled, gradient
 from netsurgery.rewriting.dropping import Dropping, dropping_for
 from netsurgery.rewriting.kept_weights import rescaled
 from netsurgery.rewriting.optimizers import OptimizerStates, as_list, averaged
+from netsurgery.tables import first_of
 
 __all__ = ["check_blocks", "rewrite", "with_same_names"]
 

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from netsurgery.analysis.blocks import constant_outputs, shortened
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.decided_runs import run_with_decisions
-from netsurgery.analysis.network import Group, Network
+from netsurgery.analysis.groups import Group
+from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import Drawn, Numbers, Units, replay, run, units_in, with_constants
 from netsurgery.analysis.tracing import network_of, undisturbed
 from netsurgery.capture.copies import named_tensors
