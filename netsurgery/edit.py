@@ -17,6 +17,7 @@ from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.counterparts import counterparts
 from netsurgery.analysis.groups import Group
 from netsurgery.analysis.growth import obstacles
+from netsurgery.analysis.inner_products import hiding
 from netsurgery.analysis.network import Network
 from netsurgery.arguments import expect
 from netsurgery.axes import Axis
@@ -213,6 +214,18 @@ class Edit:
     def _places(self, role: str) -> frozenset[tuple[str, int, Axis]]:
         groups = self.network.groups
         return frozenset((m.parameter, m.axis, g.channel) for g in groups for m in g.members if m.role == role)
+
+    @functools.cached_property
+    def hidden(self) -> dict[tuple[str, int], list[tuple[Axis, Tensor]]]:
+        """Where parameters hide added units from products of activations: by place the channels and the positions.
+
+        A channel's positions are of the tensor as it is: bool, ``(size,)``.
+        """
+        found: dict[tuple[str, int], list[tuple[Axis, Tensor]]] = {}
+        for channel in (self.network[name].channel for name in self.grown):
+            for place, at in (hiding(self.network, channel) or {}).items():
+                found.setdefault(place, []).append((channel, at))
+        return found
 
     @property
     def before(self) -> Cost:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from netsurgery.analysis.groups import Group
 from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.network import Network
+from netsurgery.analysis.units import Unit
 from netsurgery.arguments import is_count, is_real, require_counts
 from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
@@ -33,6 +34,7 @@ from netsurgery.units import Copy, New, Planned
 __all__ = ["PlantChannels", "WidenChannels"]
 
 
+_WHOLE_FIRST: tuple[Unit, ...] = ("channel", "head", "head_dim", "group", "rank")  # more heads, not larger ones
 _FEW = "The factor adds less than one unit to each group"
 _NONE = "They leave no group with open units: network.prunable lists these, network.groups the reasons of others"
 
@@ -102,7 +104,7 @@ class _Growth(Pass):
                 names.update(dict.fromkeys(together))
         units = {name: own for name, own in self.units(network, names).items() if len(own) > network[name].size}
         while True:
-            chosen = one_of_each_product(network, [network[name] for name in units])
+            chosen = one_of_each_product(network, [network[name] for name in units], _WHOLE_FIRST)
             keep = {name: units[name] for name in chosen if all(one in chosen for one in network.equal_to(name))}
             found = obstacles(network, keep)
             if not found:

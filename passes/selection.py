@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 ANY: tuple[Unit, ...] = ("channel", "head", "head_dim")
-_FIRST: dict[Unit, int] = {"head_dim": 0, "channel": 1, "head": 2, "group": 3, "rank": 4}  # finer ones meet a share
+FINER_FIRST: tuple[Unit, ...] = ("head_dim", "channel", "head", "group", "rank")  # they meet a share more closely
 
 
 def sorts_of(caller: str, unit: str | Sequence[str]) -> list[tuple[str, ...]]:
@@ -91,8 +91,10 @@ def protected(network: Network, modules: Chosen) -> set[str]:
 # Factors ---------------------------------------------------------------------------------------------------------
 
 
-def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, Group]:
-    """Of groups that are factors of one dimension the first: what is in heads before these, then what most layers use.
+def one_of_each_product(
+    network: Network, groups: Iterable[Group], sorts: Sequence[Unit] = FINER_FIRST
+) -> dict[str, Group]:
+    """The first of groups that are factors of one dimension: in the order of sorts, then those that most layers use.
 
     Groups that are tied go together.
     """
@@ -101,7 +103,7 @@ def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, 
 
     def rank(group: Group) -> tuple[int, int, int, int]:
         layers = len({member.module for member in group.members})
-        return _FIRST[group.unit], -layers, _outerness(network, group), order[group.name]
+        return sorts.index(group.unit), -layers, _outerness(network, group), order[group.name]
 
     taken: dict[str, Group] = {}
     for group in sorted(groups, key=rank):

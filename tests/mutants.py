@@ -47,6 +47,7 @@ TESTS_OF = {
     "netsurgery/rewriting/optimizers.py": ("test_optimizers.py",),
     "netsurgery/rewriting/dropping.py": ("test_blocks.py",),
     "netsurgery/analysis/blocks.py": ("test_blocks.py",),
+    "netsurgery/analysis/inner_products.py": ("test_inner_products.py",),
     "netsurgery/capture/paths.py": ("test_blocks.py",),
     "passes/block_influence.py": ("test_blocks.py",),
     "passes/remove_blocks.py": ("test_blocks.py",),
@@ -1689,6 +1690,19 @@ MUTANTS = (
         "    _check_sizes(small, edit)\n",
         "",
         ("test_files.py",),
+    ),
+    Mutant(
+        "new dimensions of queries and keys are not hidden",
+        "netsurgery/rewriting/added.py",
+        "new.index_fill_(dim, (unseen & there).nonzero().flatten().to(new.device), 0)",
+        "pass",
+        tests=("test_inner_products.py",),
+    ),
+    Mutant(
+        "a layer that others read hides units from one of them",
+        "netsurgery/analysis/inner_products.py",
+        "if not all(user in products and ids == own for user, _, ids in theirs):",
+        "if False:",
     ),
     Mutant(
         "what was asked is not said",

@@ -724,7 +724,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "half": (lambda: [RemoveBlocks(count=0.5)], InputError, r"count=0\.5\): a whole number"),  # type: ignore[arg-type]
     "empty": (lambda: [RemoveBlocks(blocks=[])], InputError, r"blocks=\[\]\): paths of blocks, such as"),
     "no data": (lambda: [BlockInfluenceScore(None)], InputError, r"data=None\): needs data"),
-    "no samples": (lambda: [BlockInfluenceScore(X, samples=0)], InputError, r"samples=0\): a whole number of at least 1"),
+    "no samples": (lambda: [BlockInfluenceScore(X, samples=0)], InputError, r"samples=0\): a whole number"),
     "compensation": (lambda: [RemoveBlocks(blocks="layers.1"), Compensate("bias", X)], PassError,
                      r"changes the units that an edit keeps, but the edit before it drops blocks"),
     "not finite": (lambda: [BlockInfluenceScore(X * float("nan")), RemoveBlocks(count=1)], InputError,

@@ -884,7 +884,11 @@ def test_scores_after_the_pass_see_the_new_values() -> None:
         ),
         (lambda: [Compensate("mean", DATA)], InputError, r"Compensate\('mean'\): 'bias' or 'least-squares'"),
         (lambda: [Compensate("bias", None)], InputError, "pass the inputs that it is measured on"),
-        (lambda: [Compensate("bias", DATA, samples=0)], InputError, r"Compensate\(samples=0\): a whole number of at least 1"),
+        (
+            lambda: [Compensate("bias", DATA, samples=0)],
+            InputError,
+            r"Compensate\(samples=0\): a whole number of at least 1",
+        ),
         (lambda: [Compensate("bias", DATA, ridge=0.0)], InputError, "must be positive"),
         (lambda: [Compensate("bias", iter([DATA]))], InputError, "can be read once"),
     ],

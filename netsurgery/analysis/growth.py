@@ -15,6 +15,7 @@ from torch import fx
 from netsurgery.analysis.computed_weights import is_moved, packet_of, peeled, worked_across
 from netsurgery.analysis.domains import is_limited, undefined
 from netsurgery.analysis.groups import Group
+from netsurgery.analysis.inner_products import hiding, is_inner_product
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.weights import is_computed
@@ -105,6 +106,10 @@ def _obstacle(node: fx.Node, leaf: Axis, at: Positions, group: Group, network: N
             return "it takes a variance over these units with a correction for their number (unbiased)"
         return None
     weights = [given[name] for name in _FACTORS.get(packet, ()) if given[name].meta.get("params")]
+    if is_inner_product(node, leaf):
+        if hiding(network, leaf) is None:
+            return "it multiplies units by each other, and no layer makes one side for it alone"
+        return None
     if len(weights) != 1:
         return "it works across these units without weights, and would count the added ones"
     if is_computed(weights[0]):

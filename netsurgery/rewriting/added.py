@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,13 +30,34 @@ def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
     if new.is_meta or not (at.planted or at.copied) or not at.changes(axes):
         return new
     with torch.no_grad():
-        for dim, axis in enumerate(axes):
-            if (shares := at.shares(axis, _reads(edit, name, dim))) is not None:
+        for dim in range(new.dim()):
+            if (shares := _shares(edit, name, dim, reads=True)) is not None:
                 new.mul_(_along(shares.to(new), dim, new.dim()))
         for dim, axis in enumerate(axes):
             if (made := at.new(axis, _makes(edit, name, dim))) is not None:
                 _begin(new, old, name, dim, made.nonzero().flatten().to(new.device), edit)
+            for channel, there in _hidden(edit, name, dim):
+                if (unseen := at.new(axis, partial(operator.is_, channel))) is not None:
+                    new.index_fill_(dim, (unseen & there).nonzero().flatten().to(new.device), 0)
     return new
+
+
+def _hidden(edit: Edit, name: str, dim: int) -> list[tuple[Axis, Tensor]]:
+    """The channels whose added units a tensor hides from products, and at which of its new positions: bool."""
+    new = edit.positions(edit.network.axes[name][dim])
+    return [(channel, at if new is None else at[new]) for channel, at in edit.hidden.get((name, dim), ())]
+
+
+def _shares(edit: Edit, name: str, dim: int, reads: bool) -> Tensor | None:
+    """The shares of copies at each position of a tensor: where it reads or hides them, or else where it makes them."""
+    axis, at, hidden = edit.network.axes[name][dim], edit.positions, _hidden(edit, name, dim)
+    meant = (_reads if reads else _makes)(edit, name, dim)
+    shares = at.shares(axis, lambda channel: meant(channel) and all(channel is not one for one, _ in hidden))
+    for one, there in hidden:
+        if (own := at.shares(axis, partial(operator.is_, one))) is not None:
+            own = own.where(there if reads else ~there, 1.0)
+            shares = own if shares is None else shares * own
+    return shares
 
 
 def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
@@ -43,8 +66,8 @@ def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
     That of new units is zero, though it need not be where they are read.
     """
     new = edit.positions.cut(grad, edit.network.axes[name])
-    for dim, axis in enumerate(edit.network.axes[name]):
-        if (shares := edit.positions.shares(axis, _makes(edit, name, dim))) is not None:
+    for dim in range(new.dim()):
+        if (shares := _shares(edit, name, dim, reads=False)) is not None:
             dense = new.layout == torch.strided  # else of an embedding: its rows are sparse, what it makes is not
             values = new if dense else new._values()
             values.mul_(_along(shares.to(values), dim if dense else dim - new.sparse_dim() + 1, values.dim()))
