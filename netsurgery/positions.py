@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from netsurgery.axes import Axis, find, leaves
-from netsurgery.units import Copy, New, Planned, sources
+from netsurgery.units import Copy, Planned, keyed, sources
 
 __all__ = ["Positions", "laid_out_as", "multiplied", "positions", "units_at"]
 
@@ -101,7 +101,7 @@ class Positions:
     def __init__(self, units: Mapping[Axis, Sequence[Planned]]):
         self.memo: dict[Axis, Tensor | None] = {}
         self.planted: dict[Axis, Tensor] = {}  # by channel with new units, which are new: bool
-        self.seeds = sorted({unit.seed for own in units.values() for unit in own if isinstance(unit, New)})
+        self.keys = {channel: keyed(own) for channel, own in units.items()}  # what tells units apart
         self.copied: dict[Axis, Tensor] = {}  # by channel with copies, the share that is taken of each unit: float64
         for channel, own in units.items():
             found = torch.tensor(sources(own))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from netsurgery.errors import InputError
 
-__all__ = ["Copy", "New", "Planned", "adds_up", "listed", "read", "sources", "then", "written"]
+__all__ = ["Copy", "New", "Planned", "adds_up", "keyed", "listed", "read", "sources", "then", "written"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,19 @@ def _taken(unit: int | Copy) -> tuple[int, float]:
 def sources(units: Iterable[Planned]) -> list[int]:
     """The old unit of each new one; -1 of a new one."""
     return [-1 if isinstance(unit, New) else unit.unit if isinstance(unit, Copy) else unit for unit in units]
+
+
+def keyed(units: Iterable[Planned]) -> list[object]:
+    """A key for each unit: the old unit, or of a new one its seed and how many with this seed come before it."""
+    seen: Counter[int] = Counter()
+    keys: list[object] = []
+    for unit in units:
+        if isinstance(unit, New):
+            keys.append((unit.seed, seen[unit.seed]))
+            seen[unit.seed] += 1
+        else:
+            keys.append(unit.unit if isinstance(unit, Copy) else unit)
+    return keys
 
 
 def adds_up(units: Iterable[Planned]) -> bool:

@@ -728,6 +728,17 @@ def test_code_whose_train_returns_nothing_follows() -> None:
     torch.testing.assert_close(wide(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_new_unit_depends_on_its_seed_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    network = netsurgery.trace(model, torch.randn(2, 4).double())
+    one = netsurgery.rewrite(model, Edit(network, {"0": (*range(6), New(seed=3), New(seed=5), New(seed=5))}))
+    other = netsurgery.rewrite(model, Edit(network, {"0": (New(seed=5), *range(6)), "2": (*range(5), New())}))
+    alone = netsurgery.rewrite(model, Edit(network, {"2": (*range(5), New())}))
+    assert torch.equal(one[0].weight[7], other[0].weight[0]) and not torch.equal(*one[0].weight[7:])
+    ratios = other[2].weight[5, 1:] / alone[2].weight[5]  # there are more inputs to share the variance
+    torch.testing.assert_close(ratios, torch.full((6,), (6 / 7) ** 0.5).double())
+
+
 def test_planting_again_makes_no_twins() -> None:
     model = net()
     for _ in range(2):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import operator
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from netsurgery.analysis.growth import start
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, leaves
 from netsurgery.edit import Edit
+from netsurgery.positions import multiplied
 
 __all__ = ["filled", "gradient"]
 
@@ -98,11 +99,45 @@ def _begin(new: Tensor, old: Tensor, name: str, dim: int, units: Tensor, edit: E
     inputs = math.prod(size for place, size in enumerate(new.shape) if place not in makes)
     wide = old.detach().to(torch.promote_types(old.dtype, torch.float32))
     spread = math.sqrt(2 / inputs) if read else float(wide.std())
-    seed = zlib.crc32(repr((name, tuple(old.shape), edit.positions.seeds)).encode())  # else a second time gives twins
-    generator = torch.Generator().manual_seed(seed)
-    shape = [len(units) if place == dim else size for place, size in enumerate(new.shape)]
-    drawn = torch.randn(shape, generator=generator, dtype=torch.cfloat if new.is_complex() else None)
-    new.index_copy_(dim, units, (drawn * spread).to(new))
+    new.index_copy_(dim, units, (_drawn(old, name, dim, units.cpu(), edit) * spread).to(new))
+
+
+def _drawn(old: Tensor, name: str, dim: int, units: Tensor, edit: Edit) -> Tensor:
+    """Random weights of a tensor at new units: one's own for each unit, whatever else is new; copies take their shares.
+
+    They depend on the size of the tensor, too: else units that are planted later would be twins of the first.
+    """
+    at, axes, kind = edit.positions, edit.network.axes[name], torch.cfloat if old.is_complex() else None
+    keys = _keys(axes[dim], edit)[units].tolist()
+
+    def draw(shape: Iterable[int], *of: object) -> Tensor:
+        seed = zlib.crc32(repr((name, tuple(old.shape), *of)).encode())
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=kind)
+
+    rest = [size for place, size in enumerate(old.shape) if place != dim]
+    drawn = torch.stack([draw(rest, key) for key in keys], dim)
+    for place, axis in enumerate(axes):
+        if place == dim or (old_places := at(axis)) is None:
+            continue
+        drawn = drawn.index_select(place, old_places)
+        if (shares := _shares(edit, name, place, reads=True)) is not None:
+            drawn.mul_(_along(shares.to(drawn), place, drawn.dim()))
+        if (fresh := at.new(axis)) is not None:
+            there = fresh.nonzero().flatten()
+            shape = [len(there) if one == place else size for one, size in enumerate(drawn.shape)]
+            drawn.index_copy_(place, there, draw(shape, keys, place))
+    return drawn
+
+
+def _keys(axis: Axis, edit: Edit) -> Tensor:
+    """A number for each new position along an axis: of the seeds of new units, and of the old units beside them."""
+    salts = {leaf: salt for salt, leaf in enumerate(leaves(axis))}
+
+    def of(channel: Axis) -> Tensor:
+        keys = edit.positions.keys.get(channel, range(channel.size))
+        return torch.tensor([zlib.crc32(repr((salts[channel], key)).encode()) | 1 for key in keys])[None]
+
+    return multiplied(axis, of)[0]
 
 
 def _along(values: Tensor, dim: int, dims: int) -> Tensor:
