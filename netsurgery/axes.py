@@ -16,6 +16,7 @@ from math import prod
 
 __all__ = [
     "Axis",
+    "Dims",
     "Edge",
     "Fixed",
     "channel",
@@ -49,6 +50,9 @@ class Axis:
         if axis.op:
             return "(" + {"product": " ", "concat": " + "}[axis.op].join(map(repr, axis.terms)) + ")"
         return f"{axis.size}{'!' if axis.locked else ''}"
+
+
+Dims = tuple[Axis, ...]  # the dimensions of a tensor
 
 
 class Fixed(str):
@@ -107,7 +111,7 @@ def leaves(axis: Axis) -> Iterator[Axis]:
 
 
 def inner(leaf: Axis) -> bool:
-    """Whether a channel, locked or not, has several units of the network's own: no positions, inputs or outputs."""
+    """True if a channel, locked or not, has several units of the network's own: no positions, inputs or outputs."""
     return leaf.size > 1 and not isinstance(leaf.locked, Fixed | Edge)
 
 

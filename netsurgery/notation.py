@@ -17,16 +17,30 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import fx
 
-from netsurgery.axes import Axis, Fixed, channel, lock, product, unify
+from netsurgery.axes import Axis, Dims, Fixed, channel, lock, product, unify
+from netsurgery.capture.inputs import Kwargs, Tree
+from netsurgery.capture.operations import target_of
 from netsurgery.capture.source_locations import format_where
 
-__all__ = ["BY_POSITION", "Dims", "Findings", "Misfit", "Op", "Operation", "names_in", "parse", "relate", "results"]
+__all__ = [
+    "BY_POSITION",
+    "Dims",
+    "Findings",
+    "Misfit",
+    "Op",
+    "Operation",
+    "Results",
+    "names_in",
+    "parse",
+    "relate",
+    "results",
+]
 
-Dims = tuple[Axis, ...]
+Results = list[Dims | None]  # the dimensions of each result of an operation; None for one that is no tensor
 
 BY_POSITION = "units are identified by position"
 
@@ -40,18 +54,17 @@ class Operation:
 
     def __init__(self, node: fx.Node):
         self.node = node
-        target: Any = node.target
-        self.name = target._schema.name.replace("::", ".")
+        self.schema = target_of(node)._schema
+        self.name = self.schema.name.replace("::", ".")
 
     @functools.cached_property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Kwargs:
         """The arguments by name, defaults included."""
-        target: Any = self.node.target
-        schema = target._schema.arguments
+        schema = self.schema.arguments
         values = dict(zip((a.name for a in schema), self.node.args, strict=False))
         return {a.name: values.get(a.name, self.node.kwargs.get(a.name, a.default_value)) for a in schema}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tree:
         return self.arguments[name]
 
     @property
@@ -171,7 +184,7 @@ def names_in(operands: Iterable[tuple[Token, ...]]) -> set[str]:
 class _Names:
     """The dimensions that the names of a notation stand for."""
 
-    def __init__(self, op: Any, known: dict[str, int]):
+    def __init__(self, op: Op | _Trial, known: dict[str, int]):
         self.op, self.known = op, known
         self.axes: dict[str, Axis] = {}
         self.stars: dict[str, Dims] = {}
@@ -241,7 +254,7 @@ class _Names:
             name = token.names[0]
             if token.star:
                 if name not in self.stars:
-                    self.stars[name] = self.op.all_fixed(shape[len(out) : len(out) + spare])
+                    self.stars[name] = tuple(map(self.op.fixed, shape[len(out) : len(out) + spare]))
                 out.extend(self.stars[name])
                 continue
             out.append(self.joined(token, shape[len(out)] if len(out) < len(shape) else None))
@@ -286,7 +299,7 @@ def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict
 
 def relate(
     op: Op, notation: str, operands: list[fx.Node | None], known: dict[str, int] | None = None, macs: str = ""
-) -> list[Any]:
+) -> Results:
     """Apply a notation to the operands of an operation (None: absent) and return the dimensions of its results.
 
     Args:
@@ -300,7 +313,7 @@ def relate(
     names = _Names(op, known or {})
     present = [(tokens, node) for tokens, node in zip(left, operands, strict=True) if node is not None]
     origins = [list(names.read(tokens, op.dims(node))) for tokens, node in present]
-    outputs: list[Any] = [
+    outputs: Results = [
         None
         if shape is None
         else names.write(right[i], shape)

@@ -6,10 +6,8 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,13 +17,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.rules import SIZED
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import Axis, Dims, leaves
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.inputs import Inputs, is_namedtuple, tensors_in
+from netsurgery.capture.custom_modules import Shape
+from netsurgery.capture.inputs import Args, Inputs, Kwargs, Tree, is_namedtuple, tensors_in
 from netsurgery.capture.known_values import KnownValues, draw, is_number, select
-from netsurgery.capture.lockstep import Lockstep, PathDiverged, source_of
+from netsurgery.capture.lockstep import Lockstep, PathDiverged, Source, source_of
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, bind_inputs
 from netsurgery.capture.meta_shapes import infer
+from netsurgery.capture.operations import OpCall, argument_names, target_of
 from netsurgery.capture.paths import is_within
 from netsurgery.capture.program import Call, Program
 from netsurgery.capture.source_locations import format_where, raised_at
@@ -84,15 +84,15 @@ class SizeChecker(Lockstep):
         super().__init__(program, known)
         self.known = known
         self.calls = 0  # module runs so far
-        self.sources: dict[int, Any] = {}  # by id of a tensor: what it was in the recorded run
-        self.alive: list[Any] = []  # ids are only good while their tensors live
+        self.sources: dict[int, Source] = {}  # by id of a tensor: its source in the recorded run
+        self.alive: list[object] = []  # ids are only good while their tensors live
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
         self.failures: dict[str, Failure] = {}  # by module path
         self.branching: set[str] = set()  # paths where the code does more with sizes than to write them down
         self.relevant: list[int] | None = None  # if known, how many operations before each place need to run
 
-    def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, path: str, forward: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
         index, self.calls = self.calls, self.calls + 1
         call = self.program.calls[index] if index < len(self.program.calls) else None
         if call is None or call.path != path:
@@ -119,14 +119,14 @@ class SizeChecker(Lockstep):
         place = f" {format_where(raised_at(error))}".rstrip()
         self.attribute_to_module(f"the code {does} other sizes ({first}){place}", path, branching=not shapes)
 
-    def reads_the_predicted(self, call: Call, args: tuple[Any, ...]) -> bool:
+    def reads_the_predicted(self, call: Call, args: Args) -> bool:
         """True for a linear layer that reads the predicted tensor; memory layout decides which operations it runs."""
         given = call.args[0] if self.kinds[call.path] in _LINEAR and len(call.args) == 1 and not call.kwargs else None
         if not isinstance(given, fx.Node) or self.sources.get(id(args[0])) != self.origin(given):
             return False
         return tuple(args[0].shape) == tuple(map(self.sizes, given.meta["dims"]))
 
-    def passed_over(self, call: Call) -> Any:
+    def passed_over(self, call: Call) -> Tree:
         """The predicted result of a run of a module; the recorded run goes on after it, too."""
         with _disable_current_modes():
             out = self.predicted(call.out)
@@ -140,7 +140,7 @@ class SizeChecker(Lockstep):
         if self.position != position:
             raise PathDiverged(f"{self.program.operations[min(self.position, position)].target} is left out")
 
-    def predicted(self, out: Any) -> Any:
+    def predicted(self, out: Tree) -> Tree:
         """A predicted result, without data, with which the run goes on to find all obstacles at once."""
         if isinstance(out, fx.Node):
             shape, strides = tuple(map(self.sizes, out.meta["dims"])), out.meta["layout"][1]
@@ -189,14 +189,14 @@ class SizeChecker(Lockstep):
                 return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
-    def begin(self, names: Mapping[int, str], inputs: Any, model: nn.Module) -> None:
-        """Note which recorded tensors the inputs and parameters stand for."""
+    def begin(self, names: Mapping[int, str], inputs: Inputs, model: nn.Module) -> None:
+        """Note the recorded tensors that inputs and parameters stand for."""
         self.sources.update(names)
         placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
         self.sources.update((id(t), node) for t, node in zip(tensors_in(inputs), placeholders, strict=True))
         self.alive.extend((inputs, model))
 
-    def finish(self, outputs: Any) -> None:
+    def finish(self, outputs: Tree) -> None:
         """Compare the outputs with the recorded ones."""
         *_, output = self.program.graph.nodes
         results = [self.sources.get(id(self.stand_in(tensor))) for tensor in tensors_in(outputs)]
@@ -211,40 +211,38 @@ class SizeChecker(Lockstep):
             self.sources[id(other)] = self.sources[id(tensor)]
         return other
 
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        node = self.expected(func)
+    def see(self, call: OpCall) -> Tree:
+        node = self.expected(call.target)
         if node is None:
-            source = self.sources.get(id(args[0]))
-            if isinstance(source, fx.Node | tuple) and self.written_later(source):
+            source = self.sources.get(id(call.args[0]))
+            source = source[0] if isinstance(source, tuple) else source
+            if isinstance(source, fx.Node) and self.written_later(source):
                 raise PathDiverged("a copy is made that was not made when it was traced")
-            out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
-            return self.note_alias(args[0], out)
-        out = self.answer(node, func, args, kwargs)
+            out = infer(call) if self.known is None else self.known.infer(call)[0]
+            return self.note_alias(call.args[0], out)
+        out = self.answer(node, call)
         parts = out if isinstance(out, list | tuple) else [out]
         self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
         self.alive.append(out)
         return out
 
-    def answer(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answer(self, node: fx.Node, call: OpCall) -> Tree:
         """The result of an operation; where it is another than predicted, the predicted one."""
-        dims = node.meta["dims"] if isinstance(node.meta["shape"], list) else [node.meta["dims"]]
+        dims: list[Dims | None] = node.meta["dims"] if isinstance(node.meta["shape"], list) else [node.meta["dims"]]
         predicted = [None if axes is None else tuple(map(self.sizes, axes)) for axes in dims]
-        if self.tensors_differ(node, args) or self.arguments_differ(node, func, args, kwargs):
-            return self.substitute(node, args, predicted)
+        if self.tensors_differ(node, call.args) or self.arguments_differ(node, call):
+            return self.substitute(node, call.args, predicted)
         try:
-            if self.known is None:
-                out = infer(func, args, kwargs)
-            else:
-                out = self.known.replay(node, func, args, kwargs, _first_units(self.sizes))
+            out = infer(call) if self.known is None else self.known.replay(node, call, _first_units(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
-            asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
+            asked = next((v for v in call.args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
             axes = hard_coded or _touched(node, *node.all_input_nodes)
             self.attribute_failure(axes, node, f"fails at other sizes ({str(error).splitlines()[0]})")
-            return self.substitute(node, args, predicted)
-        return self.substitute(node, args, predicted) if self.shapes_differ(node, dims, out) else out
+            return self.substitute(node, call.args, predicted)
+        return self.substitute(node, call.args, predicted) if self.shapes_differ(node, dims, out) else out
 
-    def shapes_differ(self, node: fx.Node, dims: list[Any], out: Any) -> bool:
+    def shapes_differ(self, node: fx.Node, dims: list[Dims | None], out: Tree) -> bool:
         """True if a result has another shape than predicted; this is noted as a failure of the groups."""
         actual = [t.shape if isinstance(t, Tensor) else None for t in (out if isinstance(out, list | tuple) else [out])]
         if len(actual) != len(dims):
@@ -262,7 +260,7 @@ class SizeChecker(Lockstep):
             return True
         return False
 
-    def wrong(self, pairs: list[tuple[Any, Any]], only_old: bool = False) -> list[Axis]:
+    def wrong(self, pairs: Sequence[tuple[Dims, Sequence[int]]], only_old: bool = False) -> list[Axis]:
         """The axes with another size than predicted: those that have their old size, or else all of them."""
         found = [
             (axis, n)
@@ -274,7 +272,7 @@ class SizeChecker(Lockstep):
         old = [axis for axis, n in found if n == axis.size]
         return old if old or only_old else [axis for axis, _ in found]
 
-    def tensors_differ(self, node: fx.Node, args: tuple[Any, ...]) -> bool:
+    def tensors_differ(self, node: fx.Node, args: Args) -> bool:
         """True if an operation reads a constant with other values; this is noted as a failure of its groups.
 
         Raises:
@@ -289,7 +287,7 @@ class SizeChecker(Lockstep):
                 continue
             real = self.reals.get(id(now))
             if real is None or constant.is_meta:  # its values cannot be seen without data
-                differs = node.target.overloadpacket is not torch.ops.aten.index  # type: ignore[union-attr]
+                differs = target_of(node).overloadpacket is not torch.ops.aten.index
             else:
                 differs = real.shape != constant.shape or not torch.equal(real, constant)
             if differs:
@@ -299,17 +297,17 @@ class SizeChecker(Lockstep):
                 return True
         return False
 
-    def arguments_differ(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def arguments_differ(self, node: fx.Node, call: OpCall) -> bool:
         """True if an argument is not the predicted one; this is noted as a failure of the groups that it concerns."""
         expected: dict[str, Axis] = node.meta.get("expected", {})
-        sized = SIZED.get(node.target.overloadpacket, frozenset())  # type: ignore[union-attr]
-        values = [*zip(_names(func), args, node.args, strict=False)]
-        for name, now, then in values + [(name, now, node.kwargs.get(name)) for name, now in kwargs.items()]:
+        sized = SIZED.get(target_of(node).overloadpacket, frozenset())
+        values: list[tuple[str, Tree, Tree]] = [*zip(argument_names(call.target), call.args, node.args, strict=False)]
+        for name, now, then in values + [(name, now, node.kwargs.get(name)) for name, now in call.kwargs.items()]:
             if isinstance(now, Tensor) or now is None:
                 continue
             if name in expected:
                 if name == "start" and isinstance(now, int):  # as slicing reads it
-                    length = args[0].shape[Operation(node)["dim"]]
+                    length = call.args[0].shape[Operation(node)["dim"]]
                     now = min(max(now + length if now < 0 else now, 0), length)
                 if isinstance(now, int) and now != self.sizes(expected[name]):
                     self.attribute_failure([expected[name]], node, f"{name}={now} is fixed by the code")
@@ -320,7 +318,7 @@ class SizeChecker(Lockstep):
                 return True
         return False
 
-    def substitute(self, node: fx.Node, args: tuple[Any, ...], predicted: list[tuple[int, ...] | None]) -> Any:
+    def substitute(self, node: fx.Node, args: Args, predicted: list[Shape | None]) -> Tree:
         """Go on with tensors of the predicted sizes, to find all obstacles in one run."""
         given = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
         dtype = node.meta.get("dtype", given)
@@ -333,13 +331,7 @@ def channels_of(node: fx.Node) -> dict[Axis, None]:
     return dict.fromkeys(leaf for axis in _touched(node, *node.all_input_nodes) for leaf in leaves(axis))
 
 
-@functools.cache
-def _names(func: Any) -> tuple[str, ...]:
-    """The names of the arguments of an operation."""
-    return tuple(argument.name for argument in func._schema.arguments)
-
-
-def _tensors(value: Any) -> Iterator[Any]:
+def _tensors(value: Iterable[Tree]) -> Iterator[Tree]:
     """Tensors, or nodes in their place, among arguments."""
     for item in value:
         if isinstance(item, Tensor | fx.Node):
@@ -353,7 +345,7 @@ def is_in(group: Group, path: str) -> bool:
     return any(is_within(member.module, path) for member in group.members)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) or (
         isinstance(value, list) and all(isinstance(item, int | float) for item in value)
     )
@@ -363,7 +355,7 @@ def _touched(*nodes: fx.Node) -> list[Axis]:
     return [axis for node in nodes for axis in _flat(node.meta["dims"])]
 
 
-def _flat(dims: Any) -> list[Axis]:
+def _flat(dims: Tree) -> list[Axis]:
     if isinstance(dims, Axis):
         return [dims]
     return [axis for item in dims or () if item is not None for axis in _flat(item)]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import writers
 from netsurgery.axes import Axis, leaves
+from netsurgery.capture.operations import schema_of
 from netsurgery.notation import Operation
 
 __all__ = ["is_limited", "undefined"]
@@ -34,8 +34,8 @@ _KEEPS = {
 
 
 def is_limited(node: fx.Node) -> bool:
-    """Whether an operation gives no number, or an infinite one, for some values; roots and quotients aside."""
-    return hasattr(node.target, "_schema") and _name(node) in _NEEDS.keys() - {"div", "rsqrt", "sqrt", "reciprocal"}
+    """True if an operation gives no number, or an infinite one, for some values; roots and quotients aside."""
+    return schema_of(node) is not None and _name(node) in _NEEDS.keys() - {"div", "rsqrt", "sqrt", "reciprocal"}
 
 
 def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
@@ -62,8 +62,8 @@ def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
 
 def _name(node: fx.Node) -> str:
     """The name of an operation, whether it is done in place or not."""
-    name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")[2]
-    return name.removesuffix("_")
+    schema = schema_of(node)
+    return "" if schema is None else schema.name.partition("::")[2].removesuffix("_")
 
 
 class _Sign:
@@ -73,7 +73,7 @@ class _Sign:
         self.tensors = tensors
         self.memo: dict[tuple[fx.Node, bool], bool] = {}
 
-    def __call__(self, value: Any, above: bool) -> bool:
+    def __call__(self, value: object, above: bool) -> bool:
         if isinstance(value, int | float):
             return bool(value > 0 if above else value >= 0)
         if not isinstance(value, fx.Node) or writers(value):
@@ -87,7 +87,7 @@ class _Sign:
             tensor = self.tensors.get(str(node.target))
             return tensor is not None and not tensor.is_meta and bool((tensor > 0 if above else tensor >= 0).all())
         if node.target is operator.getitem:
-            whole: Any = node.args[0]
+            (whole,) = node.all_input_nodes
             return bool(not above and node.args[1] == 0 and _name(whole) == "var_mean")
         if node.op != "call_function":
             return False

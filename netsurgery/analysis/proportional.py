@@ -7,7 +7,6 @@ factor between p and W multiplies the one and divides the other.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +28,7 @@ def proportional_to(node: fx.Node) -> list[str]:
     if node.op == "get_attr":
         return [str(node.target)]
     if packet is operator.getitem:
-        return _part(node.args[0], node.args[1])
+        return _part(node.all_input_nodes[0], node.args[1])
     if packet in (aten.mul, aten.div) and not node.kwargs:
         one, other = node.args
         return [*_factors(one, other), *(_factors(other, one) if packet is aten.mul else [])]
@@ -38,14 +37,14 @@ def proportional_to(node: fx.Node) -> list[str]:
     return []
 
 
-def _part(whole: Any, index: Any) -> list[str]:
+def _part(whole: fx.Node, index: object) -> list[str]:
     if packet_of(whole) is aten._weight_norm_interface and index == 0:
         direction, length = whole.args[:2]
         return _factors(length, direction)
     return proportional_to(whole) if packet_of(whole) in _PARTS else []
 
 
-def _factors(factor: Any, other: Any) -> list[str]:
+def _factors(factor: object, other: object) -> list[str]:
     """The parameters that one factor is proportional to, without those that the other factor depends on."""
     sources = {str(one.target) for one in ancestors(other)} if isinstance(other, fx.Node) else set()
     found = proportional_to(factor) if isinstance(factor, fx.Node) else []
