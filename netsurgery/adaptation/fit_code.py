@@ -6,7 +6,6 @@ Code that no remedy helps locks groups: those that an operation of it concerns, 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
 
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.adaptation.model_code import ModelCode
@@ -134,10 +133,13 @@ def _counterparts(network: Network, names: Iterable[str], path: str, other: str)
     ]
 
 
-def _places_in(network: Network, path: str) -> dict[str, tuple[Any, int]]:
-    """Where the groups of a module occur in it, and the how many-th to do so in just these places, by name."""
-    seen: dict[Any, int] = {}
-    found = {}
+Place = tuple[tuple[str, int, str], ...]  # parameter within a module, dimension and role of each member of a group
+
+
+def _places_in(network: Network, path: str) -> dict[str, tuple[Place, int]]:
+    """The places where groups occur in a module, by name, and a number that tells groups in the same places apart."""
+    seen: dict[Place, int] = {}
+    found: dict[str, tuple[Place, int]] = {}
     for group in network.groups:
         own = [m for m in group.members if is_within(m.module, path)]
         if own:

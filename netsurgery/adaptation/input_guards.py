@@ -6,8 +6,8 @@ Its graph is one path through the original code, and another kind of input may t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from netsurgery.errors import InputError
 __all__ = ["EXPECTATIONS", "expect_keys", "expect_same", "expect_tensor", "expect_value", "first_that_fits"]
 
 
+T = TypeVar("T")
+
+
 def _refuse(name: str, traced: str, found: str) -> None:
     raise InputError(
         f"netsurgery rewrote this module's forward as it runs where '{name}' is {traced}, got {found}: "
@@ -24,7 +27,7 @@ def _refuse(name: str, traced: str, found: str) -> None:
     )
 
 
-def expect_tensor(value: Any, dim: int, kind: str, name: str) -> None:
+def expect_tensor(value: object, dim: int, kind: str, name: str) -> None:
     """Make sure of a tensor of ``dim`` dimensions that is "floating", "complex" or of the dtype ``kind``.
 
     Raises:
@@ -40,7 +43,7 @@ def expect_tensor(value: Any, dim: int, kind: str, name: str) -> None:
             _refuse(name, f"a tensor of {kind} numbers", str(value.dtype))
 
 
-def expect_same(value: Any, other: Any, name: str) -> None:
+def expect_same(value: object, other: object, name: str) -> None:
     """Make sure that two inputs are one tensor.
 
     Raises:
@@ -50,7 +53,7 @@ def expect_same(value: Any, other: Any, name: str) -> None:
         _refuse(name, "the same tensor as another input", "another one")
 
 
-def expect_value(value: Any, traced: Any, name: str) -> None:
+def expect_value(value: object, traced: object, name: str) -> None:
     """Make sure of an argument that is no tensor.
 
     Raises:
@@ -60,7 +63,7 @@ def expect_value(value: Any, traced: Any, name: str) -> None:
         _refuse(name, repr(traced), "a tensor" if isinstance(value, Tensor) else repr(value)[:80])
 
 
-def expect_keys(value: Any, traced: int | list[str], name: str) -> None:
+def expect_keys(value: Collection[str], traced: int | list[str], name: str) -> None:
     """Make sure of the keys of a dictionary, or of the length of a list.
 
     Raises:
@@ -77,7 +80,7 @@ def expect_keys(value: Any, traced: int | list[str], name: str) -> None:
 EXPECTATIONS = (expect_tensor, expect_same, expect_value, expect_keys)
 
 
-def first_that_fits(branches: Sequence[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+def first_that_fits(branches: Sequence[Callable[..., T]], *args: object, **kwargs: object) -> T:
     """The result of the first branch of a module's code whose checks pass; they are its first lines.
 
     Raises:

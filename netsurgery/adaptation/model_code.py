@@ -1,10 +1,9 @@
-"""What is found of a model's code once, however often it is tried at other sizes: it depends on none."""
+"""Facts about a model's code that are found once: they hold at all sizes that it is tried at."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Container
-from typing import Any
 
 from torch import nn
 
@@ -12,6 +11,7 @@ from netsurgery.adaptation.module_tracer import ModuleTrace
 from netsurgery.adaptation.size_checker import channels_of
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.operations import target_of, writes
 from netsurgery.capture.program import Program
 
 __all__ = ["ModelCode"]
@@ -29,16 +29,15 @@ class ModelCode:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.kinds: dict[str, Any] = {path: type(module) for path, module in named_modules(model).items()}
+        self.kinds: dict[str, type] = {path: type(module) for path, module in named_modules(model).items()}
         self.traces: dict[tuple[Program, str, bool], list[ModuleTrace] | str] = {}
-        self.differences: dict[Any, str | None] = {}
+        self.differences: dict[object, str | None] = {}
         self.channels_of = functools.cache(channels_of)
 
     def relevant_operations(self, program: Program, changed: Container[Axis]) -> list[int]:
         """For each position: how many operations before it concern a changed group, or write to a tensor."""
         count = [0]
         for node in program.operations:
-            schema: Any = getattr(node.target, "_schema", None)
-            matters = getattr(schema, "is_mutable", False) or any(axis in changed for axis in self.channels_of(node))
+            matters = writes(target_of(node)) or any(axis in changed for axis in self.channels_of(node))
             count.append(count[-1] + matters)
         return count

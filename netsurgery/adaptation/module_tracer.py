@@ -12,9 +12,9 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,7 @@ from netsurgery.axes import Axis, leaves
 from netsurgery.capture.caches import caches_kept, caches_passed_by
 from netsurgery.capture.copies import named_modules, named_tensors, on_meta
 from netsurgery.capture.custom_modules import CUSTOM_MODULES
+from netsurgery.capture.inputs import Kwargs, Tree
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, meta_copy, track
 from netsurgery.capture.program import Call, Named, Program
 
@@ -52,7 +53,7 @@ class ModuleTrace:
     doubts: list[str]
     rerun: Callable[..., FunctionRecorder]
     free: list[Axis]
-    attributes: dict[str, Any]
+    attributes: Kwargs
     code: frozenset[CodeType] = frozenset()
 
     @functools.cached_property
@@ -181,9 +182,9 @@ def _run(
     sizes: Sizes | None,
 ) -> None:
     attributes, executor = [(part, dict(part.__dict__)) for part in named_modules(module).values()], recorder.executor
-    given: dict[Any, Tensor] = {}
+    given: dict[fx.Node | Named, Tensor] = {}
 
-    def stand_in(value: Any) -> Any:
+    def stand_in(value: object) -> object:
         if not isinstance(value, fx.Node | Named):
             return value
         if value not in given:
@@ -207,7 +208,7 @@ def _run(
         recorder.floats(module)
         module.training = training
         placed = dict(module.__dict__)
-        watched: Any = contextlib.nullcontext()
+        watched: AbstractContextManager[object] = contextlib.nullcontext()
         with caches_kept(module), caches_passed_by(module, TracedInt), torch.no_grad():
             if not other_dtypes and sizes is None:
                 watched = recorder.effects = recorder.watch(_run.__code__)
@@ -242,7 +243,7 @@ def _separate_dtypes(graph: fx.Graph, other: fx.Graph) -> bool:
         return False
     numbers = [[v for n in each for v in pytree.tree_leaves((n.args, n.kwargs)) if type(v) is float] for each in pair]
 
-    def named(value: Any, twin: Any) -> Any:
+    def named(value: Tree, twin: Tree) -> Tree:
         if isinstance(value, tuple | list) and len(value) == len(twin):
             return type(value)([named(*pair) for pair in zip(value, twin, strict=True)])
         return twin if isinstance(twin, torch.dtype) else value
@@ -258,7 +259,7 @@ def _alike(one: fx.Graph, other: fx.Graph) -> bool:
     left, right = _live(one), _live(other)
     twin = dict(zip(right, left, strict=False))
 
-    def same(x: Any, y: Any) -> bool:
+    def same(x: object, y: object) -> bool:
         if isinstance(x, fx.Node):
             return isinstance(y, fx.Node) and twin.get(y) is x
         if isinstance(x, tuple | list):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import networkx as nx
 
@@ -34,7 +33,7 @@ def settle_alone(code: ModelCode, network: Network) -> Network:
     return network
 
 
-def _near(code: ModelCode, network: Network) -> Any:
+def _near(code: ModelCode, network: Network) -> nx.Graph:
     """The open groups, as a graph: an edge joins two that the code of one module, without its parts, handles."""
     graph = nx.Graph()
     graph.add_nodes_from(group.name for group in network.prunable)
@@ -49,7 +48,7 @@ def _near(code: ModelCode, network: Network) -> Any:
     return graph
 
 
-def _differing(network: Network, near: Any) -> tuple[dict[str, int], set[str]]:
+def _differing(network: Network, near: nx.Graph) -> tuple[dict[str, int], set[str]]:
     """Numbers of units of which no two near groups keep the same share, and the groups that are too small for it."""
     counts: dict[str, int] = {}
     unsure: set[str] = set()
@@ -77,12 +76,12 @@ def _unlike(size: int, shares: set[float]) -> tuple[int, float]:
     return n, -gap
 
 
-def _classes(network: Network, near: Any) -> list[tuple[str, ...]]:
+def _classes(network: Network, near: nx.Graph) -> list[tuple[str, ...]]:
     """The open groups, in tuples of those with equal sizes."""
     return list(dict.fromkeys(network.equal_to(name) for name in near))
 
 
-def _apart(near: Any) -> list[list[str]]:
+def _apart(near: nx.Graph) -> list[list[str]]:
     """Sets of groups: for any two near groups, each is in a set without the other."""
     colours: dict[str, int] = nx.greedy_color(near, "largest_first")
     count = max(colours.values(), default=-1) + 1
@@ -100,7 +99,7 @@ def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
     return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].locked is None}
 
 
-def _settled(code: ModelCode, network: Network, near: Any, found: Mapping[str, str]) -> Network:
+def _settled(code: ModelCode, network: Network, near: nx.Graph, found: Mapping[str, str]) -> Network:
     """Give groups the size of a partner that helps, lock others; groups in like places share the search."""
     partners: dict[str, str | None] = {}
     equal_sizes: list[tuple[str, ...]] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping
-from typing import Any
 
 from torch import fx, nn
 
@@ -125,7 +124,7 @@ class Remedies:
             self.adaptation.attributes[path] = alike
         return bool(alike)
 
-    def of_these_sizes(self, path: str) -> dict[str, int]:
+    def of_these_sizes(self, path: str) -> dict[str, object]:
         """New values of the integers that a module's code mentions and that are the size of changed groups.
 
         This serves code that cannot be traced. A size is left out if groups of that size change in different ways.
@@ -138,12 +137,12 @@ class Remedies:
                         if channel in self.network.by_channel:
                             now.setdefault(channel.size, set()).add(self.sizes(channel))
         module = self.model.get_submodule(path)
-        kind: Any = type(module)
+        kind: type = type(module)
         held = {name: n for name, n in module.__dict__.items() if type(n) is int and name in mentioned_names(kind)}
         found = {name: (n, now.get(n, {n})) for name, n in held.items()}
         return {name: new for name, (n, sizes) in found.items() for new in sizes if len(sizes) == 1 and new != n}
 
-    def code(self, path: str, module: nn.Module, sizes: Sizes, attributes: Mapping[str, Any]) -> str:
+    def code(self, path: str, module: nn.Module, sizes: Sizes, attributes: Mapping[str, object]) -> str:
         """The source of a ``forward`` at some sizes: one body, or one for each mode.
 
         Raises:
@@ -212,7 +211,7 @@ class Remedies:
 
 
 @functools.cache
-def mentioned_names(kind: Any) -> frozenset[str]:
+def mentioned_names(kind: type) -> frozenset[str]:
     """The names in the methods of a class of modules, except those that build and show it."""
     methods = {name: f for base in reversed(kind.__mro__) for name, f in vars(base).items() if hasattr(f, "__code__")}
     used = [f.__code__.co_names for name, f in methods.items() if name not in ("__init__", "extra_repr", "__repr__")]

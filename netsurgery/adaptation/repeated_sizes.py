@@ -14,7 +14,7 @@ from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from types import SimpleNamespace
-from typing import Any
+from typing import TypeGuard
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -24,6 +24,7 @@ from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.inputs import Kwargs, Tree
 from netsurgery.capture.paths import is_within
 
 __all__ = ["Repeat", "repeats", "withdrawn"]
@@ -70,8 +71,8 @@ class Repeat:
 
     path: str
     name: str
-    old: Any
-    new: Any
+    old: object
+    new: object
     stays: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -128,12 +129,12 @@ def repeats(
     for path, _, value in held:
         holders.setdefault(id(value), []).append(path)
     evidence = _Evidence(network, sizes, dropped)
-    made: dict[tuple[Any, str], tuple[Any, tuple[tuple[str, str], ...]]] = {}
+    made: dict[tuple[int | str, str], tuple[object, tuple[tuple[str, str], ...]]] = {}
     found = []
     for path, name, value in held:
         shared = not _is_number(value)
         around = _common(holders[id(value)]) if shared else path
-        key = (id(value), "") if shared else (path, name)
+        key: tuple[int | str, str] = (id(value), "") if shared else (path, name)
         if key not in made:
             follower = _Follower(evidence, around)
             new = follower.new(value, name, f"{around}.{name}".lstrip("."))
@@ -145,19 +146,19 @@ def repeats(
 _INTERNAL = frozenset(nn.Module().__dict__)
 
 
-def _fields(value: Any) -> dict[str, Any] | None:
+def _fields(value: object) -> Kwargs | None:
     """The fields of a plain object, such as a dataclass."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
     return dict(vars(value)) if type(value) is SimpleNamespace else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int]:
     """True for an integer, also one of numpy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _numbers(value: Any) -> Iterator[int]:
+def _numbers(value: Tree) -> Iterator[int]:
     """The integers in an attribute."""
     if _is_number(value):
         yield int(value)
@@ -180,7 +181,7 @@ class _Follower:
         self.evidence, self.path = evidence, path
         self.stays: list[tuple[str, str]] = []
 
-    def new(self, value: Any, word: str, label: str) -> Any:
+    def new(self, value: Tree, word: str, label: str) -> Tree:
         """A value in which numbers follow; the same object if none does. ``word`` is the nearest name."""
         if _is_number(value):
             become = self.number(int(value), word, label)
@@ -275,7 +276,7 @@ def _terms(axis: Axis) -> Iterator[Axis]:
         yield from _terms(term)
 
 
-def _dims(value: Any) -> list[Axis]:
+def _dims(value: Tree) -> list[Axis]:
     """The dimensions of the tensors among arguments or results; those of batches and of space do not change."""
     return [
         axis for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node) for axis in leaf.meta.get("dims", ())

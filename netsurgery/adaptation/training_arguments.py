@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from netsurgery.capture.inputs import Args, Kwargs, Tree
+
 __all__ = ["call_in_eval"]
 
-#: Functions that do something else in training: which argument says so, its position, its value in eval mode.
-_TRAINING_ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
+#: Functions that do something else in training: the argument that says so, its position, its value in eval mode.
+_TRAINING_ARGUMENTS: dict[object, tuple[str, int, float]] = {
     **dict.fromkeys(
         (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
         ("training", 2, False),
@@ -22,7 +24,7 @@ _TRAINING_ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
 }
 
 
-def call_in_eval(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def call_in_eval(func: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
     """The result of a function that does something else in training, as it is in eval mode."""
     if func not in _TRAINING_ARGUMENTS:
         return func(*args, **kwargs)

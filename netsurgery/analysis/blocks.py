@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.inputs import Tree
+from netsurgery.capture.operations import aliased
 from netsurgery.capture.paths import is_within
 from netsurgery.capture.program import Call, Program
 
@@ -28,14 +28,14 @@ __all__ = ["Block", "Place", "at", "constant_outputs", "places", "residual_block
 aten = torch.ops.aten
 
 
-Place = tuple[Any, ...]  # indices and keys that lead to a part of nested tuples, lists and dictionaries
+Place = tuple[Hashable, ...]  # indices and keys that lead to a part of nested tuples, lists and dictionaries
 
 
-def places(value: Any) -> dict[fx.Node, Place]:
+def places(value: Tree) -> dict[fx.Node, Place]:
     """Where each node stands first, in order, in nested tuples, lists and dictionaries."""
     found: dict[fx.Node, Place] = {}
 
-    def visit(value: Any, place: Place) -> None:
+    def visit(value: object, place: Place) -> None:
         if isinstance(value, fx.Node):
             found.setdefault(value, place)
         elif isinstance(value, tuple | list | dict):
@@ -46,7 +46,7 @@ def places(value: Any) -> dict[fx.Node, Place]:
     return found
 
 
-def at(place: Place, value: Any) -> Any:
+def at(place: Place, value: Tree) -> Tree:
     """The part of a nested value that stands at a place."""
     for step in place:
         value = value[step]
@@ -150,10 +150,10 @@ class _Run:
             for user in given.users:
                 if user in inside:
                     continue
-                aliased = [written for base, written in _aliased(user) if base is given]
+                views = [written for base, written in aliased(user) if base is given]
                 if user.op == "output" or self.position(user) >= begin:
-                    yield user, any(aliased)
-                if aliased and user not in seen:
+                    yield user, any(views)
+                if views and user not in seen:
                     seen[user] = None
                     left.append(user)
 
@@ -182,33 +182,13 @@ def _same(one: Axis, other: Axis) -> bool:
     )
 
 
-def _aliased(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """Arguments that a result shares memory with, and whether they are written to."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        if node.target is operator.getitem and node.op == "call_function":
-            yield node.args[0], False  # type: ignore[misc]
-        return
-    named = {argument.name: argument.alias_info for argument in schema.arguments}
-    given = [*zip(named, node.args, strict=False), *node.kwargs.items()]
-    for name, value in given:
-        if named.get(name) is not None:
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, fx.Node):
-                    yield leaf, bool(named[name].is_write)
-
-
-def _bases(node: fx.Node) -> list[fx.Node]:
-    return [base for base, _ in _aliased(node)]
-
-
 def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """What the memory that an operation writes to was made as, and all that it went through."""
-    left = [base for base, written in _aliased(node) if written]
+    """The nodes whose memory an operation writes to."""
+    left = [base for base, written in aliased(node) if written]
     while left:
         base = left.pop()
         yield base
-        left.extend(_bases(base))
+        left.extend(one for one, _ in aliased(base))
 
 
 _SUMS = (aten.add, aten.add_)
@@ -303,7 +283,7 @@ class _Choice:
         self.run, self.found = run, found
         self.modules = named_modules(model)
         self.kinds = {path: _kind(self.modules[path]) for path in found}
-        counts: dict[Any, int] = {}
+        counts: dict[Kind, int] = {}
         for kind in self.kinds.values():
             counts[kind] = counts.get(kind, 0) + 1
         self.repeated = {path for path, kind in self.kinds.items() if counts[kind] > 1}
@@ -358,7 +338,10 @@ class _Choice:
         )
 
 
-def _kind(module: nn.Module) -> Any:
+Kind = tuple[object, ...]  # the class of a module, and the kinds of its parts
+
+
+def _kind(module: nn.Module) -> Kind:
     """The classes of a module and its parts, but those without parameters (dropout of one rate is none at zero)."""
     parts = [child for child in module.children() if any(True for _ in child.parameters())]
     return type(module), tuple(map(_kind, parts))
@@ -371,7 +354,7 @@ def _is_own(module: nn.Module) -> bool:
 
 def constant_outputs(program: Program) -> list[bool]:
     """Which outputs of a program are tensors that its code makes, such as the length of a cache of each layer."""
-    outputs: Any = program.graph.output_node().args[0]
+    outputs: Tree = program.graph.output_node().args[0]
     return [one.op == "get_attr" and one.target in program.constants for one in outputs]
 
 
@@ -382,7 +365,7 @@ def shortened(program: Program, paths: Iterable[str]) -> Program:
     """
     run = _Run(program)
     blocks = [block for path in paths if (block := run.block(path)) is not None]
-    graph: Any = fx.Graph()
+    graph = fx.Graph()
     renamed: dict[fx.Node, fx.Node] = {}
     gone = {node: None for block in blocks for node in run.inside(block.call)}
     stands = {block.result: block.source for block in blocks}

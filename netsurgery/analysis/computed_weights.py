@@ -22,6 +22,8 @@ import torch
 from torch import fx
 
 from netsurgery.axes import Axis, find, leaves, lock
+from netsurgery.capture.inputs import Tree
+from netsurgery.capture.operations import aliased
 from netsurgery.capture.program import Program
 from netsurgery.notation import Operation
 
@@ -75,12 +77,12 @@ def is_moved(node: fx.Node) -> bool:
     """Whether a node is all of its input in other dimensions, or in another order of these."""
     if node.op != "call_function" or packet_of(node) is aten.expand or packet_of(node) is operator.getitem:
         return False
-    aliases = [argument.alias_info for argument in node.target._schema.arguments if argument.alias_info]  # type: ignore[union-attr]
-    return bool(aliases) and not any(a.is_write for a in aliases) and _count(node) == _count(node.all_input_nodes[0])
+    written = [written for _, written in aliased(node)]
+    return bool(written) and not any(written) and _count(node) == _count(node.all_input_nodes[0])
 
 
 def _count(node: fx.Node) -> int:
-    shape: Any = node.meta["shape"]
+    shape = node.meta["shape"]
     return -1 if isinstance(shape, list) else torch.Size(shape).numel()
 
 
@@ -98,13 +100,9 @@ def writers(node: fx.Node) -> list[fx.Node]:
     """The operations that write into a result, or into a view of it."""
     found = []
     for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        given = zip(schema.arguments, user.args, strict=False) if schema else ()
-        alias = next((a.alias_info for a, value in given if value is node and a.alias_info is not None), None)
-        if alias is not None and alias.is_write:
-            found.append(user)
-        elif alias is not None or user.target is operator.getitem:
-            found.extend(writers(user))
+        written = next((written for base, written in aliased(user) if base is node), None)
+        if written is not None:
+            found.extend([user] if written else writers(user))
     return found
 
 
@@ -128,7 +126,7 @@ class Computations:
     """A number for each computation: the same for nodes that compute the same from the same tensors."""
 
     def __init__(self) -> None:
-        self.numbers: dict[Any, int] = {}
+        self.numbers: dict[tuple[object, str], int] = {}
         self.known: dict[fx.Node, int] = {}
 
     def __call__(self, node: fx.Node) -> int:
@@ -137,12 +135,12 @@ class Computations:
                 self.known[one] = self.numbers.setdefault(self._what(one), len(self.numbers))
         return self.known[node]
 
-    def _what(self, node: fx.Node) -> Any:
+    def _what(self, node: fx.Node) -> tuple[object, str]:
         made = [node] if node.op == "call_function" else []
         written = [(one.target, self._arguments(one)) for one in (*made, *writers(node))]
         return node.target, repr(written)
 
-    def _arguments(self, node: fx.Node) -> Any:
+    def _arguments(self, node: fx.Node) -> Tree:
         numbers = {one: f"%{self.known[one]}" for one in node.all_input_nodes if one in self.known}
         return fx.node.map_arg((node.args, node.kwargs), lambda one: numbers.get(one, one.name))
 
@@ -174,13 +172,13 @@ class _Across:
 Mixed = dict[Axis, _Across]  # by channel
 
 
-def _flat(dims: Any) -> list[Axis]:
+def _flat(dims: Tree) -> list[Axis]:
     if isinstance(dims, Axis):
         return [dims]
     return [axis for one in dims or () if one is not None for axis in _flat(one)]
 
 
-def _counts(dims: Any) -> dict[Axis, int]:
+def _counts(dims: Tree) -> dict[Axis, int]:
     """How often each channel of more than one unit occurs in dimensions."""
     counts: dict[Axis, int] = {}
     for axis in _flat(dims):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -159,7 +158,7 @@ def _by_vector(node: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, tu
     return (one if vectors[0] is other else other), (vectors[0], resolve(node.meta["dims"][at[0]], {}))
 
 
-def _peeled(node: Any, factor: float = 1.0) -> tuple[fx.Node, float]:
+def _peeled(node: fx.Node, factor: float = 1.0) -> tuple[fx.Node, float]:
     """A node without views, copies and constant factors around it."""
     while node.op == "call_function" and "params" not in node.meta:
         packet = packet_of(node)

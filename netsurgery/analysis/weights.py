@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -211,7 +210,7 @@ def part(program: Program, wanted: list[fx.Node], whole: bool = False) -> Progra
 def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], constants: dict[str, Tensor]) -> fx.Node:
     if packet_of(node) is not torch.ops.aten.embedding_renorm_:
         return graph.node_copy(node, copies.__getitem__)
-    table: Any = node.args[0]
+    table = node.all_input_nodes[0]
     name = f"rows of {node.name}"  # all: whichever is looked up is normalised before
     constants[name] = torch.arange(table.meta["shape"][0])
     rows = graph.get_attr(name)
