@@ -1,4 +1,4 @@
-"""A notation for what an operation says about dimensions; it reads like einops.
+"""A notation for the dimensions of an operation's arguments and results; it reads like einops.
 
     name      a dimension: the same name is the same dimension
     *name     any number of dimensions
@@ -7,8 +7,8 @@
 
 ``"b (g i) *s, (g o) i *k, (g o) -> b (g o) *t"`` is a convolution with groups: operands stand left of the arrow,
 results right of it. A name that only one operand has, and no result, is worked across (a window, a kernel) and is
-locked; a name that only a result has is new and holds no channel. Roles follow: a parameter's dimension that the result
-lacks is consumed, one that only parameters bring is produced, one that inputs have too is carried along.
+locked; a name that only a result has is new and holds no channel. Roles follow from this: a parameter's dimension is
+consumed if the result lacks it, produced if only parameters have it, and carried along if inputs have it, too.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Operation:
         return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
 
     def reason(self, why: str) -> str:
-        """Why something is locked, with the operation, the module and the line."""
+        """A reason to lock, with the operation, the module and the line."""
         return f"{why}: {self.location}"
 
 
@@ -184,7 +184,7 @@ def names_in(operands: Iterable[tuple[Token, ...]]) -> set[str]:
 class _Names:
     """The dimensions that the names of a notation stand for."""
 
-    def __init__(self, op: Op | _Trial, known: dict[str, int]):
+    def __init__(self, op: Op | _SizesOnly, known: dict[str, int]):
         self.op, self.known = op, known
         self.axes: dict[str, Axis] = {}
         self.stars: dict[str, Dims] = {}
@@ -195,7 +195,7 @@ class _Names:
         self.op.unify(a, b)
 
     def meet(self, token: Token, axis: Axis) -> None:
-        """One name, or a product of names, is this dimension."""
+        """State that one name, or a product of names, is this dimension."""
         if len(token.names) == 1:
             self.identify(token.names[0], self.axes.setdefault(token.names[0], axis), axis)
             return
@@ -268,15 +268,15 @@ def _text(tokens: Iterable[Token]) -> str:
     return " ".join(f"[{text}]" if t.apart else text for t, text in zip(tokens, texts, strict=True))
 
 
-class _Trial:
-    """Stands in for an ``Op`` where only sizes are wanted."""
+class _SizesOnly:
+    """Takes the place of an ``Op`` where only sizes are computed."""
 
     unify = staticmethod(unify)
 
     fixed = staticmethod(channel)
 
     def lock(self, axis: Axis, why: str) -> None:
-        """Nothing is locked."""
+        """Lock nothing."""
 
 
 def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict[str, int]) -> list[tuple[int, ...]]:
@@ -286,7 +286,7 @@ def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict
         Misfit: the notation does not fit them.
     """
     left, right = parse(notation)
-    names = _Names(_Trial(), known)
+    names = _Names(_SizesOnly(), known)
     for tokens, shape in zip(left, shapes, strict=True):
         if shape is not None:
             list(names.read(tokens, tuple(map(channel, shape))))

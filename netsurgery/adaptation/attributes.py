@@ -1,4 +1,4 @@
-"""Integers on modules that repeat a dimension (``in_channels``, ``num_groups``, ...) follow it through a surgery."""
+"""Change integers on modules that repeat a dimension (``in_channels``, ``num_groups``, ...) with that dimension."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
     modules = named_modules(model)
     for path, attribute, old, new in _followers(network, modules, sizes):
         held = modules[path].__dict__[attribute]
-        if old != new and isinstance(held, int | tuple) and held == old:  # an array has no one answer
+        if old != new and isinstance(held, int | tuple) and held == old:  # arrays compare item by item
             setattr(modules[path], attribute, new)
 
 
 def settled(model: nn.Module, network: Network, sizes: Sizes) -> set[tuple[str, str]]:
-    """Path and name of the attributes whose meaning is known, also of those whose value stays."""
+    """The attributes whose meaning is known, by path and name, also those whose value stays."""
     modules = named_modules(model)
     return {
         (path, attribute)

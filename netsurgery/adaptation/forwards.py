@@ -104,7 +104,7 @@ class Rewritten:
 
     Attributes:
         netsurgery_class: its own class.
-        netsurgery_code: the source of its ``forward``. Long names: parts of a module may be called anything else.
+        netsurgery_code: the source of its ``forward``. The names are long, since modules may have parts of other names.
     """
 
     netsurgery_class: type
@@ -307,7 +307,7 @@ def kinds(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def joined(branches: Iterable[tuple[tuple[str, ...], str]]) -> str:
-    """One ``forward`` that tries those of several runs, each of which accepts some kinds of inputs.
+    """One ``forward`` that tries the ones of several runs, each of which accepts some kinds of inputs.
 
     Raises:
         Untraceable: they differ for inputs of one kind.
@@ -327,7 +327,7 @@ def joined(branches: Iterable[tuple[tuple[str, ...], str]]) -> str:
 
 
 def by_mode(in_eval: str, in_training: str) -> str:
-    """One ``forward`` that runs one of two, by the mode of the module."""
+    """One ``forward`` that runs the first in eval mode and the second in training."""
     head, passed = _head(in_eval)
     last = f"{head}\n    return (netsurgery_train if self.training else netsurgery_eval)({passed})\n"
     return "\n".join(
@@ -374,9 +374,9 @@ def _chunks(size: int, count: int) -> list[int]:
 
 
 def _written(graph: fx.Graph, values: SizeEvaluator) -> dict[int, int]:
-    """The new values of sizes that are written in the code and change, such as a number of heads.
+    """The new values of sizes that are written in the code and change, such as a number of heads, by old value.
 
-    Products of the sizes of one call are among them, as in ``view(n, 3, 4, c // 12)``.
+    Products of the sizes of one call count as sizes, as in ``view(n, 3, 4, c // 12)``.
     """
     by_call: dict[fx.Node, list[tuple[int, int]]] = {}
     for node, _, value, axis in _sizes_in(graph):

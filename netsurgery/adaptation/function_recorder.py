@@ -57,7 +57,7 @@ def _inlined(function: FunctionType) -> Function:
 
 
 def _reads_attribute(node: fx.Node) -> bool:
-    """True for a number that is computed from an attribute of the module."""
+    """True if a number is computed from an attribute of the module."""
     sources = [source for source in node.all_input_nodes if "value" in source.meta]
     return "attribute" in node.meta or any(map(_reads_attribute, sources))
 
@@ -111,8 +111,8 @@ class LockstepExecutor(MetaExecutor):
     """Runs in lockstep with the recorded operations of one call, and so knows the dimensions of each tensor.
 
     Args:
-        other_mode: the run is in training, beside one that was recorded in eval mode. Then each operation must read
-            the same dimensions and numbers, not only be the same one.
+        other_mode: the run is in training, and the recorded one was in eval mode. Then each operation must read the
+            same dimensions and numbers, and not only be the same.
     """
 
     def __init__(self, program: Program, call: Call, other_mode: bool = False):
@@ -146,7 +146,7 @@ class LockstepExecutor(MetaExecutor):
         return len(args) == len(node.args) and all(map(alike, args, node.args))
 
     def dims_of(self, tensor: Tensor, node: fx.Node) -> Dims | None:
-        """The dimensions of a tensor. A parameter or constant has those of the recorded one if it is named so."""
+        """The dimensions of a tensor; those of the recorded node for the parameter that this node names."""
         if id(tensor) in self.dims:
             return tuple(map(find, self.dims[id(tensor)]))
         name = self.recorder.names.get(id(tensor)) if self.recorder is not None else None
@@ -202,7 +202,7 @@ class FunctionRecorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """The operations that run now are part of a torch function."""
+        """Take the operations that run in this context as parts of a torch function."""
         before, self.busy = self.busy, True
         try:
             yield
@@ -211,7 +211,7 @@ class FunctionRecorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def pause(self, path: str) -> Iterator[None]:
-        """Record nothing: a submodule runs."""
+        """Record nothing in this context: a submodule runs."""
         self.paused, part = True, self.module.get_submodule(path)
         try:
             with torch._C.DisableTorchFunction(), self.effects.of(part) if self.effects else contextlib.nullcontext():
@@ -477,12 +477,12 @@ def _refuse_values(tensor: Tensor) -> Tensor:
 
 
 def _with_location(what: str) -> str:
-    """An action of the code, and its file and line."""
+    """The text for an action of the code, with its file and line."""
     return f"{what} {format_where(location())}".rstrip()
 
 
 def _called_by_torch() -> bool:
-    """True where torch's own code asks: it chooses among implementations with the same result."""
+    """True if torch's own code asks: it chooses among implementations with the same result."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back

@@ -27,10 +27,10 @@ __all__ = ["difference"]
 def difference(
     module: nn.Module, forward: Callable[..., Tree], call: Call, tensors: Mapping[str, Tensor], training: bool
 ) -> str | None:
-    """A difference between a ``forward`` and that of a module, called as it was when recorded; None if there is none.
+    """A difference between a ``forward`` and that of a module, for a recorded call; None if there is none.
 
-    Both run under autocast, which only adds to what is compared; without it where the module's own code
-    does not run so. Where that runs in neither way, there is nothing to differ from.
+    Both run under autocast, whose casts are compared, too, or without it where the module's own code does not run
+    under it. Where the module's code runs in neither way, no difference is found.
 
     Args:
         tensors: the model's, by name.
@@ -79,7 +79,7 @@ def _both(
 
 @contextlib.contextmanager
 def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iterator[None]:
-    """Gradients are recorded, whatever is around; autocast is on or off."""
+    """Record gradients, whatever context is around; switch autocast on if ``half``, else off."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
     with (
         torch.inference_mode(False),
@@ -95,7 +95,7 @@ def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iter
 
 
 def _without_data(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of a module without data; a parameter requires gradients, whether it is trained or not."""
+    """A tensor of a module without data; all parameters require gradients, also those that are not trained."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=_differs(tensor.dtype))

@@ -1,4 +1,4 @@
-"""Checks of the inputs of a rewritten ``forward``: it refuses kinds of inputs that it was not traced with.
+"""Check the inputs of a rewritten ``forward``: it refuses kinds of inputs that it was not traced with.
 
 Its graph is one path through the original code, and another kind of input may take another path.
 """
@@ -28,7 +28,7 @@ def _refuse(name: str, traced: str, found: str) -> None:
 
 
 def expect_tensor(value: object, dim: int, kind: str, name: str) -> None:
-    """Make sure of a tensor of ``dim`` dimensions that is "floating", "complex" or of the dtype ``kind``.
+    """Make sure that an input is a tensor of ``dim`` dimensions, and "floating", "complex" or of the dtype ``kind``.
 
     Raises:
         InputError: it is something else.
@@ -54,7 +54,7 @@ def expect_same(value: object, other: object, name: str) -> None:
 
 
 def expect_value(value: object, traced: object, name: str) -> None:
-    """Make sure of an argument that is no tensor.
+    """Make sure that an input that is no tensor has the traced value.
 
     Raises:
         InputError: it has another value.
@@ -64,7 +64,7 @@ def expect_value(value: object, traced: object, name: str) -> None:
 
 
 def expect_keys(value: Collection[str], traced: int | list[str], name: str) -> None:
-    """Make sure of the keys of a dictionary, or of the length of a list.
+    """Make sure that a dictionary has the traced keys, or a list the traced length.
 
     Raises:
         InputError: they are others.
@@ -81,10 +81,10 @@ EXPECTATIONS = (expect_tensor, expect_same, expect_value, expect_keys)
 
 
 def first_that_fits(branches: Sequence[Callable[..., T]], *args: object, **kwargs: object) -> T:
-    """The result of the first branch of a module's code whose checks pass; they are its first lines.
+    """The result of the first branch of a module's code that accepts the inputs; its first lines check them.
 
     Raises:
-        InputError: the checks of all fail; the message is that of the last.
+        InputError: no branch accepts them; the last one tells why.
     """
     for branch in branches[:-1]:
         with contextlib.suppress(InputError):

@@ -22,8 +22,8 @@ class ModelCode:
 
     Attributes:
         kinds: the class of each module, by path.
-        traces: of each call of a module, or why it cannot be traced; by program, path and whether in training.
-        differences: how gradients of a rewritten module differ from the code's, or None; by program, class and code.
+        traces: traces of the calls of a module, or the reason why there are none; by program, path and training mode.
+        differences: a difference between gradients of a rewritten module and the code's; by program, class and code.
         channels_of: the function of that name, which looks at each operation once.
     """
 
@@ -35,7 +35,7 @@ class ModelCode:
         self.channels_of = functools.cache(channels_of)
 
     def relevant_operations(self, program: Program, changed: Container[Axis]) -> list[int]:
-        """For each position: how many operations before it concern a changed group, or write to a tensor."""
+        """For each position the number of operations before it that concern a changed group or write to a tensor."""
         count = [0]
         for node in program.operations:
             matters = writes(target_of(node)) or any(axis in changed for axis in self.channels_of(node))

@@ -1,7 +1,7 @@
 """Trace a module's own code as a graph of torch functions.
 
 The module runs alone on tensors without data, in lockstep with one of its recorded calls. Where an argument is the size
-of a dimension, its node says of which (``node.meta["sizes"]``), so that the size can be computed again.
+of a dimension, the node names this dimension (``node.meta["sizes"]``), so that the size can be computed again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ModuleTrace:
     """One run of a module's own code, recorded in one mode.
 
     Attributes:
-        recorded: the graph as it was recorded; good to find which attributes its sizes come from.
-        doubts: reasons why the graph does not do what the code does, whatever the sizes.
+        recorded: the graph as it was recorded; it shows the attributes that sizes come from.
+        doubts: reasons why the graph acts otherwise than the code, whatever the sizes.
         rerun: records the code once more, in other dtypes or at other sizes.
         free: channels of the inputs that may be of any size.
         attributes: those of the module, by name.
@@ -72,7 +72,7 @@ class ModuleTrace:
         return graph
 
     def follows_dtypes(self, graph: fx.Graph) -> bool:
-        """Write named dtypes into a graph as constants. False if the code does other things in other dtypes."""
+        """Write named dtypes into a graph as constants. True if the code does the same in other dtypes."""
         try:
             return _separate_dtypes(graph, self.rerun(other_dtypes=True).graph)
         except Untraceable:
@@ -82,7 +82,7 @@ class ModuleTrace:
         """Make sure that the graph does what the code does for inputs of other sizes, where these run at all.
 
         Raises:
-            Untraceable: it does not: a loop runs once for each position, say.
+            Untraceable: it acts otherwise: a loop runs once for each position, say.
         """
         for chosen in (self.free, *([axis] for axis in self.free if len(self.free) > 1)):
             sizes = Sizes({axis: 2 * axis.size for axis in chosen})
@@ -108,7 +108,7 @@ def _keep_dtypes(graph: fx.Graph) -> None:
 def trace_module(module: nn.Module, program: Program, call: Call, network: Network, training: bool) -> ModuleTrace:
     """Record one call of a module, in eval mode or in training.
 
-    In training, a program that was recorded in eval mode will do where only dropout and the like differ.
+    In training, a program that was recorded in eval mode serves, too, where only dropout and the like differ.
 
     Raises:
         Untraceable: the code cannot be expressed as a graph; the message says why.
@@ -149,7 +149,7 @@ def trace_module(module: nn.Module, program: Program, call: Call, network: Netwo
 
 
 def _stores_again(meta: nn.Module, found: FunctionRecorder, record: Callable[[], FunctionRecorder]) -> bool:
-    """True if the code does the same where it finds the sizes that it has stored."""
+    """True if the code does the same once the sizes that it stores are there."""
     before = dict(meta.__dict__)
     meta.__dict__.update(found.written)
     second = record()

@@ -1,8 +1,8 @@
-"""Can each group be cut alone? One that cannot gets the same size as a group that the code mixes it up with, or a lock.
+"""Cut each group alone. One that cannot be gets the size of a group that the code confuses it with, or a lock.
 
 The code may run with all groups at half their sizes and not with one group alone: ``y.view_as(x)`` is right while both
-shrink alike. So all groups are tried at once, with different shares of their units left. Where that does not run, or
-sizes are too small for it, sets of groups are tried that separate those which the code of one module handles.
+shrink alike. So all groups are tried at once, with different shares of their units left. Where the code does not run
+so, or sizes are too small, sets of groups are tried that keep those apart which the code of one module handles.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _near(code: ModelCode, network: Network) -> nx.Graph:
 
 
 def _differing(network: Network, near: nx.Graph) -> tuple[dict[str, int], set[str]]:
-    """Numbers of units of which no two near groups keep the same share, and the groups that are too small for it."""
+    """Numbers of units with which near groups keep different shares, and the groups that are too small for that."""
     counts: dict[str, int] = {}
     unsure: set[str] = set()
     for names in _classes(network, near):
@@ -100,7 +100,7 @@ def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
 
 
 def _settled(code: ModelCode, network: Network, near: nx.Graph, found: Mapping[str, str]) -> Network:
-    """Give groups the size of a partner that helps, lock others; groups in like places share the search."""
+    """Give groups the size of a partner with which the code runs, or lock them; like places share the search."""
     partners: dict[str, str | None] = {}
     equal_sizes: list[tuple[str, ...]] = []
     locked: dict[str, str] = {}
@@ -119,7 +119,7 @@ def _settled(code: ModelCode, network: Network, near: nx.Graph, found: Mapping[s
 
 
 def _place(group: Group) -> str:
-    """Where a group occurs, the same in layers of other numbers."""
+    """The places of a group as text, with ``#`` for the numbers of layers."""
     return re.sub(r"\d+", "#", " ".join(f"{m.parameter}[{m.axis}]" for m in group.members))
 
 

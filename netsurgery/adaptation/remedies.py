@@ -35,7 +35,7 @@ __all__ = ["Remedies", "mentioned_names"]
 
 
 class Remedies:
-    """Runs the model's code at some sizes, and collects in ``adaptation`` what helps the modules that do not follow."""
+    """Runs the model's code at some sizes, and collects in ``adaptation`` remedies for modules that do not follow."""
 
     def __init__(
         self, code: ModelCode, network: Network, sizes: Sizes, changed: Mapping[Axis, str], hurry: bool = False
@@ -74,17 +74,17 @@ class Remedies:
         return checker
 
     def remedy(self, path: str, failure: Failure) -> Failure | None:
-        """Find something that may help a module; the next run says whether it does.
+        """Find a remedy that may help a module; the next run tells.
 
         Returns:
-            None, or where nothing is left to try the failure, with the reason why the code cannot be rewritten.
+            None; or the failure, where nothing is left to try, with the reason why the code cannot be rewritten.
         """
         if path in self.adaptation.code:
             return failure
         try:
             if self.by_attributes(path):
                 return None
-            if not path and path in self.branching:  # only sizes written in it are reason to touch the user's own class
+            if not path and path in self.branching:  # the user's own class is only rewritten for sizes written in it
                 self.adaptation.attributes.pop(path, None)
                 return failure
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
@@ -100,7 +100,7 @@ class Remedies:
         return None
 
     def by_attributes(self, path: str) -> bool:
-        """Try, once, the attributes that are sizes of dimensions. False if they alone cannot be enough.
+        """Try, once, the attributes that are sizes of dimensions. True if they may be enough.
 
         Raises:
             Untraceable: the code cannot be traced.
@@ -167,7 +167,7 @@ class Remedies:
         Modules of one class whose code did the same are compared once.
 
         Raises:
-            Untraceable: it has not; the message says where they differ.
+            Untraceable: they differ; the message says where.
         """
         program = self.recorded(path)
         runs = [run for training in (False, True) for run in self.traces(path, training)]

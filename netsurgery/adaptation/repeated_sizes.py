@@ -1,8 +1,8 @@
 """Numbers of modules that repeat a size and that no forward needs: ``self.ch``, ``groups`` of a wrapper, a config.
 
 Code that folds branches, changes a head or prints a layer reads them. The name of such a number and the dimensions in
-its module say which size it is. It follows if all dimensions that it can be the size of get one and the same size; if
-not, it stays and is reported.
+its module tell which size it is. The number follows if all dimensions that it may stand for get the same size; if not,
+it stays and is reported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _OTHER = {
     "seed", "seq", "stage", "stages", "step", "steps", "stride", "strides", "token", "tokens", "upscale", "version",
     "vocab", "window", "workers", "world",
 }  # fmt: skip
-#: Words of numbers that may be a width. Under other names a number that is like a size stays, and is named.
+#: Words of numbers that may be a width. A number under another name that equals a size stays, and is reported.
 _WIDTH = {
     "base", "bottleneck", "c", "ch", "chan", "channel", "channels", "chans", "chs", "cmid", "d", "dim", "dims", "emb",
     "embed", "embedding", "embeddings", "expanded", "feat", "feats", "feature", "features", "ff", "ffn", "filter",
@@ -77,7 +77,7 @@ class Repeat:
 
     @property
     def follows(self) -> bool:
-        """True if it gets another value."""
+        """True if the attribute gets another value."""
         return self.new is not self.old
 
     def kept(self) -> Repeat:
@@ -88,7 +88,7 @@ class Repeat:
 
 
 def withdrawn(found: list[Repeat], path: str, read: Container[str]) -> list[Repeat]:
-    """The same attributes; those that follow and that code at a path may compute with keep their value.
+    """The same attributes, but those that code at a path may compute with keep their value.
 
     Args:
         read: names that this code mentions.
@@ -109,8 +109,8 @@ def repeats(
     """The attributes of a model that repeat sizes that change.
 
     Args:
+        needed: path and name of attributes that the code needs: these have their new values already.
         dropped: paths of modules that go, whose sizes say nothing of the others.
-        needed: path and name of those that its code needs: these have their values already.
     """
     changing = {axis.size for axes in network.axes.values() for axis in axes if sizes(axis) != axis.size}
     modules = named_modules(model)
@@ -154,7 +154,7 @@ def _fields(value: object) -> Kwargs | None:
 
 
 def _is_number(value: object) -> TypeGuard[int]:
-    """True for an integer, also one of numpy."""
+    """True if a value is an integer, also one of numpy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -182,7 +182,7 @@ class _Follower:
         self.stays: list[tuple[str, str]] = []
 
     def new(self, value: Tree, word: str, label: str) -> Tree:
-        """A value in which numbers follow; the same object if none does. ``word`` is the nearest name."""
+        """The value with new numbers; the same object if all stay. ``word`` is the innermost name that it has."""
         if _is_number(value):
             become = self.number(int(value), word, label)
             return value if become == value else type(value)(become)
@@ -249,13 +249,13 @@ class _Evidence:
                         self.ends.setdefault((call.path, end), {}).setdefault(axis.size, set()).add(sizes(axis))
 
     def note(self, into: dict[str, New], path: str, axis: Axis) -> None:
-        """A module, and so all modules around it, has a dimension, with its parts and factors."""
+        """Note that a module, and so all modules around it, has a dimension, with its parts and factors."""
         for part in _terms(axis):
             for around in (path, *_around(path)):
                 into.setdefault(around, {}).setdefault(part.size, set()).add(self.sizes(part))
 
     def of(self, path: str, name: str, number: int) -> set[int]:
-        """The new sizes of the dimensions that a number of a module may repeat; none if its name says it is no size."""
+        """The new sizes of the dimensions that a number of a module may repeat; none if its name is not of a size."""
         words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
         if number < 2 or words & _OTHER or (words & _HEADS and not words & _WITHIN):
             return set()
@@ -290,6 +290,6 @@ def _around(path: str) -> list[str]:
 
 
 def _common(paths: Iterable[str]) -> str:
-    """The innermost module that holds all of these."""
+    """The path of the innermost module that holds all of these modules."""
     first, *rest = [[*_around(path), path] for path in paths]
     return [path for path in first if all(path in other for other in rest)][-1]

@@ -1,7 +1,7 @@
 """The integers of a call that are sizes of dimensions: those of ``view``, the bounds of slices, the parts of ``split``.
 
 ``SIZES`` is the table, from the name of a torch function to a function of its call. Each returns the arguments in one
-fixed order, and where among them a size stands.
+fixed order, and the places of sizes among them.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ class Failure:
 
     Attributes:
         reasons: for each group that must not change: the reason.
-        suspected_in: the module that holds these groups where the code does not say which of them it is about; None
-            where an operation does.
+        suspected_in: the module that holds these groups, where it is not known which of them the code cannot follow;
+            None where an operation tells.
     """
 
     reasons: dict[str, str] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def _first_units(sizes: Sizes) -> Callable[[Axis], Tensor]:
 def known_values(
     network: Network, sizes: Sizes, meta: nn.Module, names: Mapping[int, str], inputs: Inputs
 ) -> KnownValues:
-    """The values of a model's tensors at other sizes, and of its inputs, where they are known: integers."""
+    """The known values of a model's tensors at other sizes, and of its inputs: integers."""
     values = KnownValues(next((t.device for t in network.tensors.values()), torch.device("cpu")))
     for _, tensor in named_tensors(meta):
         if (name := names.get(id(tensor), "")) in network.tensors and not is_number(tensor):
@@ -70,7 +70,7 @@ _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class SizeChecker(Lockstep):
-    """Compares the operations of a run at new sizes with the recorded ones; ``failures`` has what differs."""
+    """Compares the operations of a run at new sizes with the recorded ones, and collects ``failures`` by module."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class SizeChecker(Lockstep):
         self.attribute_to_module(f"the code {does} other sizes ({first}){place}", path, branching=not shapes)
 
     def reads_the_predicted(self, call: Call, args: Args) -> bool:
-        """True for a linear layer that reads the predicted tensor; memory layout decides which operations it runs."""
+        """True if a linear layer reads the predicted tensor: memory layout decides which operations it runs."""
         given = call.args[0] if self.kinds[call.path] in _LINEAR and len(call.args) == 1 and not call.kwargs else None
         if not isinstance(given, fx.Node) or self.sources.get(id(args[0])) != self.origin(given):
             return False
@@ -170,13 +170,13 @@ class SizeChecker(Lockstep):
             self.attribute_to_module(reason, path, branching=False)
 
     def attribute_to_module(self, reason: str, path: str, branching: bool = True) -> None:
-        """Note a failure of the groups in the innermost module around a path that holds a changed one.
+        """Note a failure of the changed groups in the innermost module around a path that holds any.
 
         Args:
             branching: the code does more with sizes than to write them down.
 
         Raises:
-            RewriteError: no module does.
+            RewriteError: no module holds any.
         """
         if branching:
             self.branching.add(path)
@@ -319,7 +319,7 @@ class SizeChecker(Lockstep):
         return False
 
     def substitute(self, node: fx.Node, args: Args, predicted: list[Shape | None]) -> Tree:
-        """Go on with tensors of the predicted sizes, to find all obstacles in one run."""
+        """Results of the predicted sizes, with which the run goes on to find all obstacles."""
         given = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
         dtype = node.meta.get("dtype", given)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]

@@ -47,7 +47,7 @@ def _node_of(value: object) -> Any:
 
 
 def _arithmetic(function: Callable[..., float], reverse: bool = False) -> Callable[..., float]:
-    """Arithmetic: the result of integers is traced; a result with a fraction is a constant, guarded."""
+    """A method for arithmetic. The result of integers is traced; one with a fraction is a constant, and guarded."""
 
     def compute(self: TracedInt, *others: Any) -> Any:
         operands = (*others, self) if reverse else (self, *others)
@@ -73,7 +73,7 @@ def _constant_result(function: Callable[..., float], operands: Args) -> float:
 
 
 def _comparison(function: Callable[..., bool]) -> Callable[..., bool]:
-    """Comparison: the branch that the code then takes is right only while the answer is the same."""
+    """A method for a comparison. A guard makes sure that the answer, and so the branch of the code, stays."""
 
     def compare(self: TracedInt, other: object) -> Any:
         if not isinstance(other, int | float):
@@ -157,11 +157,11 @@ class SizeEvaluator:
         self.memo: dict[fx.Node, Tree] = {}
 
     def free(self, axis: Axis) -> bool:
-        """True for a dimension that has other sizes for other inputs: batch, space, time."""
+        """True if a dimension has other sizes for other inputs: batch, space, time."""
         return any(leaf not in self.units for leaf in leaves(axis))
 
     def depends(self, value: object) -> bool:
-        """True for a number that depends on the inputs of the module."""
+        """True if a number depends on the inputs of the module."""
         if not isinstance(value, fx.Node):
             return False
         axis = value.meta.get("axis")

@@ -1,7 +1,7 @@
 """Residual blocks: modules whose output is their input plus something, so that the network works without them.
 
-They are found on the recorded graph, not by names: a module that runs once, whose output is the sum of its first input
-and of branches that it computes from it, whatever norms and activations come between and after. Nothing but the output
+They are found on the recorded graph, not by names. Such a module runs once. Its output is the sum of its first input
+and of branches computed from this input, whatever norms and activations come between and after. Nothing but the output
 is read outside of the run.
 """
 
@@ -32,7 +32,7 @@ Place = tuple[Hashable, ...]  # indices and keys that lead to a part of nested t
 
 
 def places(value: Tree) -> dict[fx.Node, Place]:
-    """Where each node stands first, in order, in nested tuples, lists and dictionaries."""
+    """The first place of each node in nested tuples, lists and dictionaries, in order."""
     found: dict[fx.Node, Place] = {}
 
     def visit(value: object, place: Place) -> None:
@@ -71,17 +71,17 @@ class Block:
 
     @property
     def given(self) -> Place:
-        """Where the source stands in ``(args, kwargs)``."""
+        """The place of the source in ``(args, kwargs)``."""
         return places((self.call.args, self.call.kwargs))[self.source]
 
     @property
     def returned(self) -> Place:
-        """Where the result stands in what the module returns."""
+        """The place of the result in the value that the module returns."""
         return places(self.call.out)[self.result]
 
 
 class _Run:
-    """One recorded program, and where its nodes stand among the operations."""
+    """One recorded program, and the places of its nodes among the operations."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -126,7 +126,7 @@ class _Run:
         return Block(path, call, source, result)
 
     def _escapes(self, call: Call, inside: Mapping[fx.Node, None], result: fx.Node) -> bool:
-        """Whether anything but the result is read outside of a call, or it writes where others read."""
+        """True if more than the result of a call is read outside of it, or if it writes where others read."""
         kept = {node for node in call.kept if isinstance(node, fx.Node)}
         for node in inside:
             outside = [user for user in node.users if user not in inside]
@@ -137,7 +137,7 @@ class _Run:
         return False
 
     def _read_later(self, root: fx.Node, call: Call, inside: Mapping[fx.Node, None]) -> bool:
-        """Whether memory from outside that a call writes to is read from then on, but through its result."""
+        """True if memory from outside that a call writes to is read later, otherwise than through its result."""
         if root.op == "get_attr":
             return not is_within(str(root.target), call.path)
         return any(True for _ in self._users(root, call.begin, inside))
@@ -158,13 +158,13 @@ class _Run:
                     left.append(user)
 
     def _clash(self, call: Call, inside: Mapping[fx.Node, None], source: fx.Node, result: fx.Node) -> bool:
-        """Whether code writes to the source or the result later and reads the other: they would be one tensor."""
+        """True if later code writes to the source or the result and reads the other: without the block they are one."""
         users = [[*self._users(node, call.end, inside)] for node in (source, result)]
         return all(users) and any(written for some in users for _, written in some)
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two tensors have the same dimensions."""
+    """True if two tensors have the same dimensions."""
     a, b = one.meta["dims"], other.meta["dims"]
     same_type = one.meta.get("dtype") == other.meta.get("dtype")
     return same_type and len(a) == len(b) and all(map(_same, a, b))
@@ -211,11 +211,11 @@ class _Stream:
                 self.computed[node] = None
 
     def sums(self, node: fx.Node) -> int:
-        """How many branches are added to the source to give a node; 0 where it is no such sum."""
+        """The number of branches that are added to the source to give a node; 0 for a node that is no such sum."""
         return max(0, self._count(node))
 
     def _count(self, node: fx.Node) -> int:
-        """The number of branches; -1 where the way back does not lead to the source."""
+        """The number of branches; -1 where the way back from a node does not lead to the source."""
         if node not in self.counts:
             self.counts[node] = self._counted(node) if node in self.inside else -1
         return self.counts[node]
@@ -236,9 +236,9 @@ class _Stream:
 def residual_blocks(model: nn.Module, programs: Sequence[Program]) -> tuple[Block, ...]:
     """The blocks of a model that can be left out, in the order in which they run.
 
-    Of nested ones the outermost that repeat are taken, as a decoder layer and not the part of it that attends; modules
-    that only run a series of such blocks are no blocks. A block that runs several times, that shares parameters with
-    something else, or of which anything but the output is read elsewhere, is none.
+    Among nested candidates, the outermost that repeat are taken: a decoder layer, and not its attention. Modules that
+    only run a series of such blocks are no blocks. Nor are modules that run several times, that share parameters with
+    others, or of which more than the output is read elsewhere.
 
     Example:
         >>> import torch, netsurgery
@@ -308,7 +308,7 @@ class _Choice:
         return [] if self._runs_again(path) else [path]
 
     def _is_part(self, path: str) -> bool:
-        """Whether a module around a candidate is no block itself, but its like elsewhere is."""
+        """True if a module around a candidate is no block itself, but modules of its class are."""
         parts = path.split(".")
         around = [".".join(parts[:i]) for i in range(1, len(parts))]
         return any(
@@ -318,20 +318,20 @@ class _Choice:
         )
 
     def _is_series(self, path: str) -> bool:
-        """Whether a module only runs blocks that are alike: several, or one in a container."""
+        """True if a module only runs blocks that are alike: several, or one in a container."""
         inner = self.within.get(path, [])
         if len({self.kinds[one] for one in inner}) != 1 or not self._adds_nothing(path):
             return False
         return len(inner) > 1 or not _is_own(self.modules[path])
 
     def _adds_nothing(self, path: str) -> bool:
-        """Whether all operations of a module are those of candidates in it."""
+        """True if all operations of a module are operations of candidates in it."""
         calls = [self.found[one].call for one in self.within.get(path, [])]
         call = self.found[path].call
         return sum(one.end - one.begin for one in calls) == call.end - call.begin
 
     def _runs_again(self, path: str) -> bool:
-        """Whether a part with parameters runs several times in a module: shared blocks."""
+        """True if a part with parameters runs several times in a module: shared blocks."""
         return any(
             is_within(one, path) and len(calls) > 1 and any(True for _ in self.modules[one].parameters())
             for one, calls in self.run.calls.items()
@@ -348,12 +348,12 @@ def _kind(module: nn.Module) -> Kind:
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Whether a class says what its modules do; one of torch's containers does not."""
+    """True if a module is not one of torch's containers, whose class does not tell what it does."""
     return type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def constant_outputs(program: Program) -> list[bool]:
-    """Which outputs of a program are tensors that its code makes, such as the length of a cache of each layer."""
+    """For each output of a program, True if its code makes that tensor, such as the length of a cache of each layer."""
     outputs: Tree = program.graph.output_node().args[0]
     return [one.op == "get_attr" and one.target in program.constants for one in outputs]
 
@@ -361,7 +361,7 @@ def constant_outputs(program: Program) -> list[bool]:
 def shortened(program: Program, paths: Iterable[str]) -> Program:
     """A recorded program without some blocks: their operations go, and their input stands for their output.
 
-    Constants are no outputs of it: how many there are may depend on the number of blocks.
+    Constants are no outputs of it: their number may depend on the number of blocks.
     """
     run = _Run(program)
     blocks = [block for path in paths if (block := run.block(path)) is not None]

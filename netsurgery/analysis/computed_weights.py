@@ -1,4 +1,4 @@
-"""Weights that the code computes from others, and what a removal must not do to them.
+"""Weights that the code computes from others: a removal must not change the entries that stay.
 
 A weight norm divides a filter by its length, weight standardisation by its deviation, spectral norm by its largest
 singular value: where some of the inputs go, the same code makes another weight of the rest. But the entries of a
@@ -69,12 +69,12 @@ def meetings(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def packet_of(node: fx.Node) -> Any:
-    """The operator of a node, whatever its overload."""
+    """The operator of a node, without its overload."""
     return getattr(node.target, "overloadpacket", node.target)
 
 
 def is_moved(node: fx.Node) -> bool:
-    """Whether a node is all of its input in other dimensions, or in another order of these."""
+    """True if a node holds all of its input, in other dimensions or in another order of dimensions."""
     if node.op != "call_function" or packet_of(node) is aten.expand or packet_of(node) is operator.getitem:
         return False
     written = [written for _, written in aliased(node)]
@@ -123,7 +123,7 @@ def ancestors(node: fx.Node) -> dict[fx.Node, None]:
 
 
 class Computations:
-    """A number for each computation: the same for nodes that compute the same from the same tensors."""
+    """Numbers nodes: those that compute the same from the same tensors get the same number."""
 
     def __init__(self) -> None:
         self.numbers: dict[tuple[object, str], int] = {}
@@ -146,13 +146,13 @@ class Computations:
 
 
 def is_stream(node: fx.Node) -> bool:
-    """Whether a result of parameters is a stream of activations: layers worked on it, and none has it as its weight."""
+    """True if a result of parameters is a stream of activations: layers made it, and none has it as its weight."""
     worked_on = any(packet_of(one) in _PRODUCTS for one in ancestors(node))
     return worked_on and not any("params" not in user.meta and _reads_weight(user, node) for user in node.users)
 
 
 def _reads_weight(user: fx.Node, node: fx.Node) -> bool:
-    """Products of several matrices each, as in attention, are of activations."""
+    """True if an operation has a node as its weight; products of batches of matrices, as in attention, have none."""
     batched = packet_of(user) in (aten.bmm, aten.baddbmm)
     return packet_of(user) in _WEIGHT_OF or (batched and node.meta["dims"][0].size == 1)
 
@@ -162,7 +162,7 @@ def _reads_weight(user: fx.Node, node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Across:
-    """An operation that makes a result depend on other units than its own; whether it is a layer, and linear."""
+    """An operation whose result at one unit depends on others; it may be a layer, and may be linear."""
 
     node: fx.Node
     layer: bool
@@ -179,7 +179,7 @@ def _flat(dims: Tree) -> list[Axis]:
 
 
 def _counts(dims: Tree) -> dict[Axis, int]:
-    """How often each channel of more than one unit occurs in dimensions."""
+    """The number of times that each channel of more than one unit occurs in dimensions."""
     counts: dict[Axis, int] = {}
     for axis in _flat(dims):
         for leaf in leaves(axis):
@@ -225,7 +225,7 @@ def worked_across(node: fx.Node) -> Mixed:
 
 
 def _join(one: Mixed, other: Mixed) -> Mixed:
-    """Both together; of two operations for one channel, the one that is less like a layer counts."""
+    """Join both; where both have an operation for a channel, the one that is less like a layer counts."""
     joined = dict(one)
     for leaf, across in other.items():
         known = joined.get(leaf)
@@ -369,7 +369,7 @@ def _scale(of: _Computed, weight: fx.Node, wanted: list[Axis], alone: _Alone) ->
 
 
 def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node, set[Axis]] | None:
-    """The parameter of a weight whose rows are only cut down to a largest norm: it can hold the limited rows."""
+    """The parameter of a weight whose rows are only limited to a largest norm: it can hold the limited rows."""
     core = peeled(weight)
     written = [one for one in writers(core) if packet_of(one) in _LIMITS]
     if written and (packet_of(written[0]) is aten.embedding_renorm_ or written == writers(core)):
@@ -384,12 +384,12 @@ def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node
 
 
 def _fits(scale: fx.Node, weight: fx.Node) -> bool:
-    """Whether each dimension of a parameter is one of the weight."""
+    """True if each dimension of a parameter is a dimension of the weight."""
     return None not in aligned_dims(scale, weight)
 
 
 def aligned_dims(scale: fx.Node, weight: fx.Node) -> list[int | None]:
-    """For each dimension of a factor of a weight that of the weight, or None; without dimensions of size one."""
+    """For each dimension of a factor, but those of size one, the dimension of the weight that it is, or None."""
     own = [find(axis) for axis in peeled(weight).meta["dims"]]
     shift = len(own) - len(scale.meta["dims"])
     direct = all(packet_of(user) in {*_MULTIPLIED, aten._weight_norm_interface} for user in scale.users)

@@ -1,4 +1,4 @@
-"""Say what an operation or a module of your own does to dimensions, or correct what is said of one."""
+"""Rules of your own: how an operation, or a class of modules, relates dimensions."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def rule(
             in ``"b [n] c -> b n c"``, locks that dimension.
         operands: the names of the tensor arguments in the order of the notation. By default those of the operation's
             schema, or of the module's ``forward``. Tensors that are not named are locked.
-        parameters: for a module, what the dimensions of its parameters and buffers are: ``{"weight": "o i"}``. Those
-            that are not named are locked.
+        parameters: for a module, the dimensions of its parameters and buffers: ``{"weight": "o i"}``. Those that are
+            not named are locked.
         sizes: name of a dimension -> the integer argument (for a module: attribute) that holds its size. Needed inside
             products: ``"b (h d) -> b h d"`` with ``{"h": "num_heads"}``.
 
-    A rule is believed. ``verify`` tests it as far as it can: it gives the operation zeros in place of removed units, so
+    Nothing checks a rule but ``verify``, as far as it can: it gives the operation zeros in place of removed units. So
     it reports a difference where a rule is wrong, and also where the operation takes statistics over units (a norm).
 
     Returns:
@@ -134,7 +134,7 @@ class _Relation:
         return self.notation
 
     def validate(self, key: Key, arguments: list[str]) -> None:
-        """Raise ValueError where the rule cannot be meant."""
+        """Raise ValueError for names that do not fit together."""
         left, right = parse(self.notation)
         if unknown := [name for name in self.operands if name not in arguments and not name.startswith("self.")]:
             raise ValueError(f"it has no argument '{unknown[0]}', only {', '.join(arguments)}")

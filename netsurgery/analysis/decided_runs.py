@@ -21,7 +21,7 @@ __all__ = ["run_with_decisions"]
 class _DecisionReplay(Lockstep):
     """Runs a model's code with the decisions of a recorded run, and notes the numbers that these are taken from.
 
-    Random numbers are those that were ``drawn`` in another run, by the operation that drew them.
+    Its random numbers are the ones that the same operations drew in another run: ``drawn``.
     """
 
     def __init__(self, program: Program, values: ConcreteValues, units: Units, drawn: Drawn):

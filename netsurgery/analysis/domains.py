@@ -1,4 +1,4 @@
-"""Operations that give no number for some values, such as logarithms, and what is known of the values they get.
+"""Operations that give no number for some values, such as logarithms, and the signs of their arguments.
 
 A weight of zero does not hide a unit that is no number: zero times NaN is NaN.
 """
@@ -26,7 +26,7 @@ _NEEDS = {
 _POSITIVE = {"exp", "exp2", "sigmoid", "softplus", "_softmax", "cosh", "rsqrt"}
 _NOT_NEGATIVE = {"relu", "abs", "square", "var", "std", "linalg_vector_norm", "norm", "sqrt"}
 _PLACE = {"div": 1, "xlogy": 1, "addcdiv": 2}  # of that argument, where it is not the first
-#: What is as positive as the argument is.
+#: Results of these are positive, or not negative, where their argument is.
 _KEEPS = {
     "mean", "sum", "amax", "amin", "expand", "unsqueeze", "squeeze", "view", "_unsafe_view", "permute", "transpose",
     "t", "clone", "_to_copy", "alias", "detach", "select", "slice", "reciprocal", "sqrt", "cumsum",
@@ -39,7 +39,7 @@ def is_limited(node: fx.Node) -> bool:
 
 
 def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
-    """The channels at whose units an operation may give no number, or an infinite one, if their values are not known.
+    """The channels of units at which an operation may give no number, or an infinite one, for all that is known.
 
     Args:
         tensors: of the model, by name.
@@ -61,7 +61,7 @@ def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
 
 
 def _name(node: fx.Node) -> str:
-    """The name of an operation, whether it is done in place or not."""
+    """The name of an operation, the same for the one in place."""
     schema = schema_of(node)
     return "" if schema is None else schema.name.partition("::")[2].removesuffix("_")
 

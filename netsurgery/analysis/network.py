@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -34,7 +34,7 @@ from netsurgery.capture.program import Program
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 
-__all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse"]
+__all__ = ["Group", "Member", "Network", "Role", "Unit", "analyse", "places_of"]
 
 Role = Literal["produces", "consumes", "carries"]
 
@@ -63,7 +63,7 @@ class Group:
         members: where they occur, in the order of the state dict.
         locked: why none may be removed, or None.
         channel: the group's place in the expressions of dimensions.
-        unit: what its units are: attention heads, dimensions within heads, groups of a convolution or normalisation,
+        unit: the sort of its units: attention heads, dimensions within heads, groups of a convolution or normalisation,
             ranks of a low-rank product, or channels of any other sort.
     """
 
@@ -79,6 +79,11 @@ class Group:
         return f"Group({self.name!r}, size={self.size}, unit={self.unit!r}, {len(self.members)} members{locked})"
 
 
+def places_of(groups: Iterable[Group], role: Role) -> Iterator[tuple[str, int, Axis]]:
+    """The places where tensors have the units of groups in one role: parameter, dimension and channel."""
+    return ((m.parameter, m.axis, group.channel) for group in groups for m in group.members if m.role == role)
+
+
 @dataclass(frozen=True)
 class Network:
     """A traced model; see the module's docstring.
@@ -92,8 +97,8 @@ class Network:
         inputs: the example inputs: positional and keyword.
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
-        comparable: whether scores mean the same in every group, as increases of the loss do.
-        ordinal: whether they only rank units, as LAMP's do; such scores must not be divided by costs.
+        comparable: True if scores mean the same in every group, as increases of the loss do.
+        ordinal: True if scores only rank units, as LAMP's do; such scores must not be divided by costs.
         block_scores: importance of residual blocks, by path, laid on by passes that score them.
         original: the model that earlier passes have made this one from; modules are named as in it.
     """
@@ -214,8 +219,8 @@ class Network:
 
         Args:
             scores: of each unit, ``(units,)`` for each group.
-            comparable: whether they mean the same in every group.
-            ordinal: whether they only rank units, and are not to be divided by costs.
+            comparable: True if they mean the same in every group.
+            ordinal: True if they only rank units, and must not be divided by costs.
         """
         return dataclasses.replace(self, scores=dict(scores), comparable=comparable, ordinal=ordinal)
 
@@ -388,7 +393,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
 
 
 def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
-    """Lock the part of a position embedding or a mask that only inputs longer than the recorded one need."""
+    """Lock the part of a position embedding or a mask that only longer inputs than the recorded ones need."""
     working = {leaf for _, _, axis, role in analysis.roles if role in ("produces", "consumes") for leaf in leaves(axis)}
     read: set[Axis] = set()
     idle: set[Axis] = set()
@@ -406,7 +411,7 @@ _CUTS = (torch.ops.aten.slice.Tensor, operator.getitem)
 
 
 def _reads(node: fx.Node, leaf: Axis) -> bool:
-    """Whether anything is computed from the units of one channel of a tensor."""
+    """True if anything is computed from the units of one channel of a tensor."""
     seen, left = {node}, [node]
     while left:
         for user in left.pop().users:

@@ -1,4 +1,4 @@
-"""A recorded graph runs on real tensors, with the decisions of the recorded run."""
+"""Run a recorded graph on real tensors, with the decisions of the recorded run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from netsurgery.notation import Operation
 
 __all__ = ["Drawn", "Numbers", "Units", "Values", "draws", "inputs_read", "replay", "run", "units_in", "with_constants"]
 
-Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
+Units = Callable[[Axis], Tensor]  # the units of a channel, in order
 
 
 Drawn = dict[torch.fx.Node, Tree]  # by operation: the random numbers that it drew

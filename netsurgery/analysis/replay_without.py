@@ -1,6 +1,6 @@
-"""A recorded graph runs without some units: these contribute nothing, and statistics are taken over what stays.
+"""Run a recorded graph without some units: they contribute nothing, and statistics are taken over the other units.
 
-The oracle of ``netsurgery.verification`` says the same in other words, on purpose, and neither uses the other.
+The oracle of ``netsurgery.verification`` computes the same by other code, on purpose; neither uses the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Statistics over what stays: a tensor is cut to it, the operation runs on the smaller tensor, zeros fill the rest."""
+"""Statistics over the units that stay: the operation runs on a tensor of these alone, and zeros fill the rest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights as layers use them: parameters, and what the code computes from parameters alone.
+"""Weights as layers use them: parameters, and results that the code computes from parameters alone.
 
-A weight norm, a mask, a low-rank update, a scale of the learning rate: the result says what a unit weighs, and the
-parameters that go into it do not.
+Such are weight norms, masks, low-rank updates and scales of the learning rate: the norm of a unit is one of the result,
+and not of the parameters that go into it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """An axis of a weight that carries the units of a group, and what they do there."""
+    """An axis of a weight that carries the units of a group, and their role there."""
 
     weight: Weight
     axis: int
@@ -74,7 +74,7 @@ class Use:
 
 
 def is_computed(node: fx.Node) -> bool:
-    """Whether a node is not just a parameter, or another view of one."""
+    """True if a node is more than a parameter or a view of one."""
     core = peeled(node)
     return core.op != "get_attr" or bool(writers(core))
 
@@ -191,7 +191,7 @@ def part(program: Program, wanted: list[fx.Node], whole: bool = False) -> Progra
     """The part of a program that computes some nodes.
 
     Args:
-        whole: whether computations still see all units, as before a removal.
+        whole: True if computations still see all units, as before a removal.
     """
     needed: dict[fx.Node, None] = {}
     for node in wanted:
@@ -221,7 +221,7 @@ def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], cons
 
 
 def no_inputs(tensors: Mapping[str, Tensor]) -> Inputs:
-    """Inputs for a part of a program that takes none: an empty tensor, which says on which device to run."""
+    """Inputs for a part of a program that takes none: an empty tensor on the device to run on."""
     return tuple(tensor.new_empty(0) for tensor in list(tensors.values())[:1]), {}
 
 
@@ -243,7 +243,7 @@ def evaluated(program: Program, nodes: list[fx.Node], tensors: Mapping[str, Tens
 
 
 def _unknown(program: Program, node: fx.Node) -> str:
-    """Why a node has no value without data, or nothing."""
+    """The reason why a node has no value without data; empty where it has one."""
     for one in ancestors(node):
         if one.op == "placeholder":
             return "activations are written into it"

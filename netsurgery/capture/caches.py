@@ -65,7 +65,7 @@ def _boxes(names: Iterable[str], held: Iterable[tuple[type, Names]]) -> list[Box
 
 
 def _meta_keys(now: Mapping[Any, object], old: Mapping[Any, object]) -> list[Any]:
-    """Keys under which a tensor without data stands that did not before."""
+    """The keys under which a tensor without data has been put."""
     return [key for key, value in now.items() if old.get(key) is not value and _holds_meta(value)]
 
 
@@ -83,10 +83,10 @@ def _put_back(box: Box, old: dict[Any, object] | list[object]) -> None:
 
 @contextlib.contextmanager
 def caches_passed_by(model: nn.Module, kind: type) -> Iterator[None]:
-    """Let cached functions of a model's code, and of all that it imports, run again for arguments of some kind.
+    """Let cached functions run again for arguments of one class, in a model's code and in all that it imports.
 
-    Such arguments are integers that remember which size they come from. A result that was cached for an equal plain
-    integer would not remember it.
+    Such arguments are integers that remember their size's node in a graph. A result that was cached for an equal plain
+    integer does not have this node.
     """
     places = [place for names in _reachable(_seen_by(model)) for place in _look_up(names, _cached)]
     places = [(names, name, wrapper) for names, name, wrapper in places if names.get(name) is wrapper]
@@ -120,7 +120,7 @@ def _own(model: nn.Module) -> list[str]:
 
 
 def _seen_by(model: nn.Module) -> list[Names]:
-    """The globals of the code of a model's parts; a class made by a function may have others than its module."""
+    """The globals of the code of a model's parts; a class that a function makes may have others than its module."""
     owners: list[object] = list(model.modules())  # a module may have a forward of its own
     owners += dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
     methods = [value for owner in owners for value in vars(owner).values() if isinstance(value, FunctionType)]
@@ -128,7 +128,7 @@ def _seen_by(model: nn.Module) -> list[Names]:
 
 
 def _reachable(start: Iterable[Names]) -> list[Names]:
-    """Namespaces, and those of all functions, classes and modules in them, but torch and the standard library."""
+    """Namespaces, and the namespaces of all that is in them, without those of torch and the standard library."""
     found: dict[int, Names] = {}
     left = list(start)
     while left:

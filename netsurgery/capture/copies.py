@@ -62,7 +62,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield (f"{path}.{name}" if path else name), tensor
 
 
-# Errors of objects that cannot be copied: locks, modules and files cannot be pickled, others raise their own.
+# Raised by objects that cannot be copied: locks, modules and files cannot be pickled, others raise their own errors.
 _RAISED_BY_COPIES = (
     TypeError,
     RuntimeError,
@@ -85,7 +85,7 @@ def _contained(name: str, value: Tree, around: tuple[int, ...] = ()) -> Iterator
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:
-    """``new`` as what ``old`` is: a parameter or not, trained or not, with the attributes its owner gave it."""
+    """``new`` as a parameter and as trained where ``old`` is, with the attributes that ``old`` was given."""
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     elif old.requires_grad and old.is_leaf:

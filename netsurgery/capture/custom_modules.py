@@ -1,4 +1,4 @@
-"""Modules that are recorded as one operation, because ``netsurgery.rule`` has said what they do."""
+"""Modules that are recorded as one operation, because they have a rule by ``netsurgery.rule``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CUSTOM_MODULES", "CustomModule", "arguments_of", "operation_of"]
 
 Shape = tuple[int, ...]
 
-#: By class: the shapes of the results, from the module and the shapes of its arguments by name.
+#: By class a function that gives the shapes of results, from a module and the shapes of its arguments by name.
 CUSTOM_MODULES: dict[type[nn.Module], Callable[[nn.Module, dict[str, Shape]], Sequence[Shape]]] = {}
 
 
@@ -34,10 +34,10 @@ def arguments_of(kind: type[nn.Module]) -> list[str]:
 
 
 class CustomModule:
-    """Stands in a recorded graph where an ATen operation would: its own tensors are arguments like its inputs.
+    """A module as one operation of a recorded graph: its own tensors are arguments like its inputs.
 
-    Without data it returns what its rule says of the copy that ran last, which may have other sizes; with data it is
-    the module itself, in eval mode.
+    With data, the module itself runs in eval mode. Without data, the rule gives the shapes of results: those of the
+    copy that ran last, which may have other sizes.
     """
 
     def __init__(self, module: nn.Module):
@@ -71,7 +71,7 @@ class CustomModule:
         return module
 
     def bind(self, copy: nn.Module, args: Args, kwargs: Kwargs) -> Args:
-        """All arguments of one call of a copy of the module."""
+        """All arguments of one call of a copy of the module: the copy's tensors, then its inputs."""
         self._copy = weakref.ref(copy)
         bound = inspect.signature(type(copy).forward).bind(copy, *args, **kwargs)
         bound.apply_defaults()
@@ -101,7 +101,7 @@ _OPERATION_OF: weakref.WeakKeyDictionary[nn.Module, CustomModule] = weakref.Weak
 
 
 def operation_of(module: nn.Module) -> CustomModule:
-    """The operation that a module is: the same one in each run."""
+    """The operation that stands for a module, the same one in each run."""
     if module not in _OPERATION_OF or _OPERATION_OF[module].own != list(_tensors(module)):
         _OPERATION_OF[module] = CustomModule(module)
     return _OPERATION_OF[module]

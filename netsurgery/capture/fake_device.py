@@ -1,8 +1,8 @@
 """Tensors without data that pass for tensors of the model's device.
 
 Code asks where a tensor is (``torch.zeros(n, device=x.device)``, ``if x.is_cuda``), reads it into Python, and makes
-tensors of numbers beside it. torch answers without asking a dispatch mode; so the calls are answered here. So are those
-whose implementation reads the lengths of sequences from memory.
+tensors of numbers beside it. torch answers such calls without asking a dispatch mode, so they are answered here. So are
+functions of torch that read the lengths of sequences from memory.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class FakeDevice(TorchFunctionMode):
         return func(args[0], lengths, *args[2:], **kwargs)
 
     def legible(self, value: Tree) -> Tree:
-        """Numbers in place of tensors without data."""
+        """The same value with numbers in place of tensors."""
         read = pytree.tree_map_only(Tensor, self.read, value)
         with _disable_current_modes():
             return pytree.tree_map_only(Tensor, Tensor.tolist, read)
@@ -144,5 +144,5 @@ _HANDLED = {
 
 
 def _to_meta(value: Tree) -> Tree:
-    """An argument that says where, without a place that has data."""
+    """An argument in which each device is the meta device."""
     return torch.device("meta") if isinstance(value, str | torch.device) else value

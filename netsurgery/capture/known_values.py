@@ -1,7 +1,7 @@
 """Values of tensors without data, for code that looks at them, and the decisions that it takes from them.
 
-A **decision** is a result that is computed from floating-point numbers and is none itself: a comparison, the indices of
-the largest, which boxes are left, a number that Python reads. Decisions of the recorded run are kept on its nodes
+A **decision** is a result that is computed from floating-point numbers and holds none: a comparison, the indices of
+the largest, the boxes that are left, a number that Python reads. Decisions of the recorded run are kept on its nodes
 (``node.meta["decided"]``; a list where there are several results, None for a result that is no decision). Later runs
 replay these decisions. So they take the same path through the code, and the numbers on it can be compared.
 """
@@ -164,12 +164,12 @@ def select(tensor: Tensor, dims: tuple[Axis, ...], units: Callable[[Axis], Tenso
 
 
 def any_layout(target: Callable[..., Tree]) -> Callable[..., Tree]:
-    """An operation that does not mind how the memory of its argument is laid out."""
+    """The same operation for an argument in any memory layout: ``reshape`` for ``view``."""
     return torch.ops.aten.reshape if target in VIEWS else target
 
 
 def replay_decision(call: OpCall, decided: Decided) -> Tree:
-    """The result of an operation as it was decided; numbers that go with a choice are those of the new arguments."""
+    """The recorded decision as a result; numbers beside it, such as the largest, are those of the new arguments."""
     schema = call.target._schema
     if writes(call.target):
         return call.args[0].copy_(decided)
@@ -192,7 +192,7 @@ def _taken(x: Tensor, dim: int, indices: Tensor) -> Tensor:
 
 
 class ConcreteValues:
-    """The values of the tensors without data of a run, as long as these live.
+    """The values of tensors without data, for as long as these tensors live.
 
     The user's own tensors are not copied, unless an operation writes to them.
     """
@@ -244,7 +244,7 @@ class ConcreteValues:
         return [value for tensor in _tensors(given) if (value := self.of.get(tensor)) is not None]
 
     def own(self, value: Tensor) -> None:
-        """Give all that share memory with ``value`` a copy of it, where it is the user's."""
+        """Copy the memory of ``value`` for all tensors that share it, where it is the user's."""
         storage = value.untyped_storage()
         if storage.data_ptr() not in self.shared:
             return
@@ -287,7 +287,7 @@ def _on_meta(values: Tree) -> Tree:
 
 
 class KnownValues(ConcreteValues):
-    """Only values that depend on no floating-point numbers: integers, constants, and results computed from these."""
+    """Holds only values that depend on no floating-point numbers: integers, constants, and results of these."""
 
     def bind(self, meta: Tensor, value: Tensor) -> None:
         """Note that a tensor has the value of one of the user's, unless that holds floating-point numbers."""
@@ -316,7 +316,7 @@ class KnownValues(ConcreteValues):
         return infer(call), None
 
     def replay(self, node: fx.Node, call: OpCall, units: Callable[[Axis], Tensor]) -> Tree:
-        """The result in a later run, where the decisions of ``node`` are known too, for the units that are listed."""
+        """The result in a later run, for the units that are listed; it knows the decisions of ``node``, too."""
         if self.knows(call):
             return self.keep(call, self.run(call))
         if self.knows_lengths(call):

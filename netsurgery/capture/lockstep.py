@@ -47,7 +47,7 @@ class Lockstep(OpObserver):
         raise PathDiverged(f"{target} runs where {ran} ran when it was traced")
 
     def leave_out(self, node: fx.Node) -> bool:
-        """Pass over a recorded copy that the memory's layout did not ask for here, if nothing writes to it."""
+        """Pass over a recorded copy that nothing writes to: with another memory layout, torch makes none."""
         if node.target is not _CLONE or any(map(self.written_later, (node, *node.all_input_nodes))):
             return False
         self.position += 1
@@ -61,7 +61,7 @@ class Lockstep(OpObserver):
         return _is_written(node, dict.fromkeys(self.program.operations[self.position :]))
 
     def origin(self, node: fx.Node) -> Source:
-        """The source in this run of a recorded node: copies that were left out stand for their argument."""
+        """The source of a recorded node in this run: the argument of a copy that was left out."""
         while node in self.left_out:
             (node,) = node.all_input_nodes
         return source_of(node)

@@ -65,8 +65,8 @@ def meta_copy(
 ) -> tuple[nn.Module, dict[int, str]]:
     """A copy of a model without weights, in eval or train mode, and the name of each of its tensors by id.
 
-    In train mode torch's own layers stay in eval (no dropout, no batch statistics): what counts is the code that
-    only runs in training, such as auxiliary heads.
+    In train mode torch's own layers stay in eval mode (no dropout, no batch statistics). The mode is there to record
+    code that only runs in training, such as auxiliary heads.
     """
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
@@ -88,7 +88,7 @@ def _tracked(forward: Callable[..., Tree], path: str, observer: OpObserver) -> C
 
 
 def track(meta: nn.Module, observer: OpObserver) -> None:
-    """Let an observer know of each run of the modules of a copy on meta."""
+    """Tell an observer when modules of a copy on meta run."""
     for path, module in named_modules(meta).items():
         forward = module.__dict__.get("forward", module.forward)
         module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, observer)
@@ -108,7 +108,7 @@ def run_meta_copy(meta: nn.Module, observer: OpObserver, inputs: Inputs, device:
 
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Attention by its own operations: torch's fused encoder hides the network, and zeroes what a mask pads."""
+    """Run attention as single operations: torch's fused encoder hides the network, and zeroes padded positions."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""The results of ATen operations on tensors without data: torch computes them, frequent ones are faster here."""
+"""The results of ATen operations on tensors without data: frequent ones by shortcuts, the rest by torch."""
 
 from __future__ import annotations
 

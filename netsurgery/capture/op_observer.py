@@ -34,7 +34,7 @@ class OpObserver(TorchDispatchMode):
     def __init__(self, values: ConcreteValues | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.values = values
-        self.reads = False  # whether the operation makes a copy that Python can read
+        self.reads = False  # True while an operation makes a copy that Python can read
         self.modules: list[str] = []
         self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a real tensor, and its stand-in without data
         self.reals: dict[int, Tensor] = {}  # by id of the stand-in

@@ -1,4 +1,4 @@
-"""A recorded run: a graph of ATen operations, the runs of modules in it, and what each node knows."""
+"""A recorded run: a graph of ATen operations, the runs of modules in it, and the facts noted on nodes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class NodeMeta(TypedDict, total=False):
 
     # Noted by the analysis:
     dims: Dims | list[Dims | None]  # of the result; a list where there are several results
-    params: tuple[str, ...]  # the tensors that the result comes from, where it comes from these alone
+    params: tuple[str, ...]  # the parameters and constants that the result comes from, where it reads nothing else
     names: dict[str, Axis | Dims]  # by name in the rule's notation its axis; several axes for a starred name
     operands: list[Operand]  # those that come from parameters
     macs: list[Axis]  # the axes whose sizes multiply to the number of multiply-accumulates
@@ -51,7 +51,7 @@ class NodeMeta(TypedDict, total=False):
     attributes: dict[str, Axis]  # by integer attribute of a module with a rule the axis that it is the size of
     whole: frozenset[Axis]  # channels of which the computation of a weight must see all units
     scaled_by: str  # the parameter that makes up for a removal in a computed weight
-    limited: bool  # whether that parameter is itself the weight, within a largest norm
+    limited: bool  # True if that parameter is itself the weight, within a largest norm
 
 
 #: The node of an operand of an operation, and (source, axis, role) of its dimensions.

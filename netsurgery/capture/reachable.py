@@ -1,4 +1,4 @@
-"""Find what code changes in all that it can reach: arguments, attributes, containers, classes, globals, closures.
+"""Find the changes that code makes in all that it can reach: arguments, attributes, containers, globals, closures.
 
 A rewritten ``forward`` computes what the code computed, and writes nothing where others see it. So all that the code
 can reach is noted before it runs, object by object, and compared afterwards.
@@ -31,11 +31,11 @@ Reader = Callable[[Any], Parts]  # lists the parts of the objects of one class
 
 
 class Reach:
-    """All that can be reached from some objects, as it is now.
+    """The present state of all that can be reached from some objects.
 
     Args:
         roots: objects by name.
-        ran: the code of the functions that run; what their names stand for can be reached through them.
+        ran: the code of the functions that run; objects that they name can be reached, too.
     """
 
     def __init__(self, roots: Mapping[str, object], ran: Set[CodeType]):
@@ -69,7 +69,7 @@ class Reach:
             yield value, label, self.parts(value) or []
 
     def walk(self, root: object, label: Label) -> Iterator[Held]:
-        """An object and all that can be reached from it: what can change, with its label and its parts."""
+        """An object and all that can be reached from it and can change, with labels and parts."""
         stack: list[tuple[object, Label]] = [(root, label)]
         seen = set()
         while stack:
@@ -138,7 +138,7 @@ def _text(label: Label | None) -> str:
 
 @functools.cache
 def _reader(kind: type) -> Reader | None:
-    """The function that lists the parts of a class's objects; None where code changes nothing in them."""
+    """The function that lists the parts of objects of a class; None for a class whose objects do not change."""
     read = next((read for known, read in _KNOWN.items() if issubclass(kind, known)), None)
     if _is_library_class(kind):
         return _of_object if kind is SimpleNamespace else read
@@ -146,7 +146,7 @@ def _reader(kind: type) -> Reader | None:
 
 
 def _both(read: Reader) -> Reader:
-    """The items of containers of a class of the user's, and their attributes."""
+    """A reader of containers of the user's own classes: their items and their attributes."""
     return lambda value: [*read(value), *_of_object(value)]
 
 
@@ -217,7 +217,7 @@ _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "netsurgery"}
 
 
 def _is_library_class(kind: type) -> bool:
-    """True if a class is Python's own, torch's, numpy's or ours: their objects are no concern of the user's."""
+    """True if a class is one of Python, torch, numpy or netsurgery: code of the user's does not own its objects."""
     return str(kind.__module__).partition(".")[0] in _LIBRARIES
 
 

@@ -22,8 +22,8 @@ class _NotPlain(Exception):
 def described(inputs: Inputs) -> Json:
     """Inputs as JSON; None where they hold other objects than tensors, texts and numbers in lists and dictionaries.
 
-    Masks and indices decide which way the code takes: whole numbers, and tensors of one or two different numbers, are
-    kept, other numbers are not.
+    Masks and indices decide which way the code takes. So the values of whole numbers are kept, and of tensors of one or
+    two different numbers; other values are not.
     """
     tensors: dict[int, int] = {}
 

@@ -46,7 +46,7 @@ class Effects:
     """Watches code while it runs.
 
     Args:
-        roots: what the code is given, by name.
+        roots: the objects that the code is given, by name.
         start: the code that is called.
 
     Attributes:
@@ -113,7 +113,7 @@ def _named(code: CodeType) -> str:
 
 
 def _autograd_function(frame: FrameType) -> str | None:
-    """The name of the autograd function that a frame is part of: its first argument is the context."""
+    """The name of the autograd function that a frame runs, whose first argument is the context; None for other code."""
     code = frame.f_code
     context = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if not isinstance(context, torch._C._FunctionBase) or isinstance(context, type):
