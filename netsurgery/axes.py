@@ -11,7 +11,7 @@ All of it is exact: a channel is only ever refined, coupled or locked, never gue
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Dims",
     "Edge",
     "Fixed",
+    "axes_in",
     "channel",
     "concat",
     "cut",
@@ -108,6 +109,11 @@ def leaves(axis: Axis) -> Iterator[Axis]:
             yield from leaves(term)
     else:
         yield axis
+
+
+def axes_in(dims: Dims | Sequence[Dims | None] | Axis | None) -> list[Axis]:
+    """All axes in the dimensions of one tensor, or of several."""
+    return [dims] if isinstance(dims, Axis) else [axis for item in dims or () for axis in axes_in(item)]
 
 
 def inner(leaf: Axis) -> bool:

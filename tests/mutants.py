@@ -1551,7 +1551,7 @@ MUTANTS = (
     Mutant(
         "a length that other weights share is scaled",
         "netsurgery/analysis/computed_weights.py",
-        "all(self.what(peeled(one)) == what for one in mine)",
+        "all(self.computation(peeled(one)) == mine for one in met)",
         "True",
     ),
     Mutant(
@@ -1588,7 +1588,7 @@ MUTANTS = (
     Mutant(
         "what is scattered is of nobody's units",
         "netsurgery/analysis/rules.py",
-        '        _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())\n',
+        '        _align_first(op, op.dims(op["src"]), op.dims(op["index"]), set())\n',
         "        pass\n",
     ),
     Mutant(

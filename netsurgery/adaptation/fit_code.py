@@ -44,11 +44,7 @@ def fit_code(code: ModelCode, network: Network, counts: Mapping[str, int]) -> tu
 
 
 def with_repeats(
-    code: ModelCode,
-    network: Network,
-    counts: Mapping[str, int],
-    adaptation: Adaptation,
-    dropped: Collection[str] = (),
+    code: ModelCode, network: Network, counts: Mapping[str, int], adaptation: Adaptation, dropped: Collection[str] = ()
 ) -> Adaptation:
     """An adaptation with numbers that repeat a size (see ``repeated_sizes.py``), as far as a run confirms them."""
     needed = {(path, name) for path, values in adaptation.attributes.items() for name in values}
@@ -66,7 +62,7 @@ def with_repeats(
 
 def runs_at(code: ModelCode, network: Network, counts: Mapping[str, int]) -> bool:
     """True if the modules that changed groups come near follow these numbers of units; False may be wrong."""
-    return not _tried(code, network, counts, hurry=True)[1]
+    return not _tried(code, network, counts, near_only=True)[1]
 
 
 _MANY = 1  # suspected groups; where a module's code is about one of more than these, a bisection finds which
@@ -79,15 +75,15 @@ def _changed(network: Network, counts: Mapping[str, int]) -> dict[Axis, str]:
 
 
 def _tried(
-    code: ModelCode, network: Network, counts: Mapping[str, int], hurry: bool = False
+    code: ModelCode, network: Network, counts: Mapping[str, int], near_only: bool = False
 ) -> tuple[Adaptation, dict[str, Failure]]:
     """An adaptation for these numbers of units, and by path the failures that no remedy helps.
 
     Args:
-        hurry: pass over modules that no changed group comes near.
+        near_only: pass over modules that no changed group comes near.
     """
     changed = _changed(network, counts)
-    remedies = Remedies(code, network, network.sizes(counts), changed, hurry)
+    remedies = Remedies(code, network, network.sizes(counts), changed, near_only)
     while changed and (failures := remedies.failures()):
         tried = {path: remedies.remedy(path, failure) for path, failure in failures.items()}
         if lost := {path: failure for path, failure in tried.items() if failure is not None}:
@@ -105,7 +101,7 @@ def _bisect(code: ModelCode, network: Network, counts: Mapping[str, int], path: 
 
     def fails(tried: list[EqualSizes]) -> bool:
         some = {name: counts[name] for names in tried for name in names}
-        return path in _tried(code, network, some, hurry=True)[1]
+        return path in _tried(code, network, some, near_only=True)[1]
 
     return list(_last_needed(near, fails) or _last_needed(together, fails) or together[-1])
 

@@ -378,7 +378,7 @@ class FunctionRecorder(TorchFunctionMode):
         return out
 
     def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Tree:
-        with self.effects.aside() if self.effects else contextlib.nullcontext():
+        with self.effects.paused() if self.effects else contextlib.nullcontext():
             return self.record_call(func, args, dict(kwargs or {}))
 
     def record_call(self, func: Any, args: Args, kwargs: Kwargs) -> Tree:

@@ -31,6 +31,7 @@ from netsurgery.capture.copies import named_modules, named_tensors, on_meta
 from netsurgery.capture.custom_modules import CUSTOM_MODULES
 from netsurgery.capture.inputs import Kwargs, Tree
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, meta_copy, track
+from netsurgery.capture.meta_shapes import empty_as
 from netsurgery.capture.program import Call, Named, Program
 
 __all__ = ["ModuleTrace", "trace_module"]
@@ -194,9 +195,7 @@ def _run(
                 (shape, strides), dims = value.meta["layout"], value.meta["dims"]
                 given[value] = torch.empty_strided(shape, strides, dtype=value.meta["dtype"], device="meta")
                 if sizes is not None:
-                    order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
-                    shape = tuple(map(sizes, dims))
-                    given[value] = torch.empty_permuted(shape, order, dtype=value.meta["dtype"], device="meta")
+                    given[value] = empty_as(value, sizes)
             given[value] = given[value].to(_other(given[value].dtype)) if other_dtypes else given[value]
             executor.place(given[value], dims if isinstance(executor, LockstepExecutor) else None)
         return given[value]

@@ -38,7 +38,7 @@ class Remedies:
     """Runs the model's code at some sizes, and collects in ``adaptation`` remedies for modules that do not follow."""
 
     def __init__(
-        self, code: ModelCode, network: Network, sizes: Sizes, changed: Mapping[Axis, str], hurry: bool = False
+        self, code: ModelCode, network: Network, sizes: Sizes, changed: Mapping[Axis, str], near_only: bool = False
     ):
         self.model_code, self.model = code, code.model
         self.network, self.sizes, self.changed = network, sizes, changed
@@ -47,7 +47,7 @@ class Remedies:
         self.solved: set[str] = set()  # paths whose attributes were solved for
         self.guessed: set[str] = set()  # paths whose attributes were chosen by their value
         self.branching: set[str] = set()  # paths where the code does more with sizes than to write them down
-        self.hurry = hurry  # pass over modules that no changed group comes near
+        self.near_only = near_only  # pass over modules that no changed group comes near
 
     def failures(self) -> dict[str, Failure]:
         """The modules whose code does not follow, by path."""
@@ -68,7 +68,7 @@ class Remedies:
         known = None if program.values == "none" else known_values(self.network, self.sizes, meta, names, inputs)
         checker = SizeChecker(program, self.network, self.model_code.kinds, self.sizes, self.changed, known)
         checker.begin(names, inputs, meta)
-        if self.hurry:
+        if self.near_only:
             checker.relevant = self.model_code.relevant_operations(program, self.changed)
         checker.finish(run_guarded(meta, checker, inputs, home(self.model)))
         return checker
@@ -91,7 +91,7 @@ class Remedies:
             code = self.code(path, module, self.sizes, attributes)
             self.compare_gradients(path, module)
         except Untraceable as reason:
-            if self.by_numbers(path):
+            if self.by_values(path):
                 return None
             added = f" (the code of {path or 'the model'} {reason})"
             return Failure({name: why + added for name, why in failure.reasons.items()}, failure.suspected_in)
@@ -115,7 +115,7 @@ class Remedies:
             self.adaptation.attributes[path] = agreed
         return bool(agreed) and (enough or not path)  # the next run says if they are, for the outermost one
 
-    def by_numbers(self, path: str) -> bool:
+    def by_values(self, path: str) -> bool:
         """Try, once, the attributes that have the value of a size that changes, for code that cannot be rewritten."""
         if path in self.guessed:
             return False

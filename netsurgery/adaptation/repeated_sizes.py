@@ -25,7 +25,7 @@ from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.inputs import Kwargs, Tree
-from netsurgery.capture.paths import is_within
+from netsurgery.capture.paths import is_within, modules_around
 
 __all__ = ["Repeat", "repeats", "withdrawn"]
 
@@ -95,7 +95,7 @@ def withdrawn(found: list[Repeat], path: str, read: Container[str]) -> list[Repe
     """
     follow = [one for one in found if one.follows]
     own = [one for one in follow if one.path == path]
-    around = [one for one in follow if one.path in _around(path)]
+    around = [one for one in follow if one.path in modules_around(path)]
     suspects = [one for one in own if one.name in read] or own or around or follow
     gone = {id(one.old) if not isinstance(one.old, int) else (one.path, one.name) for one in suspects}
     return [
@@ -251,7 +251,7 @@ class _Evidence:
     def note(self, into: dict[str, New], path: str, axis: Axis) -> None:
         """Note that a module, and so all modules around it, has a dimension, with its parts and factors."""
         for part in _terms(axis):
-            for around in (path, *_around(path)):
+            for around in (path, *modules_around(path)):
                 into.setdefault(around, {}).setdefault(part.size, set()).add(self.sizes(part))
 
     def of(self, path: str, name: str, number: int) -> set[int]:
@@ -283,13 +283,7 @@ def _dims(value: Tree) -> list[Axis]:
     ]
 
 
-def _around(path: str) -> list[str]:
-    """The paths of all modules around a module, the innermost last."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts))]
-
-
 def _common(paths: Iterable[str]) -> str:
     """The path of the innermost module that holds all of these modules."""
-    first, *rest = [[*_around(path), path] for path in paths]
+    first, *rest = [[*modules_around(path), path] for path in paths]
     return [path for path in first if all(path in other for other in rest)][-1]

@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Group, Network
 from netsurgery.analysis.rules import SIZED
-from netsurgery.axes import Axis, Dims, leaves
+from netsurgery.axes import Axis, Dims, axes_in, leaves
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.custom_modules import Shape
 from netsurgery.capture.inputs import Args, Inputs, Kwargs, Tree, is_namedtuple, tensors_in
 from netsurgery.capture.known_values import KnownValues, draw, is_number, select
 from netsurgery.capture.lockstep import Lockstep, PathDiverged, Source, source_of
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, bind_inputs
-from netsurgery.capture.meta_shapes import infer
+from netsurgery.capture.meta_shapes import empty_as, infer
 from netsurgery.capture.operations import OpCall, argument_names, target_of
-from netsurgery.capture.paths import is_within
+from netsurgery.capture.paths import is_within, modules_around
 from netsurgery.capture.program import Call, Program
 from netsurgery.capture.source_locations import format_where, raised_at
 from netsurgery.errors import InputError, RewriteError
@@ -143,9 +143,7 @@ class SizeChecker(Lockstep):
     def predicted(self, out: Tree) -> Tree:
         """A predicted result, without data, with which the run goes on to find all obstacles at once."""
         if isinstance(out, fx.Node):
-            shape, strides = tuple(map(self.sizes, out.meta["dims"])), out.meta["layout"][1]
-            order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
-            tensor = torch.empty_permuted(shape, order, dtype=out.meta["dtype"], device="meta")
+            tensor = empty_as(out, self.sizes)
             self.sources[id(tensor)] = source_of(out)
             self.alive.append(tensor)
             return tensor
@@ -181,8 +179,7 @@ class SizeChecker(Lockstep):
         if branching:
             self.branching.add(path)
         groups = [group for group in self.network.groups if group.channel in self.changed]
-        parts = path.split(".") if path else []
-        for around in [".".join(parts[:n]) for n in range(len(parts), -1, -1)]:
+        for around in (path, *reversed(modules_around(path))):
             if names := [group.name for group in groups if is_in(group, around)]:
                 self.failure(path).reasons.update(dict.fromkeys(names, f"{reason} in {around or 'the model'}"))
                 self.failure(path).suspected_in = around
@@ -246,13 +243,13 @@ class SizeChecker(Lockstep):
         """True if a result has another shape than predicted; this is noted as a failure of the groups."""
         actual = [t.shape if isinstance(t, Tensor) else None for t in (out if isinstance(out, list | tuple) else [out])]
         if len(actual) != len(dims):
-            self.attribute_failure(_flat(dims), node, "returns another number of parts")
+            self.attribute_failure(axes_in(dims), node, "returns another number of parts")
             return True
         pairs = [
             (axes, shape) for axes, shape in zip(dims, actual, strict=True) if axes is not None and shape is not None
         ]
         if any(len(axes) != len(shape) for axes, shape in pairs):
-            self.attribute_failure(_flat(dims), node, "returns another number of dimensions")
+            self.attribute_failure(axes_in(dims), node, "returns another number of dimensions")
             return True
         if wrong := self.wrong(pairs):
             size = next(n for axes, shape in pairs for a, n in zip(axes, shape, strict=True) if a is wrong[0])
@@ -352,10 +349,4 @@ def _is_number(value: object) -> bool:
 
 
 def _touched(*nodes: fx.Node) -> list[Axis]:
-    return [axis for node in nodes for axis in _flat(node.meta["dims"])]
-
-
-def _flat(dims: Tree) -> list[Axis]:
-    if isinstance(dims, Axis):
-        return [dims]
-    return [axis for item in dims or () if item is not None for axis in _flat(item)]
+    return [axis for node in nodes for axis in axes_in(node.meta["dims"])]

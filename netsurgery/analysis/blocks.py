@@ -20,7 +20,7 @@ from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.inputs import Tree
 from netsurgery.capture.operations import aliased
-from netsurgery.capture.paths import is_within
+from netsurgery.capture.paths import is_within, modules_around
 from netsurgery.capture.program import Call, Program
 
 __all__ = ["Block", "Place", "at", "constant_outputs", "places", "residual_blocks", "shortened"]
@@ -309,13 +309,8 @@ class _Choice:
 
     def _is_part(self, path: str) -> bool:
         """True if a module around a candidate is no block itself, but modules of its class are."""
-        parts = path.split(".")
-        around = [".".join(parts[:i]) for i in range(1, len(parts))]
-        return any(
-            _is_own(self.modules[one]) and type(self.modules[one]) in self.classes
-            for one in around
-            if one not in self.found
-        )
+        around = [one for one in modules_around(path) if one and one not in self.found]
+        return any(_is_own(self.modules[one]) and type(self.modules[one]) in self.classes for one in around)
 
     def _is_series(self, path: str) -> bool:
         """True if a module only runs blocks that are alike: several, or one in a container."""

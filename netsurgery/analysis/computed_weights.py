@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from netsurgery.axes import Axis, find, leaves, lock
+from netsurgery.axes import Axis, axes_in, find, leaves, lock
 from netsurgery.capture.inputs import Tree
 from netsurgery.capture.operations import aliased
 from netsurgery.capture.program import Program
 from netsurgery.notation import Operation
 
 __all__ = [
+    "ALIKE",
     "Computations",
     "aligned_dims",
     "ancestors",
@@ -55,7 +57,7 @@ _WEIGHT_OF = {
 _ARRANGED = {aten.t, aten.transpose, aten.permute, aten.detach, aten.alias}
 _LIMITS = {aten.renorm, aten.renorm_, aten.embedding_renorm_}
 _MULTIPLIED = {aten.mul, aten.mul_, aten.div, aten.div_}
-_ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
+ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
 
 
 # Weights of operations -----------------------------------------------------------------------------------------------
@@ -132,10 +134,10 @@ class Computations:
     def __call__(self, node: fx.Node) -> int:
         for one in node.graph.nodes if node not in self.known else ():
             if "params" in one.meta and one not in self.known:
-                self.known[one] = self.numbers.setdefault(self._what(one), len(self.numbers))
+                self.known[one] = self.numbers.setdefault(self._key(one), len(self.numbers))
         return self.known[node]
 
-    def _what(self, node: fx.Node) -> tuple[object, str]:
+    def _key(self, node: fx.Node) -> tuple[object, str]:
         made = [node] if node.op == "call_function" else []
         written = [(one.target, self._arguments(one)) for one in (*made, *writers(node))]
         return node.target, repr(written)
@@ -172,20 +174,9 @@ class _Across:
 Mixed = dict[Axis, _Across]  # by channel
 
 
-def _flat(dims: Tree) -> list[Axis]:
-    if isinstance(dims, Axis):
-        return [dims]
-    return [axis for one in dims or () if one is not None for axis in _flat(one)]
-
-
 def _counts(dims: Tree) -> dict[Axis, int]:
     """The number of times that each channel of more than one unit occurs in dimensions."""
-    counts: dict[Axis, int] = {}
-    for axis in _flat(dims):
-        for leaf in leaves(axis):
-            if leaf.size > 1:
-                counts[leaf] = counts.get(leaf, 0) + 1
-    return counts
+    return Counter(leaf for axis in axes_in(dims) for leaf in leaves(axis) if leaf.size > 1)
 
 
 def _normalised(node: fx.Node) -> tuple[Axis, ...] | None:
@@ -265,11 +256,11 @@ def lock_normalised(programs: tuple[Program, ...], parameters: set[str]) -> None
     found = [_Computed(program) for program in programs]
     if not any(one.met for one in found):
         return
-    what = Computations()
+    computation = Computations()
     carried = {leaf for p in programs for n in p.graph.nodes if "params" not in n.meta for leaf in _carried(n)}
     for one in found:
         for weight in one.met:
-            _settle(one, weight, carried, _Alone(found, what, parameters))
+            _settle(one, weight, carried, _Alone(found, computation, parameters))
 
 
 def _carried(node: fx.Node) -> Mapping[Axis, int]:
@@ -336,7 +327,7 @@ def _factors(of: _Computed, node: fx.Node, divides: bool = False) -> list[_Facto
             found = _factors(of, one, divides) if isinstance(one, fx.Node) else []
             turned = divides != (packet in (aten.div, aten.div_))
             return found + (_factors(of, other, turned) if isinstance(other, fx.Node) else [])
-        elif packet in _ALIKE or is_moved(node):
+        elif packet in ALIKE or is_moved(node):
             return _factors(of, node.all_input_nodes[0], divides)
     channels = frozenset(_counts(node.meta["dims"]))
     return [_Factor(node, channels, frozenset(of.mixed(node)), divides)]
@@ -416,11 +407,11 @@ class _Alone:
     """Tells whether a parameter is used for one weight only, however often that weight is computed."""
 
     everywhere: list[_Computed]
-    what: Computations
+    computation: Computations
     parameters: set[str]
 
     def __call__(self, scale: fx.Node, weight: fx.Node) -> bool:
-        what = self.what(peeled(weight))
+        mine = self.computation(peeled(weight))
         met = [one for computed in self.everywhere for one, _ in meetings(computed.program)]
-        mine = [one for one in met if scale.target in one.meta["params"]]
-        return scale.target in self.parameters and all(self.what(peeled(one)) == what for one in mine)
+        met = [one for one in met if scale.target in one.meta["params"]]
+        return scale.target in self.parameters and all(self.computation(peeled(one)) == mine for one in met)

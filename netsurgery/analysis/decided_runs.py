@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from netsurgery.analysis.replay import Drawn, Units, inputs_read
-from netsurgery.axes import Dims
 from netsurgery.capture.inputs import Inputs, Tree, meta_inputs, tensors_in
-from netsurgery.capture.known_values import ConcreteValues, flat, is_number, remapped, replay_decision, select
+from netsurgery.capture.known_values import ConcreteValues, flat, is_number, remapped, replay_decision, selected
 from netsurgery.capture.lockstep import Lockstep, PathDiverged
 from netsurgery.capture.meta_run import bind, bind_inputs, home, meta_copy, run_meta_copy
 from netsurgery.capture.operations import OpCall
@@ -41,7 +40,7 @@ class _DecisionReplay(Lockstep):
         real = call.mapped(self.own.real)
         self.numbers.extend(value.clone() for value in flat(inputs_read(real)) if is_number(value))
         if node in self.drawn:
-            found = _selected(self.drawn[node], node.meta["dims"], self.units)
+            found = selected(self.drawn[node], node.meta["dims"], self.units)
             in_place = call.target._schema.returns[0].alias_info is not None
             found = real.args[0].copy_(found) if in_place else found
         else:
@@ -65,10 +64,3 @@ def run_with_decisions(
     observer = _DecisionReplay(program, values, units, drawn)
     outputs = run_meta_copy(meta, observer, given, device)
     return [values.real(observer.stand_in(tensor)) for tensor in tensors_in(outputs)], observer.numbers
-
-
-def _selected(value: Tree, dims: Dims | list[Dims | None] | None, units: Units) -> Tree:
-    """The units that stay of one result, or of each of several."""
-    if isinstance(value, list) and isinstance(dims, list):
-        return [_selected(part, axes, units) for part, axes in zip(value, dims, strict=True)]
-    return select(value, dims, units) if isinstance(value, Tensor) and isinstance(dims, tuple) else value

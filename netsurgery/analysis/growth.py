@@ -17,7 +17,7 @@ from netsurgery.analysis.domains import is_limited, undefined
 from netsurgery.analysis.network import Group, Network, places_of
 from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.weights import is_computed
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import Axis, axes_in, leaves
 from netsurgery.notation import Operation
 from netsurgery.positions import Positions
 from netsurgery.units import Planned, listed
@@ -79,9 +79,8 @@ def _across(node: fx.Node, network: Network, names: Mapping[Axis, str], at: Posi
     packet = packet_of(node)
     across = set(worked_across(node)) if packet not in _APART else set()
     if packet is aten.native_batch_norm:  # in training, whatever the mode is now
-        across.update(
-            leaf for dim, axis in enumerate(_axes(node.all_input_nodes[0])) if dim != 1 for leaf in leaves(axis)
-        )
+        dims = node.all_input_nodes[0].meta["dims"]
+        across.update(leaf for axis in (dims[0], *dims[2:]) for leaf in leaves(axis))
     if packet is aten.native_group_norm:  # statistics are of each group of channels
         across -= set(leaves(node.meta["names"]["g"]))
     for leaf in across & names.keys():
@@ -96,7 +95,7 @@ def _obstacle(node: fx.Node, leaf: Axis, at: Positions, group: Group, network: N
     """The reason why an operation that works across units changes with more of them; None if it does not."""
     packet, given = packet_of(node), Operation(node).arguments
     if packet in _AVERAGES:
-        over = [axis for one in node.all_input_nodes for axis in _axes(one) if leaf in leaves(axis)]
+        over = [axis for one in node.all_input_nodes for axis in axes_in(one.meta["dims"]) if leaf in leaves(axis)]
         if not all(_evenly(axis, at) for axis in over):
             return "it takes statistics over these units, which stay if all that they are taken over has as many copies"
         if packet in _DEVIATIONS and given.get("unbiased", True) and given.get("correction", 1) != 0:
@@ -133,11 +132,6 @@ def _evenly(axis: Axis, at: Positions) -> bool:
     found = at(axis)
     counts = [] if found is None else found.unique(return_counts=True)[1].tolist()
     return len({*counts}) <= 1 and at.new(axis) is None
-
-
-def _axes(node: fx.Node) -> list[Axis]:
-    dims = node.meta["dims"]
-    return [axis for axis in (dims if isinstance(dims, tuple) else ()) if axis is not None]
 
 
 def start(network: Network, name: str) -> float | None:

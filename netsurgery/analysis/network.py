@@ -19,14 +19,13 @@ from typing import Literal
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from netsurgery.analysis.blocks import Block, residual_blocks
 from netsurgery.analysis.computed_weights import lock_normalised
 from netsurgery.analysis.costs import Cost, Sizes, Term, total
 from netsurgery.analysis.rules import apply_rule
 from netsurgery.analysis.units import Unit, units_of, units_of_products
-from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, leaves, lock, resolve
+from netsurgery.axes import Axis, Edge, Fixed, axes_in, channel, equate, find, leaves, lock, resolve
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs
 from netsurgery.capture.paths import is_within
@@ -427,7 +426,7 @@ def _reads(node: fx.Node, leaf: Axis) -> bool:
 
 
 def _leaves_of(node: fx.Node) -> list[Axis]:
-    return [leaf for axis in pytree.tree_leaves(node.meta["dims"]) if axis is not None for leaf in leaves(axis)]
+    return [leaf for axis in axes_in(node.meta["dims"]) for leaf in leaves(axis)]
 
 
 Roles = dict[tuple[str, int, Axis], str]  # by tensor, axis and channel, where an operation has said

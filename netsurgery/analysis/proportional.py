@@ -11,12 +11,11 @@ import operator
 import torch
 from torch import fx
 
-from netsurgery.analysis.computed_weights import ancestors, is_moved, packet_of, writers
+from netsurgery.analysis.computed_weights import ALIKE, ancestors, is_moved, packet_of, writers
 
 __all__ = ["proportional_to"]
 
 aten = torch.ops.aten
-_ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
 _PARTS = {aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind}
 
 
@@ -32,7 +31,7 @@ def proportional_to(node: fx.Node) -> list[str]:
     if packet in (aten.mul, aten.div) and not node.kwargs:
         one, other = node.args
         return [*_factors(one, other), *(_factors(other, one) if packet is aten.mul else [])]
-    if packet in _ALIKE or packet in _PARTS or is_moved(node):
+    if packet in ALIKE or packet in _PARTS or is_moved(node):
         return proportional_to(node.all_input_nodes[0])
     return []
 

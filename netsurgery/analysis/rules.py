@@ -18,7 +18,7 @@ from netsurgery.axes import Axis, Dims, Edge, channel, concat, cut, find, produc
 from netsurgery.capture.operations import Target, target_of
 from netsurgery.notation import BY_POSITION, Findings, Op, Results, relate
 
-__all__ = ["CUSTOM_RULES", "RULES", "SIZED", "Op", "Rule", "apply_rule", "locked", "table", "title"]
+__all__ = ["CUSTOM_RULES", "RULES", "SIZED", "Op", "Rule", "apply_rule", "locked", "reduced", "table", "title"]
 
 aten = torch.ops.aten
 Rule = Callable[[Op], Results]
@@ -322,7 +322,8 @@ def softmax(op: Op) -> Results:
 # Reductions ----------------------------------------------------------------------------------------------------
 
 
-def _positions(dim: int | Sequence[int] | None, ndim: int) -> set[int]:
+def reduced(dim: int | Sequence[int] | None, ndim: int) -> set[int]:
+    """The dimensions that a reduction works along: by default, and for an empty list, all."""
     listed = range(ndim) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
     return {d % ndim for d in listed} if ndim else set()
 
@@ -357,7 +358,7 @@ def along(op: Op) -> Results:
 
 
 def _worked_along(op: Op) -> set[int]:
-    return _positions(op.arguments.get("dim", op.arguments.get("dims")), len(op.dims(op["self"])))
+    return reduced(op.arguments.get("dim", op.arguments.get("dims")), len(op.dims(op["self"])))
 
 
 def _without(op: Op, gone: set[int]) -> list[Dims | None]:
@@ -378,7 +379,7 @@ def _without(op: Op, gone: set[int]) -> list[Dims | None]:
 def diagonal(op: Op) -> Results:
     """two dimensions that are identified by position become one at the end"""
     dims, shape = op.dims(op["self"]), op.shapes()[0] or ()
-    gone = _positions([op["dim1"], op["dim2"]], len(dims))
+    gone = reduced([op["dim1"], op["dim2"]], len(dims))
     for at in gone:
         op.lock(dims[at], BY_POSITION)
     return [(*(axis for i, axis in enumerate(dims) if i not in gone), op.fixed(shape[-1]))]
@@ -392,7 +393,7 @@ def diagonal_matrix(op: Op) -> Results:
     if op["offset"]:
         op.lock(dims[-1], BY_POSITION)
     own = dims[-1] if not op["offset"] else op.fixed(shape[op["dim1"]])
-    at = _positions([op["dim1"], op["dim2"]], len(shape))
+    at = reduced([op["dim1"], op["dim2"]], len(shape))
     rest = iter(dims[:-1])
     return [tuple(own if place in at else next(rest) for place in range(len(shape)))]
 
@@ -477,7 +478,7 @@ def scatter(op: Op) -> Results:
     """the dimension scattered along is identified by position; the others are those of the index and the source"""
     _pick(op, op.dims(op["index"]))
     if isinstance(op.arguments.get("src"), fx.Node):
-        _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())
+        _align_first(op, op.dims(op["src"]), op.dims(op["index"]), set())
     return [op.dims(op["self"])]
 
 
@@ -486,10 +487,10 @@ def _pick(op: Op, index: Dims) -> None:
     for i in at:
         op.lock(dims[i], BY_POSITION)
         op.lock(index[i], BY_POSITION)
-    _begin(op, dims, index, at)
+    _align_first(op, dims, index, at)
 
 
-def _begin(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
+def _align_first(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
     """An index may be shorter than what it indexes, along any dimension: it then concerns the first positions."""
     for i, (axis, part) in enumerate(zip(dims, index, strict=True)):
         if i not in without:
@@ -606,7 +607,7 @@ def unsqueeze(op: Op) -> Results:
 def squeeze(op: Op) -> Results:
     """dimensions of size one vanish"""
     dims = op.dims(op["self"])
-    gone = _positions(op.arguments.get("dim"), len(dims))
+    gone = reduced(op.arguments.get("dim"), len(dims))
     return [tuple(axis for i, axis in enumerate(dims) if i not in gone or axis.size != 1)]
 
 

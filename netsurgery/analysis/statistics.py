@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from netsurgery.analysis.rules import reduced
 from netsurgery.capture.inputs import Kwargs, Tree
 
 __all__ = ["STATISTICS", "Kept"]
@@ -50,21 +51,13 @@ def _reduction(vanish: bool, operation: Callable[..., Tree], arguments: Kwargs, 
     """
     x: Tensor = arguments["self"]
     found = operation(**{**arguments, "self": _cut(x, kept)})
-    along = _reduced(arguments) if vanish else set[int]()
+    along = reduced(arguments.get("dim"), x.dim()) if vanish else set[int]()
     dims = [dim for dim in range(x.dim()) if dim not in along or arguments.get("keepdim", False)]
     sizes = [1 if dim in along else x.shape[dim] for dim in dims]
     places = [None if dim in along else kept[dim] for dim in dims]
     if isinstance(found, Tensor):
         return _among_zeros(found, sizes, places)
     return [_among_zeros(part, sizes, places) for part in found]
-
-
-def _reduced(arguments: Kwargs) -> set[int]:
-    """The dimensions that a reduction works along."""
-    ndim, dim = arguments["self"].dim(), arguments.get("dim")
-    if dim is None or dim == []:
-        return set(range(ndim))
-    return {one % ndim for one in ([dim] if isinstance(dim, int) else dim)}
 
 
 def _batch_norm(operation: Callable[..., Tree], arguments: Kwargs, kept: Kept) -> Parts:

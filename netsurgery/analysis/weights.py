@@ -129,7 +129,7 @@ def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[We
     """The weights that are computed from parameters, each once, with their values."""
     found: dict[int, Weight] = {}
     known: set[str] = set()  # tensors whose use in eval mode was seen: their use in training does not count
-    what = Computations()
+    computation = Computations()
     for program in network.programs:
         met: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
         for weight, user in meetings(program):
@@ -139,7 +139,7 @@ def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[We
         values = evaluated(program, list(new), tensors)
         for (node, names), value in zip(new.items(), values, strict=True):
             axes = tuple(resolve(axis, {}) for axis in node.meta["dims"])
-            found.setdefault(what(node), Weight(names, axes, value, _roles(node, met[node]), node))
+            found.setdefault(computation(node), Weight(names, axes, value, _roles(node, met[node]), node))
         known.update(*(_names(network, peeled(weight)) for weight, _ in meetings(program)))
     adapted, vectors = _adapted(network, tensors)
     own = {weight.node for weight in adapted} | vectors

@@ -69,14 +69,14 @@ class FakeDevice(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func in _INDEXES:
             where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(map(self.listed, where)), *args[2:])
+            args = (args[0], tuple(map(self.as_index, where)), *args[2:])
         elif func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
             kwargs = {"dtype": args[0].dtype, **kwargs}
             func, args = torch.tensor, args[1:]
         elif func in _LENGTHS:
             return self.with_lengths(func, args, kwargs)
         if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
-            args = self.legible(args)
+            args = self.as_numbers(args)
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         return func(*args, **kwargs)
 
@@ -84,7 +84,7 @@ class FakeDevice(TorchFunctionMode):
         """The result of a function that reads lengths from memory: it gets lengths that have data."""
         if func in (torch.tensor_split, torch.Tensor.tensor_split):
             where = next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)), None)
-            read: Tree = self.legible([where])[0] if where is not None else None
+            read: Tree = self.as_numbers([where])[0] if where is not None else None
             named = {key: read if value is where else value for key, value in kwargs.items()}
             return func(*[read if value is where and read is not None else value for value in args], **named)
         if func in _RECURRENT and not (len(args) > 3 and isinstance(args[3], list | tuple)):
@@ -93,20 +93,20 @@ class FakeDevice(TorchFunctionMode):
             return func(*args, **kwargs)
         lengths = self.read(args[1]) if args[1].is_meta else args[1]
         if func is _UNPACK:
-            return _padded(args[0], self.legible([lengths])[0], *args[2:], **kwargs)
+            return _padded(args[0], self.as_numbers([lengths])[0], *args[2:], **kwargs)
         return func(args[0], lengths, *args[2:], **kwargs)
 
-    def legible(self, value: Tree) -> Tree:
+    def as_numbers(self, value: Tree) -> Tree:
         """The same value with numbers in place of tensors."""
         read = pytree.tree_map_only(Tensor, self.read, value)
         with _disable_current_modes():
             return pytree.tree_map_only(Tensor, Tensor.tolist, read)
 
-    def listed(self, index: object) -> object:
+    def as_index(self, index: object) -> object:
         """An index that lists positions, as a tensor that has data."""
         if not isinstance(index, list | range) or any(isinstance(i, slice | None | list) for i in index):
             return index
-        found = torch.tensor(self.legible(list(index)))
+        found = torch.tensor(self.as_numbers(list(index)))
         return found if found.numel() else found.long()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "meta_inputs",
     "shapes_text",
     "tensors_in",
+    "with_tensors",
 ]
 
 Tree = Any  # tensors, or nodes of a graph in their place, and other values in nested tuples, lists and dictionaries
@@ -52,16 +53,22 @@ def is_namedtuple(value: object) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
-def meta_inputs(inputs: Inputs) -> Inputs:
-    """Inputs without data; one that is given twice stays one."""
+def with_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The same inputs with other tensors; one that is given twice stays one."""
     made: dict[int, Tensor] = {}
 
-    def meta(tensor: Tensor) -> Tensor:
+    def changed(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            made[id(tensor)] = torch.empty_like(tensor, device="meta")
+            made[id(tensor)] = change(tensor)
         return made[id(tensor)]
 
-    return pytree.tree_map_only(Tensor, meta, inputs)  # type: ignore[no-any-return]
+    result: Inputs = pytree.tree_map_only(Tensor, changed, inputs)
+    return result
+
+
+def meta_inputs(inputs: Inputs) -> Inputs:
+    """Inputs without data."""
+    return with_tensors(inputs, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def shapes_text(value: object) -> str:

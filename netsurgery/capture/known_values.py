@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis
-from netsurgery.capture.inputs import Inputs, Kwargs, Tree
+from netsurgery.capture.inputs import Inputs, Kwargs, Tree, with_tensors
 from netsurgery.capture.meta_shapes import infer
 from netsurgery.capture.operations import OpCall, Target, writes
 from netsurgery.positions import positions
@@ -36,6 +36,7 @@ __all__ = [
     "remapped",
     "replay_decision",
     "select",
+    "selected",
 ]
 
 T = TypeVar("T")
@@ -82,13 +83,6 @@ def draw(inputs: Inputs, device: torch.device) -> Inputs:
     """Inputs with values: their own where they have some, else random numbers, or zeros for integers."""
     generator = torch.Generator().manual_seed(0)
 
-    made: dict[int, Tensor] = {}
-
-    def fill(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:  # one that is given twice stays one
-            made[id(tensor)] = drawn(tensor)
-        return made[id(tensor)]
-
     def drawn(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return tensor.to(device)
@@ -96,8 +90,7 @@ def draw(inputs: Inputs, device: torch.device) -> Inputs:
             return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
 
-    filled: Inputs = pytree.tree_map_only(Tensor, fill, inputs)
-    return filled
+    return with_tensors(inputs, drawn)
 
 
 def flat(value: Tree) -> Iterator[Any]:
@@ -147,13 +140,15 @@ def decisions(call: OpCall, out: Tree) -> Decided:
 
 def remapped(node: fx.Node, units: Callable[[Axis], Tensor]) -> Decided:
     """The decisions of a node, with the units of each dimension as ``units`` lists them."""
-    decided, dims = node.meta["decided"], node.meta["dims"]
-    if not isinstance(decided, list):
-        return select(decided, dims, units) if isinstance(decided, Tensor) else decided
-    return [
-        select(part, axes, units) if isinstance(part, Tensor) else part
-        for part, axes in zip(decided, dims, strict=True)
-    ]
+    decided: Decided = selected(node.meta["decided"], node.meta["dims"], units)
+    return decided
+
+
+def selected(value: Tree, dims: Tree, units: Callable[[Axis], Tensor]) -> Tree:
+    """One result, or a list of several, with the units of each dimension as ``units`` lists them."""
+    if isinstance(value, list):
+        return [selected(part, axes, units) for part, axes in zip(value, dims, strict=True)]
+    return select(value, dims, units) if isinstance(value, Tensor) else value
 
 
 def select(tensor: Tensor, dims: tuple[Axis, ...], units: Callable[[Axis], Tensor]) -> Tensor:

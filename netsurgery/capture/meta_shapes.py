@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from netsurgery.axes import Axis
 from netsurgery.capture.inputs import Tree
 from netsurgery.capture.operations import OpCall, Target
 
-__all__ = ["infer"]
+__all__ = ["empty_as", "infer"]
 
 aten = torch.ops.aten
 
@@ -21,6 +22,14 @@ def infer(call: OpCall) -> Tree:
     plain = shortcut is not None and not call.kwargs and isinstance(call.args[0], Tensor | list)
     found = shortcut(*call.args) if shortcut is not None and plain else None
     return call.run() if found is None else found
+
+
+def empty_as(node: fx.Node, sizes: Callable[[Axis], int]) -> Tensor:
+    """A tensor without data for a recorded one, at other sizes: its dimensions lie in memory in the same order."""
+    strides = node.meta["layout"][1]
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    shape = tuple(map(sizes, node.meta["dims"]))
+    return torch.empty_permuted(shape, order, dtype=node.meta["dtype"], device="meta")
 
 
 def _like(x: Tensor) -> Tensor:

@@ -15,10 +15,7 @@ from netsurgery.capture.operations import OpCall, Target, argument_names
 from netsurgery.capture.source_locations import format_where, location
 from netsurgery.errors import TraceError
 
-__all__ = [
-    "TRANSPARENT",
-    "OpObserver",
-]
+__all__ = ["TRANSPARENT", "OpObserver"]
 
 _COPY = torch.ops.aten._to_copy.default
 TRANSPARENT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
@@ -73,7 +70,7 @@ class OpObserver(TorchDispatchMode):
         if call.target in TRANSPARENT:  # torch inserts these or not as it likes
             return self.alias(call.args[0], call.run())
         out = self.see(call)
-        return self.legible(out) if self.reads else out
+        return self.readable(out) if self.reads else out
 
     def read(self, meta: Tensor) -> Tensor:
         """A copy of a tensor that Python can read.
@@ -90,7 +87,7 @@ class OpObserver(TorchDispatchMode):
         finally:
             self.reads = False
 
-    def legible(self, meta: Tensor) -> Tensor:
+    def readable(self, meta: Tensor) -> Tensor:
         """The value of a tensor without data, where it is known, to be used in its place."""
         value = self.values.of.get(meta) if self.values is not None else None
         if value is None:

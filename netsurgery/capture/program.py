@@ -16,15 +16,7 @@ from netsurgery.capture.custom_modules import Shape
 from netsurgery.capture.inputs import Args, Kwargs, Tree
 from netsurgery.capture.known_values import Decided
 
-__all__ = [
-    "Call",
-    "Looks",
-    "Mode",
-    "Named",
-    "NodeMeta",
-    "Program",
-    "names_used",
-]
+__all__ = ["Call", "Looks", "Mode", "Named", "NodeMeta", "Program", "names_used"]
 
 Mode = Literal["eval", "train"]
 Looks = Literal["none", "known", "all"]  # the values that the code looked at

@@ -56,14 +56,14 @@ class Reach:
     def changes(self, code: Iterable[CodeType], root: object = None) -> list[str]:
         """Each change since objects were noted (only below ``root``, if given), with a line of code that names it."""
         found = []
-        for value, _, parts in self.again() if root is None else self.walk(root, self.label(root)):
+        for value, _, parts in self.noted() if root is None else self.walk(root, self.label(root)):
             _, label, before = self.held.get(id(value), (value, (None, ""), parts))
             for name in _differing(before, parts)[:1]:
                 label = label if isinstance(value, _CONTAINERS) else _below(value, label, name)
                 found.append(f"changes {_text(label)}{_line_naming(label, code)}")
         return found
 
-    def again(self) -> Iterator[Held]:
+    def noted(self) -> Iterator[Held]:
         """All objects that are noted, with the parts that they have now."""
         for value, label, _ in self.held.values():
             yield value, label, self.parts(value) or []

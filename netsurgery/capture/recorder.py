@@ -15,29 +15,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.inputs import (
-    Args,
-    Inputs,
-    Kwargs,
-    Tree,
-    is_namedtuple,
-    meta_inputs,
-    shapes_text,
-    tensors_in,
-)
+from netsurgery.capture.inputs import Args, Inputs, Kwargs, Tree, is_namedtuple, meta_inputs, shapes_text, tensors_in
 from netsurgery.capture.known_values import ConcreteValues, KnownValues, TensorMap, draw, needs_values
 from netsurgery.capture.meta_run import bind, bind_inputs, home, meta_copy, run_guarded
 from netsurgery.capture.meta_shapes import infer
 from netsurgery.capture.op_observer import OpObserver
 from netsurgery.capture.operations import OpCall
-from netsurgery.capture.program import Call, Looks, Mode, Named, Program
+from netsurgery.capture.program import Call, Looks, Mode, Named, NodeMeta, Program
 from netsurgery.capture.source_locations import format_where, location
 from netsurgery.errors import TraceError
 
-__all__ = [
-    "NeedsValues",
-    "record",
-]
+__all__ = ["NeedsValues", "record"]
 
 
 class NeedsValues(BaseException):
@@ -126,13 +114,7 @@ class _Recorder(OpObserver):
             return None
         whole, index = found
         node = self.program.graph.create_node("call_function", operator.getitem, (whole, index))
-        node.meta.update(
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            layout=(tensor.shape, tensor.stride()),
-            module=whole.meta["module"],
-            where=whole.meta["where"],
-        )
+        node.meta.update(_kind(tensor), module=whole.meta["module"], where=whole.meta["where"])
         return self.remember(tensor, node)
 
     def attribute(self, tensor: Tensor) -> fx.Node:
@@ -141,7 +123,7 @@ class _Recorder(OpObserver):
             name = f"constant:{len(self.program.constants)}"
             self.program.constants[name] = self.reals.get(id(tensor), tensor)
         node = self.describe(self.program.graph.get_attr(name))
-        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=(tensor.shape, tensor.stride()))
+        node.meta.update(_kind(tensor))
         return self.remember(tensor, node)
 
     def see(self, call: OpCall) -> Tree:
@@ -166,7 +148,7 @@ class _Recorder(OpObserver):
         if decided is not None:
             node.meta["decided"] = decided
         if isinstance(out, Tensor):
-            node.meta.update(shape=out.shape, layout=(out.shape, out.stride()), dtype=out.dtype)
+            node.meta.update(_kind(out))
             self.remember(out, node)
         elif isinstance(out, list | tuple):
             node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
@@ -174,6 +156,11 @@ class _Recorder(OpObserver):
                 if isinstance(item, Tensor):
                     self.parts[item] = node, index
         return out
+
+
+def _kind(tensor: Tensor) -> NodeMeta:
+    """The facts about a tensor that are noted on its node."""
+    return {"shape": tensor.shape, "dtype": tensor.dtype, "layout": (tensor.shape, tensor.stride())}
 
 
 def _in_objects(value: Tree) -> list[Tensor]:
@@ -222,8 +209,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: ConcreteValues
     given = tensors_in(on_meta_inputs)
     for index, tensor in enumerate(given):
         node = program.graph.placeholder(f"input_{index}")
-        layout = tensor.shape, tensor.stride()
-        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
+        node.meta.update(_kind(tensor), module="", where=None)
         recorder.remember(tensor, node)
     try:
         out = run_guarded(meta, recorder, on_meta_inputs, home(model))

@@ -34,7 +34,7 @@ _FILES = {
         torch.autograd.forward_ad, torch.autograd,
     )
 }  # fmt: skip
-_ASKING = {
+_QUERIES = {
     function
     for name, function in vars(torch._C).items()
     if any(word in name for word in ("autocast", "grad_enabled", "inference_mode_enabled")) and callable(function)
@@ -74,7 +74,7 @@ class Effects:
             self.found += self.reach.changes(self.ran)
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Do not watch what runs inside of this context."""
         sys.setprofile(None)
         try:
@@ -92,7 +92,7 @@ class Effects:
                 self.ran.add(code)
                 if (first := _autograd_function(frame)) is not None:
                     self.note(f"runs the torch.autograd.Function '{first}', whose gradient is its own", frame.f_back)
-        elif event == "c_call" and called in _ASKING and not is_library(frame.f_code.co_filename):
+        elif event == "c_call" and called in _QUERIES and not is_library(frame.f_code.co_filename):
             self.note(f"uses {called.__name__}", frame)
 
     def note(self, effect: str, frame: FrameType | None) -> None:
@@ -101,7 +101,7 @@ class Effects:
     @contextlib.contextmanager
     def of(self, part: object) -> Iterator[None]:
         """Let a submodule run: it may write to itself, but the code around it may not."""
-        with self.aside():
+        with self.paused():
             self.found += self.reach.changes(self.ran, part)
             yield
             self.reach.note(part)

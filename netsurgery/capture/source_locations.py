@@ -9,13 +9,7 @@ from types import FrameType
 
 import torch
 
-__all__ = [
-    "format_where",
-    "is_library",
-    "is_python",
-    "location",
-    "raised_at",
-]
+__all__ = ["format_where", "is_library", "is_python", "location", "raised_at"]
 
 _LIBRARY = (
     os.path.dirname(torch.__file__) + os.sep,
