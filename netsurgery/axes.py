@@ -1,8 +1,8 @@
 """The algebra of dimensions: every axis of every tensor is an expression over channels.
 
     Channel(n)            n units that live or die together everywhere they appear
-    Product(a, b, ...)    row-major product: what reshape, flatten and head-split make
-    Concat(a, b, ...)     ordered concatenation: what cat makes and split reads
+    Product(a, b, ...)    row-major product, as reshape, flatten and head-split make
+    Concat(a, b, ...)     ordered concatenation, as cat makes and split reads
 
 ``unify`` states that two axes index the same units. A channel that meets an expression becomes that expression;
 two expressions are aligned factor by factor or part by part; what cannot be aligned is locked with a reason.
@@ -11,13 +11,15 @@ All of it is exact: a channel is only ever refined, coupled or locked, never gue
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from math import prod
 
 __all__ = [
     "Axis",
+    "Dims",
     "Edge",
     "Fixed",
+    "axes_in",
     "channel",
     "concat",
     "cut",
@@ -52,15 +54,18 @@ class Axis:
         return f"{axis.size}{'!' if axis.locked else ''}"
 
 
+Dims = tuple[Axis, ...]  # the dimensions of a tensor
+
+
 class Fixed(str):
-    """Why a dimension that never held units is locked: batch, space, time, windows."""
+    """The reason to lock a dimension that never held units: batch, space, time, windows."""
 
 
 class Edge(str):
-    """Why a dimension of a network's inputs or outputs is locked. One that constants feed counts as an input."""
+    """The reason to lock a dimension of a network's inputs or outputs. One that constants feed counts as an input."""
 
 
-Meet = Callable[["Axis", "Axis"], None]  # what to do with a channel and the axis that it is to become
+Meet = Callable[["Axis", "Axis"], None]  # called with a channel and the axis that it is to become
 
 
 def channel(size: int, locked: str | None = None) -> Axis:
@@ -107,8 +112,13 @@ def leaves(axis: Axis) -> Iterator[Axis]:
         yield axis
 
 
+def axes_in(dims: Dims | Sequence[Dims | None] | Axis | None) -> list[Axis]:
+    """All axes in the dimensions of one tensor, or of several."""
+    return [dims] if isinstance(dims, Axis) else [axis for item in dims or () for axis in axes_in(item)]
+
+
 def inner(leaf: Axis) -> bool:
-    """Whether a channel, locked or not, has several units of the network's own: no positions, inputs or outputs."""
+    """True if a channel, locked or not, has several units of the network's own: no positions, inputs or outputs."""
     return leaf.size > 1 and not isinstance(leaf.locked, Fixed | Edge)
 
 
@@ -210,8 +220,8 @@ def unify(a: Axis, b: Axis, reason: str = "the sizes do not align", meet: Meet =
     """State that two axes of equal size index the same units.
 
     Args:
-        reason: why what cannot be aligned is locked.
-        meet: what to do with a channel and the axis that it should be; by default it becomes that axis.
+        reason: the reason to lock channels that cannot be aligned.
+        meet: called with a channel and the axis that it is to be; by default the channel becomes that axis.
 
     Raises:
         ValueError: the sizes differ.

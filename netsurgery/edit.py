@@ -15,7 +15,7 @@ from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.analysis.computed_weights import scaled
 from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.counterparts import counterparts
-from netsurgery.analysis.groups import Group
+from netsurgery.analysis.groups import Group, places_of
 from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.inner_products import hiding
 from netsurgery.analysis.network import Network
@@ -204,16 +204,12 @@ class Edit:
     @functools.cached_property
     def readers(self) -> frozenset[tuple[str, int, Axis]]:
         """The places where tensors read units: parameter, dimension and channel."""
-        return self._places("consumes")
+        return frozenset(places_of(self.network.groups, "consumes"))
 
     @functools.cached_property
     def makers(self) -> frozenset[tuple[str, int, Axis]]:
-        """Likewise where they make them."""
-        return self._places("produces")
-
-    def _places(self, role: str) -> frozenset[tuple[str, int, Axis]]:
-        groups = self.network.groups
-        return frozenset((m.parameter, m.axis, g.channel) for g in groups for m in g.members if m.role == role)
+        """The places where tensors make units, likewise."""
+        return frozenset(places_of(self.network.groups, "produces"))
 
     @functools.cached_property
     def hidden(self) -> dict[tuple[str, int], list[tuple[Axis, Tensor]]]:

@@ -1,4 +1,4 @@
-"""A notation for what an operation says about dimensions; it reads like einops.
+"""A notation for the dimensions of an operation's arguments and results; it reads like einops.
 
     name      a dimension: the same name is the same dimension
     *name     any number of dimensions
@@ -7,8 +7,8 @@
 
 ``"b (g i) *s, (g o) i *k, (g o) -> b (g o) *t"`` is a convolution with groups: operands stand left of the arrow,
 results right of it. A name that only one operand has, and no result, is worked across (a window, a kernel) and is
-locked; a name that only a result has is new and holds no channel. Roles follow: a parameter's dimension that the result
-lacks is consumed, one that only parameters bring is produced, one that inputs have too is carried along.
+locked; a name that only a result has is new and holds no channel. Roles follow from this: a parameter's dimension is
+consumed if the result lacks it, produced if only parameters have it, and carried along if inputs have it, too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,30 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import fx
 
-from netsurgery.axes import Axis, Fixed, channel, lock, product, unify
+from netsurgery.axes import Axis, Dims, Fixed, channel, lock, product, unify
+from netsurgery.capture.inputs import Kwargs, Tree
+from netsurgery.capture.operations import target_of
 from netsurgery.capture.source_locations import format_where
 
-__all__ = ["BY_POSITION", "Dims", "Findings", "Misfit", "Op", "Operation", "names_in", "parse", "relate", "results"]
+__all__ = [
+    "BY_POSITION",
+    "Dims",
+    "Findings",
+    "Misfit",
+    "Op",
+    "Operation",
+    "Results",
+    "names_in",
+    "parse",
+    "relate",
+    "results",
+]
 
-Dims = tuple[Axis, ...]
+Results = list[Dims | None]  # the dimensions of each result of an operation; None for one that is no tensor
 
 BY_POSITION = "units are identified by position"
 
@@ -40,18 +54,17 @@ class Operation:
 
     def __init__(self, node: fx.Node):
         self.node = node
-        target: Any = node.target
-        self.name = target._schema.name.replace("::", ".")
+        self.schema = target_of(node)._schema
+        self.name = self.schema.name.replace("::", ".")
 
     @functools.cached_property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Kwargs:
         """The arguments by name, defaults included."""
-        target: Any = self.node.target
-        schema = target._schema.arguments
+        schema = self.schema.arguments
         values = dict(zip((a.name for a in schema), self.node.args, strict=False))
         return {a.name: values.get(a.name, self.node.kwargs.get(a.name, a.default_value)) for a in schema}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tree:
         return self.arguments[name]
 
     @property
@@ -75,7 +88,7 @@ class Operation:
         return f"{self.name}{module} {format_where(self.node.meta['where'])}".rstrip()
 
     def reason(self, why: str) -> str:
-        """Why something is locked, with the operation, the module and the line."""
+        """A reason to lock, with the operation, the module and the line."""
         return f"{why}: {self.location}"
 
 
@@ -171,7 +184,7 @@ def names_in(operands: Iterable[tuple[Token, ...]]) -> set[str]:
 class _Names:
     """The dimensions that the names of a notation stand for."""
 
-    def __init__(self, op: Any, known: dict[str, int]):
+    def __init__(self, op: Op | _SizesOnly, known: dict[str, int]):
         self.op, self.known = op, known
         self.axes: dict[str, Axis] = {}
         self.stars: dict[str, Dims] = {}
@@ -182,7 +195,7 @@ class _Names:
         self.op.unify(a, b)
 
     def meet(self, token: Token, axis: Axis) -> None:
-        """One name, or a product of names, is this dimension."""
+        """State that one name, or a product of names, is this dimension."""
         if len(token.names) == 1:
             self.identify(token.names[0], self.axes.setdefault(token.names[0], axis), axis)
             return
@@ -241,7 +254,7 @@ class _Names:
             name = token.names[0]
             if token.star:
                 if name not in self.stars:
-                    self.stars[name] = self.op.all_fixed(shape[len(out) : len(out) + spare])
+                    self.stars[name] = tuple(map(self.op.fixed, shape[len(out) : len(out) + spare]))
                 out.extend(self.stars[name])
                 continue
             out.append(self.joined(token, shape[len(out)] if len(out) < len(shape) else None))
@@ -255,15 +268,15 @@ def _text(tokens: Iterable[Token]) -> str:
     return " ".join(f"[{text}]" if t.apart else text for t, text in zip(tokens, texts, strict=True))
 
 
-class _Trial:
-    """Stands in for an ``Op`` where only sizes are wanted."""
+class _SizesOnly:
+    """Takes the place of an ``Op`` where only sizes are computed."""
 
     unify = staticmethod(unify)
 
     fixed = staticmethod(channel)
 
     def lock(self, axis: Axis, why: str) -> None:
-        """Nothing is locked."""
+        """Lock nothing."""
 
 
 def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict[str, int]) -> list[tuple[int, ...]]:
@@ -273,7 +286,7 @@ def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict
         Misfit: the notation does not fit them.
     """
     left, right = parse(notation)
-    names = _Names(_Trial(), known)
+    names = _Names(_SizesOnly(), known)
     for tokens, shape in zip(left, shapes, strict=True):
         if shape is not None:
             list(names.read(tokens, tuple(map(channel, shape))))
@@ -286,7 +299,7 @@ def results(notation: str, shapes: Sequence[tuple[int, ...] | None], known: dict
 
 def relate(
     op: Op, notation: str, operands: list[fx.Node | None], known: dict[str, int] | None = None, macs: str = ""
-) -> list[Any]:
+) -> Results:
     """Apply a notation to the operands of an operation (None: absent) and return the dimensions of its results.
 
     Args:
@@ -300,7 +313,7 @@ def relate(
     names = _Names(op, known or {})
     present = [(tokens, node) for tokens, node in zip(left, operands, strict=True) if node is not None]
     origins = [list(names.read(tokens, op.dims(node))) for tokens, node in present]
-    outputs: list[Any] = [
+    outputs: Results = [
         None
         if shape is None
         else names.write(right[i], shape)

@@ -1,4 +1,4 @@
-"""Which positions along an axis hold which units of its channels, and tensors of these alone.
+"""Positions of units: find the units of channels along an axis, and cut tensors to them.
 
 This is the one evaluator of axis expressions. The oracle (``netsurgery.verification``) has another, on purpose: it must
 not share a mistake.
@@ -40,7 +40,7 @@ def positions(axis: Axis, units: Callable[[Axis], Tensor]) -> Tensor:
 def multiplied(axis: Axis, values: Callable[[Axis], Tensor]) -> Tensor:
     """For each position along an axis the product of its units' values, in each of several blocks: ``(blocks, size)``.
 
-    Of booleans it says which positions hold only units that stay.
+    For booleans, the result is True at positions that hold only units with True.
 
     Args:
         values: for a channel those of its units, ``(blocks, units)``; ``(1, units)`` if in all blocks the same.
@@ -56,7 +56,7 @@ def multiplied(axis: Axis, values: Callable[[Axis], Tensor]) -> Tensor:
 
 
 def units_at(axis: Axis) -> list[tuple[Axis, Tensor]]:
-    """The inverse: each channel of an axis, and which of its units stands at each position: int64, ``(size,)``, or -1.
+    """The inverse: each channel of an axis, with its unit at each position: int64, ``(size,)``; -1 for none.
 
     A channel that occurs twice is listed twice.
     """
@@ -123,7 +123,7 @@ class Positions:
         return torch.arange(channel.size) if units is None else units
 
     def new(self, axis: Axis, among: Callable[[Axis], bool] = lambda channel: True) -> Tensor | None:
-        """Which positions hold a new unit: bool, ``(new size,)``, or None where none does.
+        """True at positions that hold a new unit: bool, ``(new size,)``, or None where none does.
 
         Args:
             among: channels whose new units count.
@@ -132,7 +132,7 @@ class Positions:
         return ~self._multiplied(axis, found, torch.bool) if found else None
 
     def new_entries(self, axes: tuple[Axis, ...]) -> Tensor | None:
-        """Which entries of a tensor belong to a new unit in any dimension: bool, or None where none does."""
+        """True at entries of a tensor that belong to a new unit in any dimension: bool, or None where none does."""
         found = [self.new(axis) for axis in axes]
         if all(one is None for one in found):
             return None
@@ -144,7 +144,7 @@ class Positions:
         return entries
 
     def shares(self, axis: Axis, among: Callable[[Axis], bool]) -> Tensor | None:
-        """What is taken from each position where units are copied: float64, ``(new size,)``, or None for all of it.
+        """The share taken from each position where units are copied: float64, ``(new size,)``, or None for all of it.
 
         Args:
             among: channels that are read.
@@ -160,14 +160,14 @@ class Positions:
         return multiplied(axis, of)[0]
 
     def changes(self, axes: tuple[Axis, ...]) -> bool:
-        """Whether a tensor of these dimensions does."""
+        """True if a tensor of these dimensions changes."""
         return any(self(axis) is not None for axis in axes)
 
     def cut(self, tensor: Tensor, axes: tuple[Axis | None, ...]) -> Tensor:
         """A new tensor of the old positions along every axis, zero at new units, in the memory format of the old one.
 
         Args:
-            axes: what the dimensions are; None for one that stays as it is.
+            axes: the axis of each dimension; None for a dimension that stays as it is.
         """
         with torch.no_grad():
             new = tensor.detach()

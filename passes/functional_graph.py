@@ -22,6 +22,7 @@ from netsurgery.analysis.replay_without import is_view
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.capture.known_values import any_layout, replay_decision
 from netsurgery.capture.meta_run import home
+from netsurgery.capture.operations import OpCall
 from netsurgery.capture.randomness import torch_seeded
 
 __all__ = ["CONTRACTED", "Dims", "FunctionalGraph", "Step", "Unsuited"]
@@ -287,7 +288,7 @@ def _decided(target: Any, decided: Any, *args: Any, **kwargs: Any) -> Any:
     """The result of an operation as the recorded run decided it."""
     if target._schema.is_mutable:
         args = (args[0].clone(), *args[1:])
-    return replay_decision(target, args, kwargs, decided)
+    return replay_decision(OpCall(target, args, kwargs), decided)
 
 
 def _lowered(target: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:

@@ -703,7 +703,7 @@ MUTANTS = (
     Mutant(
         "what is added to a product is not aligned",
         "netsurgery/analysis/rules.py",
-        "out[0] = aligned(op, [out[0], op.dims(op[plus])], op.shapes()[0] or ())",
+        "out[0] = aligned(op, [out[0] or (), op.dims(op[plus])], op.shapes()[0] or ())",
         "pass",
     ),
     Mutant(
@@ -1062,10 +1062,10 @@ MUTANTS = (
     Mutant(
         "what a run has decided is known at any size",
         "netsurgery/capture/known_values.py",
-        "        if self.knows(func, args, kwargs):\n"
-        "            return self.keep(func, args, kwargs, self.run(func, args, kwargs))\n"
-        "        if func is _PACK",
-        "        if func is _PACK",
+        "        if self.knows(call):\n"
+        "            return self.keep(call, self.run(call))\n"
+        "        if self.knows_lengths(call)",
+        "        if self.knows_lengths(call)",
     ),
     Mutant(
         "values stay known when something unknown is written to them",
@@ -1552,7 +1552,7 @@ MUTANTS = (
     Mutant(
         "a length that other weights share is scaled",
         "netsurgery/analysis/computed_weights.py",
-        "all(self.what(peeled(one)) == what for one in mine)",
+        "all(self.computation(peeled(one)) == mine for one in met)",
         "True",
     ),
     Mutant(
@@ -1589,7 +1589,7 @@ MUTANTS = (
     Mutant(
         "what is scattered is of nobody's units",
         "netsurgery/analysis/rules.py",
-        '        _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())\n',
+        '        _align_first(op, op.dims(op["src"]), op.dims(op["index"]), set())\n',
         "        pass\n",
     ),
     Mutant(

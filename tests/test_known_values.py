@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.analysis.replay import replay, with_constants
 from netsurgery.capture import known_values as values
+from netsurgery.capture.operations import OpCall
 from netsurgery.capture.recorder import record
 from netsurgery.errors import InputError, TraceError
 from netsurgery.passes import PruneChannels, RandomScore
@@ -272,11 +273,11 @@ def test_memory_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 0
 
     class Counting(values.ConcreteValues):
-        def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        def run(self, call: OpCall) -> Any:
             nonlocal most
             held = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for _, v in self.of.items.values()}
             most = max(most, sum(held.values()))
-            return super().run(func, args, kwargs)
+            return super().run(call)
 
     monkeypatch.setattr("netsurgery.capture.recorder.ConcreteValues", Counting)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import netsurgery
 from netsurgery.capture.meta_shapes import infer
+from netsurgery.capture.operations import OpCall
 from oracles import Tally, check
 
 Run = Callable[[Any, Tensor], Any]
@@ -457,5 +458,5 @@ def test_products_of_blocks_of_rows_work_without_data(dtype: torch.dtype) -> Non
     """Some versions of torch take numbers of one dtype only where there is no data."""
     rows, weights = torch.empty(8, 4, dtype=dtype, device="meta"), torch.empty(2, 4, 6, dtype=dtype, device="meta")
     ends = torch.empty(2, dtype=torch.int32, device="meta")
-    out = infer(torch.ops.aten._grouped_mm.default, (rows, weights, ends), {})
+    out = infer(OpCall(torch.ops.aten._grouped_mm.default, (rows, weights, ends), {}))
     assert out.shape == (8, 6) and out.dtype == dtype

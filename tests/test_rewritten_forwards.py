@@ -6,6 +6,7 @@ import collections
 import copy
 import cProfile
 import functools
+import hashlib
 import itertools
 import random as chance
 import sys
@@ -358,6 +359,13 @@ def local_containers(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("between", [straight, stopped, random_name, local_containers, lambda m, x: m.gained(x)])
 def test_what_a_graph_says_exactly_is_rewritten(between: Callable[[Any, Tensor], Tensor]) -> None:
     assert "inside" in check(between).replaced
+
+
+def test_every_process_gives_a_rewritten_forward_the_same_file_name() -> None:
+    """Lock reasons and tracebacks name the file, and caches of compilers go by it."""
+    small: Any = netsurgery.apply(build(straight), [RandomScore(), PruneChannels(0.5)], X).get_submodule("inside")
+    digest = hashlib.sha256(small.netsurgery_code.encode()).hexdigest()
+    assert type(small).forward.__code__.co_filename == f"<netsurgery Inside {digest[:16]}>"
 
 
 def by_key(m: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Does the model's own code follow the new sizes, and what does it need so that it does?
+"""Find out how a model's own code can follow new sizes.
 
 ``fit_code`` runs the code without data at the new sizes, in lockstep with the recorded run (``size_checker``). For code
 that hard-codes a size ``remedies`` looks for help: integers on modules (``attributes``, ``repeated_sizes``), or else a

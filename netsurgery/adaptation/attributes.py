@@ -1,17 +1,17 @@
-"""Integers on modules that repeat a dimension (``in_channels``, ``num_groups``, ...) follow it through a surgery."""
+"""Change integers on modules that repeat a dimension (``in_channels``, ``num_groups``, ...) with that dimension."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Network
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, Dims
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.inputs import Tree
 
 __all__ = ["follow", "settled"]
 
@@ -25,12 +25,12 @@ def follow(model: nn.Module, network: Network, sizes: Sizes) -> None:
     modules = named_modules(model)
     for path, attribute, old, new in _followers(network, modules, sizes):
         held = modules[path].__dict__[attribute]
-        if old != new and isinstance(held, int | tuple) and held == old:  # an array has no one answer
+        if old != new and isinstance(held, int | tuple) and held == old:  # arrays compare item by item
             setattr(modules[path], attribute, new)
 
 
 def settled(model: nn.Module, network: Network, sizes: Sizes) -> set[tuple[str, str]]:
-    """Path and name of the attributes whose meaning is known, also of those whose value stays."""
+    """The attributes whose meaning is known, by path and name, also those whose value stays."""
     modules = named_modules(model)
     return {
         (path, attribute)
@@ -39,7 +39,11 @@ def settled(model: nn.Module, network: Network, sizes: Sizes) -> set[tuple[str, 
     }
 
 
-def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) -> Iterator[tuple[str, str, Any, Any]]:
+Size = int | tuple[int, ...]
+Follower = tuple[str, str, Size, Size]  # path of a module, name of an attribute, its old and its new value
+
+
+def _followers(network: Network, modules: dict[str, nn.Module], sizes: Sizes) -> Iterator[Follower]:
     own = Sizes({})
     for program in network.programs:
         for call in {call.path: call for call in reversed(program.calls)}.values():
@@ -107,10 +111,10 @@ def _of_recurrence(module: nn.Module) -> Iterator[tuple[str, str, int]]:
             yield "hidden_size", "weight_hh_l0", 1
 
 
-def _first_node(value: Any) -> fx.Node | None:
+def _first_node(value: Tree) -> fx.Node | None:
     return next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)), None)
 
 
 def _dim(node: fx.Node, dim: int) -> Axis | None:
-    dims = node.meta["dims"]
+    dims: Dims = node.meta["dims"]
     return dims[dim] if -len(dims) <= dim < len(dims) else None

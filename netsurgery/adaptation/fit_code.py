@@ -1,12 +1,11 @@
-"""Does the model's own code follow the new sizes, and what does it need so that it does?
+"""Find the changes with which a model's own code follows new sizes, and the groups that it cannot follow.
 
-Code that no remedy helps locks groups: those that an operation of it concerns, or else those that a bisection finds.
+Where no remedy helps, groups are locked: those that the failing operation concerns, or those that a bisection finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
 
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.adaptation.model_code import ModelCode
@@ -45,13 +44,9 @@ def fit_code(code: ModelCode, network: Network, counts: Mapping[str, int]) -> tu
 
 
 def with_repeats(
-    code: ModelCode,
-    network: Network,
-    counts: Mapping[str, int],
-    adaptation: Adaptation,
-    dropped: Collection[str] = (),
+    code: ModelCode, network: Network, counts: Mapping[str, int], adaptation: Adaptation, dropped: Collection[str] = ()
 ) -> Adaptation:
-    """An adaptation with those numbers that repeat a size (see ``repeated_sizes.py``) that a run confirms."""
+    """An adaptation with numbers that repeat a size (see ``repeated_sizes.py``), as far as a run confirms them."""
     needed = {(path, name) for path, values in adaptation.attributes.items() for name in values}
     found = repeats(code.model, network, network.sizes(counts), needed, dropped)
     while any(one.follows for one in found):
@@ -67,11 +62,11 @@ def with_repeats(
 
 def runs_at(code: ModelCode, network: Network, counts: Mapping[str, int]) -> bool:
     """True if the modules that changed groups come near follow these numbers of units; False may be wrong."""
-    return not _tried(code, network, counts, hurry=True)[1]
+    return not _tried(code, network, counts, near_only=True)[1]
 
 
-_MANY = 1  # groups; when the code of a module cannot say which of more than these it is about, they are tried in turn
-_FEW = 4  # groups; when an operation is about more than these, it is about each of them
+_MANY = 1  # suspected groups; where a module's code is about one of more than these, a bisection finds which
+_FEW = 4  # groups; an operation that is about more than these is about each of them
 
 
 def _changed(network: Network, counts: Mapping[str, int]) -> dict[Axis, str]:
@@ -80,15 +75,15 @@ def _changed(network: Network, counts: Mapping[str, int]) -> dict[Axis, str]:
 
 
 def _tried(
-    code: ModelCode, network: Network, counts: Mapping[str, int], hurry: bool = False
+    code: ModelCode, network: Network, counts: Mapping[str, int], near_only: bool = False
 ) -> tuple[Adaptation, dict[str, Failure]]:
-    """An adaptation for these numbers of units, and the failures that no remedy helps, by path.
+    """An adaptation for these numbers of units, and by path the failures that no remedy helps.
 
     Args:
-        hurry: pass over modules that no changed group comes near.
+        near_only: pass over modules that no changed group comes near.
     """
     changed = _changed(network, counts)
-    remedies = Remedies(code, network, network.sizes(counts), changed, hurry)
+    remedies = Remedies(code, network, network.sizes(counts), changed, near_only)
     while changed and (failures := remedies.failures()):
         tried = {path: remedies.remedy(path, failure) for path, failure in failures.items()}
         if lost := {path: failure for path, failure in tried.items() if failure is not None}:
@@ -97,7 +92,7 @@ def _tried(
 
 
 def _bisect(code: ModelCode, network: Network, counts: Mapping[str, int], path: str, around: str) -> list[str]:
-    """Find one changed group that makes the code of a module fail, with those that keep equally many units.
+    """Find a changed group that makes the code of a module fail, and the groups that must keep as many units.
 
     Groups in the module ``around`` are tried by themselves first.
     """
@@ -106,7 +101,7 @@ def _bisect(code: ModelCode, network: Network, counts: Mapping[str, int], path: 
 
     def fails(tried: list[EqualSizes]) -> bool:
         some = {name: counts[name] for names in tried for name in names}
-        return path in _tried(code, network, some, hurry=True)[1]
+        return path in _tried(code, network, some, near_only=True)[1]
 
     return list(_last_needed(near, fails) or _last_needed(together, fails) or together[-1])
 
@@ -115,7 +110,7 @@ EqualSizes = tuple[str, ...]  # names of groups that keep equally many units
 
 
 def _last_needed(suspects: list[EqualSizes], fails: Callable[[list[EqualSizes]], bool]) -> EqualSizes | None:
-    """The last of the fewest first suspects with which the code fails; None where it does not with all of them."""
+    """The suspect with which the code begins to fail, when they are added in turn; None where it runs with all."""
     low, high = 0, len(suspects)
     while high - low > 1:
         middle = (low + high) // 2
@@ -124,7 +119,7 @@ def _last_needed(suspects: list[EqualSizes], fails: Callable[[list[EqualSizes]],
 
 
 def _counterparts(network: Network, names: Iterable[str], path: str, other: str) -> list[str]:
-    """The groups that are in one module where those with ``names`` are in another of its class."""
+    """The groups of one module that stand in the places of groups ``names`` in another module of its class."""
     if path == other:
         return list(names)
     there = {place: name for name, place in _places_in(network, other).items()}
@@ -134,10 +129,13 @@ def _counterparts(network: Network, names: Iterable[str], path: str, other: str)
     ]
 
 
-def _places_in(network: Network, path: str) -> dict[str, tuple[Any, int]]:
-    """Where the groups of a module occur in it, and the how many-th to do so in just these places, by name."""
-    seen: dict[Any, int] = {}
-    found = {}
+Place = tuple[tuple[str, int, str], ...]  # parameter within a module, dimension and role of each member of a group
+
+
+def _places_in(network: Network, path: str) -> dict[str, tuple[Place, int]]:
+    """The places where groups occur in a module, by name, and a number that tells groups in the same places apart."""
+    seen: dict[Place, int] = {}
+    found: dict[str, tuple[Place, int]] = {}
     for group in network.groups:
         own = [m for m in group.members if is_within(m.module, path)]
         if own:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
 import linecache
 import operator
@@ -16,7 +17,7 @@ import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf, nan, prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -27,6 +28,7 @@ from netsurgery.adaptation.repeated_sizes import Repeat
 from netsurgery.adaptation.traced_numbers import SizeEvaluator
 from netsurgery.analysis.costs import Sizes
 from netsurgery.axes import Axis, leaves
+from netsurgery.capture.inputs import Kwargs, Tree
 
 __all__ = [
     "Adaptation",
@@ -40,7 +42,9 @@ __all__ = [
     "solve_attributes",
 ]
 
-Attributes = Mapping[str, Any]
+Attributes = Mapping[str, object]  # new values of attributes of one module, by name
+Attribute = tuple[str, int | None]  # the name of an attribute, and an index where it is a list
+Place = tuple[int, ...]  # indices that lead to an integer in the arguments of a node
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Adaptation:
         stays: numbers of modules that stay although dimensions of their size change, each with a reason.
     """
 
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, object]] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     stays: dict[str, str] = field(default_factory=dict)
@@ -76,7 +80,7 @@ class Adaptation:
 
     def carry_out(self, model: nn.Module) -> None:
         """Change the attributes and the classes of the modules of a model."""
-        copies: dict[int, Any] = {}  # modules that share a value share the new one, too
+        copies: dict[int, object] = {}  # modules that share a value share the new one, too
         for path, values in self.attributes.items():
             for name, value in values.items():
                 if id(value) not in copies:
@@ -100,13 +104,13 @@ class Rewritten:
 
     Attributes:
         netsurgery_class: its own class.
-        netsurgery_code: the source of its ``forward``. Long names: parts of a module may be called anything else.
+        netsurgery_code: the source of its ``forward``. The names are long, since modules may have parts of other names.
     """
 
     netsurgery_class: type
     netsurgery_code: str
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return _blank, (_own_class(type(self)), self.netsurgery_code), self.__getstate__()
 
 
@@ -114,12 +118,13 @@ def _is_rewritten(model: nn.Module) -> bool:
     return any(isinstance(part, Rewritten) for part in model.modules())
 
 
-def _own_class(kind: type) -> Any:
+def _own_class(kind: type) -> type:
     """The original of a rewritten class; any other class, such as that of a parametrised module, itself."""
-    return vars(kind).get("netsurgery_class", kind)
+    own: type = vars(kind).get("netsurgery_class", kind)
+    return own
 
 
-def _blank(kind: type, code: str) -> Any:
+def _blank(kind: type, code: str) -> object:
     rewritten: Any = _class(kind, code)
     return rewritten.__new__(rewritten)
 
@@ -129,7 +134,7 @@ _SCOPE = {"torch": torch, "operator": operator, "inf": inf, "nan": nan, "device"
 
 @functools.cache
 def _class(kind: type, code: str) -> type:
-    file = f"<netsurgery {kind.__name__} {abs(hash(code)):x}>"
+    file = f"<netsurgery {kind.__name__} {hashlib.sha256(code.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = len(code), None, code.splitlines(keepends=True), file  # tracebacks and compilers read it
     scope = dict(_SCOPE)
     exec(compile(code, file, "exec"), scope)
@@ -142,27 +147,34 @@ def _class(kind: type, code: str) -> type:
 # New sizes ---------------------------------------------------------------------------------------------------------
 
 
-def _wants(graph: fx.Graph) -> list[tuple[fx.Node, tuple[int, ...], Any, Axis]]:
-    """Every integer that is the size of a dimension: its node, its place there, itself, the dimension."""
+class _Size(NamedTuple):
+    """An integer among the arguments of a node that is the size of a dimension."""
+
+    node: fx.Node
+    place: Place
+    value: fx.Node | int
+    axis: Axis
+
+
+def _sizes_in(graph: fx.Graph) -> list[_Size]:
+    """Every integer that is the size of a dimension; torch computes -1 itself."""
     found = []
     for node in graph.nodes:
+        placed = dict(_placed((), node.args)) if node.meta.get("sizes") else {}
         for place, axis in node.meta.get("sizes", ()):
-            value: Any = node.args
-            for step in place:
-                value = (value.start, value.stop, value.step)[step] if isinstance(value, slice) else value[step]
-            if isinstance(value, fx.Node) or value >= 0:  # torch computes -1
-                found.append((node, place, value, axis))
+            if isinstance(value := placed[place], fx.Node) or value >= 0:
+                found.append(_Size(node, place, value, axis))
     return found
 
 
-def solve_attributes(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, Any], bool]:
+def solve_attributes(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[dict[str, object], bool]:
     """The attributes of a module that are sizes of dimensions, at other sizes; True if they are nothing else."""
-    found: dict[tuple[str, int | None], set[int]] = {}
-    for _, _, value, axis in _wants(graph):
+    found: dict[Attribute, set[int]] = {}
+    for _, _, value, axis in _sizes_in(graph):
         if isinstance(value, fx.Node) and "attribute" in value.meta:
             found.setdefault(value.meta["attribute"], set()).add(sizes(axis))
     agreed = {key: wanted for key, wanted in found.items() if len(wanted) == 1}
-    attributes: dict[str, Any] = {}
+    attributes: Kwargs = {}
     for (name, index), (wanted,) in agreed.items():
         old = attributes.get(name, module.__dict__[name])
         new = wanted if index is None else type(old)([*old[:index], wanted, *old[index + 1 :]])
@@ -171,9 +183,9 @@ def solve_attributes(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[
     return attributes, len(agreed) == len(found) and not _used_otherwise(graph, agreed)
 
 
-def agreed_attributes(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dict[str, Any], bool]:
+def agreed_attributes(found: Iterable[tuple[dict[str, object], bool]]) -> tuple[dict[str, object], bool]:
     """The attributes that several runs of a module agree on, none if they do not; True if they are enough for each."""
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, object] = {}
     enough = True
     for attributes, alone in found:
         if any(wanted.get(name, value) != value for name, value in attributes.items()):
@@ -183,10 +195,10 @@ def agreed_attributes(found: Iterable[tuple[dict[str, Any], bool]]) -> tuple[dic
     return wanted, enough
 
 
-def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]) -> bool:
+def _used_otherwise(graph: fx.Graph, attributes: Container[Attribute]) -> bool:
     """True if one of these attributes is also used for something that is not the size of a dimension."""
-    places = {(node, place) for node, place, _, _ in _wants(graph)}
-    numbers = [node for node in graph.nodes if node.meta.get("attribute") in found]
+    places = {(size.node, size.place) for size in _sizes_in(graph)}
+    numbers = [node for node in graph.nodes if node.meta.get("attribute") in attributes]
     while numbers:
         number = numbers.pop()
         for user in number.users:
@@ -203,7 +215,7 @@ def _used_otherwise(graph: fx.Graph, found: Mapping[tuple[str, int | None], Any]
 
 def _settle_other_uses(graph: fx.Graph, attributes: Attributes) -> None:
     """Write the old value of an attribute that changes wherever it is not the size of a dimension."""
-    places = {(node, place) for node, place, _, _ in _wants(graph)}
+    places = {(size.node, size.place) for size in _sizes_in(graph)}
     for number in list(graph.nodes):
         if number.meta.get("attribute", ("",))[0] not in attributes:
             continue
@@ -218,7 +230,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [node, *(found for source in node.all_input_nodes if "value" in source.meta for found in _sources(source))]
 
 
-def _placed(place: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+def _placed(place: Place, value: object) -> Iterator[tuple[Place, Any]]:
     """Every argument with its place."""
     if isinstance(value, tuple | list):
         for index, item in enumerate(value):
@@ -257,9 +269,10 @@ def generate_forward(
     values = SizeEvaluator(sizes, known, units)
     _settle_other_uses(new_graph, attributes)
     written = _written(new_graph, values)
-    for node, place, value, axis in _wants(new_graph):
-        if values(value) != sizes(axis):
-            node.args = _put(node.args, place, _at_new_size(value, axis, values, node, written, written_only))
+    for size in _sizes_in(new_graph):
+        if values(size.value) != sizes(size.axis):
+            value = _at_new_size(size, values, written, written_only)
+            size.node.args = _put(size.node.args, size.place, value)
     for node in [node for node in new_graph.nodes if "parts" in node.meta and not written_only]:
         _settle_parts(node, values)
     for node in [node for node in new_graph.nodes if node.meta.get("guard") and not values(node.args[0])]:
@@ -294,7 +307,7 @@ def kinds(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def joined(branches: Iterable[tuple[tuple[str, ...], str]]) -> str:
-    """One ``forward`` that tries those of several runs, each of which accepts some kinds of inputs.
+    """One ``forward`` that tries the ones of several runs, each of which accepts some kinds of inputs.
 
     Raises:
         Untraceable: they differ for inputs of one kind.
@@ -314,7 +327,7 @@ def joined(branches: Iterable[tuple[tuple[str, ...], str]]) -> str:
 
 
 def by_mode(in_eval: str, in_training: str) -> str:
-    """One ``forward`` that runs one of two, by the mode of the module."""
+    """One ``forward`` that runs the first in eval mode and the second in training."""
     head, passed = _head(in_eval)
     last = f"{head}\n    return (netsurgery_train if self.training else netsurgery_eval)({passed})\n"
     return "\n".join(
@@ -331,11 +344,11 @@ def _head(code: str) -> tuple[str, str]:
     """The first line of a ``forward``, and its arguments as they are passed on."""
     head = next(line for line in code.splitlines() if line.startswith("def forward("))
     given = inspect.signature(compiled(f"{head} ...")["forward"]).parameters.values()
-    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return head, ", ".join(stars.get(parameter.kind, "") + parameter.name for parameter in given)
 
 
-def compiled(code: str) -> dict[str, Any]:
+def compiled(code: str) -> Kwargs:
     """The names that source code defines, such as ``forward``."""
     scope = dict(_SCOPE)
     exec(code, scope)
@@ -361,12 +374,12 @@ def _chunks(size: int, count: int) -> list[int]:
 
 
 def _written(graph: fx.Graph, values: SizeEvaluator) -> dict[int, int]:
-    """The new values of sizes that are written in the code and change, such as a number of heads.
+    """The new values of sizes that are written in the code and change, such as a number of heads, by old value.
 
-    Products of the sizes of one call are among them, as in ``view(n, 3, 4, c // 12)``.
+    Products of the sizes of one call count as sizes, as in ``view(n, 3, 4, c // 12)``.
     """
     by_call: dict[fx.Node, list[tuple[int, int]]] = {}
-    for node, _, value, axis in _wants(graph):
+    for node, _, value, axis in _sizes_in(graph):
         if type(value) is int:
             by_call.setdefault(node, []).append((value, values.sizes(axis)))
     found: dict[int, set[int]] = {}
@@ -376,17 +389,16 @@ def _written(graph: fx.Graph, values: SizeEvaluator) -> dict[int, int]:
     return {old: new for old, (new, *others) in found.items() if not others and new != old}
 
 
-def _at_new_size(
-    value: Any, axis: Axis, values: SizeEvaluator, node: fx.Node, written: Mapping[int, int], written_only: bool
-) -> Any:
+def _at_new_size(size: _Size, values: SizeEvaluator, written: Mapping[int, int], written_only: bool) -> fx.Node | int:
     """An expression for the new size: the old one with other constants, or a constant."""
+    node, _, value, axis = size
     sizes = values.sizes
     changed = {leaf.size: sizes(leaf) for leaf in leaves(axis) if sizes(leaf) != leaf.size}
     if not isinstance(value, fx.Node):  # written in the code
         return sizes(axis)
     for constants in (changed, written):  # one size may be computed from another: view(n, 4, c // 4)
         with node.graph.inserting_before(node):
-            other = _substituted(value, constants)
+            other: fx.Node | int = _substituted(value, constants)
         if values(other) == sizes(axis):
             return other
     if values.free(axis) or written_only:
@@ -394,7 +406,7 @@ def _at_new_size(
     return sizes(axis)
 
 
-def _substituted(value: Any, changed: Mapping[int, int]) -> Any:
+def _substituted(value: Tree, changed: Mapping[int, int]) -> Tree:
     if not isinstance(value, fx.Node):
         return changed.get(value, value) if type(value) is int else value
     if "attribute" in value.meta:
@@ -406,7 +418,7 @@ def _substituted(value: Any, changed: Mapping[int, int]) -> Any:
     return new
 
 
-def _put(args: Any, place: tuple[int, ...], value: Any) -> Any:
+def _put(args: Tree, place: Place, value: object) -> Tree:
     if not place:
         return value
     if isinstance(args, slice):

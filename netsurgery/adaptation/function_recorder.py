@@ -7,11 +7,12 @@ below computes shapes, and knows the dimensions of each tensor where it runs in 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from netsurgery.adaptation.input_guards import expect_keys, expect_same, expect_tensor, expect_value
-from netsurgery.adaptation.size_arguments import CallDims, size_arguments
+from netsurgery.adaptation.size_arguments import TorchCall, size_arguments
 from netsurgery.adaptation.traced_numbers import Shape, TracedFloat, TracedInt, guard, plain, traced
 from netsurgery.adaptation.training_arguments import call_in_eval
-from netsurgery.axes import Axis, channel, find
+from netsurgery.axes import Dims, channel, find
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.fake_device import FakeDevice
+from netsurgery.capture.inputs import Args, Inputs, Kwargs, Tree
 from netsurgery.capture.meta_shapes import infer
 from netsurgery.capture.op_observer import OpObserver
+from netsurgery.capture.operations import OpCall
 from netsurgery.capture.program import Call, Program
 from netsurgery.capture.side_effects import Effects
 from netsurgery.capture.source_locations import format_where, is_library, location
@@ -37,25 +40,24 @@ from netsurgery.capture.source_locations import format_where, is_library, locati
 __all__ = ["FunctionRecorder", "LockstepExecutor", "MetaExecutor", "Untraceable"]
 
 
+Function = Callable[..., Tree]  # of torch
+
+
 class Untraceable(Exception):
     """The code of a module does something that a graph of torch functions cannot express."""
 
 
-_INLINE: dict[Any, Callable[..., Any]] = {}
-
-
-def _inlined(function: Any) -> Callable[..., Any]:
+@functools.cache
+def _inlined(function: FunctionType) -> Function:
     """A copy of a function of torch whose body is recorded, call by call, instead of the function as a whole."""
-    if function not in _INLINE:
-        scope = {**function.__globals__, "has_torch_function": lambda _: False}
-        copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-        copied.__kwdefaults__ = function.__kwdefaults__
-        _INLINE[function] = copied
-    return _INLINE[function]
+    scope = {**function.__globals__, "has_torch_function": lambda _: False}
+    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def _reads_attribute(node: fx.Node) -> bool:
-    """True for a number that is computed from an attribute of the module."""
+    """True if a number is computed from an attribute of the module."""
     sources = [source for source in node.all_input_nodes if "value" in source.meta]
     return "attribute" in node.meta or any(map(_reads_attribute, sources))
 
@@ -66,20 +68,22 @@ class MetaExecutor(OpObserver):
     def __init__(self) -> None:
         super().__init__()
         self.recorder: FunctionRecorder | None = None
-        self.dims: dict[int, Any] = {}
-        self.alive: list[Any] = []
+        self.dims: dict[int, Dims] = {}
+        self.alive: list[object] = []
         self.done: list[fx.Node] = []
 
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = infer(func, args, kwargs)
+    def see(self, call: OpCall) -> Tree:
+        out = infer(call)
         self.place(out, None)
-        self.record_scripted(func, args, kwargs, out)
+        self.record_scripted(call, out)
         return out
 
-    def record_scripted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Scripted functions run operations without calling torch functions; these are recorded here."""
+    def record_scripted(self, call: OpCall, out: Tree) -> None:
+        """Record the operations that scripted functions run without calling torch functions."""
         if self.recorder is not None and not self.recorder.paused and not self.recorder.busy:
-            self.recorder.bind(out, self.recorder.emit(func, func._opname, list(args), kwargs, out, self.done[-1:]))
+            assert isinstance(call.target, OpOverload)
+            made = TorchCall(list(call.args), call.kwargs, out, self.dims, self.done[-1:])
+            self.recorder.bind(out, self.recorder.emit(call.target, call.target._opname, made))
 
     def note_alias(self, tensor: Tensor, other: Tensor) -> Tensor:
         self.alive.append(other)
@@ -87,15 +91,15 @@ class MetaExecutor(OpObserver):
             self.dims[id(other)] = self.dims[id(tensor)]
         return other
 
-    def place(self, out: Any, dims: Any) -> None:
+    def place(self, out: Tree, dims: Dims | list[Dims | None] | None) -> None:
         """Note the dimensions of results. Without any, each dimension is a new channel that nothing else has."""
         for i, tensor in enumerate(out) if isinstance(out, list | tuple) else [(None, out)]:
             if isinstance(tensor, Tensor):
-                own = dims if i is None or dims is None else dims[i]
+                own: Tree = dims if i is None or dims is None else dims[i]
                 self.dims[id(tensor)] = tuple(map(channel, tensor.shape)) if own is None else own
         self.alive.append(out)
 
-    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, path: str, forward: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
         if not path or self.recorder is None or self.recorder.paused:
             return super().call(path, forward, args, kwargs)
         with self.recorder.pause(path):
@@ -107,8 +111,8 @@ class LockstepExecutor(MetaExecutor):
     """Runs in lockstep with the recorded operations of one call, and so knows the dimensions of each tensor.
 
     Args:
-        other_mode: the run is in training, beside one that was recorded in eval mode. Then each operation must read
-            the same dimensions and numbers, not only be the same one.
+        other_mode: the run is in training, and the recorded one was in eval mode. Then each operation must read the
+            same dimensions and numbers, and not only be the same.
     """
 
     def __init__(self, program: Program, call: Call, other_mode: bool = False):
@@ -116,22 +120,23 @@ class LockstepExecutor(MetaExecutor):
         self.operations = iter(program.operations[call.begin : call.end])
         self.path, self.other_mode = call.path, other_mode
 
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def see(self, call: OpCall) -> Tree:
         node = next(self.operations, None)
-        if self.other_mode and not (node is not None and node.target is func and self.reads_alike(node, args)):
+        same = node is not None and node.target is call.target
+        if self.other_mode and not (node is not None and same and self.reads_alike(node, call.args)):
             raise Untraceable("runs other code in training, and that run is not recorded")
-        if node is None or node.target is not func:
-            raise Untraceable(f"{func} runs where {node.target if node else 'nothing'} ran before")
-        out = infer(func, args, kwargs)
+        if node is None or not same:
+            raise Untraceable(f"{call.target} runs where {node.target if node else 'nothing'} ran before")
+        out = infer(call)
         self.place(out, node.meta["dims"])
         self.done.append(node)
-        self.record_scripted(func, args, kwargs, out)
+        self.record_scripted(call, out)
         return out
 
-    def reads_alike(self, node: fx.Node, args: tuple[Any, ...]) -> bool:
+    def reads_alike(self, node: fx.Node, args: Args) -> bool:
         """True if the dimensions and numbers that an operation reads are those of the recorded one."""
 
-        def alike(now: Any, then: Any) -> bool:
+        def alike(now: Tree, then: Tree) -> bool:
             if isinstance(now, Tensor):
                 return isinstance(then, fx.Node) and self.dims_of(now, then) == _standing_for(then)
             if isinstance(now, list | tuple):
@@ -140,8 +145,8 @@ class LockstepExecutor(MetaExecutor):
 
         return len(args) == len(node.args) and all(map(alike, args, node.args))
 
-    def dims_of(self, tensor: Tensor, node: fx.Node) -> Any:
-        """The dimensions of a tensor. A parameter or constant has those of the recorded one if it is named so."""
+    def dims_of(self, tensor: Tensor, node: fx.Node) -> Dims | None:
+        """The dimensions of a tensor; those of the recorded node for the parameter that this node names."""
         if id(tensor) in self.dims:
             return tuple(map(find, self.dims[id(tensor)]))
         name = self.recorder.names.get(id(tensor)) if self.recorder is not None else None
@@ -150,11 +155,11 @@ class LockstepExecutor(MetaExecutor):
         return _standing_for(node) if same and tensor.shape == node.meta["shape"] else None
 
 
-def _standing_for(node: fx.Node) -> tuple[Axis, ...]:
+def _standing_for(node: fx.Node) -> Dims:
     return tuple(map(find, node.meta["dims"]))
 
 
-_STARS: dict[Any, tuple[str, Any]] = {
+_STARS: dict[object, tuple[str, object]] = {
     inspect.Parameter.VAR_POSITIONAL: ("*", ()),
     inspect.Parameter.VAR_KEYWORD: ("**", {}),
 }
@@ -189,15 +194,15 @@ class FunctionRecorder(TorchFunctionMode):
         self.read: dict[str, fx.Node] = {}
         self.dtypes: dict[torch.dtype, fx.Node] = {}
         self.doubts: list[str] = []
-        self.written: dict[str, Any] = {}  # attributes that keep sizes
+        self.written: Kwargs = {}  # attributes that keep sizes
         self.paused = False
         self.busy = False  # inside of a torch function that is recorded
-        self.arguments: dict[str, Any] = {}
+        self.arguments: Kwargs = {}
         self.effects: Effects | None = None  # side effects of the code, if they are observed
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """The operations that run now are part of a torch function."""
+        """Take the operations that run in this context as parts of a torch function."""
         before, self.busy = self.busy, True
         try:
             yield
@@ -206,7 +211,7 @@ class FunctionRecorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def pause(self, path: str) -> Iterator[None]:
-        """Record nothing: a submodule runs."""
+        """Record nothing in this context: a submodule runs."""
         self.paused, part = True, self.module.get_submodule(path)
         try:
             with torch._C.DisableTorchFunction(), self.effects.of(part) if self.effects else contextlib.nullcontext():
@@ -230,7 +235,7 @@ class FunctionRecorder(TorchFunctionMode):
             node = self.graph.call_function(operator.getitem, (node, step))
         return node
 
-    def node_of(self, value: Any) -> Any:
+    def node_of(self, value: Tree) -> Tree:
         """An argument as it stands in the graph, with nodes for tensors and traced numbers."""
         if isinstance(value, Tensor):
             if id(value) in self.known:
@@ -254,11 +259,11 @@ class FunctionRecorder(TorchFunctionMode):
         if type(value) is dict:
             return {key: self.node_of(item) for key, item in value.items()}
         if isinstance(value, _CONSTANTS):
-            plain: Any = next((kind for kind in (float, complex, str) if isinstance(value, kind)), None)
+            plain: type | None = next((kind for kind in (float, complex, str) if isinstance(value, kind)), None)
             return value if plain is None else plain(value)  # numpy has subclasses of these
         raise Untraceable(f"passes a {type(value).__name__} to a function of torch")
 
-    def inputs(self, signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def inputs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> Inputs:
         """Placeholders for the inputs of the module; integers among them are traced."""
         bound = signature.bind(*args, **kwargs)
         nodes = {}
@@ -278,11 +283,10 @@ class FunctionRecorder(TorchFunctionMode):
 
     def watch(self, caller: CodeType) -> Effects:
         """An observer of the side effects of the module's own code."""
-        kind: Any = type(self.module)
-        start = getattr(kind.forward, "__code__", caller)
+        start = getattr(type(self.module).forward, "__code__", caller)
         return Effects({"self": self.module, **self.arguments}, start)
 
-    def guarded_input(self, value: Any, node: fx.Node, name: str) -> Any:
+    def guarded_input(self, value: Tree, node: fx.Node, name: str) -> Tree:
         """An input of the module; a check that later inputs are of the same kind is added to the graph."""
         if isinstance(value, Tensor):
             kind = "floating" if value.is_floating_point() else "complex" if value.is_complex() else str(value.dtype)
@@ -332,7 +336,7 @@ class FunctionRecorder(TorchFunctionMode):
         node.meta["attribute"] = name, index
         return traced(value, node)
 
-    def record_stored(self, name: str, before: Any) -> bool:
+    def record_stored(self, name: str, before: Tree) -> bool:
         """Record that the code stores a size of its inputs in an attribute. False if it has read the earlier value."""
         value = self.module.__dict__[name]
         sizes = value if type(value) in (tuple, list) else [value]
@@ -345,7 +349,7 @@ class FunctionRecorder(TorchFunctionMode):
         self.graph.call_function(operator.setitem, (self.graph.get_attr("__dict__"), name, self.node_of(value)))
         return True
 
-    def record_stored_sizes(self, placed: dict[str, Any]) -> None:
+    def record_stored_sizes(self, placed: Kwargs) -> None:
         """Record the sizes that the code has stored in attributes, and put the earlier values back."""
         own = self.module.__dict__
         for name in [name for name, value in own.items() if placed.get(name, placed) is not value]:
@@ -355,7 +359,7 @@ class FunctionRecorder(TorchFunctionMode):
                 else:
                     del own[name]
 
-    def bind(self, out: Any, node: fx.Node) -> None:
+    def bind(self, out: Tree, node: fx.Node) -> None:
         """Note which node computes a result."""
         if isinstance(out, Tensor):
             self.known[id(out)] = node
@@ -367,17 +371,17 @@ class FunctionRecorder(TorchFunctionMode):
         elif out is not None:
             raise Untraceable(f"calls a function of torch that returns a {type(out).__name__}")
 
-    def record_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def record_module(self, target: str, args: Args, kwargs: Kwargs, out: Tree) -> Tree:
         """Record that a submodule has run."""
         node = self.graph.call_module(target, self.node_of(args), self.node_of(kwargs))
         self.bind(out, node)
         return out
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with self.effects.aside() if self.effects else contextlib.nullcontext():
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Tree:
+        with self.effects.paused() if self.effects else contextlib.nullcontext():
             return self.record_call(func, args, dict(kwargs or {}))
 
-    def record_call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def record_call(self, func: Any, args: Args, kwargs: Kwargs) -> Tree:
         """Call a torch function, record it, and return its result."""
         if func is F.multi_head_attention_forward:
             with self:
@@ -404,10 +408,11 @@ class FunctionRecorder(TorchFunctionMode):
             self.doubts.append(_with_location(f"calls {name}"))
         tensors = isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out))
         if tensors or name == "__setitem__":
-            self.bind(out, self.emit(func, name, list(args), kwargs, out, self.executor.done[start:]))
+            call = TorchCall(list(args), kwargs, out, self.executor.dims, self.executor.done[start:])
+            self.bind(out, self.emit(func, name, call))
         return out
 
-    def attribute_of(self, x: Tensor, name: str) -> Any:
+    def attribute_of(self, x: Tensor, name: str) -> object:
         if name in _AUTOGRAD_STATE and not _called_by_torch():
             self.doubts.append(_with_location(f"asks for {name}"))
         with self.inside():
@@ -431,7 +436,7 @@ class FunctionRecorder(TorchFunctionMode):
 
         return Shape([read(dim) for dim in range(x.dim())])
 
-    def size(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    def size(self, name: str, args: Args, kwargs: Kwargs) -> Shape | int:
         shape = self.shape(args[0])
         if name == "size":
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -441,29 +446,27 @@ class FunctionRecorder(TorchFunctionMode):
             return int(shape[0])
         return shape.numel()
 
-    def emit(
-        self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], out: Any, operations: list[fx.Node]
-    ) -> fx.Node:
-        dims = CallDims(self.executor.dims, operations)
-        args, sizes = size_arguments(name, args, kwargs, dims, out)
-        given = tuple([self.node_of(a) for a in args]), {key: self.node_of(value) for key, value in kwargs.items()}
+    def emit(self, func: Function, name: str, call: TorchCall) -> fx.Node:
+        """Add the node of a call to the graph."""
+        call.args, sizes = size_arguments(name, call)
+        given = tuple(map(self.node_of, call.args)), {key: self.node_of(value) for key, value in call.kwargs.items()}
         if name.startswith("__") and hasattr(operator, name):
             node = self.graph.call_function(getattr(operator, name), *given)
-        elif getattr(Tensor, name, None) is func or (name in _AS_METHODS and isinstance(args[0], Tensor)):
+        elif getattr(Tensor, name, None) is func or (name in _AS_METHODS and isinstance(call.args[0], Tensor)):
             node = self.graph.call_method(name, *given)
         elif isinstance(func, OpOverload) or (resolve_name(func) or "").startswith("torch."):
             node = self.graph.call_function(func, *given)
         else:
             raise Untraceable(f"calls {func}")
         node.meta["sizes"] = sizes
-        if name in ("chunk", "tensor_split") and isinstance(out, tuple | list):
-            node.meta["parts"] = [dims.of(part)[kwargs.get("dim", args[2] if len(args) > 2 else 0)] for part in out]
-        if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
-            node.meta["scale"] = dims.of(args[0])[-1]
+        if name in ("chunk", "tensor_split") and isinstance(call.out, tuple | list):
+            node.meta["parts"] = call.parts()
+        if name == "scaled_dot_product_attention" and call.kwargs.get("scale") is None:
+            node.meta["scale"] = call.dims(call.args[0])[-1]
         return node
 
 
-_AS_OTHER: dict[Any, Callable[..., Any]] = {
+_AS_OTHER: dict[Function, Function] = {
     Tensor.view_as: Tensor.view, Tensor.reshape_as: Tensor.reshape, Tensor.expand_as: Tensor.expand,
 }  # fmt: skip
 _AS_METHODS = ("reshape", "view", "expand", "unflatten")
@@ -474,19 +477,19 @@ def _refuse_values(tensor: Tensor) -> Tensor:
 
 
 def _with_location(what: str) -> str:
-    """An action of the code, and its file and line."""
+    """The text for an action of the code, with its file and line."""
     return f"{what} {format_where(location())}".rstrip()
 
 
 def _called_by_torch() -> bool:
-    """True where torch's own code asks: it chooses among implementations with the same result."""
-    frame: Any = sys._getframe(2)
-    while frame.f_code.co_filename == __file__:
+    """True if torch's own code asks: it chooses among implementations with the same result."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    return is_library(frame.f_code.co_filename)
+    return frame is not None and is_library(frame.f_code.co_filename)
 
 
-def _keys_to(value: Any, tensor: Tensor) -> list[Any] | None:
+def _keys_to(value: object, tensor: Tensor) -> list[object] | None:
     """The keys and indices that lead to a tensor in nested dictionaries and lists."""
     if value is tensor:
         return []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from netsurgery.capture.caches import caches_kept
 from netsurgery.capture.copies import copy_with, named_tensors
-from netsurgery.capture.inputs import tensors_in
+from netsurgery.capture.inputs import Tree, tensors_in
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, without_fast_path
 from netsurgery.capture.program import Call, Named
 from netsurgery.capture.randomness import seeded
@@ -26,12 +25,12 @@ __all__ = ["difference"]
 
 
 def difference(
-    module: nn.Module, forward: Callable[..., Any], call: Call, tensors: Mapping[str, Tensor], training: bool
+    module: nn.Module, forward: Callable[..., Tree], call: Call, tensors: Mapping[str, Tensor], training: bool
 ) -> str | None:
-    """A difference between a ``forward`` and that of a module, called as it was when recorded; None if there is none.
+    """A difference between a ``forward`` and that of a module, for a recorded call; None if there is none.
 
-    Both run under autocast, which only adds to what is compared; without it where the module's own code
-    does not run so. Where that runs in neither way, there is nothing to differ from.
+    Both run under autocast, whose casts are compared, too, or without it where the module's own code does not run
+    under it. Where the module's code runs in neither way, no difference is found.
 
     Args:
         tensors: the model's, by name.
@@ -49,7 +48,7 @@ class _DoesNotRun(Exception):
 
 def _both(
     module: nn.Module,
-    forward: Callable[..., Any],
+    forward: Callable[..., Tree],
     call: Call,
     tensors: Mapping[str, Tensor],
     training: bool,
@@ -67,7 +66,7 @@ def _both(
         meta.eval()  # some return nothing
         meta.training = training
         given = [v for v in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(v, fx.Node | Named)]
-        leaves = {value: _Given(value, tensors, device) for value in given}
+        leaves: Leaves = {value: _Given(value, tensors, device) for value in given}
         try:
             wanted = _run(type(meta).forward, meta, call, leaves)
         except RAISED_BY_MODELS as error:
@@ -80,7 +79,7 @@ def _both(
 
 @contextlib.contextmanager
 def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iterator[None]:
-    """Gradients are recorded, whatever is around; autocast is on or off."""
+    """Record gradients, whatever context is around; switch autocast on if ``half``, else off."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
     with (
         torch.inference_mode(False),
@@ -96,7 +95,7 @@ def _differentiated(module: nn.Module, device: torch.device, half: bool) -> Iter
 
 
 def _without_data(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of a module without data; a parameter requires gradients, whether it is trained or not."""
+    """A tensor of a module without data; all parameters require gradients, also those that are not trained."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=_differs(tensor.dtype))
@@ -122,11 +121,14 @@ class _Given:
         return self.leaf.clone().as_strided(*self.layout)
 
 
-def _run(forward: Callable[..., Any], meta: nn.Module, call: Call, leaves: Mapping[Any, _Given]) -> list[Tensor]:
+Leaves = Mapping[fx.Node | Named, _Given]
+
+
+def _run(forward: Callable[..., Tree], meta: nn.Module, call: Call, leaves: Leaves) -> list[Tensor]:
     """The results of a ``forward``, and its inputs after the run."""
     given = {value: leaf() for value, leaf in leaves.items()}
 
-    def stand_in(value: Any) -> Any:
+    def stand_in(value: object) -> object:
         return given[value] if isinstance(value, fx.Node | Named) else value
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
@@ -147,9 +149,12 @@ def _unlike(found: list[Tensor] | str, wanted: list[Tensor]) -> str | None:
     return _backward_unlike([(one.grad_fn, other.grad_fn) for one, other in zip(found, wanted, strict=True)])
 
 
-def _backward_unlike(pairs: list[tuple[Any, Any]]) -> str | None:
+GradFn = torch.autograd.graph.Node | None
+
+
+def _backward_unlike(pairs: list[tuple[GradFn, GradFn]]) -> str | None:
     """The first difference between two records of autograd, on the way from results to the tensors they end in."""
-    twins: dict[Any, Any] = {}
+    twins: dict[GradFn, GradFn] = {}
     while pairs:
         one, other = pairs.pop()
         if twins.setdefault(one, other) is not other or _kind(one) != _kind(other):
@@ -162,10 +167,10 @@ def _backward_unlike(pairs: list[tuple[Any, Any]]) -> str | None:
     return None
 
 
-def _kind(node: Any) -> Any:
-    """The name of an operation of the backward run, or which tensor it ends in."""
+def _kind(node: GradFn) -> tuple[str, int]:
+    """The name of an operation of the backward run, and the identity of the tensor that it ends in, if it does."""
     return (_name(node), id(getattr(node, "variable", None)))
 
 
-def _name(node: Any) -> str:
+def _name(node: GradFn) -> str:
     return "nothing" if node is None else str(node.name())

@@ -1,4 +1,4 @@
-"""Checks of the inputs of a rewritten ``forward``: it refuses kinds of inputs that it was not traced with.
+"""Check the inputs of a rewritten ``forward``: it refuses kinds of inputs that it was not traced with.
 
 Its graph is one path through the original code, and another kind of input may take another path.
 """
@@ -6,8 +6,8 @@ Its graph is one path through the original code, and another kind of input may t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from netsurgery.errors import InputError
 __all__ = ["EXPECTATIONS", "expect_keys", "expect_same", "expect_tensor", "expect_value", "first_that_fits"]
 
 
+T = TypeVar("T")
+
+
 def _refuse(name: str, traced: str, found: str) -> None:
     raise InputError(
         f"netsurgery rewrote this module's forward as it runs where '{name}' is {traced}, got {found}: "
@@ -24,8 +27,8 @@ def _refuse(name: str, traced: str, found: str) -> None:
     )
 
 
-def expect_tensor(value: Any, dim: int, kind: str, name: str) -> None:
-    """Make sure of a tensor of ``dim`` dimensions that is "floating", "complex" or of the dtype ``kind``.
+def expect_tensor(value: object, dim: int, kind: str, name: str) -> None:
+    """Make sure that an input is a tensor of ``dim`` dimensions, and "floating", "complex" or of the dtype ``kind``.
 
     Raises:
         InputError: it is something else.
@@ -40,7 +43,7 @@ def expect_tensor(value: Any, dim: int, kind: str, name: str) -> None:
             _refuse(name, f"a tensor of {kind} numbers", str(value.dtype))
 
 
-def expect_same(value: Any, other: Any, name: str) -> None:
+def expect_same(value: object, other: object, name: str) -> None:
     """Make sure that two inputs are one tensor.
 
     Raises:
@@ -50,8 +53,8 @@ def expect_same(value: Any, other: Any, name: str) -> None:
         _refuse(name, "the same tensor as another input", "another one")
 
 
-def expect_value(value: Any, traced: Any, name: str) -> None:
-    """Make sure of an argument that is no tensor.
+def expect_value(value: object, traced: object, name: str) -> None:
+    """Make sure that an input that is no tensor has the traced value.
 
     Raises:
         InputError: it has another value.
@@ -60,8 +63,8 @@ def expect_value(value: Any, traced: Any, name: str) -> None:
         _refuse(name, repr(traced), "a tensor" if isinstance(value, Tensor) else repr(value)[:80])
 
 
-def expect_keys(value: Any, traced: int | list[str], name: str) -> None:
-    """Make sure of the keys of a dictionary, or of the length of a list.
+def expect_keys(value: Collection[str], traced: int | list[str], name: str) -> None:
+    """Make sure that a dictionary has the traced keys, or a list the traced length.
 
     Raises:
         InputError: they are others.
@@ -77,11 +80,11 @@ def expect_keys(value: Any, traced: int | list[str], name: str) -> None:
 EXPECTATIONS = (expect_tensor, expect_same, expect_value, expect_keys)
 
 
-def first_that_fits(branches: Sequence[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
-    """The result of the first branch of a module's code whose checks pass; they are its first lines.
+def first_that_fits(branches: Sequence[Callable[..., T]], *args: object, **kwargs: object) -> T:
+    """The result of the first branch of a module's code that accepts the inputs; its first lines check them.
 
     Raises:
-        InputError: the checks of all fail; the message is that of the last.
+        InputError: no branch accepts them; the last one tells why.
     """
     for branch in branches[:-1]:
         with contextlib.suppress(InputError):

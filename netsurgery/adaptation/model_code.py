@@ -1,10 +1,9 @@
-"""What is found of a model's code once, however often it is tried at other sizes: it depends on none."""
+"""Facts about a model's code that are found once: they hold at all sizes that it is tried at."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Container
-from typing import Any
 
 from torch import nn
 
@@ -12,6 +11,7 @@ from netsurgery.adaptation.module_tracer import ModuleTrace
 from netsurgery.adaptation.size_checker import channels_of
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.operations import target_of, writes
 from netsurgery.capture.program import Program
 
 __all__ = ["ModelCode"]
@@ -22,23 +22,22 @@ class ModelCode:
 
     Attributes:
         kinds: the class of each module, by path.
-        traces: of each call of a module, or why it cannot be traced; by program, path and whether in training.
-        differences: how gradients of a rewritten module differ from the code's, or None; by program, class and code.
+        traces: traces of the calls of a module, or the reason why there are none; by program, path and training mode.
+        differences: a difference between gradients of a rewritten module and the code's; by program, class and code.
         channels_of: the function of that name, which looks at each operation once.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.kinds: dict[str, Any] = {path: type(module) for path, module in named_modules(model).items()}
+        self.kinds: dict[str, type] = {path: type(module) for path, module in named_modules(model).items()}
         self.traces: dict[tuple[Program, str, bool], list[ModuleTrace] | str] = {}
-        self.differences: dict[Any, str | None] = {}
+        self.differences: dict[object, str | None] = {}
         self.channels_of = functools.cache(channels_of)
 
     def relevant_operations(self, program: Program, changed: Container[Axis]) -> list[int]:
-        """For each position: how many operations before it concern a changed group, or write to a tensor."""
+        """For each position the number of operations before it that concern a changed group or write to a tensor."""
         count = [0]
         for node in program.operations:
-            schema: Any = getattr(node.target, "_schema", None)
-            matters = getattr(schema, "is_mutable", False) or any(axis in changed for axis in self.channels_of(node))
+            matters = writes(target_of(node)) or any(axis in changed for axis in self.channels_of(node))
             count.append(count[-1] + matters)
         return count

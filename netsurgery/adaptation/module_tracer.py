@@ -1,7 +1,7 @@
 """Trace a module's own code as a graph of torch functions.
 
 The module runs alone on tensors without data, in lockstep with one of its recorded calls. Where an argument is the size
-of a dimension, its node says of which (``node.meta["sizes"]``), so that the size can be computed again.
+of a dimension, the node names this dimension (``node.meta["sizes"]``), so that the size can be computed again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,9 @@ from netsurgery.axes import Axis, leaves
 from netsurgery.capture.caches import caches_kept, caches_passed_by
 from netsurgery.capture.copies import named_modules, named_tensors, on_meta
 from netsurgery.capture.custom_modules import CUSTOM_MODULES
+from netsurgery.capture.inputs import Kwargs, Tree
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, meta_copy, track
+from netsurgery.capture.meta_shapes import empty_as
 from netsurgery.capture.program import Call, Named, Program
 
 __all__ = ["ModuleTrace", "trace_module"]
@@ -40,8 +42,8 @@ class ModuleTrace:
     """One run of a module's own code, recorded in one mode.
 
     Attributes:
-        recorded: the graph as it was recorded; good to find which attributes its sizes come from.
-        doubts: reasons why the graph does not do what the code does, whatever the sizes.
+        recorded: the graph as it was recorded; it shows the attributes that sizes come from.
+        doubts: reasons why the graph acts otherwise than the code, whatever the sizes.
         rerun: records the code once more, in other dtypes or at other sizes.
         free: channels of the inputs that may be of any size.
         attributes: those of the module, by name.
@@ -52,7 +54,7 @@ class ModuleTrace:
     doubts: list[str]
     rerun: Callable[..., FunctionRecorder]
     free: list[Axis]
-    attributes: dict[str, Any]
+    attributes: Kwargs
     code: frozenset[CodeType] = frozenset()
 
     @functools.cached_property
@@ -71,7 +73,7 @@ class ModuleTrace:
         return graph
 
     def follows_dtypes(self, graph: fx.Graph) -> bool:
-        """Write named dtypes into a graph as constants. False if the code does other things in other dtypes."""
+        """Write named dtypes into a graph as constants. True if the code does the same in other dtypes."""
         try:
             return _separate_dtypes(graph, self.rerun(other_dtypes=True).graph)
         except Untraceable:
@@ -81,7 +83,7 @@ class ModuleTrace:
         """Make sure that the graph does what the code does for inputs of other sizes, where these run at all.
 
         Raises:
-            Untraceable: it does not: a loop runs once for each position, say.
+            Untraceable: it acts otherwise: a loop runs once for each position, say.
         """
         for chosen in (self.free, *([axis] for axis in self.free if len(self.free) > 1)):
             sizes = Sizes({axis: 2 * axis.size for axis in chosen})
@@ -107,7 +109,7 @@ def _keep_dtypes(graph: fx.Graph) -> None:
 def trace_module(module: nn.Module, program: Program, call: Call, network: Network, training: bool) -> ModuleTrace:
     """Record one call of a module, in eval mode or in training.
 
-    In training, a program that was recorded in eval mode will do where only dropout and the like differ.
+    In training, a program that was recorded in eval mode serves, too, where only dropout and the like differ.
 
     Raises:
         Untraceable: the code cannot be expressed as a graph; the message says why.
@@ -148,7 +150,7 @@ def trace_module(module: nn.Module, program: Program, call: Call, network: Netwo
 
 
 def _stores_again(meta: nn.Module, found: FunctionRecorder, record: Callable[[], FunctionRecorder]) -> bool:
-    """True if the code does the same where it finds the sizes that it has stored."""
+    """True if the code does the same once the sizes that it stores are there."""
     before = dict(meta.__dict__)
     meta.__dict__.update(found.written)
     second = record()
@@ -181,9 +183,9 @@ def _run(
     sizes: Sizes | None,
 ) -> None:
     attributes, executor = [(part, dict(part.__dict__)) for part in named_modules(module).values()], recorder.executor
-    given: dict[Any, Tensor] = {}
+    given: dict[fx.Node | Named, Tensor] = {}
 
-    def stand_in(value: Any) -> Any:
+    def stand_in(value: object) -> object:
         if not isinstance(value, fx.Node | Named):
             return value
         if value not in given:
@@ -193,9 +195,7 @@ def _run(
                 (shape, strides), dims = value.meta["layout"], value.meta["dims"]
                 given[value] = torch.empty_strided(shape, strides, dtype=value.meta["dtype"], device="meta")
                 if sizes is not None:
-                    order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
-                    shape = tuple(map(sizes, dims))
-                    given[value] = torch.empty_permuted(shape, order, dtype=value.meta["dtype"], device="meta")
+                    given[value] = empty_as(value, sizes)
             given[value] = given[value].to(_other(given[value].dtype)) if other_dtypes else given[value]
             executor.place(given[value], dims if isinstance(executor, LockstepExecutor) else None)
         return given[value]
@@ -207,7 +207,7 @@ def _run(
         recorder.floats(module)
         module.training = training
         placed = dict(module.__dict__)
-        watched: Any = contextlib.nullcontext()
+        watched: AbstractContextManager[object] = contextlib.nullcontext()
         with caches_kept(module), caches_passed_by(module, TracedInt), torch.no_grad():
             if not other_dtypes and sizes is None:
                 watched = recorder.effects = recorder.watch(_run.__code__)
@@ -242,7 +242,7 @@ def _separate_dtypes(graph: fx.Graph, other: fx.Graph) -> bool:
         return False
     numbers = [[v for n in each for v in pytree.tree_leaves((n.args, n.kwargs)) if type(v) is float] for each in pair]
 
-    def named(value: Any, twin: Any) -> Any:
+    def named(value: Tree, twin: Tree) -> Tree:
         if isinstance(value, tuple | list) and len(value) == len(twin):
             return type(value)([named(*pair) for pair in zip(value, twin, strict=True)])
         return twin if isinstance(twin, torch.dtype) else value
@@ -258,7 +258,7 @@ def _alike(one: fx.Graph, other: fx.Graph) -> bool:
     left, right = _live(one), _live(other)
     twin = dict(zip(right, left, strict=False))
 
-    def same(x: Any, y: Any) -> bool:
+    def same(x: object, y: object) -> bool:
         if isinstance(x, fx.Node):
             return isinstance(y, fx.Node) and twin.get(y) is x
         if isinstance(x, tuple | list):

@@ -1,15 +1,14 @@
-"""Can each group be cut alone? One that cannot gets the same size as a group that the code mixes it up with, or a lock.
+"""Cut each group alone. One that cannot be gets the size of a group that the code confuses it with, or a lock.
 
 The code may run with all groups at half their sizes and not with one group alone: ``y.view_as(x)`` is right while both
-shrink alike. So all groups are tried at once, with different shares of their units left. Where that does not run, or
-sizes are too small for it, sets of groups are tried that separate those which the code of one module handles.
+shrink alike. So all groups are tried at once, with different shares of their units left. Where the code does not run
+so, or sizes are too small, sets of groups are tried that keep those apart which the code of one module handles.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import networkx as nx
 
@@ -35,7 +34,7 @@ def settle_alone(code: ModelCode, network: Network) -> Network:
     return network
 
 
-def _near(code: ModelCode, network: Network) -> Any:
+def _near(code: ModelCode, network: Network) -> nx.Graph:
     """The open groups, as a graph: an edge joins two that the code of one module, without its parts, handles."""
     graph = nx.Graph()
     graph.add_nodes_from(group.name for group in network.prunable)
@@ -50,8 +49,8 @@ def _near(code: ModelCode, network: Network) -> Any:
     return graph
 
 
-def _differing(network: Network, near: Any) -> tuple[dict[str, int], set[str]]:
-    """Numbers of units of which no two near groups keep the same share, and the groups that are too small for it."""
+def _differing(network: Network, near: nx.Graph) -> tuple[dict[str, int], set[str]]:
+    """Numbers of units with which near groups keep different shares, and the groups that are too small for that."""
     counts: dict[str, int] = {}
     unsure: set[str] = set()
     for names in _classes(network, near):
@@ -78,12 +77,12 @@ def _unlike(size: int, shares: set[float]) -> tuple[int, float]:
     return n, -gap
 
 
-def _classes(network: Network, near: Any) -> list[tuple[str, ...]]:
+def _classes(network: Network, near: nx.Graph) -> list[tuple[str, ...]]:
     """The open groups, in tuples of those with equal sizes."""
     return list(dict.fromkeys(network.equal_to(name) for name in near))
 
 
-def _apart(near: Any) -> list[list[str]]:
+def _apart(near: nx.Graph) -> list[list[str]]:
     """Sets of groups: for any two near groups, each is in a set without the other."""
     colours: dict[str, int] = nx.greedy_color(near, "largest_first")
     count = max(colours.values(), default=-1) + 1
@@ -101,8 +100,8 @@ def _counts(network: Network, names: Iterable[str]) -> dict[str, int]:
     return {n: max(1, 2 * network[n].size // 3) for n in every if network[n].locked is None}
 
 
-def _settled(code: ModelCode, network: Network, near: Any, found: Mapping[str, str]) -> Network:
-    """Give groups the size of a partner that helps, lock others; groups in like places share the search."""
+def _settled(code: ModelCode, network: Network, near: nx.Graph, found: Mapping[str, str]) -> Network:
+    """Give groups the size of a partner with which the code runs, or lock them; like places share the search."""
     partners: dict[str, str | None] = {}
     equal_sizes: list[tuple[str, ...]] = []
     locked: dict[str, str] = {}
@@ -121,7 +120,7 @@ def _settled(code: ModelCode, network: Network, near: Any, found: Mapping[str, s
 
 
 def _place(group: Group) -> str:
-    """Where a group occurs, the same in layers of other numbers."""
+    """The places of a group as text, with ``#`` for the numbers of layers."""
     return re.sub(r"\d+", "#", " ".join(f"{m.parameter}[{m.axis}]" for m in group.members))
 
 

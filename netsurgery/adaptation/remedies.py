@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping
-from typing import Any
 
 from torch import fx, nn
 
@@ -36,10 +35,10 @@ __all__ = ["Remedies", "mentioned_names"]
 
 
 class Remedies:
-    """Runs the model's code at some sizes, and collects in ``adaptation`` what helps the modules that do not follow."""
+    """Runs the model's code at some sizes, and collects in ``adaptation`` remedies for modules that do not follow."""
 
     def __init__(
-        self, code: ModelCode, network: Network, sizes: Sizes, changed: Mapping[Axis, str], hurry: bool = False
+        self, code: ModelCode, network: Network, sizes: Sizes, changed: Mapping[Axis, str], near_only: bool = False
     ):
         self.model_code, self.model = code, code.model
         self.network, self.sizes, self.changed = network, sizes, changed
@@ -48,7 +47,7 @@ class Remedies:
         self.solved: set[str] = set()  # paths whose attributes were solved for
         self.guessed: set[str] = set()  # paths whose attributes were chosen by their value
         self.branching: set[str] = set()  # paths where the code does more with sizes than to write them down
-        self.hurry = hurry  # pass over modules that no changed group comes near
+        self.near_only = near_only  # pass over modules that no changed group comes near
 
     def failures(self) -> dict[str, Failure]:
         """The modules whose code does not follow, by path."""
@@ -69,30 +68,30 @@ class Remedies:
         known = None if program.values == "none" else known_values(self.network, self.sizes, meta, names, inputs)
         checker = SizeChecker(program, self.network, self.model_code.kinds, self.sizes, self.changed, known)
         checker.begin(names, inputs, meta)
-        if self.hurry:
+        if self.near_only:
             checker.relevant = self.model_code.relevant_operations(program, self.changed)
         checker.finish(run_guarded(meta, checker, inputs, home(self.model)))
         return checker
 
     def remedy(self, path: str, failure: Failure) -> Failure | None:
-        """Find something that may help a module; the next run says whether it does.
+        """Find a remedy that may help a module; the next run tells.
 
         Returns:
-            None, or where nothing is left to try the failure, with the reason why the code cannot be rewritten.
+            None; or the failure, where nothing is left to try, with the reason why the code cannot be rewritten.
         """
         if path in self.adaptation.code:
             return failure
         try:
             if self.by_attributes(path):
                 return None
-            if not path and path in self.branching:  # only sizes written in it are reason to touch the user's own class
+            if not path and path in self.branching:  # the user's own class is only rewritten for sizes written in it
                 self.adaptation.attributes.pop(path, None)
                 return failure
             module, attributes = self.model.get_submodule(path), self.adaptation.attributes.get(path, {})
             code = self.code(path, module, self.sizes, attributes)
             self.compare_gradients(path, module)
         except Untraceable as reason:
-            if self.by_numbers(path):
+            if self.by_values(path):
                 return None
             added = f" (the code of {path or 'the model'} {reason})"
             return Failure({name: why + added for name, why in failure.reasons.items()}, failure.suspected_in)
@@ -101,7 +100,7 @@ class Remedies:
         return None
 
     def by_attributes(self, path: str) -> bool:
-        """Try, once, the attributes that are sizes of dimensions. False if they alone cannot be enough.
+        """Try, once, the attributes that are sizes of dimensions. True if they may be enough.
 
         Raises:
             Untraceable: the code cannot be traced.
@@ -116,7 +115,7 @@ class Remedies:
             self.adaptation.attributes[path] = agreed
         return bool(agreed) and (enough or not path)  # the next run says if they are, for the outermost one
 
-    def by_numbers(self, path: str) -> bool:
+    def by_values(self, path: str) -> bool:
         """Try, once, the attributes that have the value of a size that changes, for code that cannot be rewritten."""
         if path in self.guessed:
             return False
@@ -125,7 +124,7 @@ class Remedies:
             self.adaptation.attributes[path] = alike
         return bool(alike)
 
-    def of_these_sizes(self, path: str) -> dict[str, int]:
+    def of_these_sizes(self, path: str) -> dict[str, object]:
         """New values of the integers that a module's code mentions and that are the size of changed groups.
 
         This serves code that cannot be traced. A size is left out if groups of that size change in different ways.
@@ -138,12 +137,12 @@ class Remedies:
                         if channel in self.network.by_channel:
                             now.setdefault(channel.size, set()).add(self.sizes(channel))
         module = self.model.get_submodule(path)
-        kind: Any = type(module)
+        kind: type = type(module)
         held = {name: n for name, n in module.__dict__.items() if type(n) is int and name in mentioned_names(kind)}
         found = {name: (n, now.get(n, {n})) for name, n in held.items()}
         return {name: new for name, (n, sizes) in found.items() for new in sizes if len(sizes) == 1 and new != n}
 
-    def code(self, path: str, module: nn.Module, sizes: Sizes, attributes: Mapping[str, Any]) -> str:
+    def code(self, path: str, module: nn.Module, sizes: Sizes, attributes: Mapping[str, object]) -> str:
         """The source of a ``forward`` at some sizes: one body, or one for each mode.
 
         Raises:
@@ -168,7 +167,7 @@ class Remedies:
         Modules of one class whose code did the same are compared once.
 
         Raises:
-            Untraceable: it has not; the message says where they differ.
+            Untraceable: they differ; the message says where.
         """
         program = self.recorded(path)
         runs = [run for training in (False, True) for run in self.traces(path, training)]
@@ -212,7 +211,7 @@ class Remedies:
 
 
 @functools.cache
-def mentioned_names(kind: Any) -> frozenset[str]:
+def mentioned_names(kind: type) -> frozenset[str]:
     """The names in the methods of a class of modules, except those that build and show it."""
     methods = {name: f for base in reversed(kind.__mro__) for name, f in vars(base).items() if hasattr(f, "__code__")}
     used = [f.__code__.co_names for name, f in methods.items() if name not in ("__init__", "extra_repr", "__repr__")]

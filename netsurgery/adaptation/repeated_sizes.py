@@ -1,8 +1,8 @@
 """Numbers of modules that repeat a size and that no forward needs: ``self.ch``, ``groups`` of a wrapper, a config.
 
 Code that folds branches, changes a head or prints a layer reads them. The name of such a number and the dimensions in
-its module say which size it is. It follows if all dimensions that it can be the size of get one and the same size; if
-not, it stays and is reported.
+its module tell which size it is. The number follows if all dimensions that it may stand for get the same size; if not,
+it stays and is reported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from types import SimpleNamespace
-from typing import Any
+from typing import TypeGuard
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -24,7 +24,8 @@ from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
-from netsurgery.capture.paths import is_within
+from netsurgery.capture.inputs import Kwargs, Tree
+from netsurgery.capture.paths import is_within, modules_around
 
 __all__ = ["Repeat", "repeats", "withdrawn"]
 
@@ -42,7 +43,7 @@ _OTHER = {
     "seed", "seq", "stage", "stages", "step", "steps", "stride", "strides", "token", "tokens", "upscale", "version",
     "vocab", "window", "workers", "world",
 }  # fmt: skip
-#: Words of numbers that may be a width. Under other names a number that is like a size stays, and is named.
+#: Words of numbers that may be a width. A number under another name that equals a size stays, and is reported.
 _WIDTH = {
     "base", "bottleneck", "c", "ch", "chan", "channel", "channels", "chans", "chs", "cmid", "d", "dim", "dims", "emb",
     "embed", "embedding", "embeddings", "expanded", "feat", "feats", "feature", "features", "ff", "ffn", "filter",
@@ -70,13 +71,13 @@ class Repeat:
 
     path: str
     name: str
-    old: Any
-    new: Any
+    old: object
+    new: object
     stays: tuple[tuple[str, str], ...] = ()
 
     @property
     def follows(self) -> bool:
-        """True if it gets another value."""
+        """True if the attribute gets another value."""
         return self.new is not self.old
 
     def kept(self) -> Repeat:
@@ -87,14 +88,14 @@ class Repeat:
 
 
 def withdrawn(found: list[Repeat], path: str, read: Container[str]) -> list[Repeat]:
-    """The same attributes; those that follow and that code at a path may compute with keep their value.
+    """The same attributes, but those that code at a path may compute with keep their value.
 
     Args:
         read: names that this code mentions.
     """
     follow = [one for one in found if one.follows]
     own = [one for one in follow if one.path == path]
-    around = [one for one in follow if one.path in _around(path)]
+    around = [one for one in follow if one.path in modules_around(path)]
     suspects = [one for one in own if one.name in read] or own or around or follow
     gone = {id(one.old) if not isinstance(one.old, int) else (one.path, one.name) for one in suspects}
     return [
@@ -108,8 +109,8 @@ def repeats(
     """The attributes of a model that repeat sizes that change.
 
     Args:
+        needed: path and name of attributes that the code needs: these have their new values already.
         dropped: paths of modules that go, whose sizes say nothing of the others.
-        needed: path and name of those that its code needs: these have their values already.
     """
     changing = {axis.size for axes in network.axes.values() for axis in axes if sizes(axis) != axis.size}
     modules = named_modules(model)
@@ -128,12 +129,12 @@ def repeats(
     for path, _, value in held:
         holders.setdefault(id(value), []).append(path)
     evidence = _Evidence(network, sizes, dropped)
-    made: dict[tuple[Any, str], tuple[Any, tuple[tuple[str, str], ...]]] = {}
+    made: dict[tuple[int | str, str], tuple[object, tuple[tuple[str, str], ...]]] = {}
     found = []
     for path, name, value in held:
         shared = not _is_number(value)
         around = _common(holders[id(value)]) if shared else path
-        key = (id(value), "") if shared else (path, name)
+        key: tuple[int | str, str] = (id(value), "") if shared else (path, name)
         if key not in made:
             follower = _Follower(evidence, around)
             new = follower.new(value, name, f"{around}.{name}".lstrip("."))
@@ -145,19 +146,19 @@ def repeats(
 _INTERNAL = frozenset(nn.Module().__dict__)
 
 
-def _fields(value: Any) -> dict[str, Any] | None:
+def _fields(value: object) -> Kwargs | None:
     """The fields of a plain object, such as a dataclass."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
     return dict(vars(value)) if type(value) is SimpleNamespace else None
 
 
-def _is_number(value: Any) -> bool:
-    """True for an integer, also one of numpy."""
+def _is_number(value: object) -> TypeGuard[int]:
+    """True if a value is an integer, also one of numpy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _numbers(value: Any) -> Iterator[int]:
+def _numbers(value: Tree) -> Iterator[int]:
     """The integers in an attribute."""
     if _is_number(value):
         yield int(value)
@@ -180,8 +181,8 @@ class _Follower:
         self.evidence, self.path = evidence, path
         self.stays: list[tuple[str, str]] = []
 
-    def new(self, value: Any, word: str, label: str) -> Any:
-        """A value in which numbers follow; the same object if none does. ``word`` is the nearest name."""
+    def new(self, value: Tree, word: str, label: str) -> Tree:
+        """The value with new numbers; the same object if all stay. ``word`` is the innermost name that it has."""
         if _is_number(value):
             become = self.number(int(value), word, label)
             return value if become == value else type(value)(become)
@@ -248,13 +249,13 @@ class _Evidence:
                         self.ends.setdefault((call.path, end), {}).setdefault(axis.size, set()).add(sizes(axis))
 
     def note(self, into: dict[str, New], path: str, axis: Axis) -> None:
-        """A module, and so all modules around it, has a dimension, with its parts and factors."""
+        """Note that a module, and so all modules around it, has a dimension, with its parts and factors."""
         for part in _terms(axis):
-            for around in (path, *_around(path)):
+            for around in (path, *modules_around(path)):
                 into.setdefault(around, {}).setdefault(part.size, set()).add(self.sizes(part))
 
     def of(self, path: str, name: str, number: int) -> set[int]:
-        """The new sizes of the dimensions that a number of a module may repeat; none if its name says it is no size."""
+        """The new sizes of the dimensions that a number of a module may repeat; none if its name is not of a size."""
         words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
         if number < 2 or words & _OTHER or (words & _HEADS and not words & _WITHIN):
             return set()
@@ -275,20 +276,14 @@ def _terms(axis: Axis) -> Iterator[Axis]:
         yield from _terms(term)
 
 
-def _dims(value: Any) -> list[Axis]:
+def _dims(value: Tree) -> list[Axis]:
     """The dimensions of the tensors among arguments or results; those of batches and of space do not change."""
     return [
         axis for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node) for axis in leaf.meta.get("dims", ())
     ]
 
 
-def _around(path: str) -> list[str]:
-    """The paths of all modules around a module, the innermost last."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts))]
-
-
 def _common(paths: Iterable[str]) -> str:
-    """The innermost module that holds all of these."""
-    first, *rest = [[*_around(path), path] for path in paths]
+    """The path of the innermost module that holds all of these modules."""
+    first, *rest = [[*modules_around(path), path] for path in paths]
     return [path for path in first if all(path in other for other in rest)][-1]

@@ -6,10 +6,8 @@ Code may hard-code a size (``view(b, 2, 58, h, w)``, ``x[:, :32]``), or compute 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,14 +18,16 @@ from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.groups import Group
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.rules import SIZED
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import Axis, Dims, axes_in, leaves
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.inputs import Inputs, is_namedtuple, tensors_in
+from netsurgery.capture.custom_modules import Shape
+from netsurgery.capture.inputs import Args, Inputs, Kwargs, Tree, is_namedtuple, tensors_in
 from netsurgery.capture.known_values import KnownValues, draw, is_number, select
-from netsurgery.capture.lockstep import Lockstep, PathDiverged, source_of
+from netsurgery.capture.lockstep import Lockstep, PathDiverged, Source, source_of
 from netsurgery.capture.meta_run import RAISED_BY_MODELS, bind_inputs
-from netsurgery.capture.meta_shapes import infer
-from netsurgery.capture.paths import is_within
+from netsurgery.capture.meta_shapes import empty_as, infer
+from netsurgery.capture.operations import OpCall, argument_names, target_of
+from netsurgery.capture.paths import is_within, modules_around
 from netsurgery.capture.program import Call, Program
 from netsurgery.capture.source_locations import format_where, raised_at
 from netsurgery.errors import InputError, RewriteError
@@ -42,8 +42,8 @@ class Failure:
 
     Attributes:
         reasons: for each group that must not change: the reason.
-        suspected_in: the module that holds these groups where the code does not say which of them it is about; None
-            where an operation does.
+        suspected_in: the module that holds these groups, where it is not known which of them the code cannot follow;
+            None where an operation tells.
     """
 
     reasons: dict[str, str] = field(default_factory=dict)
@@ -58,7 +58,7 @@ def _first_units(sizes: Sizes) -> Callable[[Axis], Tensor]:
 def known_values(
     network: Network, sizes: Sizes, meta: nn.Module, names: Mapping[int, str], inputs: Inputs
 ) -> KnownValues:
-    """The values of a model's tensors at other sizes, and of its inputs, where they are known: integers."""
+    """The known values of a model's tensors at other sizes, and of its inputs: integers."""
     values = KnownValues(next((t.device for t in network.tensors.values()), torch.device("cpu")))
     for _, tensor in named_tensors(meta):
         if (name := names.get(id(tensor), "")) in network.tensors and not is_number(tensor):
@@ -71,7 +71,7 @@ _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class SizeChecker(Lockstep):
-    """Compares the operations of a run at new sizes with the recorded ones; ``failures`` has what differs."""
+    """Compares the operations of a run at new sizes with the recorded ones, and collects ``failures`` by module."""
 
     def __init__(
         self,
@@ -85,15 +85,15 @@ class SizeChecker(Lockstep):
         super().__init__(program, known)
         self.known = known
         self.calls = 0  # module runs so far
-        self.sources: dict[int, Any] = {}  # by id of a tensor: what it was in the recorded run
-        self.alive: list[Any] = []  # ids are only good while their tensors live
+        self.sources: dict[int, Source] = {}  # by id of a tensor: its source in the recorded run
+        self.alive: list[object] = []  # ids are only good while their tensors live
         self.network, self.kinds = network, kinds
         self.sizes, self.changed = sizes, changed
         self.failures: dict[str, Failure] = {}  # by module path
         self.branching: set[str] = set()  # paths where the code does more with sizes than to write them down
         self.relevant: list[int] | None = None  # if known, how many operations before each place need to run
 
-    def call(self, path: str, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, path: str, forward: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
         index, self.calls = self.calls, self.calls + 1
         call = self.program.calls[index] if index < len(self.program.calls) else None
         if call is None or call.path != path:
@@ -120,14 +120,14 @@ class SizeChecker(Lockstep):
         place = f" {format_where(raised_at(error))}".rstrip()
         self.attribute_to_module(f"the code {does} other sizes ({first}){place}", path, branching=not shapes)
 
-    def reads_the_predicted(self, call: Call, args: tuple[Any, ...]) -> bool:
-        """True for a linear layer that reads the predicted tensor; memory layout decides which operations it runs."""
+    def reads_the_predicted(self, call: Call, args: Args) -> bool:
+        """True if a linear layer reads the predicted tensor: memory layout decides which operations it runs."""
         given = call.args[0] if self.kinds[call.path] in _LINEAR and len(call.args) == 1 and not call.kwargs else None
         if not isinstance(given, fx.Node) or self.sources.get(id(args[0])) != self.origin(given):
             return False
         return tuple(args[0].shape) == tuple(map(self.sizes, given.meta["dims"]))
 
-    def passed_over(self, call: Call) -> Any:
+    def passed_over(self, call: Call) -> Tree:
         """The predicted result of a run of a module; the recorded run goes on after it, too."""
         with _disable_current_modes():
             out = self.predicted(call.out)
@@ -141,12 +141,10 @@ class SizeChecker(Lockstep):
         if self.position != position:
             raise PathDiverged(f"{self.program.operations[min(self.position, position)].target} is left out")
 
-    def predicted(self, out: Any) -> Any:
+    def predicted(self, out: Tree) -> Tree:
         """A predicted result, without data, with which the run goes on to find all obstacles at once."""
         if isinstance(out, fx.Node):
-            shape, strides = tuple(map(self.sizes, out.meta["dims"])), out.meta["layout"][1]
-            order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
-            tensor = torch.empty_permuted(shape, order, dtype=out.meta["dtype"], device="meta")
+            tensor = empty_as(out, self.sizes)
             self.sources[id(tensor)] = source_of(out)
             self.alive.append(tensor)
             return tensor
@@ -171,33 +169,32 @@ class SizeChecker(Lockstep):
             self.attribute_to_module(reason, path, branching=False)
 
     def attribute_to_module(self, reason: str, path: str, branching: bool = True) -> None:
-        """Note a failure of the groups in the innermost module around a path that holds a changed one.
+        """Note a failure of the changed groups in the innermost module around a path that holds any.
 
         Args:
             branching: the code does more with sizes than to write them down.
 
         Raises:
-            RewriteError: no module does.
+            RewriteError: no module holds any.
         """
         if branching:
             self.branching.add(path)
         groups = [group for group in self.network.groups if group.channel in self.changed]
-        parts = path.split(".") if path else []
-        for around in [".".join(parts[:n]) for n in range(len(parts), -1, -1)]:
+        for around in (path, *reversed(modules_around(path))):
             if names := [group.name for group in groups if is_in(group, around)]:
                 self.failure(path).reasons.update(dict.fromkeys(names, f"{reason} in {around or 'the model'}"))
                 self.failure(path).suspected_in = around
                 return
         raise RewriteError(f"the model's code does not follow the new sizes: {reason}")
 
-    def begin(self, names: Mapping[int, str], inputs: Any, model: nn.Module) -> None:
-        """Note which recorded tensors the inputs and parameters stand for."""
+    def begin(self, names: Mapping[int, str], inputs: Inputs, model: nn.Module) -> None:
+        """Note the recorded tensors that inputs and parameters stand for."""
         self.sources.update(names)
         placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
         self.sources.update((id(t), node) for t, node in zip(tensors_in(inputs), placeholders, strict=True))
         self.alive.extend((inputs, model))
 
-    def finish(self, outputs: Any) -> None:
+    def finish(self, outputs: Tree) -> None:
         """Compare the outputs with the recorded ones."""
         *_, output = self.program.graph.nodes
         results = [self.sources.get(id(self.stand_in(tensor))) for tensor in tensors_in(outputs)]
@@ -212,50 +209,48 @@ class SizeChecker(Lockstep):
             self.sources[id(other)] = self.sources[id(tensor)]
         return other
 
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        node = self.expected(func)
+    def see(self, call: OpCall) -> Tree:
+        node = self.expected(call.target)
         if node is None:
-            source = self.sources.get(id(args[0]))
-            if isinstance(source, fx.Node | tuple) and self.written_later(source):
+            source = self.sources.get(id(call.args[0]))
+            source = source[0] if isinstance(source, tuple) else source
+            if isinstance(source, fx.Node) and self.written_later(source):
                 raise PathDiverged("a copy is made that was not made when it was traced")
-            out = infer(func, args, kwargs) if self.known is None else self.known.infer(func, args, kwargs)[0]
-            return self.note_alias(args[0], out)
-        out = self.answer(node, func, args, kwargs)
+            out = infer(call) if self.known is None else self.known.infer(call)[0]
+            return self.note_alias(call.args[0], out)
+        out = self.answer(node, call)
         parts = out if isinstance(out, list | tuple) else [out]
         self.sources.update((id(t), (node, i) if parts is out else node) for i, t in enumerate(parts))
         self.alive.append(out)
         return out
 
-    def answer(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answer(self, node: fx.Node, call: OpCall) -> Tree:
         """The result of an operation; where it is another than predicted, the predicted one."""
-        dims = node.meta["dims"] if isinstance(node.meta["shape"], list) else [node.meta["dims"]]
+        dims: list[Dims | None] = node.meta["dims"] if isinstance(node.meta["shape"], list) else [node.meta["dims"]]
         predicted = [None if axes is None else tuple(map(self.sizes, axes)) for axes in dims]
-        if self.tensors_differ(node, args) or self.arguments_differ(node, func, args, kwargs):
-            return self.substitute(node, args, predicted)
+        if self.tensors_differ(node, call.args) or self.arguments_differ(node, call):
+            return self.substitute(node, call.args, predicted)
         try:
-            if self.known is None:
-                out = infer(func, args, kwargs)
-            else:
-                out = self.known.replay(node, func, args, kwargs, _first_units(self.sizes))
+            out = infer(call) if self.known is None else self.known.replay(node, call, _first_units(self.sizes))
         except (RuntimeError, ValueError, IndexError) as error:
-            asked = next((v for v in args if isinstance(v, list | tuple) and _is_number(list(v))), None)
+            asked = next((v for v in call.args if isinstance(v, list | tuple) and _is_number(list(v))), None)
             hard_coded = [] if asked is None or dims[0] is None else self.wrong([(dims[0], asked)], only_old=True)
             axes = hard_coded or _touched(node, *node.all_input_nodes)
             self.attribute_failure(axes, node, f"fails at other sizes ({str(error).splitlines()[0]})")
-            return self.substitute(node, args, predicted)
-        return self.substitute(node, args, predicted) if self.shapes_differ(node, dims, out) else out
+            return self.substitute(node, call.args, predicted)
+        return self.substitute(node, call.args, predicted) if self.shapes_differ(node, dims, out) else out
 
-    def shapes_differ(self, node: fx.Node, dims: list[Any], out: Any) -> bool:
+    def shapes_differ(self, node: fx.Node, dims: list[Dims | None], out: Tree) -> bool:
         """True if a result has another shape than predicted; this is noted as a failure of the groups."""
         actual = [t.shape if isinstance(t, Tensor) else None for t in (out if isinstance(out, list | tuple) else [out])]
         if len(actual) != len(dims):
-            self.attribute_failure(_flat(dims), node, "returns another number of parts")
+            self.attribute_failure(axes_in(dims), node, "returns another number of parts")
             return True
         pairs = [
             (axes, shape) for axes, shape in zip(dims, actual, strict=True) if axes is not None and shape is not None
         ]
         if any(len(axes) != len(shape) for axes, shape in pairs):
-            self.attribute_failure(_flat(dims), node, "returns another number of dimensions")
+            self.attribute_failure(axes_in(dims), node, "returns another number of dimensions")
             return True
         if wrong := self.wrong(pairs):
             size = next(n for axes, shape in pairs for a, n in zip(axes, shape, strict=True) if a is wrong[0])
@@ -263,7 +258,7 @@ class SizeChecker(Lockstep):
             return True
         return False
 
-    def wrong(self, pairs: list[tuple[Any, Any]], only_old: bool = False) -> list[Axis]:
+    def wrong(self, pairs: Sequence[tuple[Dims, Sequence[int]]], only_old: bool = False) -> list[Axis]:
         """The axes with another size than predicted: those that have their old size, or else all of them."""
         found = [
             (axis, n)
@@ -275,7 +270,7 @@ class SizeChecker(Lockstep):
         old = [axis for axis, n in found if n == axis.size]
         return old if old or only_old else [axis for axis, _ in found]
 
-    def tensors_differ(self, node: fx.Node, args: tuple[Any, ...]) -> bool:
+    def tensors_differ(self, node: fx.Node, args: Args) -> bool:
         """True if an operation reads a constant with other values; this is noted as a failure of its groups.
 
         Raises:
@@ -290,7 +285,7 @@ class SizeChecker(Lockstep):
                 continue
             real = self.reals.get(id(now))
             if real is None or constant.is_meta:  # its values cannot be seen without data
-                differs = node.target.overloadpacket is not torch.ops.aten.index  # type: ignore[union-attr]
+                differs = target_of(node).overloadpacket is not torch.ops.aten.index
             else:
                 differs = real.shape != constant.shape or not torch.equal(real, constant)
             if differs:
@@ -300,17 +295,17 @@ class SizeChecker(Lockstep):
                 return True
         return False
 
-    def arguments_differ(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def arguments_differ(self, node: fx.Node, call: OpCall) -> bool:
         """True if an argument is not the predicted one; this is noted as a failure of the groups that it concerns."""
         expected: dict[str, Axis] = node.meta.get("expected", {})
-        sized = SIZED.get(node.target.overloadpacket, frozenset())  # type: ignore[union-attr]
-        values = [*zip(_names(func), args, node.args, strict=False)]
-        for name, now, then in values + [(name, now, node.kwargs.get(name)) for name, now in kwargs.items()]:
+        sized = SIZED.get(target_of(node).overloadpacket, frozenset())
+        values: list[tuple[str, Tree, Tree]] = [*zip(argument_names(call.target), call.args, node.args, strict=False)]
+        for name, now, then in values + [(name, now, node.kwargs.get(name)) for name, now in call.kwargs.items()]:
             if isinstance(now, Tensor) or now is None:
                 continue
             if name in expected:
                 if name == "start" and isinstance(now, int):  # as slicing reads it
-                    length = args[0].shape[Operation(node)["dim"]]
+                    length = call.args[0].shape[Operation(node)["dim"]]
                     now = min(max(now + length if now < 0 else now, 0), length)
                 if isinstance(now, int) and now != self.sizes(expected[name]):
                     self.attribute_failure([expected[name]], node, f"{name}={now} is fixed by the code")
@@ -321,8 +316,8 @@ class SizeChecker(Lockstep):
                 return True
         return False
 
-    def substitute(self, node: fx.Node, args: tuple[Any, ...], predicted: list[tuple[int, ...] | None]) -> Any:
-        """Go on with tensors of the predicted sizes, to find all obstacles in one run."""
+    def substitute(self, node: fx.Node, args: Args, predicted: list[Shape | None]) -> Tree:
+        """Results of the predicted sizes, with which the run goes on to find all obstacles."""
         given = next((value.dtype for value in pytree.tree_leaves(args) if isinstance(value, Tensor)), torch.float32)
         dtype = node.meta.get("dtype", given)
         out = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in predicted]
@@ -334,13 +329,7 @@ def channels_of(node: fx.Node) -> dict[Axis, None]:
     return dict.fromkeys(leaf for axis in _touched(node, *node.all_input_nodes) for leaf in leaves(axis))
 
 
-@functools.cache
-def _names(func: Any) -> tuple[str, ...]:
-    """The names of the arguments of an operation."""
-    return tuple(argument.name for argument in func._schema.arguments)
-
-
-def _tensors(value: Any) -> Iterator[Any]:
+def _tensors(value: Iterable[Tree]) -> Iterator[Tree]:
     """Tensors, or nodes in their place, among arguments."""
     for item in value:
         if isinstance(item, Tensor | fx.Node):
@@ -354,17 +343,11 @@ def is_in(group: Group, path: str) -> bool:
     return any(is_within(member.module, path) for member in group.members)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) or (
         isinstance(value, list) and all(isinstance(item, int | float) for item in value)
     )
 
 
 def _touched(*nodes: fx.Node) -> list[Axis]:
-    return [axis for node in nodes for axis in _flat(node.meta["dims"])]
-
-
-def _flat(dims: Any) -> list[Axis]:
-    if isinstance(dims, Axis):
-        return [dims]
-    return [axis for item in dims or () if item is not None for axis in _flat(item)]
+    return [axis for node in nodes for axis in axes_in(node.meta["dims"])]

@@ -17,6 +17,7 @@ from torch import fx
 
 from netsurgery.analysis.costs import Sizes
 from netsurgery.axes import Axis, leaves
+from netsurgery.capture.inputs import Args, Tree
 
 __all__ = ["Shape", "SizeEvaluator", "TracedFloat", "TracedInt", "guard", "plain", "traced"]
 
@@ -41,12 +42,12 @@ def traced(value: int, node: fx.Node) -> TracedInt:
     return number
 
 
-def _node_of(value: Any) -> Any:
+def _node_of(value: object) -> Any:
     return value.node if isinstance(value, TracedInt) else value
 
 
-def _arithmetic(function: Callable[..., Any], reverse: bool = False) -> Callable[..., Any]:
-    """Arithmetic: the result of integers is traced; a result with a fraction is a constant, guarded."""
+def _arithmetic(function: Callable[..., float], reverse: bool = False) -> Callable[..., float]:
+    """A method for arithmetic. The result of integers is traced; one with a fraction is a constant, and guarded."""
 
     def compute(self: TracedInt, *others: Any) -> Any:
         operands = (*others, self) if reverse else (self, *others)
@@ -62,7 +63,7 @@ def _arithmetic(function: Callable[..., Any], reverse: bool = False) -> Callable
     return compute
 
 
-def _constant_result(function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+def _constant_result(function: Callable[..., float], operands: Args) -> float:
     """The result as a plain number; checks that its operands stay the same are added to the graph."""
     constants = [int(o) if isinstance(o, TracedInt) else o for o in operands]
     for operand in operands:
@@ -71,10 +72,10 @@ def _constant_result(function: Callable[..., Any], operands: tuple[Any, ...]) ->
     return function(*constants)
 
 
-def _comparison(function: Callable[..., bool]) -> Callable[..., Any]:
-    """Comparison: the branch that the code then takes is right only while the answer is the same."""
+def _comparison(function: Callable[..., bool]) -> Callable[..., bool]:
+    """A method for a comparison. A guard makes sure that the answer, and so the branch of the code, stays."""
 
-    def compare(self: TracedInt, other: Any) -> Any:
+    def compare(self: TracedInt, other: object) -> Any:
         if not isinstance(other, int | float):
             return NotImplemented
         return guard(function, self, other)
@@ -92,7 +93,7 @@ _OPPOSITE = {
 }  # fmt: skip
 
 
-def guard(function: Callable[..., bool], number: Any, other: Any) -> bool:
+def guard(function: Callable[..., bool], number: Any, other: float) -> bool:
     """The answer of a comparison; a check that it stays the same is added to the graph."""
     answer = bool(function(int(number), int(other) if isinstance(other, TracedInt) else other))
     graph = number.node.graph
@@ -130,7 +131,7 @@ class Shape(tuple[int, ...]):
         return math.prod(self)
 
 
-def plain(value: Any) -> Any:
+def plain(value: Tree) -> Tree:
     """The same arguments with plain numbers instead of traced ones."""
     if isinstance(value, TracedInt):
         return int(value)
@@ -151,16 +152,16 @@ class SizeEvaluator:
     Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
     """
 
-    def __init__(self, sizes: Sizes, attributes: Mapping[str, Any], units: Container[Axis]):
+    def __init__(self, sizes: Sizes, attributes: Mapping[str, Tree], units: Container[Axis]):
         self.sizes, self.attributes, self.units = sizes, attributes, units
-        self.memo: dict[fx.Node, Any] = {}
+        self.memo: dict[fx.Node, Tree] = {}
 
     def free(self, axis: Axis) -> bool:
-        """True for a dimension that has other sizes for other inputs: batch, space, time."""
+        """True if a dimension has other sizes for other inputs: batch, space, time."""
         return any(leaf not in self.units for leaf in leaves(axis))
 
-    def depends(self, value: Any) -> bool:
-        """True for a number that depends on the inputs of the module."""
+    def depends(self, value: object) -> bool:
+        """True if a number depends on the inputs of the module."""
         if not isinstance(value, fx.Node):
             return False
         axis = value.meta.get("axis")
@@ -168,14 +169,14 @@ class SizeEvaluator:
             return True
         return any(map(self.depends, value.args))
 
-    def __call__(self, value: Any) -> Any:
+    def __call__(self, value: Tree) -> Tree:
         if not isinstance(value, fx.Node):
             return value
         if value not in self.memo:
             self.memo[value] = self.evaluate(value)
         return self.memo[value]
 
-    def evaluate(self, node: fx.Node) -> Any:
+    def evaluate(self, node: fx.Node) -> Tree:
         """The value of one node."""
         if node.meta.get("axis") is not None:
             return self.sizes(node.meta["axis"])

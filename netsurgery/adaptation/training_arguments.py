@@ -1,16 +1,18 @@
-"""Functions of torch that do something else in training, such as dropout, called as in eval mode."""
+"""Call functions of torch that act otherwise in training, such as dropout, as in eval mode."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from netsurgery.capture.inputs import Args, Kwargs, Tree
+
 __all__ = ["call_in_eval"]
 
-#: Functions that do something else in training: which argument says so, its position, its value in eval mode.
-_TRAINING_ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
+#: Functions that act otherwise in training: the argument that tells the mode, its position, its value in eval mode.
+_TRAINING_ARGUMENTS: dict[object, tuple[str, int, float]] = {
     **dict.fromkeys(
         (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
         ("training", 2, False),
@@ -22,8 +24,8 @@ _TRAINING_ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
 }
 
 
-def call_in_eval(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of a function that does something else in training, as it is in eval mode."""
+def call_in_eval(func: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
+    """The result that a function has in eval mode, also where it acts otherwise in training."""
     if func not in _TRAINING_ARGUMENTS:
         return func(*args, **kwargs)
     name, position, value = _TRAINING_ARGUMENTS[func]

@@ -1,7 +1,7 @@
 """Residual blocks: modules whose output is their input plus something, so that the network works without them.
 
-They are found on the recorded graph, not by names: a module that runs once, whose output is the sum of its first input
-and of branches that it computes from it, whatever norms and activations come between and after. Nothing but the output
+They are found on the recorded graph, not by names. Such a module runs once. Its output is the sum of its first input
+and of branches computed from this input, whatever norms and activations come between and after. Nothing but the output
 is read outside of the run.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
-from netsurgery.capture.paths import is_within
+from netsurgery.capture.inputs import Tree
+from netsurgery.capture.operations import aliased
+from netsurgery.capture.paths import is_within, modules_around
 from netsurgery.capture.program import Call, Program
 
 __all__ = ["Block", "Place", "at", "constant_outputs", "places", "residual_blocks", "shortened"]
@@ -28,14 +28,14 @@ __all__ = ["Block", "Place", "at", "constant_outputs", "places", "residual_block
 aten = torch.ops.aten
 
 
-Place = tuple[Any, ...]  # indices and keys that lead to a part of nested tuples, lists and dictionaries
+Place = tuple[Hashable, ...]  # indices and keys that lead to a part of nested tuples, lists and dictionaries
 
 
-def places(value: Any) -> dict[fx.Node, Place]:
-    """Where each node stands first, in order, in nested tuples, lists and dictionaries."""
+def places(value: Tree) -> dict[fx.Node, Place]:
+    """The first place of each node in nested tuples, lists and dictionaries, in order."""
     found: dict[fx.Node, Place] = {}
 
-    def visit(value: Any, place: Place) -> None:
+    def visit(value: object, place: Place) -> None:
         if isinstance(value, fx.Node):
             found.setdefault(value, place)
         elif isinstance(value, tuple | list | dict):
@@ -46,7 +46,7 @@ def places(value: Any) -> dict[fx.Node, Place]:
     return found
 
 
-def at(place: Place, value: Any) -> Any:
+def at(place: Place, value: Tree) -> Tree:
     """The part of a nested value that stands at a place."""
     for step in place:
         value = value[step]
@@ -71,17 +71,17 @@ class Block:
 
     @property
     def given(self) -> Place:
-        """Where the source stands in ``(args, kwargs)``."""
+        """The place of the source in ``(args, kwargs)``."""
         return places((self.call.args, self.call.kwargs))[self.source]
 
     @property
     def returned(self) -> Place:
-        """Where the result stands in what the module returns."""
+        """The place of the result in the value that the module returns."""
         return places(self.call.out)[self.result]
 
 
 class _Run:
-    """One recorded program, and where its nodes stand among the operations."""
+    """One recorded program, and the places of its nodes among the operations."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -126,7 +126,7 @@ class _Run:
         return Block(path, call, source, result)
 
     def _escapes(self, call: Call, inside: Mapping[fx.Node, None], result: fx.Node) -> bool:
-        """Whether anything but the result is read outside of a call, or it writes where others read."""
+        """True if more than the result of a call is read outside of it, or if it writes where others read."""
         kept = {node for node in call.kept if isinstance(node, fx.Node)}
         for node in inside:
             outside = [user for user in node.users if user not in inside]
@@ -137,7 +137,7 @@ class _Run:
         return False
 
     def _read_later(self, root: fx.Node, call: Call, inside: Mapping[fx.Node, None]) -> bool:
-        """Whether memory from outside that a call writes to is read from then on, but through its result."""
+        """True if memory from outside that a call writes to is read later, otherwise than through its result."""
         if root.op == "get_attr":
             return not is_within(str(root.target), call.path)
         return any(True for _ in self._users(root, call.begin, inside))
@@ -150,21 +150,21 @@ class _Run:
             for user in given.users:
                 if user in inside:
                     continue
-                aliased = [written for base, written in _aliased(user) if base is given]
+                views = [written for base, written in aliased(user) if base is given]
                 if user.op == "output" or self.position(user) >= begin:
-                    yield user, any(aliased)
-                if aliased and user not in seen:
+                    yield user, any(views)
+                if views and user not in seen:
                     seen[user] = None
                     left.append(user)
 
     def _clash(self, call: Call, inside: Mapping[fx.Node, None], source: fx.Node, result: fx.Node) -> bool:
-        """Whether code writes to the source or the result later and reads the other: they would be one tensor."""
+        """True if later code writes to the source or the result and reads the other: without the block they are one."""
         users = [[*self._users(node, call.end, inside)] for node in (source, result)]
         return all(users) and any(written for some in users for _, written in some)
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two tensors have the same dimensions."""
+    """True if two tensors have the same dimensions."""
     a, b = one.meta["dims"], other.meta["dims"]
     same_type = one.meta.get("dtype") == other.meta.get("dtype")
     return same_type and len(a) == len(b) and all(map(_same, a, b))
@@ -182,33 +182,13 @@ def _same(one: Axis, other: Axis) -> bool:
     )
 
 
-def _aliased(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """Arguments that a result shares memory with, and whether they are written to."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        if node.target is operator.getitem and node.op == "call_function":
-            yield node.args[0], False  # type: ignore[misc]
-        return
-    named = {argument.name: argument.alias_info for argument in schema.arguments}
-    given = [*zip(named, node.args, strict=False), *node.kwargs.items()]
-    for name, value in given:
-        if named.get(name) is not None:
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, fx.Node):
-                    yield leaf, bool(named[name].is_write)
-
-
-def _bases(node: fx.Node) -> list[fx.Node]:
-    return [base for base, _ in _aliased(node)]
-
-
 def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """What the memory that an operation writes to was made as, and all that it went through."""
-    left = [base for base, written in _aliased(node) if written]
+    """The nodes whose memory an operation writes to."""
+    left = [base for base, written in aliased(node) if written]
     while left:
         base = left.pop()
         yield base
-        left.extend(_bases(base))
+        left.extend(one for one, _ in aliased(base))
 
 
 _SUMS = (aten.add, aten.add_)
@@ -231,11 +211,11 @@ class _Stream:
                 self.computed[node] = None
 
     def sums(self, node: fx.Node) -> int:
-        """How many branches are added to the source to give a node; 0 where it is no such sum."""
+        """The number of branches that are added to the source to give a node; 0 for a node that is no such sum."""
         return max(0, self._count(node))
 
     def _count(self, node: fx.Node) -> int:
-        """The number of branches; -1 where the way back does not lead to the source."""
+        """The number of branches; -1 where the way back from a node does not lead to the source."""
         if node not in self.counts:
             self.counts[node] = self._counted(node) if node in self.inside else -1
         return self.counts[node]
@@ -256,9 +236,9 @@ class _Stream:
 def residual_blocks(model: nn.Module, programs: Sequence[Program]) -> tuple[Block, ...]:
     """The blocks of a model that can be left out, in the order in which they run.
 
-    Of nested ones the outermost that repeat are taken, as a decoder layer and not the part of it that attends; modules
-    that only run a series of such blocks are no blocks. A block that runs several times, that shares parameters with
-    something else, or of which anything but the output is read elsewhere, is none.
+    Among nested candidates, the outermost that repeat are taken: a decoder layer, and not its attention. Modules that
+    only run a series of such blocks are no blocks. Nor are modules that run several times, that share parameters with
+    others, or of which more than the output is read elsewhere.
 
     Example:
         >>> import torch, netsurgery
@@ -303,7 +283,7 @@ class _Choice:
         self.run, self.found = run, found
         self.modules = named_modules(model)
         self.kinds = {path: _kind(self.modules[path]) for path in found}
-        counts: dict[Any, int] = {}
+        counts: dict[Kind, int] = {}
         for kind in self.kinds.values():
             counts[kind] = counts.get(kind, 0) + 1
         self.repeated = {path for path, kind in self.kinds.items() if counts[kind] > 1}
@@ -328,61 +308,59 @@ class _Choice:
         return [] if self._runs_again(path) else [path]
 
     def _is_part(self, path: str) -> bool:
-        """Whether a module around a candidate is no block itself, but its like elsewhere is."""
-        parts = path.split(".")
-        around = [".".join(parts[:i]) for i in range(1, len(parts))]
-        return any(
-            _is_own(self.modules[one]) and type(self.modules[one]) in self.classes
-            for one in around
-            if one not in self.found
-        )
+        """True if a module around a candidate is no block itself, but modules of its class are."""
+        around = [one for one in modules_around(path) if one and one not in self.found]
+        return any(_is_own(self.modules[one]) and type(self.modules[one]) in self.classes for one in around)
 
     def _is_series(self, path: str) -> bool:
-        """Whether a module only runs blocks that are alike: several, or one in a container."""
+        """True if a module only runs blocks that are alike: several, or one in a container."""
         inner = self.within.get(path, [])
         if len({self.kinds[one] for one in inner}) != 1 or not self._adds_nothing(path):
             return False
         return len(inner) > 1 or not _is_own(self.modules[path])
 
     def _adds_nothing(self, path: str) -> bool:
-        """Whether all operations of a module are those of candidates in it."""
+        """True if all operations of a module are operations of candidates in it."""
         calls = [self.found[one].call for one in self.within.get(path, [])]
         call = self.found[path].call
         return sum(one.end - one.begin for one in calls) == call.end - call.begin
 
     def _runs_again(self, path: str) -> bool:
-        """Whether a part with parameters runs several times in a module: shared blocks."""
+        """True if a part with parameters runs several times in a module: shared blocks."""
         return any(
             is_within(one, path) and len(calls) > 1 and any(True for _ in self.modules[one].parameters())
             for one, calls in self.run.calls.items()
         )
 
 
-def _kind(module: nn.Module) -> Any:
+Kind = tuple[object, ...]  # the class of a module, and the kinds of its parts
+
+
+def _kind(module: nn.Module) -> Kind:
     """The classes of a module and its parts, but those without parameters (dropout of one rate is none at zero)."""
     parts = [child for child in module.children() if any(True for _ in child.parameters())]
     return type(module), tuple(map(_kind, parts))
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Whether a class says what its modules do; one of torch's containers does not."""
+    """True if a module is not one of torch's containers, whose class does not tell what it does."""
     return type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def constant_outputs(program: Program) -> list[bool]:
-    """Which outputs of a program are tensors that its code makes, such as the length of a cache of each layer."""
-    outputs: Any = program.graph.output_node().args[0]
+    """For each output of a program, True if its code makes that tensor, such as the length of a cache of each layer."""
+    outputs: Tree = program.graph.output_node().args[0]
     return [one.op == "get_attr" and one.target in program.constants for one in outputs]
 
 
 def shortened(program: Program, paths: Iterable[str]) -> Program:
     """A recorded program without some blocks: their operations go, and their input stands for their output.
 
-    Constants are no outputs of it: how many there are may depend on the number of blocks.
+    Constants are no outputs of it: their number may depend on the number of blocks.
     """
     run = _Run(program)
     blocks = [block for path in paths if (block := run.block(path)) is not None]
-    graph: Any = fx.Graph()
+    graph = fx.Graph()
     renamed: dict[fx.Node, fx.Node] = {}
     gone = {node: None for block in blocks for node in run.inside(block.call)}
     stands = {block.result: block.source for block in blocks}

@@ -1,4 +1,4 @@
-"""Weights that the code computes from others, and what a removal must not do to them.
+"""Weights that the code computes from others: a removal must not change the entries that stay.
 
 A weight norm divides a filter by its length, weight standardisation by its deviation, spectral norm by its largest
 singular value: where some of the inputs go, the same code makes another weight of the rest. But the entries of a
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from netsurgery.axes import Axis, find, leaves, lock
+from netsurgery.axes import Axis, axes_in, find, leaves, lock
+from netsurgery.capture.inputs import Tree
+from netsurgery.capture.operations import aliased
 from netsurgery.capture.program import Program
 from netsurgery.notation import Operation
 
 __all__ = [
+    "ALIKE",
     "Computations",
     "aligned_dims",
     "ancestors",
@@ -53,7 +57,7 @@ _WEIGHT_OF = {
 _ARRANGED = {aten.t, aten.transpose, aten.permute, aten.detach, aten.alias}
 _LIMITS = {aten.renorm, aten.renorm_, aten.embedding_renorm_}
 _MULTIPLIED = {aten.mul, aten.mul_, aten.div, aten.div_}
-_ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
+ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
 
 
 # Weights of operations -----------------------------------------------------------------------------------------------
@@ -67,20 +71,20 @@ def meetings(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def packet_of(node: fx.Node) -> Any:
-    """The operator of a node, whatever its overload."""
+    """The operator of a node, without its overload."""
     return getattr(node.target, "overloadpacket", node.target)
 
 
 def is_moved(node: fx.Node) -> bool:
-    """Whether a node is all of its input in other dimensions, or in another order of these."""
+    """True if a node holds all of its input, in other dimensions or in another order of dimensions."""
     if node.op != "call_function" or packet_of(node) is aten.expand or packet_of(node) is operator.getitem:
         return False
-    aliases = [argument.alias_info for argument in node.target._schema.arguments if argument.alias_info]  # type: ignore[union-attr]
-    return bool(aliases) and not any(a.is_write for a in aliases) and _count(node) == _count(node.all_input_nodes[0])
+    written = [written for _, written in aliased(node)]
+    return bool(written) and not any(written) and _count(node) == _count(node.all_input_nodes[0])
 
 
 def _count(node: fx.Node) -> int:
-    shape: Any = node.meta["shape"]
+    shape = node.meta["shape"]
     return -1 if isinstance(shape, list) else torch.Size(shape).numel()
 
 
@@ -98,13 +102,9 @@ def writers(node: fx.Node) -> list[fx.Node]:
     """The operations that write into a result, or into a view of it."""
     found = []
     for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        given = zip(schema.arguments, user.args, strict=False) if schema else ()
-        alias = next((a.alias_info for a, value in given if value is node and a.alias_info is not None), None)
-        if alias is not None and alias.is_write:
-            found.append(user)
-        elif alias is not None or user.target is operator.getitem:
-            found.extend(writers(user))
+        written = next((written for base, written in aliased(user) if base is node), None)
+        if written is not None:
+            found.extend([user] if written else writers(user))
     return found
 
 
@@ -125,36 +125,36 @@ def ancestors(node: fx.Node) -> dict[fx.Node, None]:
 
 
 class Computations:
-    """A number for each computation: the same for nodes that compute the same from the same tensors."""
+    """Numbers nodes: those that compute the same from the same tensors get the same number."""
 
     def __init__(self) -> None:
-        self.numbers: dict[Any, int] = {}
+        self.numbers: dict[tuple[object, str], int] = {}
         self.known: dict[fx.Node, int] = {}
 
     def __call__(self, node: fx.Node) -> int:
         for one in node.graph.nodes if node not in self.known else ():
             if "params" in one.meta and one not in self.known:
-                self.known[one] = self.numbers.setdefault(self._what(one), len(self.numbers))
+                self.known[one] = self.numbers.setdefault(self._key(one), len(self.numbers))
         return self.known[node]
 
-    def _what(self, node: fx.Node) -> Any:
+    def _key(self, node: fx.Node) -> tuple[object, str]:
         made = [node] if node.op == "call_function" else []
         written = [(one.target, self._arguments(one)) for one in (*made, *writers(node))]
         return node.target, repr(written)
 
-    def _arguments(self, node: fx.Node) -> Any:
+    def _arguments(self, node: fx.Node) -> Tree:
         numbers = {one: f"%{self.known[one]}" for one in node.all_input_nodes if one in self.known}
         return fx.node.map_arg((node.args, node.kwargs), lambda one: numbers.get(one, one.name))
 
 
 def is_stream(node: fx.Node) -> bool:
-    """Whether a result of parameters is a stream of activations: layers worked on it, and none has it as its weight."""
+    """True if a result of parameters is a stream of activations: layers made it, and none has it as its weight."""
     worked_on = any(packet_of(one) in _PRODUCTS for one in ancestors(node))
     return worked_on and not any("params" not in user.meta and _reads_weight(user, node) for user in node.users)
 
 
 def _reads_weight(user: fx.Node, node: fx.Node) -> bool:
-    """Products of several matrices each, as in attention, are of activations."""
+    """True if an operation has a node as its weight; products of batches of matrices, as in attention, have none."""
     batched = packet_of(user) in (aten.bmm, aten.baddbmm)
     return packet_of(user) in _WEIGHT_OF or (batched and node.meta["dims"][0].size == 1)
 
@@ -164,7 +164,7 @@ def _reads_weight(user: fx.Node, node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Across:
-    """An operation that makes a result depend on other units than its own; whether it is a layer, and linear."""
+    """An operation whose result at one unit depends on others; it may be a layer, and may be linear."""
 
     node: fx.Node
     layer: bool
@@ -174,20 +174,9 @@ class _Across:
 Mixed = dict[Axis, _Across]  # by channel
 
 
-def _flat(dims: Any) -> list[Axis]:
-    if isinstance(dims, Axis):
-        return [dims]
-    return [axis for one in dims or () if one is not None for axis in _flat(one)]
-
-
-def _counts(dims: Any) -> dict[Axis, int]:
-    """How often each channel of more than one unit occurs in dimensions."""
-    counts: dict[Axis, int] = {}
-    for axis in _flat(dims):
-        for leaf in leaves(axis):
-            if leaf.size > 1:
-                counts[leaf] = counts.get(leaf, 0) + 1
-    return counts
+def _counts(dims: Tree) -> dict[Axis, int]:
+    """The number of times that each channel of more than one unit occurs in dimensions."""
+    return Counter(leaf for axis in axes_in(dims) for leaf in leaves(axis) if leaf.size > 1)
 
 
 def _normalised(node: fx.Node) -> tuple[Axis, ...] | None:
@@ -227,7 +216,7 @@ def worked_across(node: fx.Node) -> Mixed:
 
 
 def _join(one: Mixed, other: Mixed) -> Mixed:
-    """Both together; of two operations for one channel, the one that is less like a layer counts."""
+    """Join both; where both have an operation for a channel, the one that is less like a layer counts."""
     joined = dict(one)
     for leaf, across in other.items():
         known = joined.get(leaf)
@@ -267,11 +256,11 @@ def lock_normalised(programs: tuple[Program, ...], parameters: set[str]) -> None
     found = [_Computed(program) for program in programs]
     if not any(one.met for one in found):
         return
-    what = Computations()
+    computation = Computations()
     carried = {leaf for p in programs for n in p.graph.nodes if "params" not in n.meta for leaf in _carried(n)}
     for one in found:
         for weight in one.met:
-            _settle(one, weight, carried, _Alone(found, what, parameters))
+            _settle(one, weight, carried, _Alone(found, computation, parameters))
 
 
 def _carried(node: fx.Node) -> Mapping[Axis, int]:
@@ -338,7 +327,7 @@ def _factors(of: _Computed, node: fx.Node, divides: bool = False) -> list[_Facto
             found = _factors(of, one, divides) if isinstance(one, fx.Node) else []
             turned = divides != (packet in (aten.div, aten.div_))
             return found + (_factors(of, other, turned) if isinstance(other, fx.Node) else [])
-        elif packet in _ALIKE or is_moved(node):
+        elif packet in ALIKE or is_moved(node):
             return _factors(of, node.all_input_nodes[0], divides)
     channels = frozenset(_counts(node.meta["dims"]))
     return [_Factor(node, channels, frozenset(of.mixed(node)), divides)]
@@ -371,7 +360,7 @@ def _scale(of: _Computed, weight: fx.Node, wanted: list[Axis], alone: _Alone) ->
 
 
 def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node, set[Axis]] | None:
-    """The parameter of a weight whose rows are only cut down to a largest norm: it can hold the limited rows."""
+    """The parameter of a weight whose rows are only limited to a largest norm: it can hold the limited rows."""
     core = peeled(weight)
     written = [one for one in writers(core) if packet_of(one) in _LIMITS]
     if written and (packet_of(written[0]) is aten.embedding_renorm_ or written == writers(core)):
@@ -386,12 +375,12 @@ def _limited(weight: fx.Node, wanted: set[Axis], alone: _Alone) -> tuple[fx.Node
 
 
 def _fits(scale: fx.Node, weight: fx.Node) -> bool:
-    """Whether each dimension of a parameter is one of the weight."""
+    """True if each dimension of a parameter is a dimension of the weight."""
     return None not in aligned_dims(scale, weight)
 
 
 def aligned_dims(scale: fx.Node, weight: fx.Node) -> list[int | None]:
-    """For each dimension of a factor of a weight that of the weight, or None; without dimensions of size one."""
+    """For each dimension of a factor, but those of size one, the dimension of the weight that it is, or None."""
     own = [find(axis) for axis in peeled(weight).meta["dims"]]
     shift = len(own) - len(scale.meta["dims"])
     direct = all(packet_of(user) in {*_MULTIPLIED, aten._weight_norm_interface} for user in scale.users)
@@ -418,11 +407,11 @@ class _Alone:
     """Tells whether a parameter is used for one weight only, however often that weight is computed."""
 
     everywhere: list[_Computed]
-    what: Computations
+    computation: Computations
     parameters: set[str]
 
     def __call__(self, scale: fx.Node, weight: fx.Node) -> bool:
-        what = self.what(peeled(weight))
+        mine = self.computation(peeled(weight))
         met = [one for computed in self.everywhere for one, _ in meetings(computed.program)]
-        mine = [one for one in met if scale.target in one.meta["params"]]
-        return scale.target in self.parameters and all(self.what(peeled(one)) == what for one in mine)
+        met = [one for one in met if scale.target in one.meta["params"]]
+        return scale.target in self.parameters and all(self.computation(peeled(one)) == mine for one in met)

@@ -1,4 +1,4 @@
-"""Say what an operation or a module of your own does to dimensions, or correct what is said of one."""
+"""Rules of your own: how an operation, or a class of modules, relates dimensions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
 
 from netsurgery.analysis.rules import CUSTOM_RULES, Rule, locked, title
+from netsurgery.axes import Dims
 from netsurgery.capture.custom_modules import CUSTOM_MODULES, CustomModule, Shape, arguments_of
+from netsurgery.capture.inputs import Tree
 from netsurgery.errors import InputError
-from netsurgery.notation import Misfit, Op, names_in, parse, relate, results
+from netsurgery.notation import Misfit, Op, Results, names_in, parse, relate, results
 
 __all__ = ["RuleHandle", "rule"]
+
+UserRule = Callable[[Op], Sequence[Dims | None]]
+#: An operation, all its overloads, or a class of modules.
+Key = OpOverload[..., Any] | OpOverloadPacket[..., Any] | type[nn.Module]
 
 
 class RuleHandle(AbstractContextManager["RuleHandle"]):
     """A rule that is registered. ``remove()`` takes it away, and so does the end of a ``with`` block."""
 
-    def __init__(self, key: Any, says: str):
+    def __init__(self, key: Key, says: str):
         self.key, self.says = key, says
         books: tuple[dict[Any, Any], ...] = (CUSTOM_RULES, CUSTOM_MODULES)
         self.before = [(book, book.get(key)) for book in books]
@@ -42,8 +49,8 @@ class RuleHandle(AbstractContextManager["RuleHandle"]):
 
 
 def rule(
-    target: Any,
-    says: str | Callable[[Op], Any] | None,
+    target: Key | CustomOpDef | str,
+    says: str | UserRule | None,
     *,
     operands: str | None = None,
     parameters: Mapping[str, str] | None = None,
@@ -59,12 +66,12 @@ def rule(
             in ``"b [n] c -> b n c"``, locks that dimension.
         operands: the names of the tensor arguments in the order of the notation. By default those of the operation's
             schema, or of the module's ``forward``. Tensors that are not named are locked.
-        parameters: for a module, what the dimensions of its parameters and buffers are: ``{"weight": "o i"}``. Those
-            that are not named are locked.
+        parameters: for a module, the dimensions of its parameters and buffers: ``{"weight": "o i"}``. Those that are
+            not named are locked.
         sizes: name of a dimension -> the integer argument (for a module: attribute) that holds its size. Needed inside
             products: ``"b (h d) -> b h d"`` with ``{"h": "num_heads"}``.
 
-    A rule is believed. ``verify`` tests it as far as it can: it gives the operation zeros in place of removed units, so
+    Nothing checks a rule but ``verify``, as far as it can: it gives the operation zeros in place of removed units. So
     it reports a difference where a rule is wrong, and also where the operation takes statistics over units (a norm).
 
     Returns:
@@ -126,8 +133,8 @@ class _Relation:
     def __str__(self) -> str:
         return self.notation
 
-    def validate(self, key: Any, arguments: list[str]) -> None:
-        """Raise ValueError where the rule cannot be meant."""
+    def validate(self, key: Key, arguments: list[str]) -> None:
+        """Raise ValueError for names that do not fit together."""
         left, right = parse(self.notation)
         if unknown := [name for name in self.operands if name not in arguments and not name.startswith("self.")]:
             raise ValueError(f"it has no argument '{unknown[0]}', only {', '.join(arguments)}")
@@ -144,7 +151,7 @@ class _Relation:
         elif unknown := [argument for argument in self.sizes.values() if argument not in arguments]:
             raise ValueError(f"it has no argument '{unknown[0]}', only {', '.join(arguments)}")
 
-    def __call__(self, op: Op) -> Any:
+    def __call__(self, op: Op) -> Results:
         nodes = [value if isinstance(value := op[name], fx.Node) else None for name in self.operands]
         for node in op.inputs:
             for axis in op.dims(node) if node not in nodes else ():
@@ -163,7 +170,7 @@ class _Relation:
             op.expect(follow)
         return out
 
-    def size(self, op: Op, argument: str) -> Any:
+    def size(self, op: Op, argument: str) -> Tree:
         target = op.node.target
         return getattr(target.module, argument) if isinstance(target, CustomModule) else op[argument]
 
@@ -184,15 +191,15 @@ class _Relation:
 class _Calling:
     """A rule that is a function, or None: whatever the operation touches is locked."""
 
-    function: Rule | None
+    function: UserRule | None
 
     def __str__(self) -> str:
         return "whatever it touches is locked" if self.function is None else f"see {self.function.__qualname__}"
 
-    def __call__(self, op: Op) -> Any:
+    def __call__(self, op: Op) -> Results:
         if self.function is None:
             return locked(op, "netsurgery.rule locks the operation")
-        out = self.function(op)
+        out = list(self.function(op))
         sizes = [None if dims is None else tuple(axis.size for axis in dims) for dims in out]
         if sizes != [None if shape is None else tuple(shape) for shape in op.shapes()]:
             raise InputError(f"the rule of {op.location} gives dimensions of sizes {sizes} to results of {op.shapes()}")
@@ -203,7 +210,7 @@ def _owned(parameters: Mapping[str, str]) -> list[str]:
     return [f"self.{name}" for name in parameters]
 
 
-def _resolve(target: Any) -> tuple[Any, list[str], list[str]]:
+def _resolve(target: Key | CustomOpDef | str) -> tuple[Key, list[str], list[str]]:
     """The key of a target, the names of its arguments, and those of them that are tensors.
 
     Raises:
@@ -221,8 +228,8 @@ def _resolve(target: Any) -> tuple[Any, list[str], list[str]]:
         if found is None or (overload and overload not in found.overloads()):
             raise ValueError("no such operation is registered; import the library that defines it first")
         target = getattr(found, overload) if overload else found
-    if not isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if not isinstance(target, OpOverload | OpOverloadPacket):
         raise ValueError("expected an operation such as 'mylib::scale', or a class of modules")
-    one = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
+    one = target if isinstance(target, OpOverload) else getattr(target, target.overloads()[0])
     tensors = [a.name for a in one._schema.arguments if str(a.type) in ("Tensor", "Optional[Tensor]")]
     return target, [a.name for a in one._schema.arguments], tensors

@@ -1,4 +1,4 @@
-"""Operations that give no number for some values, such as logarithms, and what is known of the values they get.
+"""Operations that give no number for some values, such as logarithms, and the signs of their arguments.
 
 A weight of zero does not hide a unit that is no number: zero times NaN is NaN.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import writers
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import Axis, axes_in, leaves
+from netsurgery.capture.operations import schema_of
 from netsurgery.notation import Operation
 
 __all__ = ["is_limited", "undefined"]
@@ -26,7 +26,7 @@ _NEEDS = {
 _POSITIVE = {"exp", "exp2", "sigmoid", "softplus", "_softmax", "cosh", "rsqrt"}
 _NOT_NEGATIVE = {"relu", "abs", "square", "var", "std", "linalg_vector_norm", "norm", "sqrt"}
 _PLACE = {"div": 1, "xlogy": 1, "addcdiv": 2}  # of that argument, where it is not the first
-#: What is as positive as the argument is.
+#: Results of these are positive, or not negative, where their argument is.
 _KEEPS = {
     "mean", "sum", "amax", "amin", "expand", "unsqueeze", "squeeze", "view", "_unsafe_view", "permute", "transpose",
     "t", "clone", "_to_copy", "alias", "detach", "select", "slice", "reciprocal", "sqrt", "cumsum",
@@ -34,12 +34,12 @@ _KEEPS = {
 
 
 def is_limited(node: fx.Node) -> bool:
-    """Whether an operation gives no number, or an infinite one, for some values; roots and quotients aside."""
-    return hasattr(node.target, "_schema") and _name(node) in _NEEDS.keys() - {"div", "rsqrt", "sqrt", "reciprocal"}
+    """True if an operation gives no number, or an infinite one, for some values; roots and quotients aside."""
+    return schema_of(node) is not None and _name(node) in _NEEDS.keys() - {"div", "rsqrt", "sqrt", "reciprocal"}
 
 
 def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
-    """The channels at whose units an operation may give no number, or an infinite one, if their values are not known.
+    """The channels of units at which an operation may give no number, or an infinite one, for all that is known.
 
     Args:
         tensors: of the model, by name.
@@ -56,14 +56,13 @@ def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
         need = "zero" if least >= 0 else "above"
     if not isinstance(value, fx.Node) or (need is not None and _Sign(tensors)(value, need == "above")):
         return set()
-    dims = value.meta["dims"]
-    return {leaf for axis in (dims if isinstance(dims, tuple) else ()) if axis is not None for leaf in leaves(axis)}
+    return {leaf for axis in axes_in(value.meta["dims"]) for leaf in leaves(axis)}
 
 
 def _name(node: fx.Node) -> str:
-    """The name of an operation, whether it is done in place or not."""
-    name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")[2]
-    return name.removesuffix("_")
+    """The name of an operation, the same for the one in place."""
+    schema = schema_of(node)
+    return "" if schema is None else schema.name.partition("::")[2].removesuffix("_")
 
 
 class _Sign:
@@ -73,7 +72,7 @@ class _Sign:
         self.tensors = tensors
         self.memo: dict[tuple[fx.Node, bool], bool] = {}
 
-    def __call__(self, value: Any, above: bool) -> bool:
+    def __call__(self, value: object, above: bool) -> bool:
         if isinstance(value, int | float):
             return bool(value > 0 if above else value >= 0)
         if not isinstance(value, fx.Node) or writers(value):
@@ -87,7 +86,7 @@ class _Sign:
             tensor = self.tensors.get(str(node.target))
             return tensor is not None and not tensor.is_meta and bool((tensor > 0 if above else tensor >= 0).all())
         if node.target is operator.getitem:
-            whole: Any = node.args[0]
+            (whole,) = node.all_input_nodes
             return bool(not above and node.args[1] == 0 and _name(whole) == "var_mean")
         if node.op != "call_function":
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +10,7 @@ from netsurgery.analysis.units import Unit
 from netsurgery.axes import Axis
 from netsurgery.tables import Rows
 
-__all__ = ["Group", "Member", "Role", "group_rows"]
+__all__ = ["Group", "Member", "Role", "group_rows", "places_of"]
 
 Role = Literal["produces", "consumes", "carries"]
 
@@ -39,7 +39,7 @@ class Group:
         members: where they occur, in the order of the state dict.
         locked: why none may be removed, or None.
         channel: the group's place in the expressions of dimensions.
-        unit: what its units are: attention heads, dimensions within heads, groups of a convolution or normalisation,
+        unit: the sort of its units: attention heads, dimensions within heads, groups of a convolution or normalisation,
             ranks of a low-rank product, or channels of any other sort.
     """
 
@@ -53,6 +53,11 @@ class Group:
     def __repr__(self) -> str:
         locked = "" if self.locked is None else f", locked={self.locked!r}"
         return f"Group({self.name!r}, size={self.size}, unit={self.unit!r}, {len(self.members)} members{locked})"
+
+
+def places_of(groups: Iterable[Group], role: Role) -> Iterator[tuple[str, int, Axis]]:
+    """The places where tensors have the units of groups in one role: parameter, dimension and channel."""
+    return ((m.parameter, m.axis, group.channel) for group in groups for m in group.members if m.role == role)
 
 
 def group_rows(groups: Iterable[Group]) -> Rows:

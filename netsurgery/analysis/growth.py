@@ -1,25 +1,25 @@
 """Where units can be added so that no output changes.
 
 A layer that reads a unit takes nothing from a new one, and shares from copies. Other operations that work across units
-have no weights that could: means and variances stay as they are if all that they are taken over has equally many
-copies, sums do not.
+have no weights to do so. Means and variances stay as they are if all units that they are taken over have equally many
+copies; sums change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from netsurgery.analysis.computed_weights import is_moved, packet_of, peeled, worked_across
 from netsurgery.analysis.domains import is_limited, undefined
-from netsurgery.analysis.groups import Group
+from netsurgery.analysis.groups import Group, places_of
 from netsurgery.analysis.inner_products import hiding, is_inner_product
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.weights import is_computed
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import Axis, axes_in, leaves
 from netsurgery.notation import Operation
 from netsurgery.positions import Positions
 from netsurgery.units import Planned, listed
@@ -27,12 +27,12 @@ from netsurgery.units import Planned, listed
 __all__ = ["obstacles", "start"]
 
 aten = torch.ops.aten
-#: What these compute of units is the same where each unit has equally many copies.
+#: Results of these are the same where each unit has equally many copies.
 _AVERAGES = {
     aten.mean, aten.var, aten.var_mean, aten.std, aten.std_mean, aten.native_layer_norm, aten.native_group_norm,
     aten.native_batch_norm, aten.amax, aten.amin, aten.max, aten.min, aten.all, aten.any,
 }  # fmt: skip
-#: What these give at a unit depends on no other, though it is in other dimensions: of equal halves, or of no values.
+#: Results of these at a unit depend on no other, though dimensions differ: of equal halves, or of no values.
 _APART = {aten.glu, aten.new_zeros, aten.new_ones, aten.new_full}
 _DEVIATIONS = {aten.var, aten.var_mean, aten.std, aten.std_mean}
 #: The arguments that products multiply, without what they add.
@@ -49,22 +49,21 @@ def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[s
     """The groups that cannot get these units without a change of outputs, and why.
 
     Args:
-        keep: by name what the units of groups will be; those that only lose units are no obstacle.
+        keep: by name the units that groups will have; groups that only lose units are no obstacle.
     """
     names = {network[n].channel: n for n, own in keep.items() if not all(isinstance(unit, int) for unit in own)}
     if not names:
         return {}
     groups = [(network[name], own) for name, own in keep.items()]
     at = Positions({group.channel: listed(group.name, own, group.size, False) for group, own in groups})
-    readers: dict[str, list[Axis]] = {}
-    for leaf, name in names.items():
-        for parameter in dict.fromkeys(m.parameter for m in network[name].members if m.role == "consumes"):
-            readers.setdefault(parameter, []).append(leaf)
+    readers: dict[str, dict[Axis, None]] = {}  # by parameter: the channels that it reads
+    for parameter, _, leaf in places_of(map(network.__getitem__, names.values()), "consumes"):
+        readers.setdefault(parameter, {})[leaf] = None
     found: dict[str, str] = {}
     for program in network.programs:
         for node in sorted(program.graph.nodes, key=lambda node: node.op == "get_attr"):
             if node.op == "get_attr":
-                reasons = _used_otherwise(node, readers.get(str(node.target), []))
+                reasons = _used_otherwise(node, readers.get(str(node.target), {}))
             elif node.op == "call_function" and not is_view(node):
                 reasons = _across(node, network, names, at)
             else:
@@ -78,13 +77,12 @@ Reasons = Iterator[tuple[Axis, str]]  # a channel, and why it cannot have these 
 
 
 def _across(node: fx.Node, network: Network, names: Mapping[Axis, str], at: Positions) -> Reasons:
-    """The channels of which an operation would give something else."""
+    """The channels that would change the result of an operation, each with the reason."""
     packet = packet_of(node)
     across = set(worked_across(node)) if packet not in _APART else set()
     if packet is aten.native_batch_norm:  # in training, whatever the mode is now
-        across.update(
-            leaf for dim, axis in enumerate(_axes(node.all_input_nodes[0])) if dim != 1 for leaf in leaves(axis)
-        )
+        dims = node.all_input_nodes[0].meta["dims"]
+        across.update(leaf for axis in (dims[0], *dims[2:]) for leaf in leaves(axis))
     if packet is aten.native_group_norm:  # statistics are of each group of channels
         across -= set(leaves(node.meta["names"]["g"]))
     for leaf in across & names.keys():
@@ -96,10 +94,10 @@ def _across(node: fx.Node, network: Network, names: Mapping[Axis, str], at: Posi
 
 
 def _obstacle(node: fx.Node, leaf: Axis, at: Positions, group: Group, network: Network) -> str | None:
-    """Why an operation that works across units does not give the same of more of them, if so."""
+    """The reason why an operation that works across units changes with more of them; None if it does not."""
     packet, given = packet_of(node), Operation(node).arguments
     if packet in _AVERAGES:
-        over = [axis for one in node.all_input_nodes for axis in _axes(one) if leaf in leaves(axis)]
+        over = [axis for one in node.all_input_nodes for axis in axes_in(one.meta["dims"]) if leaf in leaves(axis)]
         if not all(_evenly(axis, at) for axis in over):
             return "it takes statistics over these units, which stay if all that they are taken over has as many copies"
         if packet in _DEVIATIONS and given.get("unbiased", True) and given.get("correction", 1) != 0:
@@ -122,8 +120,8 @@ def _obstacle(node: fx.Node, leaf: Axis, at: Positions, group: Group, network: N
     return None
 
 
-def _used_otherwise(node: fx.Node, read: Sequence[Axis]) -> Reasons:
-    """Of the channels that a tensor reads those where it is also used in another way, which shares would change."""
+def _used_otherwise(node: fx.Node, read: Iterable[Axis]) -> Reasons:
+    """The channels that a tensor reads, where an operation that shares would change uses the tensor, too."""
     left = list(node.users) if read else []
     while left:
         user = left.pop()
@@ -136,22 +134,17 @@ def _used_otherwise(node: fx.Node, read: Sequence[Axis]) -> Reasons:
 
 
 def _evenly(axis: Axis, at: Positions) -> bool:
-    """Whether each position that is left along an axis has equally many copies, and none is new."""
+    """True if each position that is left along an axis has equally many copies, and none is new."""
     found = at(axis)
     counts = [] if found is None else found.unique(return_counts=True)[1].tolist()
     return len({*counts}) <= 1 and at.new(axis) is None
 
 
-def _axes(node: fx.Node) -> list[Axis]:
-    dims = node.meta["dims"]
-    return [axis for axis in (dims if isinstance(dims, tuple) else ()) if axis is not None]
-
-
 def start(network: Network, name: str) -> float | None:
-    """What a tensor that meets units begins with at new ones, so that it changes nothing; None for the mean of its own.
+    """The first value of a tensor at new units, with which it changes nothing; None for the mean of its old values.
 
-    A factor and a variance begin at 1, what is added at 0. The mean is as good as the old values elsewhere: it is
-    positive where all are, say.
+    A factor and a variance begin at 1, and a tensor that is added at 0. Elsewhere the mean does as well as the old
+    values; it is positive where they all are.
     """
     found: set[float | None] = set()
     for program in network.programs:

@@ -194,7 +194,7 @@ def _moved(user: fx.Node, node: fx.Node, seen: Tensor) -> Tensor:
     if packet_of(user) in _SCALES or packet_of(user) is aten._to_copy:
         return seen
     args, kwargs = fx.map_arg((user.args, user.kwargs), lambda one: seen if one is node else one)
-    moved: Tensor = any_layout(user.target)(*args, **kwargs)
+    moved: Tensor = any_layout(user.target)(*args, **kwargs)  # type: ignore[arg-type]
     return moved
 
 

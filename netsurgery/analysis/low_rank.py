@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -42,7 +41,7 @@ class Factor:
     vectors: tuple[tuple[fx.Node, Axis], ...] = ()
 
     def times(self, number: float) -> Factor:
-        """This one and a number."""
+        """This factor times a number."""
         return replace(self, number=self.number * number)
 
 
@@ -148,7 +147,7 @@ def _terms(node: fx.Node, factor: Factor) -> Iterator[tuple[fx.Node, Factor]]:
 
 
 def _by_vector(node: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, tuple[fx.Node, Axis]] | None:
-    """Split a product: the activations, and a vector from parameters with the dimension that it has numbers for."""
+    """Split a product into activations and a vector from parameters, with the dimension of its numbers."""
     vectors = [source for source in (one, other) if "params" in source.meta]
     if len(vectors) != 1:
         return None
@@ -159,7 +158,7 @@ def _by_vector(node: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, tu
     return (one if vectors[0] is other else other), (vectors[0], resolve(node.meta["dims"][at[0]], {}))
 
 
-def _peeled(node: Any, factor: float = 1.0) -> tuple[fx.Node, float]:
+def _peeled(node: fx.Node, factor: float = 1.0) -> tuple[fx.Node, float]:
     """A node without views, copies and constant factors around it."""
     while node.op == "call_function" and "params" not in node.meta:
         packet = packet_of(node)
@@ -172,7 +171,7 @@ def _peeled(node: Any, factor: float = 1.0) -> tuple[fx.Node, float]:
 
 
 def _update(up: fx.Node, factor: Factor, layer: fx.Node) -> Update | None:
-    """A product of two layers in place of one, if it is one: of the same input and for the same outputs."""
+    """The update of a layer that a term is: a product of two layers of the same input and outputs; None for others."""
     kind = packet_of(layer)
     if packet_of(up) not in ((aten.convolution,) if kind is aten.convolution else (aten.mm, aten.addmm)):
         return None
@@ -191,7 +190,7 @@ def _update(up: fx.Node, factor: Factor, layer: fx.Node) -> Update | None:
 
 
 def _feeds_only(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether nothing but one operation reads a result, be it through views, copies and constant factors."""
+    """True if one operation alone reads a result, maybe through views, copies and constant factors."""
     return all(
         user is reader
         or (_peeled(user)[0] is _peeled(node)[0] and user.op == "call_function" and _feeds_only(user, reader))
@@ -204,7 +203,7 @@ def _axis(node: fx.Node, name: str) -> Axis:
 
 
 def _same_units(one: Axis, other: Axis) -> bool:
-    """Whether dimensions hold the same units; those of heads are products, each of its own."""
+    """True if dimensions hold the same units; dimensions of heads may be different products of the same channels."""
     if one is other:
         return True
     pairs = zip(one.terms, other.terms, strict=False)
@@ -212,7 +211,7 @@ def _same_units(one: Axis, other: Axis) -> bool:
 
 
 def _fits(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
-    """Whether matrices are multiplied along the same dimensions."""
+    """True if matrices are multiplied along the same dimensions."""
     first = "d" if packet_of(down) is aten.embedding else "n"
     same_inputs = first == "d" or _same_units(_axis(layer, "k"), _axis(down, "k"))
     last = "d" if packet_of(layer) is aten.embedding else "n"
@@ -224,7 +223,7 @@ def _fits(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
 
 
 def _fits_convolution(layer: fx.Node, down: fx.Node, up: fx.Node) -> bool:
-    """Whether a convolution of the same windows is followed by one that takes each position alone."""
+    """True if a convolution of the same windows is followed by one that takes each position alone."""
     ops = [Operation(one) for one in (layer, down, up)]
     settings = [[op[name] for name in ("stride", "padding", "dilation", "transposed", "groups")] for op in ops]
     window = [axis.size for axis in ops[2]["weight"].meta["dims"][2:]]

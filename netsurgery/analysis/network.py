@@ -19,7 +19,6 @@ from math import prod
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from netsurgery.analysis.blocks import Block, residual_blocks
 from netsurgery.analysis.computed_weights import lock_normalised
@@ -27,7 +26,7 @@ from netsurgery.analysis.costs import Cost, Sizes, Term, total
 from netsurgery.analysis.groups import Group, Member, group_rows
 from netsurgery.analysis.rules import apply_rule
 from netsurgery.analysis.units import Unit, units_of, units_of_products
-from netsurgery.axes import Axis, Edge, Fixed, channel, equate, find, inner, leaves, lock, resolve, share_with
+from netsurgery.axes import Axis, Edge, Fixed, axes_in, channel, equate, find, inner, leaves, lock, resolve, share_with
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs
 from netsurgery.capture.paths import is_within
@@ -52,8 +51,8 @@ class Network:
         inputs: the example inputs: positional and keyword.
         model: the model that was traced, for passes that run it on data; they leave it as it is.
         scores: importance of each unit, by group name, laid on by scoring passes.
-        comparable: whether scores mean the same in every group, as increases of the loss do.
-        ordinal: whether they only rank units, as LAMP's do; such scores must not be divided by costs.
+        comparable: True if scores mean the same in every group, as increases of the loss do.
+        ordinal: True if scores only rank units, as LAMP's do; such scores must not be divided by costs.
         block_scores: importance of residual blocks, by path, laid on by passes that score them.
         original: the model that earlier passes have made this one from; modules are named as in it.
     """
@@ -199,8 +198,8 @@ class Network:
 
         Args:
             scores: of each unit, ``(units,)`` for each group.
-            comparable: whether they mean the same in every group.
-            ordinal: whether they only rank units, and are not to be divided by costs.
+            comparable: True if they mean the same in every group.
+            ordinal: True if they only rank units, and must not be divided by costs.
         """
         return dataclasses.replace(self, scores=dict(scores), comparable=comparable, ordinal=ordinal)
 
@@ -374,7 +373,7 @@ def analyse(model: nn.Module, programs: tuple[Program, ...], inputs: Inputs) -> 
 
 
 def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> None:
-    """Lock the part of a position embedding or a mask that only inputs longer than the recorded one need."""
+    """Lock the part of a position embedding or a mask that only longer inputs than the recorded ones need."""
     working = {leaf for _, _, axis, role in analysis.roles if role in ("produces", "consumes") for leaf in leaves(axis)}
     read: set[Axis] = set()
     idle: set[Axis] = set()
@@ -392,7 +391,7 @@ _CUTS = (torch.ops.aten.slice.Tensor, operator.getitem)
 
 
 def _reads(node: fx.Node, leaf: Axis) -> bool:
-    """Whether anything is computed from the units of one channel of a tensor."""
+    """True if anything is computed from the units of one channel of a tensor."""
     seen, left = {node}, [node]
     while left:
         for user in left.pop().users:
@@ -408,7 +407,7 @@ def _reads(node: fx.Node, leaf: Axis) -> bool:
 
 
 def _leaves_of(node: fx.Node) -> list[Axis]:
-    return [leaf for axis in pytree.tree_leaves(node.meta["dims"]) if axis is not None for leaf in leaves(axis)]
+    return [leaf for axis in axes_in(node.meta["dims"]) for leaf in leaves(axis)]
 
 
 Roles = dict[tuple[str, int, Axis], str]  # by tensor, axis and channel, where an operation has said

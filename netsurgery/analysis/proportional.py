@@ -7,17 +7,15 @@ factor between p and W multiplies the one and divides the other.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
-from netsurgery.analysis.computed_weights import ancestors, is_moved, packet_of, writers
+from netsurgery.analysis.computed_weights import ALIKE, ancestors, is_moved, packet_of, writers
 
 __all__ = ["proportional_to"]
 
 aten = torch.ops.aten
-_ALIKE = {aten._to_copy, aten.clone, aten.neg, aten.expand}
 _PARTS = {aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind}
 
 
@@ -29,23 +27,23 @@ def proportional_to(node: fx.Node) -> list[str]:
     if node.op == "get_attr":
         return [str(node.target)]
     if packet is operator.getitem:
-        return _part(node.args[0], node.args[1])
+        return _part(node.all_input_nodes[0], node.args[1])
     if packet in (aten.mul, aten.div) and not node.kwargs:
         one, other = node.args
         return [*_factors(one, other), *(_factors(other, one) if packet is aten.mul else [])]
-    if packet in _ALIKE or packet in _PARTS or is_moved(node):
+    if packet in ALIKE or packet in _PARTS or is_moved(node):
         return proportional_to(node.all_input_nodes[0])
     return []
 
 
-def _part(whole: Any, index: Any) -> list[str]:
+def _part(whole: fx.Node, index: object) -> list[str]:
     if packet_of(whole) is aten._weight_norm_interface and index == 0:
         direction, length = whole.args[:2]
         return _factors(length, direction)
     return proportional_to(whole) if packet_of(whole) in _PARTS else []
 
 
-def _factors(factor: Any, other: Any) -> list[str]:
+def _factors(factor: object, other: object) -> list[str]:
     """The parameters that one factor is proportional to, without those that the other factor depends on."""
     sources = {str(one.target) for one in ancestors(other)} if isinstance(other, fx.Node) else set()
     found = proportional_to(factor) if isinstance(factor, fx.Node) else []

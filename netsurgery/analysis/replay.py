@@ -1,13 +1,12 @@
-"""A recorded graph runs on real tensors, with the decisions of the recorded run."""
+"""Run a recorded graph on real tensors, with the decisions of the recorded run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +15,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsurgery.analysis.network import Network
 from netsurgery.axes import Axis
-from netsurgery.capture.inputs import Inputs, tensors_in
+from netsurgery.capture.inputs import Args, Inputs, Kwargs, Tree, tensors_in
 from netsurgery.capture.known_values import any_layout, flat, is_number, remapped, replay_decision
 from netsurgery.capture.meta_run import trains_otherwise, without_fast_path
 from netsurgery.capture.op_observer import TRANSPARENT
+from netsurgery.capture.operations import OpCall, Target, argument_names
 from netsurgery.capture.program import Program
 from netsurgery.capture.source_locations import format_where
 from netsurgery.errors import InputError
 from netsurgery.notation import Operation
 
-__all__ = ["Drawn", "Numbers", "Units", "draws", "inputs_read", "replay", "run", "units_in", "with_constants"]
+__all__ = ["Drawn", "Numbers", "Units", "Values", "draws", "inputs_read", "replay", "run", "units_in", "with_constants"]
 
-Units = Callable[[Axis], Tensor]  # which units of a channel, in which order
+Units = Callable[[Axis], Tensor]  # the units of a channel, in order
 
 
-Drawn = dict[torch.fx.Node, Any]  # by operation: the random numbers that it drew
+Drawn = dict[torch.fx.Node, Tree]  # by operation: the random numbers that it drew
 
 
 Numbers = list[tuple[torch.fx.Node, Tensor]]  # results that decisions are taken from
+
+
+Values = dict[torch.fx.Node, Tree]  # results, by node
 
 
 def units_in(lists: Mapping[Axis, Tensor]) -> Units:
@@ -42,7 +45,7 @@ def units_in(lists: Mapping[Axis, Tensor]) -> Units:
 
 
 def run(
-    model: nn.Module, program: Program, inputs: Inputs, observer: AbstractContextManager[Any] | None = None
+    model: nn.Module, program: Program, inputs: Inputs, observer: AbstractContextManager[object] | None = None
 ) -> list[Tensor]:
     """The outputs of a model in the mode a program was recorded in; its own mode is put back.
 
@@ -62,7 +65,7 @@ def run(
 
 
 def draws(node: torch.fx.Node) -> bool:
-    """Whether an operation draws random numbers, as it was called; dropout without a rate does not."""
+    """True if an operation draws random numbers, as it was called; dropout without a rate does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     given = Operation(node).arguments
@@ -70,11 +73,14 @@ def draws(node: torch.fx.Node) -> bool:
     return not (isinstance(rate, int | float) and rate == 0) and trains is not False
 
 
-def inputs_read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments of an operation that it does not only write to."""
-    named = [*zip((a.name for a in func._schema.arguments), args, strict=False), *kwargs.items()]
-    filled = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    return [value for name, value in named if name not in filled or torch.Tag.nondeterministic_seeded not in func.tags]
+def inputs_read(call: OpCall) -> list[Tree]:
+    """The arguments of an operation but those that it only writes to."""
+    named = [*zip(argument_names(call.target), call.args, strict=False), *call.kwargs.items()]
+    if torch.Tag.nondeterministic_seeded not in call.target.tags:
+        return [value for _, value in named]
+    written = (a for a in call.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    filled = {argument.name for argument in written}
+    return [value for name, value in named if name not in filled]
 
 
 class _Observer(TorchDispatchMode):
@@ -90,7 +96,7 @@ class _Observer(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Target, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Tree:
         if func not in TRANSPARENT and self.position < len(self.nodes):
             node = self.nodes[self.position]
             self.position += 1
@@ -132,19 +138,19 @@ def replay(
     program: Program,
     tensors: Mapping[str, Tensor],
     inputs: Inputs,
-    after: Callable[[Any, Any, Any], Any] | None = None,
+    after: Callable[[torch.fx.Node, Values, Tree], Tree] | None = None,
     units: Units | None = None,
     numbers: Numbers | None = None,
 ) -> list[Tensor]:
     """Run a recorded program on real tensors, with the decisions of the recorded run.
 
     Args:
-        after: called with each node, its real arguments and its result; returns the result to go on with.
+        after: called with each node, the results so far and its own; returns the result to go on with.
         units: the order in which ``tensors`` have the units of a channel; by default as they were.
         numbers: gets the floating-point numbers that decisions are taken from, with their nodes.
     """
     given = iter(tensors_in(inputs))
-    values: dict[Any, Any] = {}
+    values: Values = {}
     device = next((t.device for t in tensors_in(inputs)), torch.device("cpu"))
     with torch.no_grad():
         for node in program.graph.nodes:
@@ -157,16 +163,16 @@ def replay(
             elif node.op == "output":
                 return [values[result] for result in node.args[0]]
             else:
-                args, kwargs = torch.fx.node.map_aggregate(
-                    (node.args, node.kwargs), functools.partial(_value, values, device)
-                )
+                stand_in = functools.partial(_value, values, device)
+                args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), stand_in)
                 if numbers is not None and ("decided" in node.meta or draws(node)):
-                    read = flat(inputs_read(node.target, node.args, node.kwargs))
+                    read = flat(inputs_read(OpCall(node.target, node.args, node.kwargs)))
                     numbers.extend(
                         (s, values[s].clone()) for s in read if isinstance(s, torch.fx.Node) and is_number(values[s])
                     )
                 if "decided" in node.meta:
-                    values[node] = replay_decision(node.target, args, kwargs, remapped(node, units or units_in({})))
+                    call = OpCall(node.target, args, kwargs)
+                    values[node] = replay_decision(call, remapped(node, units or units_in({})))
                 else:
                     values[node] = any_layout(node.target)(*args, **kwargs)
             if after is not None and node.op != "output":
@@ -174,7 +180,7 @@ def replay(
     raise AssertionError("a recorded graph ends in its output")
 
 
-def _value(values: Mapping[Any, Any], device: torch.device, item: Any) -> Any:
+def _value(values: Values, device: torch.device, item: Tree) -> Tree:
     if isinstance(item, torch.fx.Node):
         return values[item]
     return device if isinstance(item, torch.device) else item

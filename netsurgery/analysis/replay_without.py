@@ -1,22 +1,22 @@
-"""A recorded graph runs without some units: these contribute nothing, and statistics are taken over what stays.
+"""Run a recorded graph without some units: they contribute nothing, and statistics are taken over the other units.
 
-The oracle of ``netsurgery.verification`` says the same in other words, on purpose, and neither uses the other.
+The oracle of ``netsurgery.verification`` computes the same by other code, on purpose; neither uses the other.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import packet_of
-from netsurgery.analysis.replay import replay
+from netsurgery.analysis.replay import Values, replay
 from netsurgery.analysis.statistics import STATISTICS
 from netsurgery.axes import Axis, leaves
-from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.inputs import Inputs, Tree
+from netsurgery.capture.operations import aliased, schema_of, target_of
 from netsurgery.capture.program import Program
 from netsurgery.notation import Operation
 from netsurgery.positions import Positions
@@ -45,7 +45,7 @@ def replay_without(
             places[seen] = Positions({channel: units for channel, units in keep.items() if channel not in seen})
         return places[seen]
 
-    def after(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
+    def after(node: fx.Node, values: Values, out: Tree) -> Tree:
         at = positions(node)
         special = STATISTICS.get(packet_of(node)) if "decided" not in node.meta else None
         if special is not None:
@@ -53,9 +53,10 @@ def replay_without(
             source, fixed = op.inputs[0], packet_of(node) is aten.native_batch_norm and not op["training"]
             if not fixed and at.changes(op.dims(source)):
                 given = {name: values.get(v, v) if isinstance(v, fx.Node) else v for name, v in op.arguments.items()}
-                out = special(node.target, given, _on(values[source].device, at, op.dims(source)))
+                out = special(target_of(node), given, _on(values[source].device, at, op.dims(source)))
         if isinstance(out, Tensor) and out.numel() and not is_view(node) and at.changes(node.meta["dims"]):
-            written = getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable
+            schema = schema_of(node)
+            written = schema is not None and schema.is_mutable
             return _zeroed(out if written else out.clone(), _on(out.device, at, node.meta["dims"]))
         return out
 
@@ -77,11 +78,9 @@ def _zeroed(tensor: Tensor, kept: Sequence[Tensor | None]) -> Tensor:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a result shares the memory of an argument, so that zeros there are zeros here; expand makes new units."""
+    """True if a result shares the memory of an argument, so that zeros there are zeros here; expand makes new units."""
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and is_view(source)
-    schema = getattr(node.target, "_schema", None)
-    shared = [one.alias_info for one in schema.arguments if one.alias_info is not None] if schema is not None else []
-    written = any(one.is_write for one in shared)
-    return bool(shared) and not written and node.target.overloadpacket is not aten.expand  # type: ignore[union-attr]
+    shared = [written for _, written in aliased(node)]
+    return bool(shared) and not any(shared) and packet_of(node) is not aten.expand

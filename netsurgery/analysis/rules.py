@@ -7,26 +7,27 @@ function. An operator without a rule locks whatever it touches; ``netsurgery.rul
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
-from netsurgery.axes import Axis, Edge, channel, concat, cut, find, product
-from netsurgery.notation import BY_POSITION, Dims, Findings, Op, relate
+from netsurgery.axes import Axis, Dims, Edge, channel, concat, cut, find, product
+from netsurgery.capture.operations import Target, target_of
+from netsurgery.notation import BY_POSITION, Findings, Op, Results, relate
 
-__all__ = ["CUSTOM_RULES", "RULES", "SIZED", "Op", "Rule", "apply_rule", "locked", "table", "title"]
+__all__ = ["CUSTOM_RULES", "RULES", "SIZED", "Op", "Rule", "apply_rule", "locked", "reduced", "table", "title"]
 
 aten = torch.ops.aten
-Rule = Callable[[Op], Any]
-RULES: dict[Any, tuple[Rule, str]] = {}  # by overload, operator, or name such as "torchvision::nms"
-CUSTOM_RULES: dict[Any, tuple[Rule, str]] = {}  # by netsurgery.rule; asked first
-SIZED: dict[Any, frozenset[str]] = {}
+Rule = Callable[[Op], Results]
+RULES: dict[object, tuple[Rule, str]] = {}  # by overload, operator, or name such as "torchvision::nms"
+CUSTOM_RULES: dict[object, tuple[Rule, str]] = {}  # by netsurgery.rule; asked first
+SIZED: dict[object, frozenset[str]] = {}
 
 
-def rule(*operators: Any, sized: tuple[str, ...] = ()) -> Callable[[Rule], Rule]:
+def rule(*operators: object, sized: tuple[str, ...] = ()) -> Callable[[Rule], Rule]:
     """Register a function as the rule of operators; the integer arguments named in ``sized`` follow dimensions."""
 
     def register(function: Rule) -> Rule:
@@ -39,7 +40,7 @@ def rule(*operators: Any, sized: tuple[str, ...] = ()) -> Callable[[Rule], Rule]
 
 
 def pattern(
-    operators: list[Any],
+    operators: Iterable[object],
     notation: str,
     *,
     operands: str,
@@ -61,7 +62,7 @@ def pattern(
         known: name of a dimension -> the argument that holds its size (``kernel_size.0``: the first of several).
     """
 
-    def run(op: Op) -> Any:
+    def run(op: Op) -> Results:
         nodes = [value if isinstance(value := op[name], fx.Node) else None for name in operands.split()]
         sizes = {("*" + k[5:] if k.startswith("star_") else k): _number(op, v) for k, v in known.items()}
         if at:
@@ -70,7 +71,7 @@ def pattern(
         names = op.node.meta["names"]
         op.expect({argument: names[k] for k, argument in known.items() if not k.startswith("star_")})
         if plus:
-            out[0] = aligned(op, [out[0], op.dims(op[plus])], op.shapes()[0] or ())
+            out[0] = aligned(op, [out[0] or (), op.dims(op[plus])], op.shapes()[0] or ())
         return out
 
     for one in operators:
@@ -84,11 +85,12 @@ def _number(op: Op, argument: str) -> int:
     return len(value) if isinstance(value, list | tuple) else int(value)
 
 
-def find_rule(target: Any) -> Rule:
+def find_rule(target: Target) -> Rule:
     """The rule of an operator; one in place has that of the operator that returns a new tensor."""
-    keys = [target, target.overloadpacket, target._schema.name]
+    keys: list[object] = [target, target.overloadpacket, target._schema.name]
     namespace, _, base = target._schema.name.rpartition("::")
-    if namespace == "aten" and base.endswith("_") and (functional := getattr(aten, base[:-1], None)):
+    in_place = namespace == "aten" and base.endswith("_")
+    if isinstance(target, OpOverload) and in_place and (functional := getattr(aten, base[:-1], None)):
         keys += [getattr(functional, target._overloadname, None), functional]
     found = next((book[key] for book in (CUSTOM_RULES, RULES) for key in keys if key in book), None)
     if found is None:
@@ -101,7 +103,7 @@ def apply_rule(node: fx.Node, findings: Findings) -> None:
     """Give a node its dimensions, relating them to those of its inputs."""
     op = Op(node, findings)
     try:
-        dims = find_rule(node.target)(op)
+        dims = find_rule(target_of(node))(op)
         wrong = [shape for axes, shape in zip(dims, op.shapes(), strict=True) if not _fits(axes, shape)]
         why = f"results of shapes {wrong}" if wrong else ""
     except ValueError as error:  # a Misfit, or axes of different sizes
@@ -123,12 +125,12 @@ def table() -> list[tuple[str, str]]:
     return sorted(known.items())
 
 
-def title(target: Any) -> str:
+def title(target: object) -> str:
     """The name of an operation or of a class of modules."""
     return target.__qualname__ if isinstance(target, type) else str(target).replace("aten::", "").replace("aten.", "")
 
 
-def locked(op: Op, why: str) -> Any:
+def locked(op: Op, why: str) -> Results:
     """Lock whatever an operation touches."""
     for node in op.inputs:
         for axis in op.dims(node):
@@ -232,7 +234,7 @@ pattern(["torchvision::nms"], "[n] x, [n] -> k", operands="dets scores")
 
 
 @rule(aten.convolution, sized=("groups",))
-def convolution(op: Op) -> Any:
+def convolution(op: Op) -> Results:
     """b (g i) *s, (g o) i *k, (g o) -> b (g o) *t; transposed: b (g i) *s, (g i) o *k, (g o) -> b (g o) *t"""
     operands, groups = [op["input"], op["weight"], op["bias"]], {"g": op["groups"]}
     weight, positions = ("(g i) o *k", "*s") if op["transposed"] else ("(g o) i *k", "*t")
@@ -242,7 +244,7 @@ def convolution(op: Op) -> Any:
 
 
 @rule("torchvision::deform_conv2d")
-def deformable_convolution(op: Op) -> Any:
+def deformable_convolution(op: Op) -> Results:
     """b (g i) h w, (g o) i *k, b d p q, b m p q, (g o) -> b (g o) p q; blocks of inputs share an offset"""
     operands = [op[name] for name in ("input", "weight", "offset", "mask", "bias")]
     groups, blocks = op["groups"], op["offset_groups"]
@@ -259,7 +261,7 @@ def deformable_convolution(op: Op) -> Any:
 
 
 @rule("pointwise")
-def pointwise(op: Op) -> Any:
+def pointwise(op: Op) -> Results:
     """every operation tagged pointwise: dimensions align from the right, size one is broadcast"""
     return [aligned(op, map(op.dims, op.inputs), shape or ()) for shape in op.shapes()]
 
@@ -269,7 +271,7 @@ def pointwise(op: Op) -> Any:
     aten.rrelu_with_noise, aten.polar, aten.complex, aten._conj, aten._weight_norm_interface, aten.bernoulli,
     aten.uniform, aten.normal, aten.random, aten.exponential, aten.cauchy, aten.geometric, aten.log_normal,
 )  # fmt: skip
-def broadcasting(op: Op) -> Any:
+def broadcasting(op: Op) -> Results:
     """like pointwise, though not tagged so"""
     return pointwise(op)
 
@@ -294,13 +296,13 @@ def aligned(op: Op, tensors: Iterable[Dims], shape: tuple[int, ...]) -> Dims:
     aten.clone, aten.detach, aten._to_copy, aten.native_dropout, aten.zero, aten.empty_like,
     aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.randint_like, aten.renorm,
 )  # fmt: skip
-def unchanged(op: Op) -> Any:
+def unchanged(op: Op) -> Results:
     """the output has the dimensions of the input"""
     return [op.dims(op.inputs[0]) for _ in op.shapes()]
 
 
 @rule(aten.as_strided_, sized=("size", "stride"))
-def restride(op: Op) -> Any:
+def restride(op: Op) -> Results:
     """only where it changes the strides of dimensions of size one"""
     (source,) = op.inputs
     strides = [(n, stride) for n, stride in zip(op["size"], op["stride"], strict=True) if n != 1]
@@ -312,7 +314,7 @@ def restride(op: Op) -> Any:
 
 
 @rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
-def softmax(op: Op) -> Any:
+def softmax(op: Op) -> Results:
     """the output has the dimensions of the input; a removed unit is left out of the sum"""
     return [op.dims(op["self"])]
 
@@ -320,7 +322,8 @@ def softmax(op: Op) -> Any:
 # Reductions ----------------------------------------------------------------------------------------------------
 
 
-def _positions(dim: Any, ndim: int) -> set[int]:
+def reduced(dim: int | Sequence[int] | None, ndim: int) -> set[int]:
+    """The dimensions that a reduction works along: by default, and for an empty list, all."""
     listed = range(ndim) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
     return {d % ndim for d in listed} if ndim else set()
 
@@ -330,13 +333,13 @@ def _positions(dim: Any, ndim: int) -> set[int]:
     aten.all, aten.var, aten.var_mean, aten.std, aten.std_mean, aten.logsumexp, aten.norm, aten.linalg_vector_norm,
     aten.count_nonzero,
 )  # fmt: skip
-def reduction(op: Op) -> Any:
+def reduction(op: Op) -> Results:
     """reduced dimensions vanish (or have size one); a removed unit is left out"""
     return _without(op, _worked_along(op))
 
 
 @rule(aten.max.dim, aten.min.dim)
-def extreme(op: Op) -> Any:
+def extreme(op: Op) -> Results:
     """a reduction; where the index is used, the dimension is identified by position"""
     indexed = any(user.target is operator.getitem and user.args[1] == 1 for user in op.node.users)
     return along(op) if indexed else reduction(op)
@@ -347,7 +350,7 @@ def extreme(op: Op) -> Any:
     aten.nanmedian, aten.mode, aten.argmax, aten.argmin, aten.cumsum, aten.cumprod, aten.cummax, aten.cummin,
     aten.logcumsumexp, aten._fft_r2c, aten._fft_c2r, aten._fft_c2c,
 )  # fmt: skip
-def along(op: Op) -> Any:
+def along(op: Op) -> Results:
     """the dimensions worked along are identified by position; the others pass through"""
     for at in _worked_along(op):
         op.lock(op.dims(op["self"])[at], BY_POSITION)
@@ -355,7 +358,7 @@ def along(op: Op) -> Any:
 
 
 def _worked_along(op: Op) -> set[int]:
-    return _positions(op.arguments.get("dim", op.arguments.get("dims")), len(op.dims(op["self"])))
+    return reduced(op.arguments.get("dim", op.arguments.get("dims")), len(op.dims(op["self"])))
 
 
 def _without(op: Op, gone: set[int]) -> list[Dims | None]:
@@ -373,30 +376,30 @@ def _without(op: Op, gone: set[int]) -> list[Dims | None]:
 
 
 @rule(aten.diagonal, aten.diagonal_copy)
-def diagonal(op: Op) -> Any:
+def diagonal(op: Op) -> Results:
     """two dimensions that are identified by position become one at the end"""
     dims, shape = op.dims(op["self"]), op.shapes()[0] or ()
-    gone = _positions([op["dim1"], op["dim2"]], len(dims))
+    gone = reduced([op["dim1"], op["dim2"]], len(dims))
     for at in gone:
         op.lock(dims[at], BY_POSITION)
     return [(*(axis for i, axis in enumerate(dims) if i not in gone), op.fixed(shape[-1]))]
 
 
 @rule(aten.diag_embed)
-def diagonal_matrix(op: Op) -> Any:
+def diagonal_matrix(op: Op) -> Results:
     """the last dimension becomes two that are the same; off the main diagonal it is identified by position"""
     dims = op.dims(op["self"])
     shape = op.shapes()[0] or ()
     if op["offset"]:
         op.lock(dims[-1], BY_POSITION)
     own = dims[-1] if not op["offset"] else op.fixed(shape[op["dim1"]])
-    at = _positions([op["dim1"], op["dim2"]], len(shape))
+    at = reduced([op["dim1"], op["dim2"]], len(shape))
     rest = iter(dims[:-1])
     return [tuple(own if place in at else next(rest) for place in range(len(shape)))]
 
 
 @rule(aten.block_diag)
-def block_diagonal(op: Op) -> Any:
+def block_diagonal(op: Op) -> Results:
     """blocks one after another in both dimensions, zeros beside them"""
     blocks = [(channel(1), channel(1), *op.dims(node))[-2:] for node in op["tensors"]]
     return [tuple(concat(block[place] for block in blocks) for place in (0, 1))]
@@ -406,14 +409,14 @@ def block_diagonal(op: Op) -> Any:
 
 
 @rule(aten.index)
-def index(op: Op) -> Any:
+def index(op: Op) -> Results:
     """indexed dimensions are identified by position; in their place are those of the indices, broadcast"""
     shape = op.shapes()[0] or ()
     return [tuple(axis or op.fixed(n) for axis, n in zip(_indexed(op), shape, strict=True))]
 
 
 @rule(aten.index_put)
-def index_put(op: Op) -> Any:
+def index_put(op: Op) -> Results:
     """indexed dimensions are identified by position; the others are those of the values, which are broadcast"""
     for axis, value in zip(_indexed(op)[::-1], op.dims(op["values"])[::-1], strict=False):
         if axis is None:
@@ -464,18 +467,18 @@ def _broadcast(op: Op, tensors: list[tuple[Axis | None, ...]]) -> list[Axis | No
 
 
 @rule(aten.gather)
-def gather(op: Op) -> Any:
+def gather(op: Op) -> Results:
     """the dimension gathered along is identified by position; the others are those of the index"""
     _pick(op, op.dims(op["index"]))
     return [op.dims(op["index"])]
 
 
 @rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
-def scatter(op: Op) -> Any:
+def scatter(op: Op) -> Results:
     """the dimension scattered along is identified by position; the others are those of the index and the source"""
     _pick(op, op.dims(op["index"]))
     if isinstance(op.arguments.get("src"), fx.Node):
-        _begin(op, op.dims(op["src"]), op.dims(op["index"]), set())
+        _align_first(op, op.dims(op["src"]), op.dims(op["index"]), set())
     return [op.dims(op["self"])]
 
 
@@ -484,30 +487,30 @@ def _pick(op: Op, index: Dims) -> None:
     for i in at:
         op.lock(dims[i], BY_POSITION)
         op.lock(index[i], BY_POSITION)
-    _begin(op, dims, index, at)
+    _align_first(op, dims, index, at)
 
 
-def _begin(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
+def _align_first(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
     """An index may be shorter than what it indexes, along any dimension: it then concerns the first positions."""
     for i, (axis, part) in enumerate(zip(dims, index, strict=True)):
         if i not in without:
             op.unify(cut(axis, part.size, op.reason("a cut goes through a unit"))[0], part)
 
 
-def _replacing(op: Op, part: Dims) -> Any:
+def _replacing(op: Op, part: Dims) -> Results:
     for axis, other in zip(part, op.dims(op["src"]), strict=True):
         op.unify(axis, other)
     return [op.dims(op["self"])]
 
 
 @rule(aten.slice_scatter, sized=("start", "end"))
-def slice_scatter(op: Op) -> Any:
+def slice_scatter(op: Op) -> Results:
     """a slice of the first is the second"""
-    return _replacing(op, slice_(op)[0])
+    return _replacing(op, slice_(op)[0] or ())
 
 
 @rule(aten.select_scatter)
-def select_scatter(op: Op) -> Any:
+def select_scatter(op: Op) -> Results:
     """one position of the first is the second"""
     dims, gone = op.dims(op["self"]), _worked_along(op)
     along(op)
@@ -518,7 +521,7 @@ def select_scatter(op: Op) -> Any:
 
 
 @rule(aten.view, aten._unsafe_view, aten._reshape_alias, sized=("size",))
-def view(op: Op) -> Any:
+def view(op: Op) -> Results:
     """blocks of equal size: their products are the same dimension"""
     shape = op.shapes()[0] or ()
     blocks_in, blocks_out = _between_empty(op.dims(op["self"])), _between_empty(op.all_fixed(shape))
@@ -568,7 +571,7 @@ def _viewed(op: Op, dims: list[Axis], shape: list[int]) -> list[Axis]:
 
 
 @rule(aten.expand, sized=("size",))
-def expand(op: Op) -> Any:
+def expand(op: Op) -> Results:
     """dimensions align from the right; a repeated one has units of its own, all alike"""
     shape, dims = op.shapes()[0] or (), op.dims(op["self"])
     padded = [None] * (len(shape) - len(dims)) + list(dims)
@@ -580,7 +583,7 @@ def expand(op: Op) -> Any:
 
 
 @rule(aten.permute, aten.transpose, aten.t)
-def permute(op: Op) -> Any:
+def permute(op: Op) -> Results:
     """dimensions change places"""
     dims = op.dims(op["self"])
     if "dims" in op.arguments:
@@ -593,7 +596,7 @@ def permute(op: Op) -> Any:
 
 
 @rule(aten.unsqueeze)
-def unsqueeze(op: Op) -> Any:
+def unsqueeze(op: Op) -> Results:
     """a new dimension of size one"""
     dims = list(op.dims(op["self"]))
     dims.insert(op["dim"] % (len(dims) + 1), channel(1))
@@ -601,15 +604,15 @@ def unsqueeze(op: Op) -> Any:
 
 
 @rule(aten.squeeze)
-def squeeze(op: Op) -> Any:
+def squeeze(op: Op) -> Results:
     """dimensions of size one vanish"""
     dims = op.dims(op["self"])
-    gone = _positions(op.arguments.get("dim"), len(dims))
+    gone = reduced(op.arguments.get("dim"), len(dims))
     return [tuple(axis for i, axis in enumerate(dims) if i not in gone or axis.size != 1)]
 
 
 @rule(aten.cat)
-def cat(op: Op) -> Any:
+def cat(op: Op) -> Results:
     """parts in order along one dimension, the others are the same"""
     shape = op.shapes()[0] or ()
     tensors = [op.dims(node) for node in op["tensors"] if len(op.dims(node)) == len(shape)]  # torch skips empty lists
@@ -622,7 +625,7 @@ def cat(op: Op) -> Any:
 
 
 @rule(aten.stack)
-def stack(op: Op) -> Any:
+def stack(op: Op) -> Results:
     """a new dimension, one position for each tensor; the others are the same"""
     tensors = [op.dims(node) for node in op["tensors"]]
     for dims in tensors[1:]:
@@ -637,10 +640,12 @@ def stack(op: Op) -> Any:
     aten.split, aten.split_with_sizes, aten.unsafe_split,
     aten.unsafe_split_with_sizes, sized=("split_size", "split_sizes"),
 )  # fmt: skip
-def split(op: Op) -> Any:
+def split(op: Op) -> Results:
     """consecutive parts; parts of equal size keep equal sizes, as chunk would make them"""
     dims = op.dims(op["self"])
-    at, rest, out, parts = op["dim"] % len(dims), dims[op["dim"]], [], []
+    at, rest = op["dim"] % len(dims), dims[op["dim"]]
+    out: Results = []
+    parts: list[Axis] = []
     for shape in op.shapes():
         part, rest = cut(rest, (shape or ())[at], op.reason("a cut goes through a unit"))
         parts.append(part)
@@ -651,7 +656,7 @@ def split(op: Op) -> Any:
 
 
 @rule(aten.slice, sized=("start", "end"))
-def slice_(op: Op) -> Any:
+def slice_(op: Op) -> Results:
     """a consecutive part; with a step that divides the size, one position in each block"""
     dims = op.dims(op["self"])
     at = op["dim"] % len(dims)
@@ -675,7 +680,7 @@ def slice_(op: Op) -> Any:
 
 
 @rule(aten.repeat, sized=("repeats",))
-def repeat(op: Op) -> Any:
+def repeat(op: Op) -> Results:
     """copies one after another: a product with the number of copies"""
     shape, dims = op.shapes()[0] or (), op.dims(op["self"])
     padded = [channel(1)] * (len(shape) - len(dims)) + list(dims)
@@ -683,7 +688,7 @@ def repeat(op: Op) -> Any:
 
 
 @rule(aten.constant_pad_nd)
-def constant_pad(op: Op) -> Any:
+def constant_pad(op: Op) -> Results:
     """zeros before and after: a concatenation (a cut where the padding is negative)"""
     out = list(op.dims(op["self"]))
     for back, (before, after) in enumerate(zip(op["pad"][::2], op["pad"][1::2], strict=True), start=1):
@@ -694,7 +699,7 @@ def constant_pad(op: Op) -> Any:
 
 
 @rule(aten.glu)
-def glu(op: Op) -> Any:
+def glu(op: Op) -> Results:
     """two halves that are the same dimension"""
     dims = op.dims(op["self"])
     at = op["dim"] % len(dims)
@@ -710,24 +715,24 @@ def glu(op: Op) -> Any:
     aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn, aten.randint, aten.new_zeros, aten.new_ones,
     aten.new_full, aten.new_empty, aten.scalar_tensor, sized=("size",),
 )  # fmt: skip
-def filled(op: Op) -> Any:
+def filled(op: Op) -> Results:
     """every position is alike, so any may be removed, unless this constant, if not 0, is all that makes the units"""
-    dims = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
+    dims: Results = [tuple(channel(n) for n in shape or ()) for shape in op.shapes()]
     if "zeros" not in op.name and op.arguments.get("fill_value") != 0:  # as states are in the beginning
         reason = Edge(op.reason("a constant feeds this dimension, as an input would"))
-        op.findings.note_constant([axis for one in dims for axis in one], reason)
+        op.findings.note_constant([axis for one in dims for axis in one or ()], reason)
     return dims
 
 
 @rule(
     aten.arange, aten.linspace, aten.logspace, aten.eye, aten.randperm, aten.tril_indices, aten.triu_indices,
 )  # fmt: skip
-def counted(op: Op) -> Any:
+def counted(op: Op) -> Results:
     """positions are counted, so units are identified by position"""
     return locked(op, BY_POSITION)
 
 
 @rule("unknown")
-def unknown(op: Op) -> Any:
+def unknown(op: Op) -> Results:
     """an operation without a rule: whatever it touches is locked"""
     return locked(op, "the operation has no rule (add one with netsurgery.rule)")

@@ -1,21 +1,24 @@
-"""Statistics over what stays: a tensor is cut to it, the operation runs on the smaller tensor, zeros fill the rest."""
+"""Statistics over the units that stay: the operation runs on a tensor of these alone, and zeros fill the rest."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from netsurgery.analysis.rules import reduced
+from netsurgery.capture.inputs import Kwargs, Tree
 
 __all__ = ["STATISTICS", "Kept"]
 
 aten = torch.ops.aten
 
 Kept = Sequence[Tensor | None]  # for each dimension the positions that stay, ascending; None for all
-Arguments = Mapping[str, Any]  # of an operation, by name
+Parts = Tensor | list[Tensor | None]  # the result of an operation; None for statistics that nothing reads
+Statistic = Callable[[Callable[..., Tree], Kwargs, Kept], Parts]
 
 
 def _cut(tensor: Tensor, kept: Kept) -> Tensor:
@@ -26,7 +29,7 @@ def _cut(tensor: Tensor, kept: Kept) -> Tensor:
     return tensor
 
 
-def _cut_all(arguments: Arguments, names: Sequence[str], kept: Kept) -> dict[str, Tensor | None]:
+def _cut_all(arguments: Kwargs, names: Sequence[str], kept: Kept) -> dict[str, Tensor | None]:
     """The entries that stay of some arguments, None of those that are not given."""
     return {name: None if arguments[name] is None else _cut(arguments[name], kept) for name in names}
 
@@ -40,15 +43,15 @@ def _among_zeros(part: Tensor, sizes: Sequence[int], kept: Kept) -> Tensor:
     return part
 
 
-def _reduction(vanish: bool, operation: Callable[..., Any], arguments: Arguments, kept: Kept) -> Any:
+def _reduction(vanish: bool, operation: Callable[..., Tree], arguments: Kwargs, kept: Kept) -> Parts:
     """Reduce along some dimensions, or normalise along them.
 
     Args:
-        vanish: whether the dimensions worked along vanish, or become 1 by ``keepdim``; else all keep their sizes.
+        vanish: True if the dimensions worked along vanish, or become 1 by ``keepdim``; else all keep their sizes.
     """
     x: Tensor = arguments["self"]
     found = operation(**{**arguments, "self": _cut(x, kept)})
-    along = _reduced(arguments) if vanish else set[int]()
+    along = reduced(arguments.get("dim"), x.dim()) if vanish else set[int]()
     dims = [dim for dim in range(x.dim()) if dim not in along or arguments.get("keepdim", False)]
     sizes = [1 if dim in along else x.shape[dim] for dim in dims]
     places = [None if dim in along else kept[dim] for dim in dims]
@@ -57,15 +60,7 @@ def _reduction(vanish: bool, operation: Callable[..., Any], arguments: Arguments
     return [_among_zeros(part, sizes, places) for part in found]
 
 
-def _reduced(arguments: Arguments) -> set[int]:
-    """The dimensions that a reduction works along."""
-    ndim, dim = arguments["self"].dim(), arguments.get("dim")
-    if dim is None or dim == []:
-        return set(range(ndim))
-    return {one % ndim for one in ([dim] if isinstance(dim, int) else dim)}
-
-
-def _batch_norm(operation: Callable[..., Any], arguments: Arguments, kept: Kept) -> Any:
+def _batch_norm(operation: Callable[..., Tree], arguments: Kwargs, kept: Kept) -> Parts:
     """In training mode: the result does not depend on running statistics, which would be written to."""
     x: Tensor = arguments["input"]
     units = _cut_all(arguments, ("weight", "bias"), [kept[1]])
@@ -74,7 +69,7 @@ def _batch_norm(operation: Callable[..., Any], arguments: Arguments, kept: Kept)
     return [_among_zeros(out, x.shape, kept), None, None]
 
 
-def _layer_norm(operation: Callable[..., Any], arguments: Arguments, kept: Kept) -> Any:
+def _layer_norm(operation: Callable[..., Tree], arguments: Kwargs, kept: Kept) -> Parts:
     x: Tensor = arguments["input"]
     small, last = _cut(x, kept), len(arguments["normalized_shape"])
     units = _cut_all(arguments, ("weight", "bias"), kept[-last:])
@@ -82,7 +77,7 @@ def _layer_norm(operation: Callable[..., Any], arguments: Arguments, kept: Kept)
     return [_among_zeros(out, x.shape, kept), None, None]
 
 
-def _group_norm(operation: Callable[..., Any], arguments: Arguments, kept: Kept) -> Any:
+def _group_norm(operation: Callable[..., Tree], arguments: Kwargs, kept: Kept) -> Parts:
     """Each group loses equally many channels, or all."""
     x: Tensor = arguments["input"]
     small, group = _cut(x, kept), arguments["group"]
@@ -96,8 +91,8 @@ def _group_norm(operation: Callable[..., Any], arguments: Arguments, kept: Kept)
     return [_among_zeros(out, x.shape, kept), None, None]
 
 
-#: How an operation, called with arguments by name, works on what stays of the first of them.
-STATISTICS: dict[Any, Callable[[Callable[..., Any], Arguments, Kept], Any]] = {
+#: By operation a function that calls it, with arguments by name, on the units of the first argument that stay.
+STATISTICS: dict[object, Statistic] = {
     **{
         one: functools.partial(_reduction, True)
         for one in (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +39,7 @@ def undisturbed() -> Iterator[None]:
 
 
 @undisturbed()
-def network_of(model: nn.Module, example_inputs: Any) -> Network:
+def network_of(model: nn.Module, example_inputs: object) -> Network:
     """The network of a model, as ``netsurgery.trace`` returns it where it tries no sizes."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")

@@ -31,7 +31,7 @@ _IN_GROUPS = {aten.convolution, aten.native_group_norm, aten.native_channel_shuf
 
 
 def units_of(node: fx.Node) -> Iterator[tuple[Axis, Unit]]:
-    """The sorts of units that one operation tells of."""
+    """The sorts of units that one operation shows."""
     packet, names = packet_of(node), node.meta.get("names", {})
     if packet in _ATTENTION and not any("params" in source.meta for source in node.all_input_nodes):
         yield names["b"], "head"  # a product of activations, one for each of a batch
@@ -107,7 +107,7 @@ def _source(layer: fx.Node) -> fx.Node:
 
 
 def _window(layer: fx.Node) -> int:
-    """How many positions of its input an output of a layer is computed from."""
+    """The number of positions of the input that an output of a layer is computed from."""
     convolution = packet_of(layer) is aten.convolution
     return prod(Operation(layer)["weight"].meta["shape"][2:]) if convolution else 1
 

@@ -1,14 +1,13 @@
-"""Weights as layers use them: parameters, and what the code computes from parameters alone.
+"""Weights as layers use them: parameters, and results that the code computes from parameters alone.
 
-A weight norm, a mask, a low-rank update, a scale of the learning rate: the result says what a unit weighs, and the
-parameters that go into it do not.
+Such are weight norms, masks, low-rank updates and scales of the learning rate: the norm of a unit is one of the result,
+and not of the parameters that go into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -68,7 +67,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """An axis of a weight that carries the units of a group, and what they do there."""
+    """An axis of a weight that carries the units of a group, and their role there."""
 
     weight: Weight
     axis: int
@@ -76,7 +75,7 @@ class Use:
 
 
 def is_computed(node: fx.Node) -> bool:
-    """Whether a node is not just a parameter, or another view of one."""
+    """True if a node is more than a parameter or a view of one."""
     core = peeled(node)
     return core.op != "get_attr" or bool(writers(core))
 
@@ -131,7 +130,7 @@ def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[We
     """The weights that are computed from parameters, each once, with their values."""
     found: dict[int, Weight] = {}
     known: set[str] = set()  # tensors whose use in eval mode was seen: their use in training does not count
-    what = Computations()
+    computation = Computations()
     for program in network.programs:
         met: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
         for weight, user in meetings(program):
@@ -141,7 +140,7 @@ def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[We
         values = evaluated(program, list(new), tensors)
         for (node, names), value in zip(new.items(), values, strict=True):
             axes = tuple(resolve(axis, {}) for axis in node.meta["dims"])
-            found.setdefault(what(node), Weight(names, axes, value, _roles(node, met[node]), node))
+            found.setdefault(computation(node), Weight(names, axes, value, _roles(node, met[node]), node))
         known.update(*(_names(network, peeled(weight)) for weight, _ in meetings(program)))
     adapted, vectors = _adapted(network, tensors)
     own = {weight.node for weight in adapted} | vectors
@@ -193,7 +192,7 @@ def part(program: Program, wanted: list[fx.Node], whole: bool = False) -> Progra
     """The part of a program that computes some nodes.
 
     Args:
-        whole: whether computations still see all units, as before a removal.
+        whole: True if computations still see all units, as before a removal.
     """
     needed: dict[fx.Node, None] = {}
     for node in wanted:
@@ -212,7 +211,7 @@ def part(program: Program, wanted: list[fx.Node], whole: bool = False) -> Progra
 def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], constants: dict[str, Tensor]) -> fx.Node:
     if packet_of(node) is not torch.ops.aten.embedding_renorm_:
         return graph.node_copy(node, copies.__getitem__)
-    table: Any = node.args[0]
+    table = node.all_input_nodes[0]
     name = f"rows of {node.name}"  # all: whichever is looked up is normalised before
     constants[name] = torch.arange(table.meta["shape"][0])
     rows = graph.get_attr(name)
@@ -223,7 +222,7 @@ def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], cons
 
 
 def no_inputs(tensors: Mapping[str, Tensor]) -> Inputs:
-    """Inputs for a part of a program that takes none: an empty tensor, which says on which device to run."""
+    """Inputs for a part of a program that takes none: an empty tensor on the device to run on."""
     return tuple(tensor.new_empty(0) for tensor in list(tensors.values())[:1]), {}
 
 
@@ -245,7 +244,7 @@ def evaluated(program: Program, nodes: list[fx.Node], tensors: Mapping[str, Tens
 
 
 def _unknown(program: Program, node: fx.Node) -> str:
-    """Why a node has no value without data, or nothing."""
+    """The reason why a node has no value without data; empty where it has one."""
     for one in ancestors(node):
         if one.op == "placeholder":
             return "activations are written into it"

@@ -1,4 +1,4 @@
-"""Keep the caches of the user's code clean: what a run without data leaves there is taken out again."""
+"""Keep the caches of the user's code clean: tensors that a run without data leaves there are taken out again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import contextlib
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,20 +17,23 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["caches_kept", "caches_passed_by"]
 
-Names = dict[str, Any]  # what a module's code calls global
-Place = tuple[Names, str, Any]  # where a cached function is global, under which name, and itself
+T = TypeVar("T")
+Names = dict[str, object]  # the globals of a module's code
+Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
+Place = tuple[Names, str, Cached]  # globals, the name of a cached function there, and the function
+Box = dict[Any, object] | list[object] | deque[object]
 
 
 @contextlib.contextmanager
 def caches_kept(model: nn.Module) -> Iterator[None]:
-    """Put back afterwards what the code of a model's modules keeps between its runs.
+    """Undo afterwards what a run without data leaves in the caches of a model's code.
 
-    Code keeps things in functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and
+    Such caches are functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and
     deques in these. A tensor without data that stayed there would break the user's next run.
     """
     names = _own(model)
     found = [value for name in names for value in vars(sys.modules[name]).values()]
-    cached: list[Any] = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
+    cached = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
     before = [wrapper.cache_info().currsize for wrapper in cached]
     classes = [value for value in found if isinstance(value, type) and value.__module__ in names]
     held = [(kind, dict(vars(kind))) for kind in classes]
@@ -48,10 +51,10 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
             _put_back(box, kept)
 
 
-def _boxes(names: Iterable[str], held: Iterable[tuple[type, dict[str, Any]]]) -> list[Any]:
+def _boxes(names: Iterable[str], held: Iterable[tuple[type, Names]]) -> list[Box]:
     """The globals of modules, and the dictionaries, lists and deques in them, in classes and in one another."""
-    found: dict[int, Any] = {}
-    stack = [vars(sys.modules[name]) for name in names]
+    found: dict[int, Box] = {}
+    stack: list[object] = [vars(sys.modules[name]) for name in names]
     stack += [value for _, own in held for value in own.values()]
     while stack:
         box = stack.pop()
@@ -61,29 +64,29 @@ def _boxes(names: Iterable[str], held: Iterable[tuple[type, dict[str, Any]]]) ->
     return list(found.values())
 
 
-def _meta_keys(now: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    """Keys under which a tensor without data stands that did not before."""
+def _meta_keys(now: Mapping[Any, object], old: Mapping[Any, object]) -> list[Any]:
+    """The keys under which a tensor without data has been put."""
     return [key for key, value in now.items() if old.get(key) is not value and _holds_meta(value)]
 
 
-def _put_back(box: Any, old: Any) -> None:
-    if isinstance(box, dict):
+def _put_back(box: Box, old: dict[Any, object] | list[object]) -> None:
+    if isinstance(box, dict) and isinstance(old, dict):
         for key in _meta_keys(box, old):
             if key in old:
                 box[key] = old[key]
             else:
                 del box[key]
-    elif [*map(id, box)] != [*map(id, old)] and _holds_meta([*box]):
+    elif not isinstance(box, dict) and [*map(id, box)] != [*map(id, old)] and _holds_meta([*box]):
         box.clear()
         box.extend(old)
 
 
 @contextlib.contextmanager
 def caches_passed_by(model: nn.Module, kind: type) -> Iterator[None]:
-    """Let cached functions of a model's code, and of all that it imports, run again for arguments of some kind.
+    """Let cached functions run again for arguments of one class, in a model's code and in all that it imports.
 
-    Such arguments are integers that remember which size they come from. A result that was cached for an equal plain
-    integer would not remember it.
+    Such arguments are integers that remember their size's node in a graph. A result that was cached for an equal plain
+    integer does not have this node.
     """
     places = [place for names in _reachable(_seen_by(model)) for place in _look_up(names, _cached)]
     places = [(names, name, wrapper) for names, name, wrapper in places if names.get(name) is wrapper]
@@ -97,16 +100,16 @@ def caches_passed_by(model: nn.Module, kind: type) -> Iterator[None]:
 
 
 @functools.cache
-def _passed_by(wrapper: Any, kind: type) -> Callable[..., Any]:
+def _passed_by(wrapper: Cached, kind: type) -> Callable[..., object]:
     @functools.wraps(wrapper.__wrapped__)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Hashable, **kwargs: Hashable) -> object:
         anew = _holds((args, list(kwargs.values())), kind)
         return (wrapper.__wrapped__ if anew else wrapper)(*args, **kwargs)
 
     return call
 
 
-def _holds(value: Any, kind: type) -> bool:
+def _holds(value: object, kind: type) -> bool:
     return isinstance(value, kind) or (isinstance(value, tuple | list) and any(_holds(item, kind) for item in value))
 
 
@@ -117,15 +120,15 @@ def _own(model: nn.Module) -> list[str]:
 
 
 def _seen_by(model: nn.Module) -> list[Names]:
-    """The globals of the code of a model's parts; a class made by a function may have others than its module."""
-    owners: list[Any] = list(model.modules())  # a module may have a forward of its own
+    """The globals of the code of a model's parts; a class that a function makes may have others than its module."""
+    owners: list[object] = list(model.modules())  # a module may have a forward of its own
     owners += dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
     methods = [value for owner in owners for value in vars(owner).values() if isinstance(value, FunctionType)]
     return [vars(sys.modules[name]) for name in _own(model)] + [method.__globals__ for method in methods]
 
 
 def _reachable(start: Iterable[Names]) -> list[Names]:
-    """Namespaces, and those of all functions, classes and modules in them, but torch and the standard library."""
+    """Namespaces, and the namespaces of all that is in them, without those of torch and the standard library."""
     found: dict[int, Names] = {}
     left = list(start)
     while left:
@@ -136,17 +139,17 @@ def _reachable(start: Iterable[Names]) -> list[Names]:
     return list(found.values())
 
 
-def _look_up(names: Names, what: Callable[[Names], list[Any]]) -> list[Any]:
-    """The result of ``what`` for a namespace, remembered while it has as many names: imported modules rarely change."""
+def _look_up(names: Names, find: Callable[[Names], list[T]]) -> list[T]:
+    """The result of ``find`` for a namespace, remembered while it has as many names: imported modules rarely change."""
     if names.get("__name__") == "__main__":
-        return what(names)
-    key = (id(names), len(names), what)
+        return find(names)
+    key = (id(names), len(names), find)
     if key not in _LOOKED_UP or _LOOKED_UP[key][0] is not names:
-        _LOOKED_UP[key] = (names, what(names))
+        _LOOKED_UP[key] = (names, find(names))
     return _LOOKED_UP[key][1]
 
 
-_LOOKED_UP: dict[Any, tuple[Names, list[Any]]] = {}
+_LOOKED_UP: dict[object, tuple[Names, list[Any]]] = {}
 _OTHERS = {"torch", "numpy", "netsurgery", *sys.stdlib_module_names} - {"__main__"}
 
 
@@ -154,7 +157,7 @@ def _used(names: Names) -> list[Names]:
     return list({id(space): space for space in map(_space_of, names.values()) if space is not None}.values())
 
 
-def _space_of(value: Any) -> Names | None:
+def _space_of(value: object) -> Names | None:
     if isinstance(value, ModuleType):
         return vars(value)
     if isinstance(value, FunctionType):
@@ -170,6 +173,6 @@ def _cached(names: Names) -> list[Place]:
     return [(names, name, value) for name, value in names.items() if isinstance(value, functools._lru_cache_wrapper)]
 
 
-def _holds_meta(value: Any) -> bool:
+def _holds_meta(value: object) -> bool:
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return any(leaf.is_meta or isinstance(leaf, FakeTensor) for leaf in leaves)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from netsurgery.capture.inputs import Tree
 from netsurgery.errors import TraceError
 
 __all__ = ["copy_with", "like", "named_modules", "named_tensors", "on_meta"]
@@ -61,7 +62,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield (f"{path}.{name}" if path else name), tensor
 
 
-# Errors of objects that cannot be copied: locks, modules and files cannot be pickled, others raise their own.
+# Raised by objects that cannot be copied: locks, modules and files cannot be pickled, others raise their own errors.
 _RAISED_BY_COPIES = (
     TypeError,
     RuntimeError,
@@ -75,7 +76,7 @@ _CONTAINERS = frozenset([dict, list, tuple])
 _INTERNAL = frozenset(nn.Module().__dict__)
 
 
-def _contained(name: str, value: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+def _contained(name: str, value: Tree, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(item, Tensor):
             yield f"{name}[{key!r}]", item
@@ -84,7 +85,7 @@ def _contained(name: str, value: Any, around: tuple[int, ...] = ()) -> Iterator[
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:
-    """``new`` as what ``old`` is: a parameter or not, trained or not, with the attributes its owner gave it."""
+    """``new`` as a parameter and as trained where ``old`` is, with the attributes that ``old`` was given."""
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     elif old.requires_grad and old.is_leaf:
@@ -108,8 +109,8 @@ _USUAL = (nn.Module, nn.modules.conv._ConvNd)  # a convolution's __setstate__ on
 
 
 @functools.cache
-def _customised(kind: Any) -> bool:
-    """Whether a class has its own say in how it is copied."""
+def _customised(kind: type) -> bool:
+    """True if a class has methods of its own that decide how it is copied."""
     return any(all(getattr(kind, hook, None) is not getattr(usual, hook, None) for usual in _USUAL) for hook in _HOOKS)
 
 
@@ -150,7 +151,8 @@ def copy_with(model: Module, tensors: Mapping[int, Tensor]) -> Module:
             raise TraceError(
                 f"module '{path}' is a scripted module, which cannot be rewritten: pass the original model"
             )
-    plain = [(path, module) for path, module in modules.items() if not _customised(type(module))]  # type: ignore[arg-type]  # classes are hashable
+    kinds: dict[str, type] = {path: type(module) for path, module in modules.items()}
+    plain = [(path, module) for path, module in modules.items() if not _customised(kinds[path])]
     for _, module in plain:
         memo[id(module)] = module.__class__.__new__(module.__class__)
     duplicate = _copier(memo)

@@ -1,4 +1,4 @@
-"""Modules that are recorded as one operation, because ``netsurgery.rule`` has said what they do."""
+"""Modules that are recorded as one operation, because they have a rule by ``netsurgery.rule``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from netsurgery.capture.inputs import Args, Kwargs, Tree
 from netsurgery.errors import InputError
 
 __all__ = ["CUSTOM_MODULES", "CustomModule", "arguments_of", "operation_of"]
 
 Shape = tuple[int, ...]
 
-#: By class: the shapes of the results, from the module and the shapes of its arguments by name.
+#: By class a function that gives the shapes of results, from a module and the shapes of its arguments by name.
 CUSTOM_MODULES: dict[type[nn.Module], Callable[[nn.Module, dict[str, Shape]], Sequence[Shape]]] = {}
 
 
@@ -34,19 +34,20 @@ def arguments_of(kind: type[nn.Module]) -> list[str]:
 
 
 class CustomModule:
-    """Stands in a recorded graph where an ATen operation would: its own tensors are arguments like its inputs.
+    """A module as one operation of a recorded graph: its own tensors are arguments like its inputs.
 
-    Without data it returns what its rule says of the copy that ran last, which may have other sizes; with data it is
-    the module itself, in eval mode.
+    With data, the module itself runs in eval mode. Without data, the rule gives the shapes of results: those of the
+    copy that ran last, which may have other sizes.
     """
 
     def __init__(self, module: nn.Module):
-        kind: Any = type(module)
+        kind = type(module)
         self._module = weakref.ref(module)
         self._copy: Callable[[], nn.Module | None] = lambda: None
         self.__name__: str = kind.__name__
         self.__module__ = kind.__module__
-        self.overloadpacket, self.tags = kind, ()
+        self.overloadpacket = kind
+        self.tags: tuple[torch.Tag, ...] = ()
         self.own = list(_tensors(module))
         self.inputs = arguments_of(kind)
         arguments = [SimpleNamespace(name=name, default_value=None, alias_info=None) for name in self.own + self.inputs]
@@ -56,9 +57,7 @@ class CustomModule:
         return self.__name__
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, CustomModule) and self.overloadpacket is other.overloadpacket
-        )  # of a smaller model, say
+        return isinstance(other, CustomModule) and self.overloadpacket is other.overloadpacket  # of another copy, say
 
     def __hash__(self) -> int:
         return hash(self.overloadpacket)
@@ -71,14 +70,14 @@ class CustomModule:
             raise InputError(f"the model that was traced is gone, and with it the code of {self!r}")
         return module
 
-    def bind(self, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments of one call of a copy of the module."""
+    def bind(self, copy: nn.Module, args: Args, kwargs: Kwargs) -> Args:
+        """All arguments of one call of a copy of the module: the copy's tensors, then its inputs."""
         self._copy = weakref.ref(copy)
         bound = inspect.signature(type(copy).forward).bind(copy, *args, **kwargs)
         bound.apply_defaults()
         return *_tensors(copy).values(), *(bound.arguments[name] for name in self.inputs)
 
-    def __call__(self, *values: Any) -> Any:
+    def __call__(self, *values: object) -> Tree:
         given = dict(zip(self.own + self.inputs, values, strict=True))
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         if any(tensor.is_meta for tensor in tensors.values()):
@@ -91,7 +90,7 @@ class CustomModule:
         modes = {part: part.training for part in self.module.modules()}
         try:
             self.module.eval()
-            own = {name.removeprefix("self."): given[name] for name in self.own}
+            own = {name.removeprefix("self."): tensors[name] for name in self.own}
             return torch.func.functional_call(self.module, own, tuple(given[name] for name in self.inputs))
         finally:
             for part, training in modes.items():
@@ -102,7 +101,7 @@ _OPERATION_OF: weakref.WeakKeyDictionary[nn.Module, CustomModule] = weakref.Weak
 
 
 def operation_of(module: nn.Module) -> CustomModule:
-    """The operation that a module is: the same one in each run."""
+    """The operation that stands for a module, the same one in each run."""
     if module not in _OPERATION_OF or _OPERATION_OF[module].own != list(_tensors(module)):
         _OPERATION_OF[module] = CustomModule(module)
     return _OPERATION_OF[module]

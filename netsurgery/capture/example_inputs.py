@@ -1,4 +1,4 @@
-"""Example inputs for a model given without any: inferred from its first layer, confirmed by a run without data."""
+"""Example inputs for a model that is given without any: its first layer tells them, a run without data confirms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _SIDES = (224, 299, 64, 32, 28, 16, 8)
 def infer_inputs(model: nn.Module) -> tuple[Inputs, Program]:
     """Inputs that the model takes, and the program recorded with them.
 
-    The first layer says how many channels and dimensions; images are tried with sides 224, 299, 64, 32, 28, 16 and 8.
+    The first layer tells the number of channels and dimensions; images are tried with sides of 224, 299, 64, 32, 28,
+    16 and 8.
 
     Raises:
         TraceError: no such input fits; the message asks for ``example_inputs``.

@@ -1,20 +1,21 @@
 """Tensors without data that pass for tensors of the model's device.
 
 Code asks where a tensor is (``torch.zeros(n, device=x.device)``, ``if x.is_cuda``), reads it into Python, and makes
-tensors of numbers beside it. torch answers without asking a dispatch mode; so the calls are answered here. So are those
-whose implementation reads the lengths of sequences from memory.
+tensors of numbers beside it. torch answers such calls without asking a dispatch mode, so they are answered here. So are
+functions of torch that read the lengths of sequences from memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+
+from netsurgery.capture.inputs import Args, Kwargs, Tree
 
 __all__ = ["FakeDevice"]
 
@@ -45,7 +46,9 @@ class FakeDevice(TorchFunctionMode):
             torch.Tensor.is_cuda.__get__: kind == "cuda",  # type: ignore[attr-defined]
         }
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Tree], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Tree:
         kwargs = kwargs or {}
         if func not in self.answers and func not in _HANDLED:
             return func(*args, **kwargs)
@@ -66,44 +69,44 @@ class FakeDevice(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func in _INDEXES:
             where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(map(self.listed, where)), *args[2:])
+            args = (args[0], tuple(map(self.as_index, where)), *args[2:])
         elif func is torch.Tensor.new_tensor and not any(isinstance(value, Tensor) for value in args[1:]):
             kwargs = {"dtype": args[0].dtype, **kwargs}
             func, args = torch.tensor, args[1:]
         elif func in _LENGTHS:
             return self.with_lengths(func, args, kwargs)
         if func in (torch.tensor, torch.as_tensor) and not (args and isinstance(args[0], Tensor)):
-            args = self.legible(args)
+            args = self.as_numbers(args)
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         return func(*args, **kwargs)
 
-    def with_lengths(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The result of a function that reads lengths from memory: they are given ones that have data."""
+    def with_lengths(self, func: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
+        """The result of a function that reads lengths from memory: it gets lengths that have data."""
         if func in (torch.tensor_split, torch.Tensor.tensor_split):
             where = next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)), None)
-            read = self.legible([where])[0] if where is not None else None
-            args = tuple([read if value is where and read is not None else value for value in args])
-            return func(*args, **{key: read if value is where else value for key, value in kwargs.items()})
+            read: Tree = self.as_numbers([where])[0] if where is not None else None
+            named = {key: read if value is where else value for key, value in kwargs.items()}
+            return func(*[read if value is where and read is not None else value for value in args], **named)
         if func in _RECURRENT and not (len(args) > 3 and isinstance(args[3], list | tuple)):
             return func(*args, **kwargs)  # no packed sequence
         if not isinstance(args[1], Tensor):
             return func(*args, **kwargs)
         lengths = self.read(args[1]) if args[1].is_meta else args[1]
         if func is _UNPACK:
-            return _padded(args[0], self.legible([lengths])[0], *args[2:], **kwargs)
+            return _padded(args[0], self.as_numbers([lengths])[0], *args[2:], **kwargs)
         return func(args[0], lengths, *args[2:], **kwargs)
 
-    def legible(self, value: Any) -> Any:
-        """Numbers in place of tensors without data."""
+    def as_numbers(self, value: Tree) -> Tree:
+        """The same value with numbers in place of tensors."""
         read = pytree.tree_map_only(Tensor, self.read, value)
         with _disable_current_modes():
             return pytree.tree_map_only(Tensor, Tensor.tolist, read)
 
-    def listed(self, index: Any) -> Any:
+    def as_index(self, index: object) -> object:
         """An index that lists positions, as a tensor that has data."""
         if not isinstance(index, list | range) or any(isinstance(i, slice | None | list) for i in index):
             return index
-        found = torch.tensor(self.legible(list(index)))
+        found = torch.tensor(self.as_numbers(list(index)))
         return found if found.numel() else found.long()
 
 
@@ -140,6 +143,6 @@ _HANDLED = {
 }
 
 
-def _to_meta(value: Any) -> Any:
-    """An argument that says where, without a place that has data."""
+def _to_meta(value: Tree) -> Tree:
+    """An argument in which each device is the meta device."""
     return torch.device("meta") if isinstance(value, str | torch.device) else value

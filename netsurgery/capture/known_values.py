@@ -1,14 +1,13 @@
 """Values of tensors without data, for code that looks at them, and the decisions that it takes from them.
 
-A **decision** is a result that is computed from floating-point numbers and is none itself: a comparison, the indices of
-the largest, which boxes are left, a number that Python reads. Decisions of the recorded run are kept on its nodes
+A **decision** is a result that is computed from floating-point numbers and holds none: a comparison, the indices of
+the largest, the boxes that are left, a number that Python reads. Decisions of the recorded run are kept on its nodes
 (``node.meta["decided"]``; a list where there are several results, None for a result that is no decision). Later runs
 replay these decisions. So they take the same path through the code, and the numbers on it can be compared.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -18,7 +17,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from netsurgery.axes import Axis
+from netsurgery.capture.inputs import Inputs, Kwargs, Tree, with_tensors
 from netsurgery.capture.meta_shapes import infer
+from netsurgery.capture.operations import OpCall, Target, writes
 from netsurgery.positions import positions
 
 __all__ = [
@@ -35,9 +36,12 @@ __all__ = [
     "remapped",
     "replay_decision",
     "select",
+    "selected",
 ]
 
 T = TypeVar("T")
+#: The decision of one operation, if there is one; where it has several results, a list with None for other results.
+Decided = Tensor | bool | int | float | list[Any] | None
 
 _BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
@@ -69,22 +73,15 @@ class TensorMap(Generic[T]):
         self.items[ref.key] = ref, value
 
 
-def needs_values(func: Any, error: Exception) -> bool:
-    """Whether an operation failed on tensors without data for want of values (or of a kernel that does without)."""
-    foreign = not func._schema.name.startswith("aten::")  # torch's own say by their tags what they need
-    return foreign or func is _PACK or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(func.tags)
+def needs_values(target: Target, error: Exception) -> bool:
+    """True if an operation failed because it has no kernel for tensors without data, or has to see values."""
+    foreign = not target._schema.name.startswith("aten::")  # torch's own say by their tags what they need
+    return foreign or target is _PACK or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(target.tags)
 
 
-def draw(inputs: Any, device: torch.device) -> Any:
-    """Inputs with values: their own where they have some, else random numbers, or zeros where these are integers."""
+def draw(inputs: Inputs, device: torch.device) -> Inputs:
+    """Inputs with values: their own where they have some, else random numbers, or zeros for integers."""
     generator = torch.Generator().manual_seed(0)
-
-    made: dict[int, Tensor] = {}
-
-    def fill(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:  # one that is given twice stays one
-            made[id(tensor)] = drawn(tensor)
-        return made[id(tensor)]
 
     def drawn(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
@@ -93,10 +90,10 @@ def draw(inputs: Any, device: torch.device) -> Any:
             return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
 
-    return pytree.tree_map_only(Tensor, fill, inputs)
+    return with_tensors(inputs, drawn)
 
 
-def flat(value: Any) -> Iterator[Any]:
+def flat(value: Tree) -> Iterator[Any]:
     """The items of nested lists and tuples."""
     if isinstance(value, list | tuple):
         for item in value:
@@ -108,34 +105,26 @@ def flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _tensors(*values: Any) -> list[Tensor]:
+def _tensors(*values: Tree) -> list[Tensor]:
     return [leaf for leaf in flat(values) if isinstance(leaf, Tensor)]
 
 
-def _parts(out: Any) -> list[Any]:
+def _parts(out: Tree) -> list[Tree]:
     return list(out) if isinstance(out, list | tuple) else [out]
 
 
-@functools.cache
-def _writes(func: Any) -> bool:
-    return getattr(func._schema, "is_mutable", False)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a tensor of floating-point numbers."""
+def is_number(value: object) -> bool:
+    """True if a value is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def decisions(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-    """The decisions of an operation: its results that are no floating-point numbers, though it was given some.
+def decisions(call: OpCall, out: Tree) -> Decided:
+    """The decisions of an operation: its results that are no floating-point numbers, though some arguments are.
 
     Args:
-        args, kwargs: with values, as the result ``out``.
-
-    Returns:
-        A decision; where the operation has several results, a list with None for those that are no decision; or None.
+        call: with values, as the result ``out``.
     """
-    chosen = _RANDOM in func.tags or any(map(is_number, _tensors(args, list(kwargs.values()))))
+    chosen = _RANDOM in call.target.tags or any(map(is_number, _tensors(call.args, list(call.kwargs.values()))))
     found = [
         part.clone()
         if isinstance(part, Tensor) and chosen and not is_number(part)
@@ -149,15 +138,17 @@ def decisions(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
     return found if isinstance(out, list | tuple) else found[0]
 
 
-def remapped(node: fx.Node, units: Callable[[Axis], Tensor]) -> Any:
+def remapped(node: fx.Node, units: Callable[[Axis], Tensor]) -> Decided:
     """The decisions of a node, with the units of each dimension as ``units`` lists them."""
-    decided, dims = node.meta["decided"], node.meta["dims"]
-    if not isinstance(decided, list):
-        return select(decided, dims, units) if isinstance(decided, Tensor) else decided
-    return [
-        select(part, axes, units) if isinstance(part, Tensor) else part
-        for part, axes in zip(decided, dims, strict=True)
-    ]
+    decided: Decided = selected(node.meta["decided"], node.meta["dims"], units)
+    return decided
+
+
+def selected(value: Tree, dims: Tree, units: Callable[[Axis], Tensor]) -> Tree:
+    """One result, or a list of several, with the units of each dimension as ``units`` lists them."""
+    if isinstance(value, list):
+        return [selected(part, axes, units) for part, axes in zip(value, dims, strict=True)]
+    return select(value, dims, units) if isinstance(value, Tensor) else value
 
 
 def select(tensor: Tensor, dims: tuple[Axis, ...], units: Callable[[Axis], Tensor]) -> Tensor:
@@ -167,22 +158,22 @@ def select(tensor: Tensor, dims: tuple[Axis, ...], units: Callable[[Axis], Tenso
     return tensor.clone()
 
 
-def any_layout(func: Any) -> Any:
-    """An operation that does not mind how the memory of its argument is laid out."""
-    return torch.ops.aten.reshape if func in VIEWS else func
+def any_layout(target: Callable[..., Tree]) -> Callable[..., Tree]:
+    """The same operation for an argument in any memory layout: ``reshape`` for ``view``."""
+    return torch.ops.aten.reshape if target in VIEWS else target
 
 
-def replay_decision(func: Any, args: Any, kwargs: dict[str, Any], decided: Any) -> Any:
-    """The result of an operation as it was decided; numbers that go with a choice are those of the new arguments."""
-    schema = func._schema
-    if _writes(func):
-        return args[0].copy_(decided)
+def replay_decision(call: OpCall, decided: Decided) -> Tree:
+    """The recorded decision as a result; numbers beside it, such as the largest, are those of the new arguments."""
+    schema = call.target._schema
+    if writes(call.target):
+        return call.args[0].copy_(decided)
     if not isinstance(decided, list) or None not in decided:
         return decided
-    out = list(func(*args, **kwargs))
+    out = list(call.run())
     if [result.name for result in schema.returns] == ["values", "indices"]:
-        given = {a.name: kwargs.get(a.name, a.default_value) for a in schema.arguments}
-        given.update(zip(given, args, strict=False))
+        given: Kwargs = {a.name: call.kwargs.get(a.name, a.default_value) for a in schema.arguments}
+        given.update(zip(given, call.args, strict=False))
         out[0] = _taken(given["self"], given["dim"], decided[1])
     return [new if part is None else part for new, part in zip(out, decided, strict=True)]
 
@@ -196,7 +187,7 @@ def _taken(x: Tensor, dim: int, indices: Tensor) -> Tensor:
 
 
 class ConcreteValues:
-    """The values of the tensors without data of a run, as long as these live.
+    """The values of tensors without data, for as long as these tensors live.
 
     The user's own tensors are not copied, unless an operation writes to them.
     """
@@ -211,13 +202,13 @@ class ConcreteValues:
         self.of[meta] = value.detach()
         self.shared.add(value.untyped_storage().data_ptr())
 
-    def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
-        """The result of an operation without data, and what it decided; all of it, where Python will read it."""
-        real = self.run(func, args, kwargs)
-        decided = real.clone() if read else decisions(func, *self.reals(args, kwargs), real)
-        return self.keep(func, args, kwargs, real), decided
+    def infer(self, call: OpCall, read: bool = False) -> tuple[Tree, Decided]:
+        """The result of an operation without data, and its decisions: all of the result where Python will read it."""
+        real = self.run(call)
+        decided = real.clone() if read else decisions(call.mapped(self.real), real)
+        return self.keep(call, real), decided
 
-    def real(self, value: Any) -> Any:
+    def real(self, value: Tree) -> Tree:
         """Arguments with values; a tensor of unknown value becomes zeros."""
         if isinstance(value, Tensor):
             found = self.of.get(value)
@@ -226,33 +217,29 @@ class ConcreteValues:
             return type(value)([self.real(item) for item in value])
         return self.device if isinstance(value, torch.device) else value
 
-    def reals(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Positional and keyword arguments with values."""
-        return self.real(args), {key: self.real(value) for key, value in kwargs.items()}
-
-    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def run(self, call: OpCall) -> Tree:
         """The result of an operation, with values."""
-        for tensor in self.written(func, args, kwargs):
+        for tensor in self.written(call):
             self.own(tensor)
-        args, kwargs = self.reals(args, kwargs)
-        if func is _PACK:
-            data, sizes = func(args[0], args[1].cpu(), *args[2:])
+        _, args, kwargs = call.mapped(self.real)
+        if call.target is _PACK:
+            data, sizes = call.target(args[0], args[1].cpu(), *args[2:])
             return data, sizes.to(self.device)
-        return any_layout(func)(*args, **kwargs)
+        return any_layout(call.target)(*args, **kwargs)
 
-    def written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    def written(self, call: OpCall) -> list[Tensor]:
         """The tensors of known value that an operation writes to."""
-        if not _writes(func):
+        if not writes(call.target):
             return []
         given = [
-            args[i] if i < len(args) else kwargs.get(a.name)
-            for i, a in enumerate(func._schema.arguments)
+            call.args[i] if i < len(call.args) else call.kwargs.get(a.name)
+            for i, a in enumerate(call.target._schema.arguments)
             if a.alias_info is not None and a.alias_info.is_write
         ]
         return [value for tensor in _tensors(given) if (value := self.of.get(tensor)) is not None]
 
     def own(self, value: Tensor) -> None:
-        """Give all that share memory with ``value`` a copy of it, where it is the user's."""
+        """Copy the memory of ``value`` for all tensors that share it, where it is the user's."""
         storage = value.untyped_storage()
         if storage.data_ptr() not in self.shared:
             return
@@ -263,26 +250,26 @@ class ConcreteValues:
                 moved = torch.empty(0, dtype=other.dtype, device=other.device).set_(copied, *place)
                 self.of.items[key] = ref, moved
 
-    def keep(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
+    def keep(self, call: OpCall, real: Tree) -> Tree:
         """The result without data of an operation whose result with values is ``real``."""
-        out = self.meta(func, args, kwargs, real)
+        out = self.meta(call, real)
         for part, value in zip(flat(out), flat(real), strict=True):
             if isinstance(part, Tensor):
                 self.of[part] = value
         return out
 
-    def meta(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
+    def meta(self, call: OpCall, real: Tree) -> Tree:
         """The result of an operation without data; where that needs values, it is like ``real``."""
         try:
-            if _BY_DATA.isdisjoint(func.tags):
-                return infer(func, args, kwargs)
+            if _BY_DATA.isdisjoint(call.target.tags):
+                return infer(call)
         except RuntimeError:  # no kernel for tensors without data
             pass
-        return self.like_real(args, real)
+        return self.like_real(call, real)
 
-    def like_real(self, args: Any, real: Any) -> Any:
+    def like_real(self, call: OpCall, real: Tree) -> Tree:
         """The same as ``real`` without data; an argument that was written to is itself."""
-        mine = {id(self.of.get(tensor)): tensor for tensor in _tensors(args)}
+        mine = {id(self.of.get(tensor)): tensor for tensor in _tensors(call.args)}
         return pytree.tree_map_only(Tensor, lambda t: mine[id(t)] if id(t) in mine else _like(t), real)
 
 
@@ -290,82 +277,80 @@ def _like(value: Tensor) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def _on_meta(values: Any) -> Any:
+def _on_meta(values: Tree) -> Tree:
     return pytree.tree_map_only(Tensor, _like, values)
 
 
 class KnownValues(ConcreteValues):
-    """Only values that depend on no floating-point numbers: integers, constants, and results computed from these."""
+    """Holds only values that depend on no floating-point numbers: integers, constants, and results of these."""
 
     def bind(self, meta: Tensor, value: Tensor) -> None:
         """Note that a tensor has the value of one of the user's, unless that holds floating-point numbers."""
         if not is_number(value) and not value.is_meta:
             super().bind(meta, value)
 
-    def meta(self, func: Any, args: Any, kwargs: dict[str, Any], real: Any) -> Any:
+    def meta(self, call: OpCall, real: Tree) -> Tree:
         """The result of an operation without data, as it is with values."""
-        return self.like_real(args, real)
+        return self.like_real(call, real)
 
-    def knows(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether the result of an operation follows from what is known."""
-        known = self.of.items
-        if not all(id(leaf) in known for leaf in flat([args, *kwargs.values()]) if isinstance(leaf, Tensor)):
-            return False
-        return _RANDOM not in func.tags
+    def knows(self, call: OpCall) -> bool:
+        """True if the result of an operation follows from known values."""
+        given = _tensors(call.args, *call.kwargs.values())
+        return all(id(leaf) in self.of.items for leaf in given) and _RANDOM not in call.target.tags
 
-    def infer(self, func: Any, args: Any, kwargs: dict[str, Any], read: bool = False) -> tuple[Any, Any]:
-        """The result of an operation without data; nothing is decided by what is known."""
-        if self.knows(func, args, kwargs):
-            return self.keep(func, args, kwargs, self.run(func, args, kwargs)), None
-        for value in self.written(func, args, kwargs):
+    def infer(self, call: OpCall, read: bool = False) -> tuple[Tree, Decided]:
+        """The result of an operation without data; known values decide nothing."""
+        if self.knows(call):
+            return self.keep(call, self.run(call)), None
+        for value in self.written(call):
             self.forget(value)
-        if func is _PACK and self.knows(func, args[1:2], {}):
-            return self.packed(args), None
-        if func in _PICKS and self.knows(func, args[1:], kwargs):
-            return self.like(func, args, kwargs), None
-        return infer(func, args, kwargs), None
+        if self.knows_lengths(call):
+            return self.packed(call), None
+        if call.target in _PICKS and self.knows(call._replace(args=call.args[1:])):
+            return self.like(call), None
+        return infer(call), None
 
-    def replay(
-        self, node: fx.Node, func: Any, args: Any, kwargs: dict[str, Any], units: Callable[[Axis], Tensor]
-    ) -> Any:
-        """The result in a later run, where the decisions of ``node`` are known too, for the units that are listed."""
-        if self.knows(func, args, kwargs):
-            return self.keep(func, args, kwargs, self.run(func, args, kwargs))
-        if func is _PACK and self.knows(func, args[1:2], {}):
-            return self.packed(args)
-        written = self.written(func, args, kwargs)
+    def replay(self, node: fx.Node, call: OpCall, units: Callable[[Axis], Tensor]) -> Tree:
+        """The result in a later run, for the units that are listed; it knows the decisions of ``node``, too."""
+        if self.knows(call):
+            return self.keep(call, self.run(call))
+        if self.knows_lengths(call):
+            return self.packed(call)
+        written = self.written(call)
         if "decided" not in node.meta:
             for value in written:
                 self.forget(value)
-            return self.like(func, args, kwargs)
-        decided = remapped(node, units)
-        if _writes(func):
+            return self.like(call)
+        decided: Any = remapped(node, units)
+        if writes(call.target):
             for value in written:
                 value.copy_(decided)
-            return infer(func, args, kwargs)
-        several = isinstance(decided, list)
-        out = self.like(func, args, kwargs) if several and None in decided else _on_meta(decided)
+            return infer(call)
+        out = self.like(call) if isinstance(decided, list) and None in decided else _on_meta(decided)
         for part, value in zip(_parts(out), _parts(decided), strict=True):
             if isinstance(value, Tensor) and value.shape == part.shape:
                 self.of[part] = value
         return out
 
-    def packed(self, args: Any) -> Any:
+    def knows_lengths(self, call: OpCall) -> bool:
+        """True if an operation packs sequences whose lengths are known."""
+        return call.target is _PACK and self.knows(OpCall(_PACK, call.args[1:2], {}))
+
+    def packed(self, call: OpCall) -> tuple[Tensor, Tensor]:
         """Sequences without data, one after the other by their known lengths."""
-        data, sizes = _PACK(args[0], self.real(args[1]).cpu(), *args[2:])
+        data, sizes = _PACK(call.args[0], self.real(call.args[1]).cpu(), *call.args[2:])
         meta = _like(sizes)
         self.of[meta] = sizes.to(self.device)
         return data, meta
 
-    def like(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def like(self, call: OpCall) -> Tree:
         """The result without data of an operation on values that are not known: zeros where it needs some."""
         try:
-            return infer(func, args, kwargs)
+            return infer(call)
         except RuntimeError as error:
-            if not needs_values(func, error):
+            if not needs_values(call.target, error):
                 raise
-        args, kwargs = self.reals(args, kwargs)
-        return _on_meta(func(*args, **kwargs))
+        return _on_meta(call.mapped(self.real).run())
 
     def forget(self, value: Tensor) -> None:
         """Forget the values of all tensors that share memory with ``value``."""

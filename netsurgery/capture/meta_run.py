@@ -9,7 +9,6 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +18,10 @@ from netsurgery.capture.caches import caches_kept
 from netsurgery.capture.copies import copy_with, named_modules, named_tensors, on_meta
 from netsurgery.capture.custom_modules import CUSTOM_MODULES, CustomModule, operation_of
 from netsurgery.capture.fake_device import FakeDevice
-from netsurgery.capture.inputs import Inputs, shapes_text, tensors_in
+from netsurgery.capture.inputs import Inputs, Tree, shapes_text, tensors_in
 from netsurgery.capture.known_values import ConcreteValues
 from netsurgery.capture.op_observer import OpObserver
+from netsurgery.capture.operations import OpCall
 from netsurgery.capture.program import Mode
 from netsurgery.capture.randomness import seeded
 from netsurgery.capture.source_locations import format_where, raised_at
@@ -51,13 +51,13 @@ def home(model: nn.Module) -> torch.device:
     return next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
 
 
-def _run_custom_module(operation: CustomModule, meta: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run_custom_module(operation: CustomModule, meta: nn.Module, *args: object, **kwargs: object) -> Tree:
     """Show the observer the run of a module as one operation."""
     observer = _get_current_dispatch_mode()
     if not isinstance(observer, OpObserver):
         raise TraceError(f"{operation!r} has no data to run on")
     with torch._C.DisableTorchFunction(), _disable_current_modes():  # the module sees that its tensors are on meta
-        return observer.see(operation, observer.stand_in(operation.bind(meta, args, kwargs)), {})
+        return observer.see(OpCall(operation, observer.stand_in(operation.bind(meta, args, kwargs)), {}))
 
 
 def meta_copy(
@@ -65,8 +65,8 @@ def meta_copy(
 ) -> tuple[nn.Module, dict[int, str]]:
     """A copy of a model without weights, in eval or train mode, and the name of each of its tensors by id.
 
-    In train mode torch's own layers stay in eval (no dropout, no batch statistics): what counts is the code that
-    only runs in training, such as auxiliary heads.
+    In train mode torch's own layers stay in eval mode (no dropout, no batch statistics). The mode is there to record
+    code that only runs in training, such as auxiliary heads.
     """
     shapes = shapes or {}
     tensors = {id(tensor): (name, on_meta(tensor, shapes.get(name))) for name, tensor in named_tensors(model)}
@@ -79,8 +79,8 @@ def meta_copy(
     return meta, {id(tensor): name for name, tensor in tensors.values()}
 
 
-def _tracked(forward: Callable[..., Any], path: str, observer: OpObserver) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
+def _tracked(forward: Callable[..., Tree], path: str, observer: OpObserver) -> Callable[..., Tree]:
+    def run(*args: object, **kwargs: object) -> Tree:
         return observer.call(path, forward, args, kwargs)
 
     run.__wrapped__ = run.untracked = forward  # type: ignore[attr-defined]  # what inspect.signature looks at
@@ -88,13 +88,13 @@ def _tracked(forward: Callable[..., Any], path: str, observer: OpObserver) -> Ca
 
 
 def track(meta: nn.Module, observer: OpObserver) -> None:
-    """Let an observer know of each run of the modules of a copy on meta."""
+    """Tell an observer when modules of a copy on meta run."""
     for path, module in named_modules(meta).items():
         forward = module.__dict__.get("forward", module.forward)
         module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, observer)
 
 
-def run_meta_copy(meta: nn.Module, observer: OpObserver, inputs: Inputs, device: torch.device) -> Any:
+def run_meta_copy(meta: nn.Module, observer: OpObserver, inputs: Inputs, device: torch.device) -> Tree:
     """Run a copy on meta under an observer, with tensors without data that say they are on ``device``."""
     track(meta, observer)
     with torch.no_grad(), caches_kept(meta), without_fast_path(), contextlib.ExitStack() as stack:
@@ -108,7 +108,7 @@ def run_meta_copy(meta: nn.Module, observer: OpObserver, inputs: Inputs, device:
 
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Attention by its own operations: torch's fused encoder hides the network, and zeroes what a mask pads."""
+    """Run attention as single operations: torch's fused encoder hides the network, and zeroes padded positions."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -134,7 +134,7 @@ def bind_inputs(values: ConcreteValues, meta: Inputs, inputs: Inputs) -> None:
         values.bind(tensor, value)
 
 
-def run_guarded(meta: nn.Module, observer: OpObserver, inputs: Inputs, device: torch.device) -> Any:
+def run_guarded(meta: nn.Module, observer: OpObserver, inputs: Inputs, device: torch.device) -> Tree:
     """Run a copy on meta; an error that its own code raises becomes a TraceError that says where."""
     try:
         return run_meta_copy(meta, observer, inputs, device)
@@ -157,24 +157,24 @@ def _explain(meta: nn.Module, error: Exception, inputs: Inputs) -> str:
 
 
 def reads_training(module: nn.Module) -> bool:
-    """Whether the code of a module of the user's own mentions ``training``."""
-    kind: Any = type(module)
+    """True if a module has a class of the user's own whose code mentions ``training``."""
+    kind: type = type(module)
     return _reads_training(kind)
 
 
 def trains_otherwise(module: nn.Module) -> bool:
-    """Whether a module is put into training mode to record it: those with parts, and those of the user's own."""
+    """True if a module is recorded in training mode: it has parts, or its class is the user's own."""
     return (bool(module._modules) or reads_training(module)) and not isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 @functools.cache
-def _is_foreign(kind: Any) -> bool:
-    """Whether a class is the user's own, and not one of torch's whose training mode is known (dropout, norms)."""
+def _is_foreign(kind: type) -> bool:
+    """True if a class is the user's own, and not one of torch's whose training mode is known (dropout, norms)."""
     library = kind.__module__.startswith(("torch.", "torchvision.ops."))
     return not library and not issubclass(kind, nn.modules.batchnorm._NormBase)
 
 
 @functools.cache
-def _reads_training(kind: Any) -> bool:
+def _reads_training(kind: type) -> bool:
     methods = [f for base in kind.__mro__ if _is_foreign(base) for f in vars(base).values() if hasattr(f, "__code__")]
     return _is_foreign(kind) and any("training" in method.__code__.co_names for method in methods)

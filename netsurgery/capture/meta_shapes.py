@@ -1,24 +1,35 @@
-"""The results of ATen operations on tensors without data: torch computes them, frequent ones are faster here."""
+"""The results of ATen operations on tensors without data: frequent ones by shortcuts, the rest by torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-__all__ = ["infer"]
+from netsurgery.axes import Axis
+from netsurgery.capture.inputs import Tree
+from netsurgery.capture.operations import OpCall, Target
+
+__all__ = ["empty_as", "infer"]
 
 aten = torch.ops.aten
 
 
-def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of ``func`` on meta tensors."""
-    shortcut = _SHORTCUTS.get(func)
-    plain = shortcut is not None and not kwargs and isinstance(args[0], Tensor | list)
-    found = shortcut(*args) if shortcut is not None and plain else None
-    return func(*args, **kwargs) if found is None else found
+def infer(call: OpCall) -> Tree:
+    """The result of an operation on meta tensors."""
+    shortcut = _SHORTCUTS.get(call.target)
+    plain = shortcut is not None and not call.kwargs and isinstance(call.args[0], Tensor | list)
+    found = shortcut(*call.args) if shortcut is not None and plain else None
+    return call.run() if found is None else found
+
+
+def empty_as(node: fx.Node, sizes: Callable[[Axis], int]) -> Tensor:
+    """A tensor without data for a recorded one, at other sizes: its dimensions lie in memory in the same order."""
+    strides = node.meta["layout"][1]
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    shape = tuple(map(sizes, node.meta["dims"]))
+    return torch.empty_permuted(shape, order, dtype=node.meta["dtype"], device="meta")
 
 
 def _like(x: Tensor) -> Tensor:
@@ -65,7 +76,7 @@ def _batch_norm(
     mean: Tensor | None,
     var: Tensor | None,
     training: bool,
-    *_: Any,
+    *_: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The outputs of a batch norm in eval mode; its saved statistics are empty, as on a CPU."""
     if (
@@ -77,7 +88,7 @@ def _batch_norm(
     return _like(x), torch.empty(0, device="meta"), torch.empty(0, device="meta")
 
 
-def _pointwise(x: Tensor, *others: Any) -> Tensor | None:
+def _pointwise(x: Tensor, *others: object) -> Tensor | None:
     """The output of a pointwise operation that keeps the dtype, where one argument has the shape of the result."""
     largest = x
     for other in others:
@@ -93,7 +104,7 @@ def _pointwise(x: Tensor, *others: Any) -> Tensor | None:
     return _like(largest) if x.dtype.is_floating_point else None
 
 
-def _in_place(x: Tensor, *others: Any) -> Tensor | None:
+def _in_place(x: Tensor, *others: object) -> Tensor | None:
     """The output of a pointwise operation in place."""
     return x if all(other.shape == x.shape for other in others if isinstance(other, Tensor)) else None
 
@@ -122,13 +133,13 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
 
 
-def _resized(x: Tensor, size: list[int], *_: Any) -> Tensor | None:
+def _resized(x: Tensor, size: list[int], *_: object) -> Tensor | None:
     if x.dim() != 4 or not x.is_contiguous() or min(*size, *x.shape) <= 0:
         return None
     return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device="meta")
 
 
-def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor | None:
+def _softmax(x: Tensor, dim: int, *_: object) -> Tensor | None:
     return _like(x) if x.dtype.is_floating_point and -x.dim() <= dim < x.dim() else None
 
 
@@ -138,7 +149,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor | None:
     return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
 
 
-def _grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor | None = None, *others: Any) -> Tensor | None:
+def _grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor | None = None, *others: object) -> Tensor | None:
     """The output of products of blocks of rows; without data some versions of torch take but one dtype."""
     if rows.dim() != 2 or weights.dim() != 3 or offsets is None or any(one is not None for one in others):
         return None
@@ -165,7 +176,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
     return torch.empty(shape, dtype=first.dtype, device="meta")
 
 
-_SHORTCUTS: dict[Any, Callable[..., Any]] = {
+_SHORTCUTS: dict[Target, Callable[..., Tree]] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from netsurgery.capture.inputs import Args, Kwargs, Tree
 from netsurgery.capture.known_values import ConcreteValues
+from netsurgery.capture.operations import OpCall, Target, argument_names
 from netsurgery.capture.source_locations import format_where, location
 from netsurgery.errors import TraceError
 
-__all__ = [
-    "TRANSPARENT",
-    "OpObserver",
-]
+__all__ = ["TRANSPARENT", "OpObserver"]
 
 _COPY = torch.ops.aten._to_copy.default
 TRANSPARENT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 
 
 class OpObserver(TorchDispatchMode):
-    """Sees each ATen operation of a run without data; ``modules`` is the stack of the paths of modules that run."""
+    """Sees each ATen operation of a run without data.
+
+    Attributes:
+        modules: the paths of the modules that run, the innermost last.
+    """
 
     def __init__(self, values: ConcreteValues | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.values = values
-        self.reads = False  # whether the operation makes a copy that Python can read
+        self.reads = False  # True while an operation makes a copy that Python can read
         self.modules: list[str] = []
         self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a real tensor, and its stand-in without data
         self.reals: dict[int, Tensor] = {}  # by id of the stand-in
@@ -38,7 +40,7 @@ class OpObserver(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch.compile never sees these modes, and its wrapper costs more than the dispatch
 
-    def stand_in(self, value: Any) -> Any:
+    def stand_in(self, value: Tree) -> Tree:
         """Arguments with each real tensor replaced by one without data, and each device by meta."""
         if isinstance(value, Tensor):
             if value.device.type == "meta":
@@ -53,22 +55,22 @@ class OpObserver(TorchDispatchMode):
             return type(value)([self.stand_in(item) for item in value])
         return torch.device("meta") if isinstance(value, torch.device) else value
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Target, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Tree:
+        call = OpCall(func, args, kwargs or {})
         if _is_label(func):
-            return func(*args, **(kwargs or {}))
+            return call.run()
         with torch._C.DisableTorchFunction():  # scripted functions come here inside of FakeDevice
-            return self.dispatch(func, args, kwargs)
+            return self.dispatch(call)
 
-    def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def dispatch(self, call: OpCall) -> Tree:
         """Answer one operation: real tensors get stand-ins, and aliases that torch inserts are no operations."""
-        kwargs = {key: self.stand_in(value) for key, value in kwargs.items()} if kwargs else {}
-        args = tuple([self.stand_in(value) for value in args])
-        if "device" in _arguments(func) and not any(isinstance(a, Tensor) for a in args):
-            kwargs["device"] = torch.device("meta")
-        if func in TRANSPARENT:  # torch inserts these or not as it likes
-            return self.alias(args[0], func(*args, **kwargs))
-        out = self.see(func, args, kwargs)
-        return self.legible(out) if self.reads else out
+        call = call.mapped(self.stand_in)
+        if "device" in argument_names(call.target) and not any(isinstance(a, Tensor) for a in call.args):
+            call.kwargs["device"] = torch.device("meta")
+        if call.target in TRANSPARENT:  # torch inserts these or not as it likes
+            return self.alias(call.args[0], call.run())
+        out = self.see(call)
+        return self.readable(out) if self.reads else out
 
     def read(self, meta: Tensor) -> Tensor:
         """A copy of a tensor that Python can read.
@@ -85,7 +87,7 @@ class OpObserver(TorchDispatchMode):
         finally:
             self.reads = False
 
-    def legible(self, meta: Tensor) -> Tensor:
+    def readable(self, meta: Tensor) -> Tensor:
         """The value of a tensor without data, where it is known, to be used in its place."""
         value = self.values.of.get(meta) if self.values is not None else None
         if value is None:
@@ -118,11 +120,11 @@ class OpObserver(TorchDispatchMode):
         self.alias(meta, tensor)
         return meta
 
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def see(self, call: OpCall) -> Tree:
         """Answer one operation, its arguments without data."""
         raise NotImplementedError
 
-    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, path: str, forward: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
         """Run a module."""
         self.modules.append(path)
         try:
@@ -132,11 +134,6 @@ class OpObserver(TorchDispatchMode):
 
 
 @functools.cache
-def _is_label(func: Any) -> bool:
-    """Whether an operation only marks, for the profiler, what runs."""
-    return func._schema.name.startswith("profiler::")  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _arguments(func: Any) -> frozenset[str]:
-    return frozenset(argument.name for argument in func._schema.arguments)
+def _is_label(target: Target) -> bool:
+    """True if an operation only marks for the profiler which code runs."""
+    return bool(target._schema.name.startswith("profiler::"))

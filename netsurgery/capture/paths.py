@@ -1,4 +1,4 @@
-"""Paths of modules and names of tensors: what is inside of what, and how they read once modules are gone."""
+"""Paths of modules and names of tensors: tell what lies inside of a module, and rename once modules are gone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Collection, Iterable
 
 from netsurgery.errors import InputError
 
-__all__ = ["is_within", "renumbered", "renumbered_lists"]
+__all__ = ["is_within", "modules_around", "renumbered", "renumbered_lists"]
 
 
 def is_within(module: str, path: str) -> bool:
-    """Whether a module, or a tensor by its name, is in the module at ``path``, or is that module."""
+    """True if a module, or a tensor by its name, is in the module at ``path``, or is that module."""
     return not path or module == path or module.startswith(f"{path}.")
+
+
+def modules_around(path: str) -> list[str]:
+    """The paths of all modules around a module, the innermost last; the outermost is ``""``."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts))]
 
 
 def renumbered(name: str, gone: Collection[str], lists: Collection[str]) -> str | None:
@@ -19,7 +25,7 @@ def renumbered(name: str, gone: Collection[str], lists: Collection[str]) -> str 
 
     Args:
         gone: paths of modules.
-        lists: paths of the lists that close the gaps: what comes after a module that is gone moves up.
+        lists: paths of the lists that close the gaps: modules after one that is gone move up.
 
     Example:
         >>> from netsurgery.capture.paths import renumbered

@@ -1,4 +1,4 @@
-"""A recorded run: a graph of ATen operations, the runs of modules in it, and what each node knows."""
+"""A recorded run: a graph of ATen operations, the runs of modules in it, and the facts noted on nodes."""
 
 from __future__ import annotations
 
@@ -6,64 +6,68 @@ import functools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, fx
 
-from netsurgery.axes import Axis
+from netsurgery.axes import Axis, Dims
+from netsurgery.capture.custom_modules import Shape
+from netsurgery.capture.inputs import Args, Kwargs, Tree
+from netsurgery.capture.known_values import Decided
 
-__all__ = [
-    "Call",
-    "Mode",
-    "Named",
-    "NodeMeta",
-    "Program",
-    "names_used",
-]
+__all__ = ["Call", "Looks", "Mode", "Named", "NodeMeta", "Program", "names_used"]
 
 Mode = Literal["eval", "train"]
+Looks = Literal["none", "known", "all"]  # the values that the code looked at
 
 
 class NodeMeta(TypedDict, total=False):
     """The keys of ``node.meta`` of a recorded graph (torch types it as ``dict[str, Any]``)."""
 
     # Noted by the recorder:
-    shape: Any  # of the result, None where it is no tensor; a list of these where there are several results
+    shape: Shape | list[Shape | None] | None  # of the result if it is a tensor; a list where there are several results
     dtype: torch.dtype
     layout: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
     module: str  # path of the module that ran
     where: tuple[str, int] | None  # file and line of the user's code
-    decided: Any  # the decisions that were taken from values, see ``known_values``
+    decided: Decided  # the decisions that were taken from values, see ``known_values``
 
     # Noted by the analysis:
-    dims: Any  # an axis for each dimension of the result; a list of such tuples where there are several results
-    params: tuple[str, ...]  # the tensors that the result comes from, where it comes from these alone
-    names: dict[str, Any]  # by name in the rule's notation its axis; a tuple of axes for a starred name
-    operands: list[Any]  # each operand that comes from parameters, and (source, axis, role) of its dimensions
+    dims: Dims | list[Dims | None]  # of the result; a list where there are several results
+    params: tuple[str, ...]  # the parameters and constants that the result comes from, where it reads nothing else
+    names: dict[str, Axis | Dims]  # by name in the rule's notation its axis; several axes for a starred name
+    operands: list[Operand]  # those that come from parameters
     macs: list[Axis]  # the axes whose sizes multiply to the number of multiply-accumulates
     expected: dict[str, Axis]  # by integer argument the axis that it is the size of
     attributes: dict[str, Axis]  # by integer attribute of a module with a rule the axis that it is the size of
     whole: frozenset[Axis]  # channels of which the computation of a weight must see all units
     scaled_by: str  # the parameter that makes up for a removal in a computed weight
-    limited: bool  # whether that parameter is itself the weight, within a largest norm
+    limited: bool  # True if that parameter is itself the weight, within a largest norm
+
+
+#: The node of an operand of an operation, and (source, axis, role) of its dimensions.
+Operand = tuple[fx.Node, list[tuple[Axis, Axis, str]]]
 
 
 @dataclass(eq=False)  # a key of what is known of it
 class Program:
     """One recorded run.
 
-    ``graph`` has a placeholder for each input tensor, a get_attr for each parameter, buffer or constant that it
-    uses, and one call_function for each ATen operation. ``constants`` are the tensors that the code made itself.
-    ``calls`` are the runs of its modules, in the order in which they began. ``values`` says which values the code
-    looked at: "none", those that are "known" without running the network, or "all".
+    Attributes:
+        graph: a placeholder for each input tensor, a get_attr for each parameter, buffer or constant that is used, and
+            a call_function for each ATen operation.
+        constants: the tensors that the code made itself.
+        calls: the runs of modules, in the order in which they began.
+        values: the values that the code looked at: "none", those that are "known" without running the network, or
+            "all".
     """
 
     graph: fx.Graph
     mode: Mode
     constants: dict[str, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
-    values: Literal["none", "known", "all"] = "none"
+    values: Looks = "none"
 
     def __repr__(self) -> str:
         return f"Program(mode={self.mode!r}, {len(self.operations)} operations, values={self.values!r})"
@@ -76,20 +80,25 @@ class Program:
 
 @dataclass
 class Call:
-    """One run of a module: operations ``begin`` to ``end``, and what went in and came out, nodes for tensors.
+    """One run of a module.
 
-    A parameter or buffer that was handed over stands there as ``Named``. ``kept`` is what objects that went in, such as
-    a cache of keys and values, hold afterwards.
+    Attributes:
+        path: of the module.
+        begin: the place of its first operation in the program.
+        end: the place after its last operation.
+        args, kwargs: its arguments, with nodes for tensors, and ``Named`` for parameters and buffers.
+        out: its result, likewise.
+        kept: the tensors that objects among its arguments, such as a cache of keys and values, hold afterwards.
     """
 
     path: str
     begin: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any = None
+    args: Args
+    kwargs: Kwargs
+    out: Tree = None
     end: int = -1
     next: int = -1  # the first call that began after this one ended
-    kept: list[Any] = field(default_factory=list)
+    kept: list[Tree] = field(default_factory=list)
 
 
 class Named(str):

@@ -1,4 +1,4 @@
-"""Random numbers that are the same in every run that is compared, wherever a model draws them from."""
+"""Give runs that are compared the same random numbers, wherever a model draws them from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["seeded", "torch_seeded"]
 
 @contextlib.contextmanager
 def torch_seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of torch from a seed; its state is as before afterwards."""
+    """Draw torch's random numbers from a seed; put the state of its generators back afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -22,7 +22,7 @@ def torch_seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of torch, Python and numpy's global ones from a seed; their states are as before afterwards."""
+    """Draw random numbers of torch, Python and numpy from a seed; put the states of the generators back afterwards."""
     python, arrays = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     with torch_seeded(seed, device):
         try:

@@ -1,4 +1,4 @@
-"""Find what code changes in all that it can reach: arguments, attributes, containers, classes, globals, closures.
+"""Find the changes that code makes in all that it can reach: arguments, attributes, containers, globals, closures.
 
 A rewritten ``forward`` computes what the code computed, and writes nothing where others see it. So all that the code
 can reach is noted before it runs, object by object, and compared afterwards.
@@ -24,52 +24,53 @@ from netsurgery.capture.source_locations import format_where
 
 __all__ = ["Reach"]
 
-Parts = list[tuple[Any, Any]]  # of an object: names or keys, and what they stand for
-Label = tuple[Any, Any]  # the label of the object around, or None; and the name in it
-Held = tuple[Any, Label, Parts]
+Parts = list[tuple[object, object]]  # of an object: names or keys, and what they stand for
+Label = tuple[Any, object]  # the label of the object around, or None; and the name in it
+Held = tuple[object, Label, Parts]
+Reader = Callable[[Any], Parts]  # lists the parts of the objects of one class
 
 
 class Reach:
-    """All that can be reached from some objects, as it is now.
+    """The present state of all that can be reached from some objects.
 
     Args:
         roots: objects by name.
-        ran: the code of the functions that run; what their names stand for can be reached through them.
+        ran: the code of the functions that run; objects that they name can be reached, too.
     """
 
-    def __init__(self, roots: Mapping[str, Any], ran: Set[CodeType]):
+    def __init__(self, roots: Mapping[str, object], ran: Set[CodeType]):
         self.ran = ran
         self.held: dict[int, Held] = {}  # by id of the object, which is kept alive
         for name, root in {**roots, **_DRAWN}.items():
             self.note(root, (None, name))
 
-    def note(self, root: Any, label: Label | None = None) -> None:
+    def note(self, root: object, label: Label | None = None) -> None:
         """Note the present state of all that can be reached from an object."""
         for one in self.walk(root, label or self.label(root)):
             self.held[id(one[0])] = one
 
-    def label(self, value: Any) -> Label:
+    def label(self, value: object) -> Label:
         """The label under which an object was found."""
         return self.held[id(value)][1] if id(value) in self.held else (None, type(value).__name__)
 
-    def changes(self, code: Iterable[CodeType], root: Any = None) -> list[str]:
+    def changes(self, code: Iterable[CodeType], root: object = None) -> list[str]:
         """Each change since objects were noted (only below ``root``, if given), with a line of code that names it."""
         found = []
-        for value, _, parts in self.again() if root is None else self.walk(root, self.label(root)):
+        for value, _, parts in self.noted() if root is None else self.walk(root, self.label(root)):
             _, label, before = self.held.get(id(value), (value, (None, ""), parts))
             for name in _differing(before, parts)[:1]:
                 label = label if isinstance(value, _CONTAINERS) else _below(value, label, name)
                 found.append(f"changes {_text(label)}{_line_naming(label, code)}")
         return found
 
-    def again(self) -> Iterator[Held]:
+    def noted(self) -> Iterator[Held]:
         """All objects that are noted, with the parts that they have now."""
         for value, label, _ in self.held.values():
             yield value, label, self.parts(value) or []
 
-    def walk(self, root: Any, label: Label) -> Iterator[Held]:
-        """An object and all that can be reached from it: what can change, with its label and its parts."""
-        stack: list[tuple[Any, Label]] = [(root, label)]
+    def walk(self, root: object, label: Label) -> Iterator[Held]:
+        """An object and all that can be reached from it and can change, with labels and parts."""
+        stack: list[tuple[object, Label]] = [(root, label)]
         seen = set()
         while stack:
             value, label = stack.pop()
@@ -80,13 +81,13 @@ class Reach:
                 yield value, label, parts
                 stack += [(item, _below(value, label, name)) for name, item in parts]
 
-    def parts(self, value: Any) -> Parts | None:
+    def parts(self, value: object) -> Parts | None:
         """The parts of an object; None where it has none that code changes."""
-        if type(value) is not FunctionType:
-            kind: Any = type(value)
+        if not isinstance(value, FunctionType):  # no class can derive that of functions
+            kind: type = type(value)
             read = _reader(kind)
             return None if read is None else read(value)
-        found = [*value.__dict__.items()]
+        found: Parts = [*value.__dict__.items()]
         if value.__code__ in self.ran:
             found += zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
             found += _defaults(value)
@@ -95,10 +96,10 @@ class Reach:
 
 
 class _Digest(int):
-    """A number for the state of an object that has no parts."""
+    """A hash of the state of an object that has no parts."""
 
 
-def _differing(before: Parts, after: Parts) -> list[Any]:
+def _differing(before: Parts, after: Parts) -> list[object]:
     """The names that stand for something else than before."""
     pairs = zip(before, after, strict=False)
     if len(before) == len(after) and all(a is b and _unchanged(x, y) for (a, x), (b, y) in pairs):
@@ -110,13 +111,13 @@ def _differing(before: Parts, after: Parts) -> list[Any]:
     ] or [""]
 
 
-def _unchanged(one: Any, other: Any) -> bool:
+def _unchanged(one: object, other: object) -> bool:
     return one is other or (type(one) is _Digest and one == other)
 
 
-def _below(value: Any, label: Label, name: Any) -> Label:
+def _below(value: object, label: Label, name: object) -> Label:
     """The label of a part of an object."""
-    if type(value) is FunctionType and name not in value.__dict__:
+    if isinstance(value, FunctionType) and name not in value.__dict__:
         return None, name  # a global, or a variable of a function around
     if isinstance(value, type):
         return (None, value.__name__), name
@@ -136,35 +137,35 @@ def _text(label: Label | None) -> str:
 
 
 @functools.cache
-def _reader(kind: Any) -> Callable[[Any], Parts] | None:
-    """The function that lists the parts of a class's objects; None where code changes nothing in them."""
+def _reader(kind: type) -> Reader | None:
+    """The function that lists the parts of objects of a class; None for a class whose objects do not change."""
     read = next((read for known, read in _KNOWN.items() if issubclass(kind, known)), None)
     if _is_library_class(kind):
         return _of_object if kind is SimpleNamespace else read
     return _of_object if read is None else _both(read) if issubclass(kind, _CONTAINERS) else read
 
 
-def _both(read: Callable[[Any], Parts]) -> Callable[[Any], Parts]:
-    """The items of containers of a class of the user's, and their attributes."""
+def _both(read: Reader) -> Reader:
+    """A reader of containers of the user's own classes: their items and their attributes."""
     return lambda value: [*read(value), *_of_object(value)]
 
 
-def _of_object(value: Any) -> Parts:
+def _of_object(value: object) -> Parts:
     slots = [name for base in type(value).__mro__ for name in _listed(vars(base).get("__slots__", ()))]
     found = [(name, getattr(value, name)) for name in slots if name != "__dict__" and hasattr(value, name)]
     return [*found, *getattr(value, "__dict__", {}).items(), ("", type(value))]
 
 
-def _listed(slots: Any) -> list[str]:
+def _listed(slots: str | Iterable[str]) -> list[str]:
     return [slots] if isinstance(slots, str) else list(slots)
 
 
-def _of_module(module: Any) -> Parts:
+def _of_module(module: nn.Module) -> Parts:
     own = [item for item in module.__dict__.items() if item[0] not in _INTERNAL or item[1]]  # most have no hooks
     return [*own, ("", type(module))]
 
 
-def _of_class(kind: Any) -> Parts:
+def _of_class(kind: type) -> Parts:
     own = [base for base in kind.__mro__ if not _is_library_class(base)]
     return [item for base in own for item in vars(base).items() if not _is_magic(item[0])]
 
@@ -173,23 +174,23 @@ def _is_magic(name: str) -> bool:
     return name.startswith(("__", "_abc_"))
 
 
-def _of_cell(cell: Any) -> Parts:
+def _of_cell(cell: CellType) -> Parts:
     try:
         return [("", cell.cell_contents)]
     except ValueError:  # nothing has been put into it yet
         return []
 
 
-def _state(read: Callable[[Any], Any]) -> Callable[[Any], Parts]:
+def _state(read: Callable[[Any], object]) -> Reader:
     return lambda value: [("", _Digest(hash(read(value))))]
 
 
-def _attributes(*names: str) -> Callable[[Any], Parts]:
+def _attributes(*names: str) -> Reader:
     return lambda value: [("", getattr(value, name)) for name in names]
 
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
-_KNOWN: dict[Any, Callable[[Any], Parts] | None] = {
+_KNOWN: dict[type | tuple[type, ...], Reader | None] = {
     (int, float, complex, str, bytes, Tensor, ModuleType): None,
     nn.Module: _of_module,
     type: _of_class,
@@ -215,8 +216,8 @@ _DRAWN = {
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "netsurgery"}
 
 
-def _is_library_class(kind: Any) -> bool:
-    """Whether a class is Python's own, torch's, numpy's or ours: their objects are no concern of the user's."""
+def _is_library_class(kind: type) -> bool:
+    """True if a class is one of Python, torch, numpy or netsurgery: code of the user's does not own its objects."""
     return str(kind.__module__).partition(".")[0] in _LIBRARIES
 
 
@@ -230,9 +231,9 @@ def _names(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*code.co_names, *inner]))
 
 
-def _named(scope: Mapping[str, Any], names: tuple[str, ...]) -> Parts:
+def _named(scope: Mapping[str, object], names: tuple[str, ...]) -> Parts:
     """The objects that names stand for: globals, and attributes of the user's own modules."""
-    found = []
+    found: Parts = []
     for name in names:
         if name in scope:
             value = scope[name]

@@ -10,25 +10,22 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from netsurgery.capture.copies import named_tensors
-from netsurgery.capture.inputs import Inputs, is_namedtuple, meta_inputs, shapes_text, tensors_in
+from netsurgery.capture.inputs import Args, Inputs, Kwargs, Tree, is_namedtuple, meta_inputs, shapes_text, tensors_in
 from netsurgery.capture.known_values import ConcreteValues, KnownValues, TensorMap, draw, needs_values
 from netsurgery.capture.meta_run import bind, bind_inputs, home, meta_copy, run_guarded
 from netsurgery.capture.meta_shapes import infer
 from netsurgery.capture.op_observer import OpObserver
-from netsurgery.capture.program import Call, Mode, Named, Program
+from netsurgery.capture.operations import OpCall
+from netsurgery.capture.program import Call, Looks, Mode, Named, NodeMeta, Program
 from netsurgery.capture.source_locations import format_where, location
 from netsurgery.errors import TraceError
 
-__all__ = [
-    "NeedsValues",
-    "record",
-]
+__all__ = ["NeedsValues", "record"]
 
 
 class NeedsValues(BaseException):
@@ -68,7 +65,7 @@ class _Recorder(OpObserver):
         self.remember(other, self.node_of(tensor))
         return other
 
-    def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, path: str, forward: Callable[..., Tree], args: Args, kwargs: Kwargs) -> Tree:
         calls = self.program.calls
         call = Call(path, self.count, self.known(args), self.known(kwargs))
         calls.append(call)
@@ -77,8 +74,8 @@ class _Recorder(OpObserver):
         call.kept = [self.known(tensor) for tensor in _in_objects((args, kwargs))]
         return out
 
-    def known(self, value: Any) -> Any:
-        """Nodes in the place of tensors."""
+    def known(self, value: Tree) -> Tree:
+        """The same value with nodes in the place of tensors."""
         if isinstance(value, Tensor):
             found = self.nodes.get(value) or self.part(value)
             name = self.names.get(id(value))
@@ -101,7 +98,7 @@ class _Recorder(OpObserver):
         self.memory[id(tensor)] = _memory(meta)
         return meta
 
-    def node_of(self, value: Any) -> Any:
+    def node_of(self, value: Tree) -> Tree:
         if isinstance(value, Tensor):
             if self.memory.get(id(value)) not in (None, _memory(value)):  # something that nobody sees has moved it
                 del self.memory[id(value)], self.names[id(value)]
@@ -117,13 +114,7 @@ class _Recorder(OpObserver):
             return None
         whole, index = found
         node = self.program.graph.create_node("call_function", operator.getitem, (whole, index))
-        node.meta.update(
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            layout=(tensor.shape, tensor.stride()),
-            module=whole.meta["module"],
-            where=whole.meta["where"],
-        )
+        node.meta.update(_kind(tensor), module=whole.meta["module"], where=whole.meta["where"])
         return self.remember(tensor, node)
 
     def attribute(self, tensor: Tensor) -> fx.Node:
@@ -132,33 +123,32 @@ class _Recorder(OpObserver):
             name = f"constant:{len(self.program.constants)}"
             self.program.constants[name] = self.reals.get(id(tensor), tensor)
         node = self.describe(self.program.graph.get_attr(name))
-        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=(tensor.shape, tensor.stride()))
+        node.meta.update(_kind(tensor))
         return self.remember(tensor, node)
 
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nodes = tuple([self.node_of(value) for value in args]), {k: self.node_of(v) for k, v in kwargs.items()}
+    def see(self, call: OpCall) -> Tree:
+        args, kwargs = tuple(map(self.node_of, call.args)), {k: self.node_of(v) for k, v in call.kwargs.items()}
         decided = None
         try:
             if self.values is None:
-                out = infer(func, args, kwargs)
+                out = infer(call)
             else:
-                out, decided = self.values.infer(func, args, kwargs, self.reads)
+                out, decided = self.values.infer(call, self.reads)
         except RuntimeError as error:
-            place = f"{func} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())}"
-            if self.program.values != "all" and needs_values(func, error):
+            place = f"{call.target} in module '{self.modules[-1] if self.modules else ''}' {format_where(location())}"
+            if self.program.values != "all" and needs_values(call.target, error):
                 raise self.needed(place) from error
             data = "" if self.program.values == "all" else "tensors without data of "
             raise TraceError(
-                f"{place} cannot run on {data}shapes {shapes_text((args, kwargs))}: {str(error).splitlines()[0]}"
+                f"{place} cannot run on {data}shapes {shapes_text(call[1:])}: {str(error).splitlines()[0]}"
             ) from error
         self.count += 1
-        graph = self.program.graph
-        node = self.describe(graph.create_node("call_function", func, *nodes))
+        node = self.describe(self.program.graph.create_node("call_function", call.target, args, kwargs))
         node.meta["shape"] = None
         if decided is not None:
             node.meta["decided"] = decided
         if isinstance(out, Tensor):
-            node.meta.update(shape=out.shape, layout=(out.shape, out.stride()), dtype=out.dtype)
+            node.meta.update(_kind(out))
             self.remember(out, node)
         elif isinstance(out, list | tuple):
             node.meta["shape"] = [o.shape if isinstance(o, Tensor) else None for o in out]
@@ -168,8 +158,13 @@ class _Recorder(OpObserver):
         return out
 
 
-def _in_objects(value: Any) -> list[Tensor]:
-    """The tensors in objects that a module was handed, such as a cache; not those that it was handed themselves."""
+def _kind(tensor: Tensor) -> NodeMeta:
+    """The facts about a tensor that are noted on its node."""
+    return {"shape": tensor.shape, "dtype": tensor.dtype, "layout": (tensor.shape, tensor.stride())}
+
+
+def _in_objects(value: Tree) -> list[Tensor]:
+    """The tensors inside of objects among arguments, such as a cache; not those that are arguments themselves."""
     leaves = pytree.tree_leaves(value)
     return tensors_in([leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor)])
 
@@ -203,7 +198,7 @@ def record(model: nn.Module, inputs: Inputs, mode: Mode = "eval") -> Program:
 
 def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: ConcreteValues | None) -> Program:
     meta, names = meta_copy(model, mode)
-    looks: Any = "none" if values is None else "known" if isinstance(values, KnownValues) else "all"
+    looks: Looks = "none" if values is None else "known" if isinstance(values, KnownValues) else "all"
     program = Program(fx.Graph(), mode, values=looks)
     recorder = _Recorder(program, names, values)
     recorder.memory = {id(tensor): _memory(tensor) for _, tensor in named_tensors(meta)}
@@ -214,8 +209,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: ConcreteValues
     given = tensors_in(on_meta_inputs)
     for index, tensor in enumerate(given):
         node = program.graph.placeholder(f"input_{index}")
-        layout = tensor.shape, tensor.stride()
-        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, layout=layout, module="", where=None)
+        node.meta.update(_kind(tensor), module="", where=None)
         recorder.remember(tensor, node)
     try:
         out = run_guarded(meta, recorder, on_meta_inputs, home(model))
@@ -234,7 +228,7 @@ def _record(model: nn.Module, inputs: Inputs, mode: Mode, values: ConcreteValues
 
 
 def _drop_unused(program: Program) -> None:
-    """Forget decisions that nothing follows from, such as where the largest of a pooling window is."""
+    """Forget decisions that no operation reads, such as the place of the largest in a pooling window."""
     for node in program.operations:
         if isinstance(decided := node.meta.get("decided"), list):
             used = {user.args[1] for user in node.users}

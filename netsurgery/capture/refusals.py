@@ -1,4 +1,4 @@
-"""Models that no surgery can be done on as they are; each is refused in one sentence that says what to pass instead."""
+"""Refuse models that surgery is impossible on, each in one sentence that says what to pass instead."""
 
 from __future__ import annotations
 

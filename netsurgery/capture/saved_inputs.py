@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netsurgery.capture.inputs import Inputs
+from netsurgery.capture.inputs import Inputs, Tree
 
 __all__ = ["described", "made"]
 
+Json = Any  # numbers, texts and None in lists and dictionaries
 _MOST = 10_000  # elements of a tensor whose values are written down
 
 
@@ -18,15 +19,15 @@ class _NotPlain(Exception):
     """An input holds something that JSON cannot."""
 
 
-def described(inputs: Inputs) -> Any:
+def described(inputs: Inputs) -> Json:
     """Inputs as JSON; None where they hold other objects than tensors, texts and numbers in lists and dictionaries.
 
-    Masks and indices decide which way the code takes: whole numbers, and tensors of one or two different numbers, are
-    kept, other numbers are not.
+    Masks and indices decide which way the code takes. So the values of whole numbers are kept, and of tensors of one or
+    two different numbers; other values are not.
     """
     tensors: dict[int, int] = {}
 
-    def describe(value: Any) -> Any:
+    def describe(value: Tree) -> Json:
         if isinstance(value, Tensor):
             if id(value) in tensors:
                 return {"same": tensors[id(value)]}
@@ -48,7 +49,7 @@ def described(inputs: Inputs) -> Any:
         return None
 
 
-def _values(tensor: Tensor) -> dict[str, Any]:
+def _values(tensor: Tensor) -> dict[str, Json]:
     if tensor.is_meta or not tensor.numel() or tensor.is_complex() or tensor.layout != torch.strided:
         return {}
     first = tensor.detach().flatten()[0]
@@ -58,7 +59,7 @@ def _values(tensor: Tensor) -> dict[str, Any]:
     return {"values": tensor.tolist()} if few else {}
 
 
-def made(description: Any) -> Any:
+def made(description: Json) -> Tree:
     """Example inputs from what ``described`` wrote: a tuple, or a dictionary of keyword inputs.
 
     Raises:
@@ -66,7 +67,7 @@ def made(description: Any) -> Any:
     """
     tensors: list[Tensor] = []
 
-    def make(value: Any) -> Any:
+    def make(value: Json) -> Tree:
         if not isinstance(value, dict):
             return value
         if "same" in value:

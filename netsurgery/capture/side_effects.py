@@ -34,7 +34,7 @@ _FILES = {
         torch.autograd.forward_ad, torch.autograd,
     )
 }  # fmt: skip
-_ASKING = {
+_QUERIES = {
     function
     for name, function in vars(torch._C).items()
     if any(word in name for word in ("autocast", "grad_enabled", "inference_mode_enabled")) and callable(function)
@@ -46,18 +46,18 @@ class Effects:
     """Watches code while it runs.
 
     Args:
-        roots: what the code is given, by name.
+        roots: the objects that the code is given, by name.
         start: the code that is called.
 
     Attributes:
         found: the effects, and where the code has them.
     """
 
-    def __init__(self, roots: Mapping[str, Any], start: CodeType):
+    def __init__(self, roots: Mapping[str, object], start: CodeType):
         self.ran: set[CodeType] = set()
         self.known = _RAN.setdefault(start, {start})
         self.found: list[str] = []
-        self.missed = False  # whether functions ran that were not expected to: what they can reach was not noted before
+        self.missed = False  # True if unexpected functions ran: nothing that they can reach was noted before
         self.reach = Reach(roots, frozenset(self.known))
 
     def __enter__(self) -> Effects:
@@ -66,16 +66,15 @@ class Effects:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        profiled: Any = self.before
-        # Python's own profiler, written in C, is no function and is switched on by itself.
-        profiled.enable() if hasattr(profiled, "enable") else sys.setprofile(profiled)
+        before: Any = self.before  # Python's own profiler, written in C, is no function: it enables itself
+        before.enable() if hasattr(before, "enable") else sys.setprofile(before)
         self.missed = not self.ran <= self.known
         self.known |= self.ran
         if kind is None:
             self.found += self.reach.changes(self.ran)
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Do not watch what runs inside of this context."""
         sys.setprofile(None)
         try:
@@ -83,8 +82,8 @@ class Effects:
         finally:
             sys.setprofile(self.see)
 
-    def see(self, frame: FrameType, event: str, what: Any) -> None:
-        """Note a call, if it is one that matters."""
+    def see(self, frame: FrameType, event: str, called: Any) -> None:
+        """Note a call that has one of these effects, and the code of each function that runs."""
         if event == "call":
             code = frame.f_code
             if code.co_filename in _FILES and not code.co_name.startswith("is_"):  # such as is_autocast_available
@@ -93,16 +92,16 @@ class Effects:
                 self.ran.add(code)
                 if (first := _autograd_function(frame)) is not None:
                     self.note(f"runs the torch.autograd.Function '{first}', whose gradient is its own", frame.f_back)
-        elif event == "c_call" and what in _ASKING and not is_library(frame.f_code.co_filename):
-            self.note(f"uses {what.__name__}", frame)
+        elif event == "c_call" and called in _QUERIES and not is_library(frame.f_code.co_filename):
+            self.note(f"uses {called.__name__}", frame)
 
-    def note(self, what: str, frame: FrameType | None) -> None:
-        self.found.append(f"{what} {format_where(location(frame))}".rstrip())
+    def note(self, effect: str, frame: FrameType | None) -> None:
+        self.found.append(f"{effect} {format_where(location(frame))}".rstrip())
 
     @contextlib.contextmanager
-    def of(self, part: Any) -> Iterator[None]:
+    def of(self, part: object) -> Iterator[None]:
         """Let a submodule run: it may write to itself, but the code around it may not."""
-        with self.aside():
+        with self.paused():
             self.found += self.reach.changes(self.ran, part)
             yield
             self.reach.note(part)
@@ -114,7 +113,7 @@ def _named(code: CodeType) -> str:
 
 
 def _autograd_function(frame: FrameType) -> str | None:
-    """The name of the autograd function that a frame is part of: its first argument is the context."""
+    """The name of the autograd function that a frame runs, whose first argument is the context; None for other code."""
     code = frame.f_code
     context = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if not isinstance(context, torch._C._FunctionBase) or isinstance(context, type):

@@ -1,4 +1,4 @@
-"""Where code stands: the file and line of the user's code that runs or that raised an error."""
+"""Find the file and line of the user's code that runs, or that raised an error."""
 
 from __future__ import annotations
 
@@ -9,32 +9,26 @@ from types import FrameType
 
 import torch
 
-__all__ = [
-    "format_where",
-    "is_library",
-    "is_python",
-    "location",
-    "raised_at",
-]
+__all__ = ["format_where", "is_library", "is_python", "location", "raised_at"]
 
 _LIBRARY = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
 )
 _PYTHON = os.path.dirname(os.__file__) + os.sep
-#: Packages that stand between the user's code and torch, whose own lines say nothing of the user's.
+#: Packages between the user's code and torch: their lines do not tell where the user's code is.
 _BETWEEN = tuple(f"{os.sep}{name}{os.sep}" for name in ("einops", "opt_einsum", "jaxtyping", "beartype", "typeguard"))
 
 
 @functools.cache
 def is_library(filename: str) -> bool:
-    """Whether a file belongs to torch, to a package between torch and the user's code, or to netsurgery."""
+    """True if a file belongs to torch, to a package between torch and the user's code, or to netsurgery."""
     return filename.startswith(_LIBRARY) or any(name in filename for name in _BETWEEN)
 
 
 @functools.cache
 def is_python(filename: str) -> bool:
-    """Whether code is in a file of Python's standard library."""
+    """True if code is in a file of Python's standard library."""
     own = filename.startswith(_PYTHON) and "site-packages" not in filename
     return own or filename.startswith("<frozen ")
 
