@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import groupby
 from math import prod
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch import Tensor
 from netsurgery.kernels.criteria import Criterion, WeightView, arranged, column_count
 
 __all__ = ["Flat", "flat"]
+
+_Part = TypeVar("_Part", Tensor, Tensor | None)
 
 ROOM = 1 << 19  # elements of all small weights
 
@@ -92,7 +94,7 @@ class _Run:
         norm = 1 if self.window == 1 else rule.norm
         return norm, rule.inner / norm
 
-    def of(self, tensors: Sequence[Any]) -> list[Any]:
+    def of(self, tensors: Sequence[_Part]) -> list[_Part]:
         """The run's, with the axes of a kernel's elements last."""
         found = [tensors[number] for number in self.numbers]
         if self.axes is None:

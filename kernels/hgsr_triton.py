@@ -80,8 +80,8 @@ _DTYPES = {
 _CACHE: dict[Hashable, dict[int, Any]] = {}  # what was made, by the stream that it was made on
 _LIMIT = 256
 # Tensors whose addresses graphs hold, by the memory of a weight that they read: without it none can be replayed.
-_CAPTURED: WeakKeyDictionary[torch.UntypedStorage, dict[int, Any]] = WeakKeyDictionary()
-_CAPTURED_FOR_GOOD: list[Any] = []  # for weights that were made within the capture, and are made again at each replay
+_CAPTURED: WeakKeyDictionary[torch.UntypedStorage, dict[int, object]] = WeakKeyDictionary()
+_CAPTURED_FOR_GOOD: list[object] = []  # for weights made within the capture, which each replay makes again
 
 
 def _capturing(device: torch.device) -> bool:
@@ -92,7 +92,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _keep(made: Any, weights: Sequence[Tensor]) -> None:
+def _keep(made: object, weights: Sequence[Tensor]) -> None:
     """Keep what a graph uses as long as the weights' memory is there."""
     lasting = next((w for w in weights if isinstance(w, torch.nn.Parameter) or (w.is_leaf and w.requires_grad)), None)
     if lasting is None:
@@ -252,7 +252,7 @@ class _Steady(NamedTuple):
     readings: Sequence[WeightView]
     in_l1: Sequence[bool]
     places: list[int]
-    forms: Any
+    forms: object
     apart: list[int] | None
     launches: list[tuple[_Plan, Tensor | None]]
 
@@ -299,7 +299,7 @@ def _pointers(weights: Sequence[Tensor], plan: _Plan, read: Sequence[Tensor], wr
 def _members(weights: Sequence[Tensor], index: Tensor, groups: int, plan: _Plan) -> tuple[Tensor, ...]:
     """The columns of each group that the launch reads: ``order[starts[g]:starts[g + 1]]``."""
 
-    def make() -> tuple[Any, ...]:
+    def make() -> tuple[Tensor, Tensor, Tensor, _Plan]:
         own = torch.full_like(index, -1)
         for span in plan.spans:
             own[span] = index[span]
@@ -316,7 +316,7 @@ def _read(plan: _Plan, weights: Sequence[Tensor], readings: Sequence[WeightView]
     return [canonical(weights[i], readings[i]).contiguous() if i in plan.copied else weights[i] for i in plan.members]
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

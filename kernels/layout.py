@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def parsed(key: tuple[int, ...]) -> tuple[tuple[WeightView, ...], tuple[bool, ..
     )
 
 
-def backend(weights: Sequence[Tensor]) -> Any:
+def backend(weights: Sequence[Tensor]) -> ModuleType:
     """The module that does the work on the weights' device."""
     if weights[0].is_cuda and find_spec("triton"):
         return import_module("netsurgery.kernels.hgsr_triton")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from netsurgery.kernels.criteria import CRITERIA, Name, WeightView, accumulator, column_count
 from netsurgery.kernels.hgsr_reference import finalize
@@ -21,12 +22,15 @@ from netsurgery.kernels.layout import Layout, backend
 __all__ = ["add_gradient", "values"]
 
 
+_Way = tuple[DeviceMesh | None, tuple[int, ...]]  # ranks that a weight is sharded over, along which dimensions of these
+
+
 class _Spec(NamedTuple):
     """Of a weight its whole shape and, if it is sharded, over which ranks and how."""
 
     shape: torch.Size
     mesh: DeviceMesh | None = None
-    placements: tuple[Any, ...] = ()
+    placements: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> t
     sizes = [column_count(spec.shape, how) for spec, how in zip(specs, layout.readings, strict=True)]
     groups = sum(sizes) if layout.index is None else layout.groups
     index = torch.arange(groups) if layout.index is None else layout.index
-    held: dict[Any, tuple[int, list[tuple[tuple[int, int, int], WeightView, bool, Tensor]]]] = {}
+    held: dict[_Way, tuple[int, list[tuple[tuple[int, int, int], WeightView, bool, Tensor]]]] = {}
     for i, (spec, ids) in enumerate(zip(specs, index.split(sizes), strict=True)):
         _, pieces = held.setdefault(_way(i, spec), (i, []))
         for start, size, how, part in _cut(i, spec, layout.readings[i], ids):
@@ -121,7 +125,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _way(i: int, weight: _Spec) -> tuple[Any, tuple[int, ...]]:
+def _way(i: int, weight: _Spec) -> _Way:
     """How a weight is sharded: over which ranks, along which dimensions of these."""
     if not all(type(placement) in (Shard, Replicate) for placement in weight.placements):
         raise ValueError(

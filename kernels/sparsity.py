@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, WeightView, accumulator, column_count, reading
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, accumulator, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
 from netsurgery.kernels.layout import Layout, backend, parsed
 from netsurgery.kernels.placed import PLAIN, Placed
@@ -78,23 +78,24 @@ def hgsr(
     readings = tuple(reading(w.shape, kind, n, t) for w, n, t in zip(weights, blocks, turned, strict=True))
     layout = Layout(readings, (False,) * many)
     if not isinstance(grouping, str):
-        layout = replace(layout, **_indexed(weights, readings, grouping))
+        layout = _indexed(layout, weights, grouping)
     return values(weights, layout, criterion)[0]
 
 
-def _indexed(weights: list[Tensor], readings: Sequence[WeightView], grouping: Sequence[Tensor]) -> dict[str, Any]:
-    sizes = [column_count(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
+def _indexed(layout: Layout, weights: list[Tensor], grouping: Sequence[Tensor]) -> Layout:
+    """The layout with the outer groups that tensors give."""
+    sizes = [column_count(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True)]
     given = [tuple(one.shape) for one in grouping]
     if given != [(size,) for size in sizes]:
         raise ValueError(f"hgsr: the weights have {sizes} input channels, but grouping has shapes {given}")
     if not weights:
-        return {}
+        return layout
     index = torch.cat([one.to(weights[0].device) for one in grouping])
     if index.is_floating_point() or index.is_complex() or bool((index < -1).any()):
         raise ValueError(
             "hgsr: grouping holds something else than the numbers of outer groups, from 0 up, and -1 for none"
         )
-    return {"index": index.long(), "groups": int(index.max()) + 1 if len(index) else 0}
+    return replace(layout, index=index.long(), groups=int(index.max()) + 1 if len(index) else 0)
 
 
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
@@ -314,7 +315,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[object, ...]:
     index, slopes, *weights = ctx.saved_tensors
     if scale is None:
         return None, None, None, None, None

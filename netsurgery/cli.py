@@ -25,7 +25,7 @@ problems = Console(stderr=True)
 class ClearErrors(TyperGroup):
     """Prints an error that netsurgery raised on purpose, and an interruption, as one message without a traceback."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         """Run the command; exit with code 1 where it raises a NetsurgeryError, 130 where it is interrupted."""
         try:
             return super().invoke(ctx)
@@ -212,7 +212,7 @@ def budget(option: str, text: str | None) -> float | int | None:
         raise InputError(f"{option} {text}: write a share such as 0.5 or a whole number such as 2000000") from None
 
 
-def check_removes(edit: netsurgery.Edit, options: dict[str, Any]) -> None:
+def check_removes(edit: netsurgery.Edit, options: dict[str, object]) -> None:
     """Raise InputError where nothing goes."""
     if edit.keep:
         return

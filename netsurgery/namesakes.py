@@ -10,18 +10,17 @@ import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
-from typing import Any
 
 __all__ = ["give_way"]
 
 
-def give_way(module: dict[str, Any]) -> None:
+def give_way(module: dict[str, object]) -> None:
     """Put another package of the same name in a module's place, or leave nothing in it that could be found.
 
     Args:
         module: the variables of a package in the repository's root, while it is imported.
     """
-    name, root = module["__name__"], Path(__file__).resolve().parent.parent
+    name, root = str(module["__name__"]), Path(__file__).resolve().parent.parent
     spec = PathFinder.find_spec(name, [path for path in sys.path if Path(path).resolve() != root])
     if spec is not None and spec.loader is not None:
         sys.modules[name] = module_from_spec(spec)  # an import returns what stands here in the end

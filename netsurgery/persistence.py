@@ -79,7 +79,7 @@ def _check_sizes(small: nn.Module, edit: Edit) -> None:
             )
 
 
-def load(folder: str | Path, model: Model, example_inputs: Any = None) -> Model:
+def load(folder: str | Path, model: Model, example_inputs: object = None) -> Model:
     """The saved smaller model, from a fresh full-size model of the same constructor, which stays as it is.
 
     Args:
@@ -142,7 +142,7 @@ def _kept(folder: Path) -> tuple[str | None, Mapping[str, Tensor]]:
     return text, _weights(folder / "weights.pt")
 
 
-def _checkpoint(path: Path) -> Any:
+def _checkpoint(path: Path) -> dict[str, Any]:
     """What a run of a recipe wrote into one file."""
     from safetensors import SafetensorError
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -67,7 +67,7 @@ class Pass(abc.ABC):
 
 
 @undisturbed()
-def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = True) -> Network:
+def trace(model: nn.Module, example_inputs: object = None, *, try_sizes: bool = True) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
     Args:
@@ -99,7 +99,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = Tru
 
 
 @undisturbed()
-def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
+def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: object = None) -> Edit:
     """Decide what to remove; the model stays as it is. Passes after a removal look at a copy that it has cut.
 
     Args:
@@ -129,7 +129,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
     """
     check_order(passes)
     network, code = trace(model, example_inputs, try_sizes=False), ModelCode(model)
-    known: dict[Any, Network] = {}
+    known: dict[Hashable, Network] = {}
     while True:
         edit, found = _run(passes, code, network, known)
         if not found:
@@ -146,7 +146,7 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
 
 
 def _run(
-    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Any, Network]
+    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Hashable, Network]
 ) -> tuple[Edit, dict[str, str]]:
     """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
 
@@ -156,7 +156,7 @@ def _run(
     earlier: Edit | None = None  # all but the last, which passes may still change
     last: Edit | None = None
     edit: Edit | None = None
-    kept: tuple[Any, ...] = ()
+    kept: tuple[Hashable, ...] = ()
     for index, one in enumerate(passes):
         if "edit" in one.needs and last is not None and last.dropped:
             raise PassError(f"{one!r} changes the units that an edit keeps, but the edit before it drops blocks")
@@ -262,7 +262,7 @@ def check_order(passes: Sequence[Pass]) -> None:
 def apply(
     model: Model,
     passes: Sequence[Pass],
-    example_inputs: Any = None,
+    example_inputs: object = None,
     *,
     inplace: bool = False,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -302,7 +302,7 @@ def apply(
     return rewrite(model, edit, inplace=inplace, optimizer=optimizer, ema=ema)
 
 
-def cost(model: nn.Module, example_inputs: Any = None) -> Cost:
+def cost(model: nn.Module, example_inputs: object = None) -> Cost:
     """Parameters and multiply-accumulates of one run, in all and per module.
 
     Example:

@@ -76,7 +76,7 @@ class New:
 Planned = int | Copy | New  # an integer is a unit that is kept
 
 
-def listed(name: str, given: Any, size: int, whole: bool = True) -> tuple[Planned, ...]:
+def listed(name: str, given: Iterable[Planned], size: int, whole: bool = True) -> tuple[Planned, ...]:
     """The units of a group as they are planned, with shares that are numbers; units that stay alone are integers.
 
     Args:
@@ -167,14 +167,14 @@ def then(first: Sequence[Planned], later: Iterable[Planned]) -> tuple[Planned, .
     return tuple(found)
 
 
-def written(unit: Planned) -> Any:
+def written(unit: Planned) -> int | dict[str, object]:
     """A unit for JSON."""
     if isinstance(unit, Copy):
         return {"copy": unit.unit, "share": unit.share}
     return {"new": unit.init, "seed": unit.seed} if isinstance(unit, New) else unit
 
 
-def read(value: Any) -> Any:
+def read(value: int | Mapping[str, Any]) -> Planned:
     """A unit from JSON."""
     if not isinstance(value, Mapping):
         return value

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,9 @@ class Draws(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._drawn: dict[int, torch.UntypedStorage] = {}  # holding them keeps their keys from being used again
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         writes = func._schema.is_mutable
@@ -72,7 +74,7 @@ class Draws(TorchDispatchMode):
         """The names of a model's parameters that hold such numbers."""
         return [name for name, one in model.named_parameters() if self._holds(one)]
 
-    def _holds(self, value: Any) -> bool:
+    def _holds(self, value: object) -> bool:
         return isinstance(value, Tensor) and _key(value) in self._drawn
 
     def _note(self, tensor: Tensor) -> None:
@@ -116,7 +118,7 @@ def read_weights(path: Path) -> tuple[State, str]:
     return _state_in(found, path)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] != b"{":  # safetensors: the length of its header, and the header, which is JSON
@@ -142,19 +144,20 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:150] or type(error).__name__
 
 
-def _state_in(found: Any, path: Path) -> tuple[State, str]:
+def _state_in(found: object, path: Path) -> tuple[State, str]:
     if _is_state(found):
         return found, str(path)
-    inside = [key for key, value in found.items() if _is_state(value)] if isinstance(found, Mapping) else []
-    if len(inside) != 1:
-        held = f"several state dicts ({', '.join(map(str, inside))})" if inside else "no state dict"
+    states = {key: value for key, value in found.items() if _is_state(value)} if isinstance(found, Mapping) else {}
+    if len(states) != 1:
+        held = f"several state dicts ({', '.join(map(str, states))})" if states else "no state dict"
         raise InputError(
             f"{path} holds {held}: save the one that is meant alone, by torch.save(model.state_dict(), file)"
         )
-    return found[inside[0]], f"'{inside[0]}' in {path}"
+    [(key, state)] = states.items()
+    return state, f"'{key}' in {path}"
 
 
-def _is_state(value: Any) -> bool:
+def _is_state(value: object) -> TypeGuard[State]:
     """Names and tensors; what modules keep beside their tensors is allowed."""
     return (
         isinstance(value, Mapping)

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +22,7 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes.calibration import Samples
-from netsurgery.passes.functional_graph import Unsuited
+from netsurgery.passes.functional_graph import Results, Unsuited
 from netsurgery.passes.losses import Loss
 from netsurgery.passes.partial_replay import PartialReplay
 from netsurgery.passes.progress import Report
@@ -111,7 +110,7 @@ class Ablation(SampleLosses):
             found[name] = int((self.samples.count - seen).clamp_min(0).sum())
         return {name: rows for name, rows in found.items() if rows}
 
-    def fingerprint(self, *choices: Any) -> str:
+    def fingerprint(self, *choices: object) -> str:
         """A digest of all that scores depend on.
 
         Args:
@@ -253,9 +252,7 @@ class Ablation(SampleLosses):
                 self.steady[key] = once is not None and self.same_as_once(engine, once, whole, start, rows)
         return self.steady[key]
 
-    def same_as_once(
-        self, engine: PartialReplay, once: PartialReplay, whole: Mapping[fx.Node, Any], start: int, rows: int
-    ) -> bool:
+    def same_as_once(self, engine: PartialReplay, once: PartialReplay, whole: Results, start: int, rows: int) -> bool:
         """Whether samples that go through several times give what they give alone."""
         alone = once.whole(self.batch(start, start + rows, 1)[0], [])
         spread = engine.repeated(once, alone, engine.outputs)
@@ -282,7 +279,7 @@ class Ablation(SampleLosses):
 
     def whole(
         self, engine: PartialReplay, copies: int, start: int, stop: int, reads: Collection[fx.Node], before: Removal
-    ) -> dict[fx.Node, Any]:
+    ) -> Results:
         """Results of the network without some units; of samples that come several times from a run on them once."""
         once = self.engine(stop - start, 1, start) if copies > 1 else None
         twins = None if once is None else engine.twins(once)
@@ -292,7 +289,7 @@ class Ablation(SampleLosses):
                 return found
         return engine.whole(self.batch(start, stop, copies)[0], reads, before)
 
-    def base(self, engine: PartialReplay, copies: int, start: int, stop: int, whole: Mapping[fx.Node, Any]) -> Tensor:
+    def base(self, engine: PartialReplay, copies: int, start: int, stop: int, whole: Results) -> Tensor:
         """Losses ``(rows,)`` of the network as it is, given its results where they are known."""
         key = stop - start, copies, start
         if key not in self.bases:
@@ -316,7 +313,7 @@ class Ablation(SampleLosses):
             held.update(reads)
         yield portion
 
-    def losses(self, outputs: list[Tensor], targets: Any, engine: PartialReplay, used: int, copies: int) -> Tensor:
+    def losses(self, outputs: list[Tensor], targets: object, engine: PartialReplay, used: int, copies: int) -> Tensor:
         """Losses ``(used, rows)`` of the parts of a batch."""
         together = self.losses_together(outputs, targets, copies) if self.by_sample is not False else None
         if self.by_sample and together is not None:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ _ROWS = 8, 32  # that go through at once, at least and at most
 def measure(
     model: nn.Module,
     small: nn.Module,
-    data: Any,
+    data: object,
     loss: Loss | None = None,
     samples: int = MOST,
     seed: int = 0,
@@ -77,7 +76,7 @@ def measure(
     return compared(model, small, drawn, loss, classes=classes)
 
 
-def answers(model: nn.Module, drawn: Samples) -> Iterator[Any]:
+def answers(model: nn.Module, drawn: Samples) -> Iterator[object]:
     """What a model returns for samples in eval mode, batch by batch."""
     device = home(model)
     with in_eval_mode(model), torch.no_grad():
@@ -90,7 +89,7 @@ def compared(
     small: nn.Module,
     drawn: Samples,
     loss: Loss | None = None,
-    before: Sequence[Any] | None = None,
+    before: Sequence[object] | None = None,
     classes: bool = True,
 ) -> Measured:
     """As ``measure``, on samples that are drawn already; without targets no loss.
@@ -113,7 +112,7 @@ def reported(
     edit: Edit,
     drawn: Samples,
     loss: Loss | None = None,
-    before: Sequence[Any] | None = None,
+    before: Sequence[object] | None = None,
     classes: bool = True,
 ) -> Measured:
     """As ``compared``, of a model and what an edit leaves of it; where samples are large, on the first of them."""
@@ -158,7 +157,7 @@ class _Sums:
         self.divergence = self.difference = self.norm = 0.0
         self.no_loss = self.no_outputs = ""  # why there is none to compare
 
-    def add(self, before: Any, after: Any, targets: Any) -> None:
+    def add(self, before: object, after: object, targets: object) -> None:
         """The outputs of a batch."""
         self._add_losses(before, after, targets)
         found, numbers = squares(before, after), _numbers(before)
@@ -174,7 +173,7 @@ class _Sums:
         if logits is not None and changed is not None and dim is not None:
             self._add_choices(logits.movedim(dim, -1), changed.movedim(dim, -1), targets)
 
-    def _add_losses(self, before: Any, after: Any, targets: Any) -> None:
+    def _add_losses(self, before: object, after: object, targets: object) -> None:
         if targets is None or not (self.own or self.classes):
             return
         if self.own is None:
@@ -184,15 +183,16 @@ class _Sums:
             except InputError as reason:
                 self.no_loss = f"no loss: {reason}"
                 return
+        loss: Loss = self.own or cross_entropy
         rows = len(pytree.tree_leaves(targets)[0])
         for at, outputs in enumerate((before, after)):
-            found: Any = (self.own or cross_entropy)(outputs, targets)
+            found = loss(outputs, targets)
             if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
                 shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
             self.losses[at] += float(found.double().mean()) * rows
 
-    def _add_choices(self, logits: Tensor, others: Tensor, targets: Any) -> None:
+    def _add_choices(self, logits: Tensor, others: Tensor, targets: object) -> None:
         """Logits ``(..., classes)`` of both, at the positions that have a label."""
         if isinstance(targets, Tensor) and not targets.is_floating_point():
             said = (targets != ignored_by(self.own)).reshape(logits.shape[:-1])
@@ -225,7 +225,7 @@ class _Sums:
         return Measured(count, loss, self.same / self.positions, max(0.0, self.divergence / self.positions), error, why)
 
 
-def squares(before: Any, after: Any) -> tuple[float, float] | None:
+def squares(before: object, after: object) -> tuple[float, float] | None:
     """Squares of the difference of two networks' outputs, and of the original's; None where their shapes differ.
 
     They are summed over entries that are finite in the original: masks are infinite. What is infinite or NaN in the
@@ -244,11 +244,11 @@ def squares(before: Any, after: Any) -> tuple[float, float] | None:
     return math.inf if math.isnan(off) else off, whole
 
 
-def _numbers(outputs: Any) -> list[Tensor]:
+def _numbers(outputs: object) -> list[Tensor]:
     return [t for t in tensors_in(outputs) if t.is_floating_point() or t.is_complex()]
 
 
-def _classes(logits: Tensor, targets: Any, everything: Any, ignored: int) -> int | None:
+def _classes(logits: Tensor, targets: object, everything: object, ignored: int) -> int | None:
     """The dimension of logits that holds classes, if they are such."""
     if targets is None:
         return 1 if logits.dim() == 2 and logits.shape[1] > 1 else None

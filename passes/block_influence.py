@@ -7,10 +7,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from netsurgery.analysis.blocks import Block, at
 from netsurgery.analysis.network import Network
@@ -59,7 +60,7 @@ class BlockInfluenceScore(DataPass):
         2
     """
 
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     samples: int = 64
     seed: int = 0
     loss: Loss | None = field(default=None, repr=False)
@@ -102,11 +103,11 @@ class _Mean:
         self.features = _features(block)
         self.given: Tensor | None = None
 
-    def before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(self, _: nn.Module, args: object, kwargs: object) -> None:
         """Keep the input: the block may write to it."""
         self.given = at(self.block.given, (args, kwargs)).detach().clone()
 
-    def after(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def after(self, _: nn.Module, args: object, kwargs: object, out: object) -> None:
         """Compare it with the output."""
         assert self.given is not None
         given, result = self._by_position(self.given), self._by_position(at(self.block.returned, out))
@@ -132,7 +133,7 @@ def _features(block: Block) -> list[int]:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, means: dict[str, _Mean]) -> Iterator[None]:
-    hooks: list[Any] = []
+    hooks: list[RemovableHandle] = []
     try:
         for path, mean in means.items():
             module = model.get_submodule(path)

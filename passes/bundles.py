@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import ceil, gcd
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from netsurgery.passes.selection import (
 )
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from netsurgery.passes.removal import PruneChannels
 
 __all__ = ["Bundle", "Choice", "brief", "call_of"]
@@ -308,13 +310,13 @@ def _checked(network: Network, group: Group) -> Tensor:
     return score
 
 
-def call_of(one: Any) -> str:
+def call_of(one: DataclassInstance) -> str:
     """The call that makes a pass, with the settings that are not its defaults."""
     given = [field for field in fields(one) if getattr(one, field.name) != field.default and field.repr]
     return f"{type(one).__name__}({', '.join(f'{field.name}={brief(getattr(one, field.name))}' for field in given)})"
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """A setting in one line: modules and networks by their class."""
     if isinstance(value, nn.Module | Edit | Network):
         return type(value).__name__

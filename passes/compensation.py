@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Compensate(DataPass):
     """
 
     method: Method
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     samples: int = 512
     ridge: float = 1e-2
     memory: int = 1 << 30
@@ -103,7 +103,7 @@ def check_settings(who: str, samples: int, ridge: float) -> None:
 def compensate(
     edit: Edit,
     method: Method,
-    data: Any,
+    data: object,
     samples: int = 512,
     ridge: float = 1e-2,
     seed: int = 0,

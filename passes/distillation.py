@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class Distillation(nn.Module):
         hint_weight: float = 1.0,
         normalize: bool = False,
         project: bool = False,
-        example_inputs: Any = None,
+        example_inputs: object = None,
     ):
         super().__init__()
         _check_number("temperature", temperature, temperature != 0, "a number above 0")
@@ -107,7 +107,7 @@ class Distillation(nn.Module):
             raise InputError("Distillation(project=True): pass example_inputs=, by which its layers are made")
         self.hints = Hints(hints, student, teacher, normalize, project, example_inputs)
 
-    def forward(self, student: Any, teacher: Any, targets: Any = None) -> Tensor:
+    def forward(self, student: object, teacher: object, targets: object = None) -> Tensor:
         """The loss, a scalar, of what student and teacher return for the same inputs."""
         own, wanted = self._logits(student, teacher, targets)
         counted = self._counted(own, targets)
@@ -138,7 +138,7 @@ class Distillation(nn.Module):
         """What ``print`` says."""
         return f"temperature={self.temperature:g}, alpha={self.alpha:g}, hint_weight={self.hint_weight:g}"
 
-    def _logits(self, student: Any, teacher: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    def _logits(self, student: object, teacher: object, targets: object) -> tuple[Tensor, Tensor]:
         """Logits of both ``(n, classes, ...)``."""
         own, wanted = _logits_of("student", student), _logits_of("teacher", teacher).detach()
         dim = _dim_of_classes(own, targets) if self.dim is None else self.dim
@@ -156,18 +156,18 @@ class Distillation(nn.Module):
         dtype = accumulator(own, wanted)
         return own.movedim(dim, 1).to(dtype), wanted.movedim(dim, 1).to(dtype)
 
-    def _counted(self, own: Tensor, targets: Any) -> Tensor | None:
-        """Which positions ``(n, ...)`` have a label; None for all."""
-        fits = _are_indices(targets) and targets.shape == (own.shape[0], *own.shape[2:])
-        if targets is not None and self.loss is None:
-            if not fits:
-                wanted = (own.shape[0], *own.shape[2:])
+    def _counted(self, own: Tensor, targets: object) -> Tensor | None:
+        """True at the positions ``(n, ...)`` that have a label; None for all."""
+        wanted = (own.shape[0], *own.shape[2:])
+        if not _are_indices(targets) or targets.shape != wanted:
+            if targets is not None and self.loss is None:
                 raise InputError(
                     f"targets are {_form(targets)}, no class indices {wanted}: pass such, or loss=f(logits, targets)"
                 )
+            return None
+        if self.loss is None:
             self._check_range(own, targets)
-        counted: Tensor | None = targets.long() != ignored_by(self.loss) if fits else None  # 8 bits hold no -100
-        return counted
+        return targets.long() != ignored_by(self.loss)  # 8 bits hold no -100
 
     def _check_range(self, own: Tensor, targets: Tensor) -> None:
         if torch.compiler.is_compiling() or (self._looked and not targets.is_cpu):
@@ -179,10 +179,11 @@ class Distillation(nn.Module):
                 f"{own.shape[1]} classes"
             )
 
-    def _of_targets(self, own: Tensor, targets: Any, counted: Tensor | None) -> Tensor:
+    def _of_targets(self, own: Tensor, targets: object, counted: Tensor | None) -> Tensor:
         if self.loss is None:
+            assert isinstance(targets, Tensor)  # they are class indices
             return _mean(F.cross_entropy(own, targets.long(), ignore_index=IGNORED, reduction="none"), counted)
-        found: Any = self.loss(own, targets)
+        found = self.loss(own, targets)
         if not isinstance(found, Tensor) or found.shape not in ((), (len(own),)):
             raise InputError(
                 f"the loss of {len(own)} samples is {_form(found)}: return the mean, or one number for each"
@@ -190,12 +191,12 @@ class Distillation(nn.Module):
         return found.mean()
 
 
-def _check_number(name: str, value: Any, fits: bool, expected: str, most: float = math.inf) -> None:
+def _check_number(name: str, value: object, fits: bool, expected: str, most: float = math.inf) -> None:
     if not (isinstance(value, Real) and fits and 0 <= float(value) <= most and math.isfinite(value)):
         raise InputError(f"Distillation({name}={value!r}): expected {expected}")
 
 
-def _logits_of(who: str, outputs: Any) -> Tensor:
+def _logits_of(who: str, outputs: object) -> Tensor:
     found = logits_in(outputs)
     if found is None:
         raise InputError(
@@ -204,7 +205,7 @@ def _logits_of(who: str, outputs: Any) -> Tensor:
     return found
 
 
-def _dim_of_classes(logits: Tensor, targets: Any) -> int:
+def _dim_of_classes(logits: Tensor, targets: object) -> int:
     """The dimension that targets lack."""
     last = logits.dim() - 1
     if last == 1:
@@ -218,12 +219,12 @@ def _dim_of_classes(logits: Tensor, targets: Any) -> int:
     return last if targets.shape == shapes[last] else 1
 
 
-def _are_indices(targets: Any) -> bool:
+def _are_indices(targets: object) -> TypeGuard[Tensor]:
     kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return isinstance(targets, Tensor) and targets.dtype in kinds
 
 
-def _form(value: Any) -> str:
+def _form(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 

@@ -16,7 +16,7 @@ from netsurgery.capture.source_locations import format_where, location
 __all__ = ["drawn_at"]
 
 
-def drawn_at(network: Network, run: Callable[[int], Any]) -> list[str]:
+def drawn_at(network: Network, run: Callable[[int], object]) -> list[str]:
     """The operations of torch that draw; else the first line that computes something else in another draw.
 
     Args:
@@ -45,7 +45,9 @@ class _Sums(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
             if not tensor.is_complex():

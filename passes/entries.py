@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def unit_sums(
         chosen: by group; one that has no uses has no sums.
         along: the sums over some axes of a weight (it may be none of them) of what its entries are worth.
     """
-    held: dict[Any, tuple[Weight, dict[str, set[int]]]] = {}  # one tensor may be the value of two weights
+    held: dict[Hashable, tuple[Weight, dict[str, set[int]]]] = {}  # one tensor may be the value of two weights
     for name, found in chosen.items():
         for use in found:
             key = use.weight.names, id(use.weight.value)

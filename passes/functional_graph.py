@@ -24,10 +24,11 @@ from netsurgery.capture.known_values import any_layout, replay_decision
 from netsurgery.capture.meta_run import home
 from netsurgery.capture.randomness import torch_seeded
 
-__all__ = ["CONTRACTED", "Dims", "FunctionalGraph", "Step", "Unsuited"]
+__all__ = ["CONTRACTED", "Dims", "FunctionalGraph", "Results", "Step", "Unsuited"]
 
 aten = torch.ops.aten
 Dims = Any  # of a node: a tuple of axes, or one for each result
+Results = Mapping[fx.Node, Any]  # of operations: tensors, numbers, or several of them
 
 #: The operations that contract, and how their notation names the axis that they contract over.
 CONTRACTED = {**dict.fromkeys((aten.mm, aten.bmm, aten.addmm, aten.baddbmm), "k"), aten.convolution: "i"}
@@ -99,7 +100,7 @@ class FunctionalGraph:
         with torch.no_grad():
             _Builder(self, home(self.network.model)).build()
 
-    def product(self, target: Callable[..., Any]) -> Callable[..., Any]:
+    def product(self, target: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A convolution or matrix product, computed in the type that was asked for."""
         return target if self.autocast is None else functools.partial(_lowered, target, self.autocast)
 
@@ -129,7 +130,7 @@ class FunctionalGraph:
                 return dim
         return None
 
-    def arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
+    def arguments(self, args: Any, *values: Results) -> Any:
         """Arguments with each node replaced by its value."""
 
         def look(node: fx.Node) -> Any:
@@ -215,7 +216,7 @@ class _Builder:
             for leaf in worked_across(one)
         )
 
-    def drawn(self, call: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
+    def drawn(self, call: Callable[..., object], place: int, *args: object, **kwargs: object) -> object:
         """The result of an operation that draws random numbers: those of its place and the seed."""
         with torch_seeded(self.of.seed + 7919 * place, self.device):
             return call(*args, **kwargs)
@@ -279,18 +280,20 @@ class _Builder:
                 self.of.constants[step.args[1]] = weight.contiguous(memory_format=torch.channels_last)
 
 
-def _on_a_copy(target: Callable[..., Any], written: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _on_a_copy(target: Callable[..., object], written: Tensor, *args: object, **kwargs: object) -> object:
     return target(written.clone(), *args, **kwargs)
 
 
-def _decided(target: Any, decided: Any, *args: Any, **kwargs: Any) -> Any:
+def _decided(target: Any, decided: object, *args: object, **kwargs: object) -> object:
     """The result of an operation as the recorded run decided it."""
     if target._schema.is_mutable:
-        args = (args[0].clone(), *args[1:])
+        written, *others = args
+        assert isinstance(written, Tensor)
+        args = (written.clone(), *others)
     return replay_decision(target, args, kwargs, decided)
 
 
-def _lowered(target: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+def _lowered(target: Callable[..., Tensor], dtype: torch.dtype, *args: object, **kwargs: object) -> Tensor:
     """A product computed in a shorter type, returned in the type of its arguments."""
     own = next(value.dtype for value in args if isinstance(value, Tensor))
     if not own.is_floating_point:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -65,7 +64,7 @@ def _slopes(ablation: Ablation, engine: PartialReplay, start: int, stop: int) ->
     rows, device, sizes = stop - start, ablation.device, {g.name: g.size for g in ablation.network.prunable}
     gates = {n: torch.ones(rows, size, dtype=kind, device=device, requires_grad=True) for n, size in sizes.items()}
     channels = {engine.network[name].channel: gate for name, gate in gates.items()}
-    values: dict[fx.Node, Any] = dict(zip(engine.inputs, tensors_in(inputs), strict=True))
+    values: dict[fx.Node, Tensor] = dict(zip(engine.inputs, tensors_in(inputs), strict=True))
     with torch.enable_grad():
         for step in engine.steps:
             if step.node not in engine.constants:

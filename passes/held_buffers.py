@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class HeldBuffers:
                 modules[path].register_forward_hook(owner.normalise, with_kwargs=True)  # after they have been put back
         model.register_forward_hook(self.put_back, always_call=True)  # its code may hand buffers to functions
 
-    def put_back(self, model: nn.Module, *_: Any) -> None:
+    def put_back(self, model: nn.Module, *_: object) -> None:
         """Put them back now, in the model or in a copy of it."""
         modules = named_modules(model)
         for path, owner in self._owners.items():
@@ -70,11 +69,11 @@ class _Owner:
         self._kept: dict[str, Tensor] = {}
         self.take(module)
 
-    def take(self, module: nn.Module, *_: Any) -> None:
+    def take(self, module: nn.Module, *_: object) -> None:
         """Hold what they hold now, such as after ``load_state_dict``."""
         self._kept = {key: one.detach().clone() for key, one in module._buffers.items() if one is not None}
 
-    def put_back(self, module: nn.Module, *_: Any) -> None:
+    def put_back(self, module: nn.Module, *_: object) -> None:
         """Through ``.data``: nothing that autograd has saved of them counts as changed."""
         for key, kept in self._kept.items():
             buffer = module._buffers.get(key)
@@ -88,7 +87,9 @@ class _Owner:
                 kept = torch.where(free, buffer.detach(), kept)
             buffer.data.copy_(kept)
 
-    def normalise(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    def normalise(
+        self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], output: Tensor
+    ) -> Tensor | None:
         """What a norm gives in training mode, but old units as in eval mode, by the statistics that are held."""
         if not module.training or "running_mean" not in self._kept:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, MutableMapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.optim import Adagrad, Optimizer
 
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.passes.split_tensors import assembled
-from netsurgery.rewriting.optimizers import OF_ELEMENTS, OF_WEIGHTS, within
+from netsurgery.rewriting.optimizers import OF_ELEMENTS, OF_WEIGHTS, State, within
 
 __all__ = ["HeldStates"]
 
@@ -28,7 +27,7 @@ class HeldStates:
     def __init__(self, optimizers: Sequence[Optimizer], held: Container[int], places: Mapping[int, Tensor]):
         self._places = dict(places)
         self._lists: list[tuple[list[Tensor], list[Tensor]]] = []
-        self._states: list[tuple[Optimizer, MutableMapping[Any, Any], dict[Tensor, dict[str, Any]]]] = []
+        self._states: list[tuple[Optimizer, MutableMapping[Tensor, State], dict[Tensor, State]]] = []
         inside = {id(one): one for optimizer in optimizers for one in within(optimizer)}.values()
         for optimizer in inside:
             for group in optimizer.param_groups:
@@ -60,7 +59,7 @@ class HeldStates:
                     state[one] = entry
 
 
-def _begun(entry: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+def _begun(entry: State, places: Tensor) -> State:
     """The state that new entries begin with, of an optimizer that has one of the whole parameter."""
     return {
         key: value.flatten()[places.to(value.device)] if value.dim() else torch.zeros_like(value)
@@ -69,9 +68,7 @@ def _begun(entry: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _merged(
-    optimizer: Optimizer, entry: Mapping[str, Any], late: Mapping[str, Any], param: Tensor, places: Tensor
-) -> dict[str, Any]:
+def _merged(optimizer: Optimizer, entry: State, late: State, param: Tensor, places: Tensor) -> State:
     """A state of the whole parameter, with what an optimizer has kept of each new entry.
 
     Args:

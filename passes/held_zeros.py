@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from netsurgery.passes.filter_positions import scale
 
@@ -21,7 +21,7 @@ class HeldZeros:
     """Holds entries of parameters at zero: they have no gradient and no momentum."""
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def hold(
         self,

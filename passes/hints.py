@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import methodcaller
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,10 @@ from netsurgery.passes.parameters import own_module
 
 __all__ = ["Hints"]
 
-_CONVOLUTIONS: dict[int, Any] = {4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of features
-_POOLS: dict[int, Any] = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+# By the number of dimensions of features:
+_CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {4: nn.Conv2d, 5: nn.Conv3d}
+_POOLS: dict[int, Callable[..., Tensor]] = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+Seen = dict[str, tuple[int, object]]  # by path: how often a module ran, and its last output
 _LEAST = 1e-12  # mean square of features, below which these are not divided: of zeros, gradients would be NaN
 
 
@@ -46,7 +47,7 @@ class Hints(nn.Module):
         teacher: nn.Module,
         normalize: bool = False,
         project: bool = False,
-        example_inputs: Any = None,
+        example_inputs: object = None,
     ):
         super().__init__()
         self.paths, self.normalize, self.project = dict(paths), normalize, project
@@ -95,7 +96,7 @@ class Hints(nn.Module):
         path, other = [*self.paths.items()][index]
         return f"hint {path!r}: {other!r}: features are {own} in the student and {wanted} in the teacher"
 
-    def _try(self, networks: Sequence[nn.Module], example_inputs: Any) -> None:
+    def _try(self, networks: Sequence[nn.Module], example_inputs: object) -> None:
         """Run both once, make the layers that channels need, and compare shapes."""
         for network in networks:
             device = home(network)
@@ -126,7 +127,7 @@ class _Side:
 
     def __init__(self, who: str, network: nn.Module, places: Mapping[str, nn.Module]):
         self.who = who
-        self.seen: dict[str, tuple[int, Any]] = {}  # how often a module ran, and what it gave last
+        self.seen: Seen = {}
         self.handles = [own_module(network).register_forward_pre_hook(_forget(own_module(network), self.seen))]
         for path, place in places.items():
             self.handles.append(place.register_forward_hook(_keep(place, path, self.seen)))
@@ -164,16 +165,16 @@ def _places(who: str, network: nn.Module, paths: Iterable[str]) -> dict[str, nn.
 # too. They are functions because these are not copied with it.
 
 
-def _forget(network: nn.Module, seen: dict[str, Any]) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, _: Any) -> None:
+def _forget(network: nn.Module, seen: Seen) -> Callable[[nn.Module, object], None]:
+    def hook(module: nn.Module, _: object) -> None:
         if module is network:
             seen.clear()
 
     return hook
 
 
-def _keep(place: nn.Module, path: str, seen: dict[str, Any]) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
+def _keep(place: nn.Module, path: str, seen: Seen) -> Callable[[nn.Module, object, object], None]:
+    def hook(module: nn.Module, _: object, output: object) -> None:
         if module is place:
             first = output[0] if isinstance(output, tuple | list) and output else output
             kept = first.clone() if isinstance(first, Tensor) else first  # a layer after it may write into it

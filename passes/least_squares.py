@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["POSITIONS", "Change", "Sums", "bytes_of", "outputs_at", "places_of", "spatial", "sums_of", "windows"]
+__all__ = [
+    "POSITIONS",
+    "Change",
+    "Layer",
+    "Sums",
+    "bytes_of",
+    "layer_at",
+    "outputs_at",
+    "places_of",
+    "spatial",
+    "sums_of",
+    "windows",
+]
+
+Layer = nn.Linear | _ConvNd
 
 POSITIONS = 128  # outputs of one sample that are looked at: neighbours say much the same
 _NUMBERS = 1 << 21  # of inputs that are unfolded at once
@@ -97,7 +111,14 @@ class Sums:
         return max(0.0, float(self.lost - taken))
 
 
-def bytes_of(module: Any, refit: bool) -> int:
+def layer_at(network: nn.Module, path: str) -> Layer:
+    """The linear layer or convolution at a path."""
+    layer = network.get_submodule(path)
+    assert isinstance(layer, Layer)
+    return layer
+
+
+def bytes_of(module: Layer, refit: bool) -> int:
     """What the sums of a layer take, twice: some samples are held back."""
     weight = module.weight
     groups = getattr(module, "groups", 1)
@@ -106,7 +127,7 @@ def bytes_of(module: Any, refit: bool) -> int:
     return int(2 * 8 * groups * width * (width + outputs))
 
 
-def places_of(module: Any, out: Tensor, generator: torch.Generator) -> Tensor | None:
+def places_of(module: Layer, out: Tensor, generator: torch.Generator) -> Tensor | None:
     """Which outputs of each sample are looked at, as numbers of a row-major order; None for all."""
     count = prod(_whole(module, out).shape[2:] if spatial(module) else _whole(module, out).shape[1:2])
     if count <= POSITIONS:
@@ -114,14 +135,14 @@ def places_of(module: Any, out: Tensor, generator: torch.Generator) -> Tensor | 
     return torch.randperm(count, generator=generator)[:POSITIONS].sort().values.to(out.device)
 
 
-def outputs_at(module: Any, out: Tensor, places: Tensor | None) -> Tensor:
+def outputs_at(module: Layer, out: Tensor, places: Tensor | None) -> Tensor:
     """Outputs of a layer at some places, ``(samples, places, outputs)``."""
     out = _whole(module, out)
     out = out.flatten(2).mT if spatial(module) else out
     return out if places is None else out[:, places]
 
 
-def sums_of(module: Any, x: Tensor, wanted: Tensor, places: Tensor | None, refit: bool) -> Sums:
+def sums_of(module: Layer, x: Tensor, wanted: Tensor, places: Tensor | None, refit: bool) -> Sums:
     """Sums over what a layer is given and what it should return, in blocks of samples.
 
     Args:
@@ -148,11 +169,11 @@ def sums_of(module: Any, x: Tensor, wanted: Tensor, places: Tensor | None, refit
     return total
 
 
-def _inputs(module: Any, x: Tensor, places: Tensor | None) -> Tensor:
+def _inputs(module: Layer, x: Tensor, places: Tensor | None) -> Tensor:
     """What is multiplied with the weights, ``(groups, n, d)``."""
-    if spatial(module):
-        return windows(module, x, places)
-    return _grouped(x if places is None else x[:, places], 1)
+    if isinstance(module, nn.Linear):
+        return _grouped(x if places is None else x[:, places], 1)
+    return windows(module, x, places)
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
@@ -161,12 +182,12 @@ def _grouped(t: Tensor, groups: int) -> Tensor:
     return rows
 
 
-def spatial(module: Any) -> int:
+def spatial(module: Layer) -> int:
     """How many dimensions a convolution goes along; 0 for a linear layer."""
     return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
 
 
-def windows(module: Any, x: Tensor, places: Tensor | None = None) -> Tensor:
+def windows(module: _ConvNd, x: Tensor, places: Tensor | None = None) -> Tensor:
     """What a convolution multiplies with its weights at some places: (groups, n, channels of a group * kernel)."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
@@ -176,13 +197,13 @@ def windows(module: Any, x: Tensor, places: Tensor | None = None) -> Tensor:
     if places is None:
         x = x.flatten(2, last - 1)
     else:
-        at: tuple[Any, ...] = torch.unravel_index(places, x.shape[2:last])
-        x = x[(slice(None), slice(None), *at)]  # (b, channels, places, *kernel)
+        at: tuple[slice | Tensor, ...] = (slice(None), slice(None), *torch.unravel_index(places, x.shape[2:last]))
+        x = x[at]  # (b, channels, places, *kernel)
     rows: Tensor = x.unflatten(1, (module.groups, -1)).movedim(1, 0).movedim(3, 2).flatten(3).flatten(1, 2)
     return rows
 
 
-def _whole(module: Any, t: Tensor) -> Tensor:
+def _whole(module: Layer, t: Tensor) -> Tensor:
     """``(samples, c, *s)`` of a convolution, ``(samples, s, c)`` of a linear layer."""
     dims = spatial(module)
     shape = (-1, *t.shape[t.dim() - dims - 1 :]) if dims else (len(t) if t.dim() > 1 else 1, -1, t.shape[-1])

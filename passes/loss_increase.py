@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class LossIncreaseScore(DataPass):
         Linear(in_features=4, out_features=4, bias=True)
     """
 
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     loss: Loss | None = None
     samples: int = 1000
     mode: Literal["score", "cumulative", "per-group"] = "score"
@@ -212,9 +212,7 @@ class LossIncreaseScore(DataPass):
 
     def _scoped(self, network: Network) -> Network:
         """The network with all groups locked that are not to be scored."""
-        include: Any = self.include  # tuples since they were checked
-        exclude: Any = self.exclude
-        return scoped(network, include, exclude, self.removal)
+        return scoped(network, as_patterns(self.include), as_patterns(self.exclude), self.removal)
 
     def _exact(self, ablation: Ablation, checkpoint: ScoreCheckpoint) -> dict[str, Tensor]:
         left = ablation.rows_left(checkpoint, ablation.everything())

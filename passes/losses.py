@@ -24,7 +24,7 @@ def ignored_by(loss: Loss | None) -> int:
     return int(getattr(loss, "ignore_index", IGNORED))
 
 
-def logits_in(outputs: Any) -> Tensor | None:
+def logits_in(outputs: object) -> Tensor | None:
     """Of what a model returns that which may be logits: a tensor, or what it names so."""
     named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     return named if isinstance(named, Tensor) and named.is_floating_point() and named.dim() > 1 else None
@@ -40,7 +40,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return found.sum(1) / (labels != IGNORED).reshape(len(logits), -1).sum(1).clamp_min(1)
 
 
-def check_targets(logits: Any, targets: Any, everything: Any) -> None:
+def check_targets(logits: object, targets: object, everything: object) -> None:
     """Make sure that targets are classes, or shares of them, for logits ``(n, classes, ...)``.
 
     Args:
@@ -61,6 +61,7 @@ def check_targets(logits: Any, targets: Any, everything: Any) -> None:
         raise InputError(f"{both}, neither classes nor their shares: {_OWN}")
     if logits.shape[1] < 2:
         raise InputError(f"{both}: that is one class, of which the cross-entropy is always zero: {_OWN}")
+    assert isinstance(everything, Tensor)  # as the targets of some samples are
     clash = _clash_of_labels if whole else _clash_of_shares
     if why := clash(logits, everything):
         raise InputError(f"{both}, {why}: {_OWN}")

@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from netsurgery.capture.meta_run import home
 from netsurgery.edit import Edit
 from netsurgery.passes.agreement import squares
 from netsurgery.passes.calibration import HELD_BACK, Samples, outputs_of
-from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
+from netsurgery.passes.least_squares import Layer, Sums, layer_at, outputs_at, places_of, spatial, sums_of
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, hooked
 
@@ -105,9 +104,9 @@ class Lost:
                 self.run(self.model, inputs)
         return found
 
-    def layer(self, reader: Reader) -> Any:
+    def layer(self, reader: Reader) -> Layer:
         """The layer of the smaller network."""
-        return self.small.get_submodule(reader.path)
+        return layer_at(self.small, reader.path)
 
     def gaps(self, values: Sequence[Mapping[str, Tensor]]) -> list[float]:
         """How far the smaller network's outputs are from the original's on samples that are held back.
@@ -140,12 +139,12 @@ class Lost:
             for name, value in own.items():
                 self.tensors[name].copy_(value)
 
-    def run(self, network: nn.Module, inputs: Inputs) -> Any:
+    def run(self, network: nn.Module, inputs: Inputs) -> object:
         """The outputs of a network."""
         return outputs_of(network, inputs, self.device)
 
 
-def _stay(module: Any, t: Tensor, positions: Tensor | None) -> Tensor:
+def _stay(module: Layer, t: Tensor, positions: Tensor | None) -> Tensor:
     """Inputs or outputs of a layer without the channels that are removed."""
     return t if positions is None else t.index_select(-1 - spatial(module), positions.to(t.device))
 

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +28,7 @@ from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.statistics import STATISTICS
 from netsurgery.axes import Axis
 from netsurgery.capture.inputs import Inputs, tensors_in
-from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Step
+from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Results, Step
 from netsurgery.passes.removed_units import NOTHING, Removal, RemovedUnits
 
 __all__ = ["PartialReplay", "Run", "Suffix"]
@@ -163,9 +162,9 @@ class PartialReplay(FunctionalGraph):
             return "shifted" if simple and dense else "changed"
         return "masked" if carries else "clean"
 
-    def whole(self, inputs: Inputs, keep: Iterable[fx.Node], before: Removal = NOTHING) -> dict[fx.Node, Any]:
+    def whole(self, inputs: Inputs, keep: Iterable[fx.Node], before: Removal = NOTHING) -> Results:
         """Run the network on a batch, without some units, and return the results that are to be kept."""
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors_in(inputs), strict=True))
+        values: dict[fx.Node, object] = dict(zip(self.inputs, tensors_in(inputs), strict=True))
         gone = RemovedUnits.once(self, before)
         runs = self._all(tuple(sorted(before)))
         keep = {*keep, *self.outputs, *(run.step.node for run in runs if run.step.node in self.constants)}
@@ -188,9 +187,7 @@ class PartialReplay(FunctionalGraph):
     def _released(self) -> dict[fx.Node, list[fx.Node]]:
         return dict(zip((step.node for step in self.steps), _last_uses(self.steps), strict=True))
 
-    def repeated(
-        self, small: PartialReplay, whole: Mapping[fx.Node, Any], reads: Iterable[fx.Node]
-    ) -> dict[fx.Node, Any] | None:
+    def repeated(self, small: PartialReplay, whole: Results, reads: Iterable[fx.Node]) -> Results | None:
         """Results of this network on samples that come several times over, from those on the samples once.
 
         Args:
@@ -225,9 +222,7 @@ class PartialReplay(FunctionalGraph):
             return None
         return dict(zip(nodes, others, strict=True))
 
-    def without(
-        self, removals: Sequence[Removal], whole: Mapping[fx.Node, Any], before: Removal = NOTHING
-    ) -> list[Tensor]:
+    def without(self, removals: Sequence[Removal], whole: Results, before: Removal = NOTHING) -> list[Tensor]:
         """The outputs where each of several equal parts of the batch lacks other units, all of the same groups.
 
         Args:
@@ -238,7 +233,7 @@ class PartialReplay(FunctionalGraph):
         suffix = self.suffix(tuple(removals[0]), frozenset(before))
         gone = RemovedUnits(self, [{self.network[n].channel: units for n, units in one.items()} for one in removals])
         gone = gone.beside(before)
-        values: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, object] = {}
         last = set(self.outputs)
         with torch.no_grad():
             for run, done in zip(suffix.runs, suffix.last, strict=True):
@@ -255,9 +250,7 @@ class PartialReplay(FunctionalGraph):
                 found.append(gone.zeroed(value.clone(), self.dims[node]) if state == "masked" else value)
         return found
 
-    def _changed(
-        self, run: Run, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: RemovedUnits
-    ) -> Any:
+    def _changed(self, run: Run, values: Results, whole: Results, gone: RemovedUnits) -> object:
         step, gone = run.step, gone.seen_by(run.step.node)
         args = list(self.arguments(step.args, values, whole))
         if run.mixes:
@@ -279,7 +272,7 @@ class PartialReplay(FunctionalGraph):
         weight = step.packet in CONTRACTED and step.args[place] in self.constants
         return weight and any(other not in self.constants for other in step.inputs)
 
-    def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: RemovedUnits) -> Tensor:
+    def _shifted(self, run: Run, whole: Results, gone: RemovedUnits) -> Tensor:
         """The result in the whole network without the contribution of the units."""
         step, gone = run.step, gone.seen_by(run.step.node)
         axis = step.names[CONTRACTED[step.packet]]
@@ -325,7 +318,7 @@ def _last_uses(steps: Sequence[Step]) -> list[list[fx.Node]]:
     return found
 
 
-def _convolved(call: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+def _convolved(call: Callable[..., Tensor], settings: tuple[object, ...], x: Tensor, weight: Tensor) -> Tensor:
     return call(x, weight, None, *settings)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -24,8 +23,9 @@ def as_patterns(given: Modules) -> tuple[Pattern, ...]:
     Raises:
         InputError: one is neither a name pattern, nor a class of modules, nor a module.
     """
-    several = isinstance(given, Iterable) and not isinstance(given, str | type | nn.Module)
-    patterns: tuple[Any, ...] = tuple(given) if several else (given,)  # type: ignore[arg-type]
+    if isinstance(given, str | type | nn.Module) or not isinstance(given, Iterable):
+        given = (given,)
+    patterns = tuple(given)
     for one in patterns:
         if not (isinstance(one, str | nn.Module) or (isinstance(one, type) and issubclass(one, nn.Module))):
             raise InputError(

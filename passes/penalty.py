@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +66,7 @@ class HGSR:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Any = None,
+        example_inputs: object = None,
         *,
         criterion: Name = "hierarchical_sq_group_l12",
         grouping: Grouping = "feature",
@@ -190,7 +189,7 @@ class HGSR:
         factors = [self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]
         self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # there what was compiled or captured reads it
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_placed": None}  # what is kept for the weights is of no use to a copy
 
     def __str__(self) -> str:

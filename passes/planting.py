@@ -101,7 +101,7 @@ class Planting:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Any = None,
+        example_inputs: object = None,
         *,
         amount: int | Mapping[Any, int] | None = None,
         include: Modules = (),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -104,9 +103,9 @@ def hooked(
 ) -> Iterator[None]:
     """Call back with the inputs and outputs of layers whenever they run; what is returned replaces the outputs."""
 
-    def hook_of(reader: Reader) -> Any:
+    def hook_of(reader: Reader) -> Callable[..., Tensor | None]:
         @torch.no_grad()  # also where the code turns gradients on
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor | None:
             return callback(reader, args[0] if args else kwargs["input"], out)
 
         return hook

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from netsurgery.adaptation.fit_code import fit_code
 from netsurgery.adaptation.model_code import ModelCode
 from netsurgery.analysis.network import Group, Network
 from netsurgery.axes import leaves
-from netsurgery.capture.copies import named_modules
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.agreement import answers, reported
 from netsurgery.passes.calibration import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.layers import positions_of
-from netsurgery.passes.least_squares import POSITIONS, spatial
+from netsurgery.passes.least_squares import POSITIONS, Layer, layer_at, spatial
 from netsurgery.passes.portions import portions
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, hooked, readers_of
@@ -87,8 +86,8 @@ class ReconstructionScore(DataPass):
         True
     """
 
-    data: Any = field(repr=False, compare=False)
-    held_back: Any = field(default=None, repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
+    held_back: object = field(default=None, repr=False, compare=False)
     samples: int = 256
     ridge: float = 1e-2
     probes: Sequence[float] = (0.3, 0.6, 0.9)
@@ -170,7 +169,7 @@ class _Section:
     """
 
     reader: Reader
-    module: Any
+    module: Layer
     at: Tensor
     gram: Tensor = field(default_factory=lambda: torch.zeros(()))
     sums: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -255,13 +254,12 @@ def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Sect
     """For each group the layers that read it."""
     some = Edit(network, {group.name: tuple(range(1, group.size)) for group in groups})
     readers, _ = readers_of(some, refit=True)  # whatever goes
-    modules = named_modules(network.model)
     found: dict[str, list[_Section]] = {group.name: [] for group in groups}
     by_channel = {network[name].channel: name for name in found}
     for reader in readers:
         for channel in dict.fromkeys(leaf for leaf in leaves(reader.axis) if leaf in by_channel):
             at = torch.cat(positions_of(reader.axis, channel), 1)
-            found[by_channel[channel]].append(_Section(reader, modules[reader.path], at))
+            found[by_channel[channel]].append(_Section(reader, layer_at(network.model, reader.path), at))
     return found
 
 
@@ -287,7 +285,7 @@ def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Sam
             pass
 
 
-def _rows(module: Any, t: Tensor, generator: torch.Generator) -> Tensor:
+def _rows(module: Layer, t: Tensor, generator: torch.Generator) -> Tensor:
     """Inputs or outputs of a layer at some places, ``(n, channels)``, 32 bits or more."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     if not spatial(module):
@@ -428,7 +426,7 @@ def _effect(
     place: int,
     *,
     held: Samples,
-    before: Sequence[Any],
+    before: Sequence[object],
     classes: bool,
 ) -> tuple[float, dict[str, str]]:
     """How far the network's outputs move without some units; or groups whose sizes its code does not follow."""

@@ -104,7 +104,7 @@ class PruneChannels(DataPass):
     protect: Modules = ()
     normalize: Literal["auto", "mean", "max", "sum", "none"] = "auto"
     compensate: Method | None = None
-    data: Any = field(default=None, repr=False, compare=False)
+    data: object = field(default=None, repr=False, compare=False)
     samples: int = 512
     ridge: float = 1e-2
     memory: int = 1 << 30

@@ -135,7 +135,7 @@ class RemovedUnits:
             found.append(positions[positions // size == index])
         return torch.cat(found)
 
-    def statistics(self, step: Step, special: Callable[..., Any], args: Sequence[Any]) -> Any:
+    def statistics(self, step: Step, special: Callable[..., Any], args: Sequence[Tensor]) -> object:
         """The result of an operation that takes statistics, over what stays."""
         target: Any = step.node.target
         names = [argument.name for argument in target._schema.arguments]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -29,7 +29,7 @@ class DataPass(Pass):
         labelled: whether samples are drawn with their labels, class-balanced.
     """
 
-    data: Any
+    data: object
     samples: int
     seed: int = 0
     loss: Loss | None = None

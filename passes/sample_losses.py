@@ -8,7 +8,6 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,28 +88,28 @@ class SampleLosses:
         most = 15 if self.dear else 12
         return 1 << max(4, min(most, math.floor(math.log2(_fitting(self.device) / (4 * largest)) + 0.5)))
 
-    def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, Any]:
+    def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, object]:
         """Some samples, several times over; the targets once."""
         which = torch.arange(start, stop)
         inputs, _ = self.samples.rows(which.repeat(copies), self.device)
         return inputs, self.samples.rows(which, self.device)[1]
 
     @functools.cached_property
-    def template(self) -> Any:
+    def template(self) -> object:
         """An output of the model, to put other tensors into."""
         inputs, _ = self.batch(0, min(self.chunk(), self.samples.count), 1)
         return self.outputs(self.model, inputs)
 
-    def filled(self, outputs: Sequence[Tensor]) -> Any:
+    def filled(self, outputs: Sequence[Tensor]) -> object:
         """An output of the model that holds other tensors."""
         return _filled(self.template, outputs)
 
-    def outputs(self, model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
+    def outputs(self, model: nn.Module, inputs: Inputs, seed: int = 0) -> object:
         """The outputs of a model in eval mode."""
         with in_eval_mode(model), torch.no_grad():
             return outputs_of(model, inputs, self.device, seed)
 
-    def losses_together(self, outputs: list[Tensor], targets: Any, copies: int) -> Tensor | None:
+    def losses_together(self, outputs: list[Tensor], targets: object, copies: int) -> Tensor | None:
         """Losses ``(copies, rows)`` by one call; None where the loss is a mean, or draws random numbers."""
         if copies == 1 or self.random_loss:
             return None
@@ -120,12 +119,12 @@ class SampleLosses:
             found = self.own_loss(self.filled(outputs), several)
         return found.double().unflatten(0, (copies, rows)) if found.shape == (copies * rows,) else None
 
-    def own_loss(self, outputs: Any, targets: Any) -> Any:
+    def own_loss(self, outputs: object, targets: object) -> Tensor:
         """The loss as the user's function returns it; by default the cross-entropy."""
-        own = self.given_loss
-        return cross_entropy(outputs, targets) if own is None else own(outputs, targets)
+        loss: Loss = cross_entropy if self.given_loss is None else self.given_loss
+        return loss(outputs, targets)
 
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
+    def loss(self, outputs: object, targets: object) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
         rows = len(pytree.tree_leaves(targets)[0])
         with seeded(0, self.device) if self.random_loss else contextlib.nullcontext():
@@ -179,7 +178,7 @@ class SampleLosses:
             "each unit", who, "".join(f", {place}" for place in places),
         )  # fmt: skip
 
-    def check_loss(self, own: Loss, once: Any, targets: Any) -> None:
+    def check_loss(self, own: Loss, once: object, targets: object) -> None:
         """Make sure that a loss of the user's is a mean over samples, or one number for each."""
         count = min(16, self.samples.count)
         which = torch.arange(count).repeat(2)
@@ -216,7 +215,7 @@ def _scaled(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
     return [tensor * factor if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Whether two results of a model are the same but for rounding."""
     pairs = [*zip(tensors_in(one), tensors_in(other), strict=True)]
     return all(a.shape == b.shape and nearly_equal(torch.stack([a, b])) for a, b in pairs)
@@ -231,11 +230,11 @@ def nearly_equal(parts: Tensor) -> bool:
     return torch.allclose(parts, parts[:1], min(1e3 * eps, 0.05), 1e2 * eps * largest, equal_nan=True)
 
 
-def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:
+def _filled(template: object, tensors: Sequence[Tensor]) -> object:
     """An output of a model that holds other tensors."""
     left = iter(tensors)
 
-    def fill(value: Any) -> Any:
+    def fill(value: object) -> object:
         leaves, form = pytree.tree_flatten(value)
         new = []
         for leaf in leaves:

@@ -19,6 +19,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.filter_positions import (
     Filters,
+    Place,
     computed_norms,
     dead_units,
     filters_of_group,
@@ -118,7 +119,7 @@ class SoftPruning:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Any = None,
+        example_inputs: object = None,
         *,
         method: Method = "asfp",
         ratio: float,
@@ -274,7 +275,7 @@ class SoftPruning:
         """Let go of the parameters and the optimizer: what is pruned for good may be trained again."""
         self._zeros.release()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The last epoch done, and what is pruned."""
         return {
             "settings": self._settings,
@@ -284,7 +285,7 @@ class SoftPruning:
         }
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         names = ("method", "ratio", "epochs", "grouping", "asymptotic", "settle", "before_training")
         return {name: getattr(self, name) for name in names}
 
@@ -376,7 +377,7 @@ class SoftPruning:
         """The positions along axes of parameters at which zeros make filters nothing: bool."""
         found: dict[tuple[str, int], Tensor] = {}
 
-        def add(places: Sequence[Any], units: Tensor) -> None:
+        def add(places: Sequence[Place], units: Tensor) -> None:
             for place in places:
                 key, positions = (place.parameter, place.axis), place.positions(units)
                 found[key] = found[key] | positions if key in found else positions

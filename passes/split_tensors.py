@@ -77,7 +77,7 @@ def _split_module(
 ) -> None:
     kind = type(module)
     record = _Record(kind, own, {key: one.requires_grad for key, one in own.items()})
-    properties: dict[str, Any] = {}
+    properties: dict[str, property] = {}
     for key, one in own.items():
         del module._parameters[key]
         if id(one) not in places:
@@ -102,7 +102,7 @@ def _reader(key: str) -> Callable[[nn.Module], Tensor]:
     return read
 
 
-def _flat_weights(module: Any) -> list[Any]:
+def _flat_weights(module: nn.RNNBase) -> list[Any]:
     """The list of weights that a recurrent network keeps for itself."""
     return [getattr(module, name) for name in module._flat_weights_names]
 

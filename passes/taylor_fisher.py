@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ __all__ = ["FisherScore", "TaylorScore"]
 
 @dataclass(frozen=True)
 class _GateScore(DataPass):
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     loss: Loss | None = None
     samples: int = 1000
     seed: int = 0

@@ -47,23 +47,24 @@ class Skipped(nn.Module):
         block: the module that it stands for.
     """
 
-    def __init__(self, returns: Any, block: nn.Module):
+    def __init__(self, returns: object, block: nn.Module):
         super().__init__()
         own = {name: value for name, value in vars(block).items() if _is_plain(name, value)}
         self.__dict__.update(own)
         self.__dict__["returns"] = returns
         self.training = block.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Pick the arguments to return."""
         return _filled(self.returns, (args, kwargs))
 
 
-def _is_plain(name: str, value: Any) -> bool:
+def _is_plain(name: str, value: object) -> bool:
     return not name.startswith("_") and name != "training" and isinstance(value, int | float | str | None)
 
 
-def _filled(value: Any, given: Any) -> Any:
+def _filled(value: Any, given: object) -> object:
+    """What a block returned, with the arguments of this call."""
     if isinstance(value, _Argument):
         return at(value.place, given)
     if isinstance(value, tuple) and hasattr(value, "_make"):
@@ -73,11 +74,11 @@ def _filled(value: Any, given: Any) -> Any:
     return {key: _filled(item, given) for key, item in value.items()} if type(value) is dict else value
 
 
-def _returns(block: Block) -> Any:
+def _returns(block: Block) -> object:
     """What stands for the result of a block: its input; arguments that it passed on; None for other tensors."""
     found = places((block.call.args, block.call.kwargs))
 
-    def stand_in(value: Any) -> Any:
+    def stand_in(value: object) -> object:
         if isinstance(value, fx.Node):
             place = found.get(block.source if value is block.result else value)
             return None if place is None else _Argument(place)
@@ -158,11 +159,11 @@ def _follow_config(model: nn.Module, path: str, names: Sequence[str], left: Sequ
             module.__dict__["config"] = new[id(module.__dict__["config"])]
 
 
-def _layers(config: Any) -> Any:
+def _layers(config: object) -> object:
     return getattr(config, "num_hidden_layers", None)
 
 
-def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, config: Any) -> bool:
+def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, config: object) -> bool:
     """Whether another list of the length is in a module with the same configuration: a decoder beside an encoder."""
     return any(
         isinstance(child, nn.ModuleList) and len(child) == length and child is not modules[path]
@@ -172,7 +173,7 @@ def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, confi
     )
 
 
-def _fewer(config: Any, length: int, left: Sequence[int]) -> Any:
+def _fewer(config: Any, length: int, left: Sequence[int]) -> object:
     """A copy of a configuration for fewer layers: their number, and what lists say of each."""
     new = copy.copy(config)
     for key, value in vars(config).items():
@@ -243,15 +244,15 @@ def _compare(found: Program, wanted: Program, names: Mapping[str, str]) -> None:
     """
     lockstep = Lockstep(wanted)
     inputs = ([node for node in program.graph.nodes if node.op == "placeholder"] for program in (found, wanted))
-    known: dict[fx.Node, Any] = dict(zip(*inputs, strict=True))
+    known: dict[fx.Node, object] = dict(zip(*inputs, strict=True))
 
-    def source(node: fx.Node) -> Any:
+    def source(node: fx.Node) -> object:
         of = source_of(node)
         if isinstance(of, str):
             return names.get(of, "constant")
         return (known[of[0]], of[1]) if isinstance(of, tuple) else known[of]
 
-    def wanted_source(node: fx.Node) -> Any:
+    def wanted_source(node: fx.Node) -> object:
         of = lockstep.origin(node)
         return "constant" if isinstance(of, str) and of in wanted.constants else of
 

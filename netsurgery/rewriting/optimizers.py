@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,16 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.rewriting.added import filled
 
-__all__ = ["OF_ELEMENTS", "OF_WEIGHTS", "OptimizerStates", "as_list", "averaged", "within"]
+__all__ = ["OF_ELEMENTS", "OF_WEIGHTS", "OptimizerStates", "State", "as_list", "averaged", "within"]
 
 Axes = tuple[Axis, ...]
+State = MutableMapping[str, Any]  # of one parameter, or the settings of a group of them
+Kind = TypeVar("Kind")
 _BASE = frozenset(["state", "param_groups", "defaults"])
 _QUANTISED = (torch.uint8, torch.int8)
 
 
-def as_list(given: Any, kind: type, name: str) -> list[Any]:
+def as_list(given: object, kind: type[Kind], name: str) -> list[Kind]:
     """An argument as a list: it is None, one object of a kind, or several.
 
     Raises:
@@ -39,7 +41,7 @@ def as_list(given: Any, kind: type, name: str) -> list[Any]:
         if not isinstance(one, kind):
             found = type(one).__name__ if isinstance(one, nn.Module | Optimizer) else repr(one)
             raise InputError(f"{name}=... takes a torch {kind.__name__} or a list of them, got {found}")
-    return listed
+    return [one for one in listed if isinstance(one, kind)]
 
 
 def averaged(ema: nn.Module, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
@@ -95,10 +97,10 @@ class OptimizerStates:
         self.renamed = renamed
         self.edit, self.axes, self.positions, self.values = edit, edit.network.axes, edit.positions, edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
-        self.groups: list[dict[str, Any]] = []
+        self.groups: list[State] = []
         self.lists: list[list[Tensor]] = []
-        self.states: list[MutableMapping[Any, Any]] = []
-        self.entries: list[tuple[MutableMapping[str, Any], dict[str, Tensor]]] = []
+        self.states: list[MutableMapping[Tensor, State]] = []
+        self.entries: list[tuple[State, dict[str, Tensor]]] = []
         for optimizer in optimizers:
             inside = [one for one in within(optimizer) if any(map(self._is_ours, _params(one)))]
             if not inside:
@@ -128,7 +130,7 @@ class OptimizerStates:
             state.clear()
             state.update((new.get(id(key), key), entry) for key, entry in items if self._stays(key))
 
-    def _stays(self, param: Any) -> bool:
+    def _stays(self, param: object) -> bool:
         name = self.names.get(id(param))
         return name is None or self.renamed(name) is not None
 
@@ -163,12 +165,14 @@ class OptimizerStates:
                     "rewrite with inplace=True, which keeps them, or make a new optimizer for the smaller model"
                 )
 
-    def _prepare(self, optimizer: Optimizer, key: Any, entry: Any) -> None:
-        name = self.names.get(id(key))
-        if name is None:  # a parameter of something else, or not of one parameter
+    def _prepare(self, optimizer: Optimizer, key: object, entry: State) -> None:
+        if (
+            not isinstance(key, Tensor) or id(key) not in self.names
+        ):  # a parameter of something else, or not of one parameter
             if not isinstance(key, Tensor) and any(tensor.dim() for tensor in tensors_in(entry)):
                 raise self._refusal(optimizer, f"'{key}'", "belongs to no parameter")
             return
+        name = self.names[id(key)]
         cut: dict[str, Tensor] = {}
         for what, value in entry.items():
             where = f"'{what}' of {name}"
@@ -283,7 +287,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _held(value: Any, known: set[int]) -> Iterator[Tensor]:
+def _held(value: object, known: set[int]) -> Iterator[Tensor]:
     """Tensors in an attribute: nested lists and dictionaries, but for the lists that are known."""
     if isinstance(value, Tensor):
         yield value

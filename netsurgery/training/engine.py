@@ -32,7 +32,8 @@ from netsurgery.training.schedules import SCHEDULES
 
 __all__ = ["Fit", "Worker", "derived", "optimizer_for", "schedule_of"]
 
-Figures = dict[str, Any]
+Figures = dict[str, Any]  # of an epoch
+State = dict[str, Any]  # of all that is trained
 EVALUATED = 512  # images in a step without gradients
 PATIENCE = timedelta(hours=24)  # of processes that wait while one scores
 
@@ -236,7 +237,7 @@ class Run:
             model, self.optimizer, self.batches(), self.scheduler
         )
 
-    def batches(self) -> DataLoader[Any]:
+    def batches(self) -> DataLoader[tuple[Tensor, int]]:
         """The training images in a new order in every epoch; what does not fill a batch waits for another epoch."""
         from accelerate.data_loader import SeedableRandomSampler
 
@@ -300,11 +301,11 @@ class Run:
         for buffer in self.model.buffers():
             buffer.copy_(broadcast(buffer))
 
-    def state(self, history: list[Figures]) -> dict[str, Any]:
+    def state(self, history: list[Figures]) -> State:
         """All that the next epoch depends on."""
         return {"history": history, **{name: part.state_dict() for name, part in self.parts.items()}}
 
-    def restore(self, state: dict[str, Any]) -> list[Figures]:
+    def restore(self, state: State) -> list[Figures]:
         """Go back to a state; the figures of the epochs so far."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

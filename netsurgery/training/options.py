@@ -10,9 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from netsurgery.errors import InputError
 
-__all__ = ["Place", "check", "near"]
+__all__ = ["Arguments", "Place", "Table", "check", "near"]
 
-Table = Mapping[str, Any]
+Table = Mapping[str, Any]  # of a file
+Arguments = dict[str, Any]  # by name
 
 
 class Place:
@@ -30,7 +31,7 @@ class Place:
         return InputError(f"{self.file}, [{'.'.join(self.path)}]: {text}" if self.path else f"{self.file}: {text}")
 
 
-def check(target: Callable[..., Any], table: object, place: Place, given: Collection[str] = ()) -> dict[str, Any]:
+def check(target: Callable[..., object], table: object, place: Place, given: Collection[str] = ()) -> Arguments:
     """The table, if it holds arguments that the target takes.
 
     Args:
@@ -57,7 +58,7 @@ def check(target: Callable[..., Any], table: object, place: Place, given: Collec
     return dict(table)
 
 
-def parameters(target: Callable[..., Any]) -> dict[str, Any]:
+def parameters(target: Callable[..., object]) -> Arguments:
     """The parameters of a class or function by name, and their annotations."""
     hints = get_type_hints(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

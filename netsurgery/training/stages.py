@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +18,9 @@ from netsurgery.passes import HGSR, MagnitudeScore, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images
 from netsurgery.training.engine import Figures, Fit, Worker, derived, optimizer_for, schedule_of
-from netsurgery.training.options import parameters
+from netsurgery.training.options import Arguments, Table, parameters
 from netsurgery.training.recipe import PASSES, Model, Variant
+from netsurgery.training.summary import Result
 
 __all__ = ["Job", "fresh", "smaller"]
 
@@ -45,7 +45,7 @@ class Job:
     trained: Path
     tell: Tell
 
-    def run(self, worker: Worker) -> dict[str, Any]:
+    def run(self, worker: Worker) -> Result:
         """All stages; those that are done already are read from their files.
 
         Returns:
@@ -172,7 +172,7 @@ class Job:
         text = edit.to_json() if edit is not None else None
         checkpoints.write(self.small, {"edit": text, "figures": figures, "model": small.state_dict()})
 
-    def cut(self, model: nn.Module, state: dict[str, Any]) -> tuple[Edit | None, nn.Module]:
+    def cut(self, model: nn.Module, state: Table) -> tuple[Edit | None, nn.Module]:
         """The edit and what it leaves; no edit where nothing is to go."""
         if self.variant.soft:
             soft = self.soft(model, torch.optim.SGD(model.parameters()))  # what some methods ask for; it does nothing
@@ -185,7 +185,7 @@ class Job:
         return edit, netsurgery.rewrite(model, edit)
 
 
-def options(table: Mapping[str, Any]) -> dict[str, Any]:
+def options(table: Table) -> Arguments:
     """The arguments in a table that names a class; lists as tuples, which can be hashed."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key != "name"}
 
@@ -197,7 +197,7 @@ def fresh(model: Model, seed: int) -> nn.Module:
         return build(model.name, **model.arguments)
 
 
-def smaller(model: Model, example: Any, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def smaller(model: Model, example: object, path: Path) -> tuple[nn.Module, Result]:
     """The smaller network that was kept, and its figures: the edit is made again, then the weights are read.
 
     Args:

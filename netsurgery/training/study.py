@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,10 +23,12 @@ from netsurgery.training.data import Images, load
 from netsurgery.training.engine import Figures, Worker
 from netsurgery.training.recipe import Recipe
 from netsurgery.training.stages import Job
+from netsurgery.training.summary import Results
 
 __all__ = ["run"]
 
-Results = dict[str, list[dict[str, Any]]]  # by variant, of each seed
+Advance = Callable[[], None]  # after each run
+Tell = Callable[[str, int, str], Callable[[Figures], None]]  # by variant, seed and stage, for each epoch
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Study:
     out: Path
     download: bool
 
-    def jobs(self, tell: Callable[[str, int, str], Callable[[Figures], None]]) -> Iterator[tuple[str, Job]]:
+    def jobs(self, tell: Tell) -> Iterator[tuple[str, Job]]:
         """A run for each variant and seed. Variants with equal training share it: the first one's."""
         for name, variant in self.recipe.variants.items():
             owner = next(one for one, other in self.recipe.variants.items() if other.training == variant.training)
@@ -147,7 +148,7 @@ def fetch(study: Study, worker: Worker) -> None:
 
 
 @contextmanager
-def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Any, Callable[[], None]]]:
+def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Tell, Advance]]:
     """A bar for all runs and one for the stage; the functions that log an epoch and a finished run."""
     if not worker.leads:
         yield (lambda *_: lambda _: None), (lambda: None)
@@ -170,13 +171,13 @@ class Log:
             with path.open("rb+") as file:
                 file.truncate(whole)
 
-    def add(self, **entry: Any) -> None:
+    def add(self, **entry: object) -> None:
         """Write a line."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def telling(self, study: Study, progress: Progress) -> tuple[Any, Callable[[], None]]:
+    def telling(self, study: Study, progress: Progress) -> tuple[Tell, Advance]:
         """What to call for each epoch, and after each run."""
         whole = progress.add_task("runs", total=len(study.recipe.variants) * len(study.recipe.seeds))
         bar = progress.add_task("", total=1)
@@ -216,7 +217,7 @@ def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None
     )
 
 
-def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
+def differences(old: object, new: object, place: str = "") -> Iterator[str]:
     """Where two nested tables differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):

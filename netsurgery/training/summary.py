@@ -9,10 +9,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-__all__ = ["COLUMNS", "lines", "markdown", "table"]
+__all__ = ["COLUMNS", "Result", "Results", "lines", "markdown", "table"]
 
-Result = dict[str, Any]
-Line = dict[str, Any]
+Result = dict[str, Any]  # of a variant and a seed
+Results = dict[str, list[Result]]  # by variant
+Line = dict[str, Any]  # of the table
 COLUMNS: dict[str, Callable[[Result], float | None]] = {  # percentages
     "trained": lambda r: r["trained"],
     "removed": lambda r: r["removed"],
@@ -26,7 +27,7 @@ CAPTION = (
 )
 
 
-def lines(results: dict[str, list[Result]]) -> list[Line]:
+def lines(results: Results) -> list[Line]:
     """For each variant and column: mean, standard deviation, lowest and highest over the seeds, or None."""
     return [
         {"variant": name, "seeds": len(runs), **{key: spread(list(map(get, runs))) for key, get in COLUMNS.items()}}

@@ -11,7 +11,7 @@ like outputs.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ __all__ = ["permuted_difference", "verify"]
 
 
 @undisturbed()
-def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any = None) -> float:
+def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: object = None) -> float:
     """Compare a rewritten model with the original in which the removed units are silenced, given the edit's values.
 
     Residual blocks that the edit drops are left out of the recorded run: their input stands for their output.
@@ -102,7 +102,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     return worst
 
 
-def _check_arguments(model: Any, small: Any, edit: Any) -> None:
+def _check_arguments(model: object, small: object, edit: object) -> None:
     """Make sure of three arguments in their order, as far as they can be told apart."""
     if not (isinstance(model, nn.Module) and isinstance(small, nn.Module) and isinstance(edit, Edit)):
         kinds = ", ".join(type(value).__name__ for value in (model, small, edit))
@@ -123,7 +123,7 @@ def _fits(model: nn.Module, network: Network, sizes: Sizes) -> bool:
     return all(found.get(name) == tuple(map(sizes, axes)) for name, axes in network.axes.items())
 
 
-def _given(example_inputs: Any, model: nn.Module, network: Network) -> Inputs:
+def _given(example_inputs: object, model: nn.Module, network: Network) -> Inputs:
     """The inputs to compare on: those that are given, of the shapes of the trace, or some drawn at random."""
     if example_inputs is None:
         return _random_like(network, model)
@@ -151,13 +151,13 @@ def _alike(network: Network, inputs: Inputs) -> bool:
     )
 
 
-def _first_places(values: list[Any]) -> list[int]:
+def _first_places(values: Sequence[object]) -> list[int]:
     """For each tensor where it is given first: one that is given twice was recorded as one."""
     tensors = [id(value) for value in values if isinstance(value, Tensor)]
     return [tensors.index(one) for one in tensors]
 
 
-def _stands_for(given: Any, traced: Any, looks: bool) -> bool:
+def _stands_for(given: object, traced: object, looks: bool) -> bool:
     """Whether one input decides what another does, when the code looks at values or not; numbers decide nothing."""
     if not isinstance(given, Tensor) or not isinstance(traced, Tensor):
         plain = type(given) is type(traced) and isinstance(given, int | float | str)
@@ -225,7 +225,7 @@ def _check_shapes(network: Network, inputs: Inputs) -> None:
         raise InputError(f"the network was traced with inputs of shapes {wanted}, got {found}: pass such inputs")
 
 
-def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
+def permuted_difference(model: nn.Module, network: Network, example_inputs: object = None, seed: int = 0) -> float:
     """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
     inputs = _given(example_inputs, model, network)
     network = with_constants(model, network, inputs)
