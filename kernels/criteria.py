@@ -66,7 +66,7 @@ CRITERIA: dict[Name, Criterion] = {
 
 
 class WeightView(NamedTuple):
-    """How a weight is read: blocks of kernels, in columns that are the outer groups.
+    """A weight as blocks of kernels, in columns that are the outer groups.
 
     Attributes:
         blocks: groups of a grouped convolution, the leading factor of axis 0; they share no outer group.

@@ -1,4 +1,4 @@
-"""How a list of weights falls into outer groups, and the module that does the work on their device."""
+"""The outer groups of a list of weights, and the module that computes on their device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Layout", "backend", "parsed"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a list of weights falls into outer groups.
+    """The outer groups of a list of weights.
 
     Attributes:
         readings: how each weight is read. A weight may be listed twice, read in two ways.

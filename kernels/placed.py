@@ -39,7 +39,7 @@ class Placed(list[_T]):
         self.kept: dict[Hashable, Any] = {}
 
     def still(self, tensors: Sequence[_T]) -> bool:
-        """Whether the tensors are the same objects, where they were and as they were."""
+        """True if the tensors are the same objects in the same places, with the same forms."""
         if len(tensors) != len(self) or not all(map(is_, self, tensors)):
             return False
         now = Placed(tensors)

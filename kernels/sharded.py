@@ -26,7 +26,7 @@ _Way = tuple[DeviceMesh | None, tuple[int, ...]]  # ranks that a weight is shard
 
 
 class _Spec(NamedTuple):
-    """Of a weight its whole shape and, if it is sharded, over which ranks and how."""
+    """The whole shape of a weight and, if it is sharded, the ranks and the placements."""
 
     shape: torch.Size
     mesh: DeviceMesh | None = None
@@ -35,7 +35,7 @@ class _Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class _Share:
-    """What this rank holds of the weights that are sharded in the same way.
+    """The parts on this rank of the weights that are sharded in the same way.
 
     Attributes:
         one: one of these weights.
@@ -79,7 +79,7 @@ def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> t
 
 
 class _Shards:
-    """What this rank holds of a list of weights."""
+    """The parts of a list of weights on this rank."""
 
     def __init__(self, weights: Sequence[Tensor], layout: Layout):
         specs = tuple(
@@ -110,7 +110,7 @@ class _Shards:
     def gradient(
         self, criterion: Name, slopes: Tensor, scale: Tensor, outs: Sequence[Tensor | None], add: bool
     ) -> None:
-        """Of what this rank holds, for a tensor for each weight or None."""
+        """Write the gradient of the parts on this rank to a tensor for each weight, or None."""
         for share in self.shares:
             if share.rows:
                 how, parts = share.layout, share.parts(self.local)
@@ -121,12 +121,12 @@ class _Shards:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """The part of a tensor on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _way(i: int, weight: _Spec) -> _Way:
-    """How a weight is sharded: over which ranks, along which dimensions of these."""
+    """The ranks that a weight is sharded over, and the dimensions of their mesh."""
     if not all(type(placement) in (Shard, Replicate) for placement in weight.placements):
         raise ValueError(
             f"hgsr: weight {i} of shape {tuple(weight.shape)} is placed as {weight.placements}: "
@@ -148,7 +148,7 @@ def _held(weight: _Spec) -> list[tuple[int, int]]:
 
 
 def _cut(i: int, weight: _Spec, how: WeightView, ids: Tensor) -> Iterator[tuple[int, int, WeightView, Tensor]]:
-    """What this rank holds of a weight, as (first row, rows, reading, outer groups of the columns)."""
+    """The parts of a weight on this rank, as (first row, rows, reading, outer groups of the columns)."""
     shape, held = weight.shape, _held(weight)
     for axis in how.window:
         if held[axis][1] != shape[axis]:
@@ -201,7 +201,7 @@ def _like(weights: Sequence[Tensor]) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
-    """As ``sparsity.values``, the same on all ranks."""
+    """The values of ``sparsity.values``, the same on all ranks."""
     shards = _Shards(weights, layout)
     found: Tensor = _Values.apply(shards, criterion, _like(weights), *shards.local)
     return found
@@ -211,7 +211,7 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
 def add_gradient(
     weights: Sequence[Tensor], layout: Layout, criterion: Name, scale: Tensor, outs: Sequence[Tensor | None]
 ) -> Tensor:
-    """As ``sparsity.add_gradient``: each rank adds to what it holds.
+    """Add the gradient as ``sparsity.add_gradient`` does: each rank adds to its own parts.
 
     Raises:
         ValueError: a gradient is placed otherwise than its weight.

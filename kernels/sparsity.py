@@ -118,7 +118,7 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
 
 
 def _is_eager(weights: Sequence[Tensor]) -> bool:
-    """Whether these are tensors with memory, and nobody records or transforms what is done: the short way will do."""
+    """True if these are tensors with memory, and nothing records or transforms the operations."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -133,7 +133,7 @@ def _plain(weights: Sequence[Tensor]) -> bool:
 
 
 class _Values(torch.autograd.Function):
-    """What the operators below do, with less around it."""
+    """The same as the operators below, with less overhead."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, criterion: Name, listed: Sequence[Tensor], *weights: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def _written(weights: Sequence[Tensor], outs: Sequence[Tensor | None]) -> Placed
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether an element stands for several."""
+    """True if one element of memory stands for several of a tensor."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
@@ -279,7 +279,7 @@ def _gradient(
     criterion: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Of the weights whose gradient is not wanted, a tensor without elements."""
+    """Gradients; an empty tensor for each weight whose gradient is not wanted."""
     readings, in_l1 = parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]

@@ -1,4 +1,4 @@
-"""How far outputs are from the original's before and after a compensation: a value, in a line and as a table."""
+"""Errors of outputs before and after a compensation: a value that reads as a line and as a table."""
 
 from __future__ import annotations
 

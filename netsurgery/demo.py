@@ -152,7 +152,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def progress_bar(console: Console) -> Progress:
-    """What is being done, how far it is and since when; it leaves the terminal when the work is done."""
+    """A bar with the work that goes on, its progress and the time; it leaves the terminal when the work is done."""
     text = TextColumn("{task.description:<12}")
     return Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True)
 

@@ -109,7 +109,7 @@ def load(folder: str | Path, model: Model, example_inputs: object = None) -> Mod
 
 
 def _difference(folder: Path, small: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """What a model has and its saved weights have not, and the other way round."""
+    """The names that a model has and its saved weights lack, and the reverse."""
     own = small.state_dict()
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]
@@ -143,7 +143,7 @@ def _kept(folder: Path) -> tuple[str | None, Mapping[str, Tensor]]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    """What a run of a recipe wrote into one file."""
+    """Read a file that a run of a recipe wrote."""
     from safetensors import SafetensorError
 
     from netsurgery.training import checkpoints  # stands above this module, and is heavy

@@ -51,7 +51,7 @@ class Pass(abc.ABC):
 
     @property
     def groupwise(self) -> bool:
-        """Whether the scores of a group are the same whichever others are locked: ``plan`` then asks for them once."""
+        """True if the scores of a group do not depend on which others are locked: then ``plan`` asks for them once."""
         return False
 
     @abc.abstractmethod
@@ -59,7 +59,7 @@ class Pass(abc.ABC):
         """Return the network with scores or locks laid on it, or an Edit of it. Must be pure."""
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """What the data that a pass holds says of a model beside what an edit leaves of it; None where it holds none.
+        """Compare a model with what an edit leaves of it, on the data that the pass holds; None where it holds none.
 
         ``plan`` asks the passes in turn, and puts the first answer into ``edit.measured``.
         """
@@ -138,7 +138,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: object = None
 
 
 def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured | None:
-    """What the first pass that holds data says of the edit, or why it cannot."""
+    """The measure of the first pass that holds data, or the reason why it cannot measure."""
     try:
         return next((found for one in passes if (found := one.measure(model, edit)) is not None), None)
     except NetsurgeryError as error:

@@ -139,7 +139,7 @@ def sources(units: Iterable[Planned]) -> list[int]:
 
 
 def adds_up(units: Iterable[Planned]) -> bool:
-    """Whether consumers take all of each unit that is left."""
+    """True if consumers take all of each unit that is left."""
     taken: dict[int, float] = {}
     for unit in units:
         if not isinstance(unit, New):

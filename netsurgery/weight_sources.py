@@ -1,4 +1,4 @@
-"""Where the weights of a model come from: a file, its maker, or the random generator."""
+"""The sources of a model's weights: a file, its maker, or the random generator."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all of its storage, not a slice."""
+    """True if a tensor is all of its storage, not a slice."""
     return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
 
 
@@ -197,7 +197,7 @@ def fill(model: nn.Module, state: State, source: str) -> None:
 
 
 def _place(tensor: Tensor) -> object:
-    """What tied tensors have in common, and no others."""
+    """A key that tied tensors share, and no others."""
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() and not tensor.is_meta else object()
 
 

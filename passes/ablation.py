@@ -45,7 +45,7 @@ Terms = Callable[[str, list[int], Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """How a network is run without its units.
+    """Settings of the runs without units.
 
     Attributes:
         loss: of outputs and targets: their mean, or one number for each sample; None for the cross-entropy.
@@ -160,7 +160,7 @@ class Ablation(SampleLosses):
                     self.report.advance(name, len(units), stop - start)
 
     def copies(self, rows: int) -> int:
-        """How many times over some samples go through at once: no more than any group has units to be tried."""
+        """The number of copies of some samples that go through at once: at most the size of the largest group."""
         units = max((group.size for group in self.network.prunable), default=1)
         return max(1, min(self.chunk() // rows, units))
 
@@ -237,7 +237,7 @@ class Ablation(SampleLosses):
         return engine
 
     def alike(self, engine: PartialReplay, rows: int, copies: int, start: int) -> bool:
-        """Whether samples that go through several times give the same each time, wherever they stand in the batch."""
+        """True if copies of a sample give the same outputs, wherever they stand in the batch."""
         key = self.key(rows, copies, start)
         if key not in self.steady:
             whole = engine.whole(self.batch(start, start + rows, copies)[0], [])
@@ -253,7 +253,7 @@ class Ablation(SampleLosses):
         return self.steady[key]
 
     def same_as_once(self, engine: PartialReplay, once: PartialReplay, whole: Results, start: int, rows: int) -> bool:
-        """Whether samples that go through several times give what they give alone."""
+        """True if copies of samples in one batch give the outputs that the samples give alone."""
         alone = once.whole(self.batch(start, start + rows, 1)[0], [])
         spread = engine.repeated(once, alone, engine.outputs)
         return spread is not None and all(nearly_equal(torch.stack([value, whole[n]])) for n, value in spread.items())

@@ -77,7 +77,7 @@ def measure(
 
 
 def answers(model: nn.Module, drawn: Samples) -> Iterator[object]:
-    """What a model returns for samples in eval mode, batch by batch."""
+    """Run a model on samples in eval mode: the outputs of each batch."""
     device = home(model)
     with in_eval_mode(model), torch.no_grad():
         for inputs, _ in drawn.batches(_rows(drawn), device):
@@ -92,7 +92,7 @@ def compared(
     before: Sequence[object] | None = None,
     classes: bool = True,
 ) -> Measured:
-    """As ``measure``, on samples that are drawn already; without targets no loss.
+    """Do as ``measure``, on samples that are drawn already; without targets there is no loss.
 
     Args:
         before: what ``answers`` gives for the model, if that is known.
@@ -115,7 +115,7 @@ def reported(
     before: Sequence[object] | None = None,
     classes: bool = True,
 ) -> Measured:
-    """As ``compared``, of a model and what an edit leaves of it; where samples are large, on the first of them."""
+    """Compare a model with what an edit leaves of it, as ``compared``; of large samples the first alone."""
     level = _log.level
     _log.setLevel(logging.ERROR)  # a cut that only serves to measure logs nothing
     try:
@@ -126,7 +126,7 @@ def reported(
 
 
 def _first_samples(drawn: Samples) -> Samples:
-    """As many samples as a report is worth."""
+    """The first samples: as many as a report may take time for."""
     count = min(drawn.count, max(_LEAST, int(_ALL / _numbers_in(drawn))))
     return Samples(*drawn.rows(slice(count), torch.device("cpu")), count)
 
@@ -137,7 +137,7 @@ def _rows(drawn: Samples) -> int:
 
 
 def _numbers_in(drawn: Samples) -> float:
-    """How many numbers the largest input of a sample is."""
+    """The size of the largest input of a sample."""
     given = [t for t in pytree.tree_leaves(drawn.inputs) if isinstance(t, Tensor)]
     return max((t.numel() for t in given), default=1) / drawn.count
 
@@ -208,7 +208,7 @@ class _Sums:
         self.divergence += float(torch.where(share > 0, share * gap, 0.0).sum())  # masked classes are of no weight
 
     def measured(self) -> Measured:
-        """What there is to report."""
+        """The result of all batches so far."""
         count, loss = self.drawn.count, None
         if self.drawn.targets is not None and (self.own or self.classes) and not self.no_loss:
             loss = self.losses[0] / count, self.losses[1] / count

@@ -255,7 +255,7 @@ class Choice:
         return f"{100 * gone / whole:.1f}% ({gone:,} of {whole:,})"
 
     def _shortfall(self, bundle: Bundle, removed: int) -> str | None:
-        """Why a group loses fewer units than asked, if it does."""
+        """The reason why a group loses fewer units than asked; None if it does not."""
         settings = self.settings
         gone = bundle.whole - bundle.size + removed
         if settings.threshold is not None:
@@ -269,7 +269,7 @@ class Choice:
         return f"{gone} of {bundle.whole} ({self._limit(bundle, due)})" if removed < due else None
 
     def _few(self, bundle: Bundle, removed: int) -> str | None:
-        """How many units of a group stay where a ranking of all has taken nearly all of it, or all that may go."""
+        """The number of units that stay, in words, where a ranking of all groups has nearly emptied this one."""
         stay = bundle.size - removed
         held = removed >= bundle.most and self._limit(bundle, bundle.most + 1)
         if (

@@ -170,7 +170,7 @@ class _Drawing:
         return Samples(inputs, targets, found)
 
     def is_whole(self, data: object) -> bool:
-        """Whether the data is one batch that holds everything."""
+        """True if the data is one batch that holds everything."""
         if self.ignored is None and isinstance(data, Tensor):
             return True
         if isinstance(data, Mapping):
@@ -202,7 +202,7 @@ class _Drawing:
         return found if settled else self.chosen(found)
 
     def chosen(self, found: tuple[Inputs, object]) -> tuple[Inputs, object]:
-        """As many samples as asked for, of more."""
+        """Choose as many samples as are asked for."""
         order = self.order(None if self.ignored is None else found[1], _length(found))[: self.count]
         return _map(found, lambda t: t[order])
 
@@ -298,7 +298,7 @@ def _tensors(value: object) -> bool:
 
 
 def _is_batches(data: object) -> bool:
-    """Whether two things are two batches rather than inputs and targets."""
+    """True if a list holds batches, rather than inputs and targets."""
     return isinstance(data, list) and all(isinstance(item, tuple | list) and len(item) == 2 for item in data)
 
 

@@ -1,4 +1,4 @@
-"""What a removal loses is made up for where it was read: in the biases of those layers, or in their weights."""
+"""Compensation of a removal in the layers that read the units: in their biases, or in their weights."""
 
 from __future__ import annotations
 

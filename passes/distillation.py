@@ -135,7 +135,7 @@ class Distillation(nn.Module):
         self.close()
 
     def extra_repr(self) -> str:
-        """What ``print`` says."""
+        """The settings, for ``print``."""
         return f"temperature={self.temperature:g}, alpha={self.alpha:g}, hint_weight={self.hint_weight:g}"
 
     def _logits(self, student: object, teacher: object, targets: object) -> tuple[Tensor, Tensor]:
@@ -237,7 +237,7 @@ def _divergence(own: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
-    """Of positions that count; zero where none does."""
+    """The mean over positions that count; zero where none does."""
     if counted is None:
         return values.sum() / max(1, values.numel())
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp_min(1)

@@ -179,7 +179,7 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 
 
 def _named(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is given, dense, by the names of the network."""
+    """Tensors that are given, dense, by the names of the network."""
     names = _names(network)
     found: dict[str, tuple[str, Tensor]] = {}
     for alias, tensor in tensors.items():

@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where units stand along an axis of a parameter.
+    """The positions of units along an axis of a parameter.
 
     Attributes:
         parameter: its state_dict name.
@@ -49,7 +49,7 @@ class Place:
     units: Tensor
 
     def positions(self, chosen: Tensor) -> Tensor:
-        """Whether the unit at each position is chosen: bool, from bool of shape (units,)."""
+        """True at each position whose unit is chosen, from bool of shape (units,)."""
         return (self.units >= 0) & chosen[self.units.clamp(min=0)]
 
 
@@ -118,7 +118,7 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _same(one: Axis, other: Axis) -> bool:
-    """Whether two resolved axes are the same expression."""
+    """True if two resolved axes are the same expression."""
     return one is other or (
         one.op == other.op != "" and len(one.terms) == len(other.terms) and all(map(_same, one.terms, other.terms))
     )
@@ -282,7 +282,7 @@ def leaking_groups(model: nn.Module, network: Network) -> list[str]:
 def _is_silent(
     model: nn.Module, network: Network, rough: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether silencing the units that do not stay changes nothing in a copy where their weights are zero."""
+    """True if silencing the units that do not stay changes nothing in a copy where their weights are zero."""
     tensors = dict(rough)
     for name, units in keep.items():
         filters = filters_of_group(network, network[name])

@@ -1,4 +1,4 @@
-"""What one layer lacks, the changes that make up for it, and their errors on samples that were held back."""
+"""Changes of a layer that make up for removed inputs, and their errors on samples that were held back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FACTORS = 1, 10, 100  # of the ridge, that are tried
 
 @dataclass(frozen=True)
 class Fit:
-    """What one layer lacks, and the changes that make up for it.
+    """Changes of one layer that make up for inputs which it lacks.
 
     Attributes:
         reader: the layer.
@@ -54,7 +54,7 @@ class Fit:
         return cls(reader, trial, final, errors, chosen, both.count)
 
     def level(self, most: Taken) -> Taken:
-        """What leaves the smallest error, of all up to a level."""
+        """The level with the smallest error, of all up to one."""
         allowed = [level for level in self.errors if LEVELS.index(level) <= LEVELS.index(most)]
         return min(allowed, key=lambda level: self.errors[level])
 
@@ -72,7 +72,7 @@ class Fit:
 
     @property
     def left(self) -> str:
-        """Why the layer is left as it is, if nothing helps."""
+        """The reason why the layer is left as it is; empty where a change helps."""
         if self.level("weights") != "nothing" or not self.errors["nothing"]:
             return ""
         return "its outputs come no nearer to the original's on samples that were held back"

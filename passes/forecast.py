@@ -1,4 +1,4 @@
-"""How long trials will take, a forecast from a few of them."""
+"""A forecast of the time that trials take, from a few of them."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class FunctionalGraph:
         return target if self.autocast is None else functools.partial(_lowered, target, self.autocast)
 
     def carries(self, dims: Dims, channel: Axis) -> int:
-        """How often a channel occurs in the dimensions of a result (of several: in all of them)."""
+        """The number of times that a channel occurs in the dimensions of a result, or of several results."""
         if isinstance(dims, Axis):
             if dims not in self.occurrences:
                 counts = self.occurrences[dims] = {}
@@ -115,7 +115,7 @@ class FunctionalGraph:
         return sum(self.carries(one, channel) for one in dims or () if one is not None)
 
     def touches(self, dims: Dims, channels: Iterable[Axis]) -> bool:
-        """Whether any of some channels occurs in the dimensions of a result."""
+        """True if any of some channels occurs in the dimensions of a result."""
         return any(self.carries(dims, channel) for channel in channels)
 
     def channels(self, names: Iterable[str]) -> tuple[Axis, ...]:
@@ -203,7 +203,7 @@ class _Builder:
         return Step(node, call, packet, node.args, kwargs, node.meta["dims"], node.meta.get("names", {}))
 
     def writes_constants(self, node: fx.Node) -> bool:
-        """Whether an operation overwrites a constant with others, unit by unit: it is then carried out, once."""
+        """True if an operation overwrites a constant with others, unit by unit: then it is carried out once."""
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or not all(n in self.of.constants for n in node.all_input_nodes):
             return False

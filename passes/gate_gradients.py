@@ -39,7 +39,7 @@ def gate_slopes(ablation: Ablation) -> dict[str, Tensor]:
 
 
 class _Mingled(Exception):
-    """Which samples the rows of a result belong to is not known."""
+    """It is not known to which samples the rows of a result belong."""
 
 
 def _in_batches(ablation: Ablation, step: int) -> dict[str, Tensor]:
@@ -112,6 +112,6 @@ def _spread(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -
 
 
 def _within(axis: Axis, rows: set[Axis]) -> Tensor | None:
-    """Which row of the batch each position of an axis belongs to; an axis may hold the batch several times."""
+    """The row of the batch that each position of an axis belongs to; an axis may hold the batch several times."""
     found = [units for leaf, units in units_at(axis) if leaf in rows]
     return torch.stack(found).amax(0) if found else None

@@ -173,6 +173,6 @@ def _proportional(network: Network, group: Group, use: Use, gradients: Mapping[s
 
 
 def _times(channel: Axis, axes: tuple[Axis, ...]) -> dict[int, int]:
-    """How often a channel occurs in each axis in which it does."""
+    """For each axis that a channel occurs in, the number of times."""
     counts = {at: sum(leaf is channel for leaf in leaves(axis)) for at, axis in enumerate(axes)}
     return {at: count for at, count in counts.items() if count}

@@ -38,7 +38,7 @@ _NONE = "They leave no group with open units: network.prunable lists these, netw
 
 @dataclass(frozen=True, repr=False)
 class _Growth(Pass):
-    """What passes that add units have in common: which groups are meant, and what is said of those that cannot grow."""
+    """The base of passes that add units: it finds the groups that are meant, and says which of them cannot grow."""
 
     include: Modules = dataclasses.field(default=(), kw_only=True)
     exclude: Modules = dataclasses.field(default=(), kw_only=True)

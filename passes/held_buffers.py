@@ -90,7 +90,7 @@ class _Owner:
     def normalise(
         self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], output: Tensor
     ) -> Tensor | None:
-        """What a norm gives in training mode, but old units as in eval mode, by the statistics that are held."""
+        """The output of a norm in training mode, with old units normalised by the statistics that are held."""
         if not module.training or "running_mean" not in self._kept:
             return None
         module.training = False  # of itself alone, not of what is inside

@@ -100,5 +100,5 @@ def _blank(key: str, value: Tensor, param: Tensor) -> Tensor:
 
 
 def _is_usual(optimizer: Optimizer) -> bool:
-    """Whether it is one of torch's, which keep the same of a vector and of a matrix, or made of one."""
+    """True if an optimizer is torch's, or derived from one: these keep the same for a vector and for a matrix."""
     return any(kind.__module__.startswith("torch.optim") and kind is not Optimizer for kind in type(optimizer).__mro__)

@@ -111,7 +111,7 @@ class Hints(nn.Module):
                 self._difference(index, own, wanted)
 
     def _layer(self, index: int, own: Tensor, wanted: Tensor) -> nn.Module:
-        """What gives the student's features as many channels as the teacher's have."""
+        """The layer that gives the student's features as many channels as the teacher's have."""
         if own.dim() != wanted.dim() or not 2 <= own.dim() <= 5:
             raise InputError(f"{self._said(index, tuple(own.shape), tuple(wanted.shape))}: no layer fits these")
         dim = 1 if own.dim() in _CONVOLUTIONS else -1

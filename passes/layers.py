@@ -123,7 +123,7 @@ def _contractions(program: Program) -> Iterator[tuple[fx.Node, fx.Node, Dimensio
 
 
 def contracted(node: fx.Node) -> Iterator[tuple[fx.Node, Dimensions]]:
-    """What a node contracts with that comes from parameters, and its dimensions."""
+    """The weights that a node contracts activations with, and their dimensions there."""
     for weight, dims in node.meta.get("operands", ()):
         if any(role == "consumes" for _, _, role in dims):
             yield weight, dims
@@ -176,7 +176,7 @@ def _source(node: fx.Node, name: str) -> tuple[Axis, ...]:
 
 
 def _places(dims: list[Axis], own: tuple[Axis, ...]) -> list[tuple[int, ...]] | None:
-    """Which of a weight's own axes each dimension is: as it is kept, or after views, permutations and slices."""
+    """For each dimension the axes of the weight that it comes from, through views, permutations and slices."""
     found: list[tuple[int, ...] | None] = [
         next(((i,) for i, one in enumerate(own) if one is axis), None) for axis in dims
     ]
@@ -224,7 +224,7 @@ def _roles(program: Program) -> dict[fx.Node, LayerRole]:
 
 
 def _ends_in(sum_: fx.Node, branch: fx.Node, beside: int, before: dict[fx.Node, int]) -> bool:
-    """Whether all that the layers of a branch compute goes into a sum, as in a residual block (not in a pyramid)."""
+    """True if all results of the layers of a branch go into a sum, as in a residual block (not in a pyramid)."""
     inside, left = {branch}, [branch]
     while left:
         for source in left.pop().all_input_nodes:
@@ -313,7 +313,7 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
 
 
 def _first_of(names: list[str]) -> tuple[bool, ...]:
-    """Where each name comes for the first time."""
+    """True for each name that has not come before."""
     return tuple(name not in names[:i] for i, name in enumerate(names))
 
 

@@ -32,7 +32,7 @@ _NUMBERS = 1 << 21  # of inputs that are unfolded at once
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to a layer: to its weights ``(groups, d, o)`` and its constant ``(groups, o)``; None where not."""
+    """A change of a layer: of its weights ``(groups, d, o)`` and its constant ``(groups, o)``; None for no change."""
 
     weights: Tensor | None = None
     constant: Tensor | None = None
@@ -70,7 +70,7 @@ class Sums:
 
     @property
     def finite(self) -> bool:
-        """Whether nothing that was summed is NaN or infinite."""
+        """True if nothing that was summed is NaN or infinite."""
         return all(bool(t.isfinite().all()) for t in (self.gram, self.cross, self.lost, self.whole))
 
     @property
@@ -99,7 +99,7 @@ class Sums:
         return Change(found[:, :width], found[:, width] if shift else None)
 
     def error(self, change: Change) -> float:
-        """What is still lacking after a change, in squares."""
+        """The sum of squares that is left after a change."""
         if change.weights is None and change.constant is None:
             return float(self.lost)
         solution = torch.zeros_like(self.cross)
@@ -119,7 +119,7 @@ def layer_at(network: nn.Module, path: str) -> Layer:
 
 
 def bytes_of(module: Layer, refit: bool) -> int:
-    """What the sums of a layer take, twice: some samples are held back."""
+    """Bytes of the sums of a layer, twice, as those of samples that are held back are kept apart."""
     weight = module.weight
     groups = getattr(module, "groups", 1)
     width = weight[0].numel() + 1 if refit else 1
@@ -128,7 +128,7 @@ def bytes_of(module: Layer, refit: bool) -> int:
 
 
 def places_of(module: Layer, out: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Which outputs of each sample are looked at, as numbers of a row-major order; None for all."""
+    """The places of outputs that are looked at in each sample, in row-major order; None for all."""
     count = prod(_whole(module, out).shape[2:] if spatial(module) else _whole(module, out).shape[1:2])
     if count <= POSITIONS:
         return None
@@ -170,7 +170,7 @@ def sums_of(module: Layer, x: Tensor, wanted: Tensor, places: Tensor | None, ref
 
 
 def _inputs(module: Layer, x: Tensor, places: Tensor | None) -> Tensor:
-    """What is multiplied with the weights, ``(groups, n, d)``."""
+    """The rows that the weights are multiplied with, ``(groups, n, d)``."""
     if isinstance(module, nn.Linear):
         return _grouped(x if places is None else x[:, places], 1)
     return windows(module, x, places)
@@ -183,12 +183,12 @@ def _grouped(t: Tensor, groups: int) -> Tensor:
 
 
 def spatial(module: Layer) -> int:
-    """How many dimensions a convolution goes along; 0 for a linear layer."""
+    """The number of dimensions that a convolution goes along; 0 for a linear layer."""
     return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
 
 
 def windows(module: _ConvNd, x: Tensor, places: Tensor | None = None) -> Tensor:
-    """What a convolution multiplies with its weights at some places: (groups, n, channels of a group * kernel)."""
+    """The windows that a convolution multiplies with its weights: ``(groups, n, channels of a group * kernel)``."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     for dim, (size, step, apart) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):

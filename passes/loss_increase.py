@@ -170,12 +170,12 @@ class LossIncreaseScore(DataPass):
 
     @property
     def reading(self) -> Reading:
-        """Whether units are scored by their effect or by the rise."""
+        """The reading that units are scored by."""
         return self.by or ("effect" if self.mode == "score" else "rise")
 
     @property
     def groupwise(self) -> bool:
-        """Whether each group is tried for itself."""
+        """True if each group is tried by itself."""
         return self.mode == "per-group" or (self.mode == "score" and not self.racing)
 
     def run(self, network: Network) -> Network:

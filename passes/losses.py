@@ -25,7 +25,7 @@ def ignored_by(loss: Loss | None) -> int:
 
 
 def logits_in(outputs: object) -> Tensor | None:
-    """Of what a model returns that which may be logits: a tensor, or what it names so."""
+    """The part of a model's output that may be logits: a tensor, or its entry or attribute ``logits``."""
     named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     return named if isinstance(named, Tensor) and named.is_floating_point() and named.dim() > 1 else None
 
@@ -68,7 +68,7 @@ def check_targets(logits: object, targets: object, everything: object) -> None:
 
 
 def _clash_of_labels(logits: Tensor, targets: Tensor) -> str:
-    """Why integers are no labels of the classes of logits, or nothing."""
+    """The reason why integers are no labels of the classes of logits; empty if they are."""
     if logits.dim() > 2 and logits.shape[:-1] == (logits.shape[0], *logits.shape[2:]):
         return "which fit classes in dimension 1 and classes in the last"
     labels = targets[targets != IGNORED].long()
@@ -80,7 +80,7 @@ def _clash_of_labels(logits: Tensor, targets: Tensor) -> str:
 
 
 def _clash_of_shares(logits: Tensor, targets: Tensor) -> str:
-    """Why numbers are no shares of the classes of logits, or nothing."""
+    """The reason why numbers are no shares of the classes of logits; empty if they are."""
     sums, least = targets.double().sum(1), float(targets.min())
     if least < 0 or not _ones(sums):
         return (

@@ -1,4 +1,4 @@
-"""What a removal loses on data: layer by layer, in one run of the original, and in the outputs of the network."""
+"""The effect of a removal on data: layer by layer, in one run of the original, and in the outputs of the network."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Lost:
 
     @property
     def count(self) -> int:
-        """How many batches there are."""
+        """The number of batches."""
         return -(-self.drawn.count // self.size)
 
     def batches(self) -> Iterator[tuple[bool, Inputs]]:
-        """Whether a batch is held back, and its inputs."""
+        """The inputs of each batch; before them, True if it is held back."""
         every = min(HELD_BACK, self.count)
         for index, (inputs, _) in enumerate(self.drawn.batches(self.size, self.device)):
             yield index % every == every - 1, inputs
@@ -87,7 +87,7 @@ class Lost:
         return [(fitted.get(reader.path), kept_back.get(reader.path)) for reader in readers]
 
     def targets(self, readers: Sequence[Reader]) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
-        """What each layer should return at some places, and which places these are, each time it runs."""
+        """The outputs that each layer should return at some places, each time it runs, and the places."""
         found: dict[str, list[tuple[Tensor, Tensor | None]]] = {reader.path: [] for reader in readers}
         places: dict[str, Tensor | None] = {}
         generator = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ class Lost:
         return layer_at(self.small, reader.path)
 
     def gaps(self, values: Sequence[Mapping[str, Tensor]]) -> list[float]:
-        """How far the smaller network's outputs are from the original's on samples that are held back.
+        """Measure the smaller network's outputs against the original's on samples that are held back.
 
         Args:
             values: of its tensors, by name; those that are not named stay as they are.

@@ -19,7 +19,7 @@ def own_module(model: nn.Module) -> nn.Module:
 
 
 class Parameters:
-    """What stands under names in a model, now; the way there is walked anew only where a module on it was replaced.
+    """Tensors of a model by name, as they are now; a path is looked up anew only where a module on it was replaced.
 
     Args:
         model: any module.
@@ -43,7 +43,7 @@ class Parameters:
         return [self._found(name) if one is None else one for one, name in zip(held, self.names, strict=True)]
 
     def sharded(self) -> list[bool]:
-        """Of each that was looked up last, whether ``fully_shard`` was called on a module around it."""
+        """For each parameter: True if ``fully_shard`` was called on a module around it."""
         if not any(_is_sharded(one) for one in (self.model, *(inner for _, _, inner in self._ways))):
             return [False] * len(self.names)
         return [any(map(_is_sharded, chain)) for chain in self.around()]

@@ -81,12 +81,12 @@ class PartialReplay(FunctionalGraph):
         self._all = functools.cache(self._everything)
 
     def mixes_any(self, step: Step, channels: Iterable[Axis]) -> bool:
-        """Whether an operation mixes units of any of some channels."""
+        """True if an operation mixes units of any of some channels."""
         met = [channel for channel in channels if any(self.carries(self.dims[node], channel) for node in step.inputs)]
         return any(self.mixes(step, channel) for channel in met)
 
     def mixes(self, step: Step, channel: Axis) -> bool:
-        """Whether a result of an operation at one unit depends on its arguments at others."""
+        """True if a result of an operation at one unit depends on its arguments at others."""
         if step.packet is operator.getitem or self.is_whole(step.node, channel):
             return False
         if (along := self.normalised(step)) is not None:
@@ -99,7 +99,7 @@ class PartialReplay(FunctionalGraph):
         return most > self.carries(step.dims, channel)
 
     def is_whole(self, node: fx.Node, channel: Axis) -> bool:
-        """Whether a node is a part of the computation of a weight that sees all units of a channel."""
+        """True if a node is a part of the computation of a weight that sees all units of a channel."""
         return any(self.carries(axis, channel) for axis in node.meta.get("whole", ()))
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
@@ -268,7 +268,7 @@ class PartialReplay(FunctionalGraph):
         return out
 
     def _suffices(self, step: Step, place: int) -> bool:
-        """Whether an argument may keep units that are gone: of a product, one factor without these is enough."""
+        """True if an argument may keep units that are gone: it is enough that one factor of a product lacks them."""
         weight = step.packet in CONTRACTED and step.args[place] in self.constants
         return weight and any(other not in self.constants for other in step.inputs)
 

@@ -1,4 +1,4 @@
-"""Which modules are meant: by name patterns, by classes, or as the modules themselves."""
+"""Modules of a network, named by patterns, by classes, or given themselves."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ class Chosen:
         return any(".".join(parts[:i]) in self.paths for i in range(len(parts) + 1))
 
     def holds(self, parameter: str) -> bool:
-        """Whether a tensor of the model, by its name, is in one of these modules."""
+        """True if a tensor of the model, by its name, is in one of these modules."""
         return parameter in self.tensors or parameter.rpartition(".")[0] in self

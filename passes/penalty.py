@@ -174,7 +174,7 @@ class HGSR:
         self.load_state_dict({"steps": self.steps + 1})
 
     def state_dict(self) -> dict[str, int]:
-        """How far the schedule is."""
+        """The step that the schedule has come to."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -237,7 +237,7 @@ class HGSR:
             self._set(self._strength, self.steps)
 
     def _check_parameters(self, weights: Sequence[Tensor]) -> None:
-        """What is added to the gradient of a tensor that the optimizer does not hold would be lost."""
+        """Make sure that weights are parameters that an optimizer holds: what is added to other gradients is lost."""
         if torch.is_inference_mode_enabled():
             raise InputError("HGSR.add_gradient: gradients made in inference mode are of no use: call it outside")
         computed = [i for i, weight in enumerate(weights) if not weight.is_leaf]

@@ -1,4 +1,4 @@
-"""How far work is and how long it will take still: a bar on a terminal, lines on the logger elsewhere."""
+"""Progress of long work and the time that is left: a bar on a terminal, lines on the logger elsewhere."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _uses(network: Network, name: str) -> list[fx.Node]:
 
 
 def _shift(network: Network, path: str, nodes: list[fx.Node]) -> tuple[str, int] | None:
-    """What takes a constant that is added to the outputs of a layer, and with which sign."""
+    """The tensor that takes a constant which is added to the outputs of a layer, and the sign with which it does."""
     bias = named_modules(network.model)[path]._parameters.get("bias")
     if bias is not None:
         name = next((name for name, tensor in network.tensors.items() if tensor is bias), "")

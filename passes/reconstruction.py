@@ -1,4 +1,4 @@
-"""How well layers do without units of their inputs, once their weights are refitted; and how much that matters."""
+"""Scores by the error that layers are left with when they lose inputs and their weights are refitted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STEPS = 64  # a step of the elimination takes this part of the units that are l
 
 @dataclass(frozen=True)
 class ReconstructionScore(DataPass):
-    """How far outputs move when units go and the layers that read them are refitted: of all scores here the one to try.
+    """The change of outputs when units go and the layers that read them are refitted: the score to try first.
 
     Units are eliminated from each group one after the other (a 64th of what is left at a time), always those without
     which its readers, least squares refitted, lack least: with inputs X, ``H = cov(X) + ridge * mean(var(X)) * I`` and
@@ -188,7 +188,7 @@ class _Section:
 
     @property
     def bytes(self) -> int:
-        """What the sums, and their inverse, take."""
+        """Bytes of the sums and of their inverse."""
         return 2 * 8 * len(self.at) ** 2
 
     @property
@@ -218,7 +218,7 @@ class _Section:
         return self.weight()[self.place()].flatten(1).mT / self.deviation
 
     def curvature(self, ridge: float) -> Tensor:
-        """How the inputs go together, ``(units, units)``: their covariance, where the layer takes a constant."""
+        """Second moments of the inputs, ``(units, units)``: their covariance, where the layer takes a constant."""
         count = self.rows * self.at.shape[1]
         found = self.gram / count
         if self.reader.shift is not None:
@@ -230,7 +230,7 @@ class _Section:
         return found + ridge * scale * torch.eye(len(found), dtype=torch.float64)
 
     def changes(self, columns: Tensor, gone: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What is added to the model's tensors, by name, so that the layer does without units.
+        """Changes of the model's tensors, by name, with which the layer does without units.
 
         Args:
             columns: those that an elimination has left, as ``columns`` gives them.
@@ -343,7 +343,7 @@ class _Eliminated:
 
 
 def _counts(size: int, shares: Sequence[float]) -> list[int]:
-    """How many of a group's units shares of it are, at least one, and not all."""
+    """The numbers of units that shares of a group are: at least one, and not all."""
     return sorted({min(max(1, round(share * size)), size - 1) for share in shares})
 
 
@@ -429,7 +429,7 @@ def _effect(
     before: Sequence[object],
     classes: bool,
 ) -> tuple[float, dict[str, str]]:
-    """How far the network's outputs move without some units; or groups whose sizes its code does not follow."""
+    """The change of the network's outputs without some units; or groups whose sizes its code does not follow."""
     keep = {name: tuple(sorted(one.order[one.counts[place] :].tolist())) for name, one in gone.items()}
     edit = Edit(network, keep)
     adaptation, refused = fit_code(code, network, edit.counts)

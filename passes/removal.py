@@ -1,4 +1,4 @@
-"""Which units to remove, given scores: by ratio, or until a budget of parameters or MACs is met."""
+"""Remove units of the lowest scores: by ratio, or until a budget of parameters or MACs is met."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class PruneChannels(DataPass):
         return Compensate(self.compensate, self.data, self.samples, self.ridge, self.memory).run(edit)
 
     def by_cost(self, network: Network) -> bool:
-        """Whether units are ranked by score for what they cost."""
+        """True if units are ranked by their scores relative to their costs."""
         budget = self.scope == "global" and (self.params is not None or self.macs is not None)
         return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
 

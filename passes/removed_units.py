@@ -64,7 +64,7 @@ class RemovedUnits:
         return left
 
     def stays(self, axis: Axis) -> Tensor:
-        """Which positions along an axis stay in each block: ``(blocks, size)``, ``(1, size)`` if in all the same."""
+        """True at positions of an axis that stay in each block: ``(blocks, size)``, ``(1, size)`` if all are alike."""
         axis = find(axis)
         if axis not in self.memo:
             self.memo[axis] = multiplied(axis, self._stays)
@@ -80,7 +80,7 @@ class RemovedUnits:
         return left
 
     def stay(self, axis: Axis, index: int) -> Tensor:
-        """Which positions along an axis stay in one block."""
+        """True at the positions along an axis that stay in one block."""
         stays = self.stays(axis)
         return stays[index if len(stays) > 1 else 0]
 

@@ -59,7 +59,7 @@ class DataPass(Pass):
         return draw_inputs(self.data, count, self.seed)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the samples."""
+        """Measure on the samples how far the smaller network is from the model."""
         if self.data is None:
             return None
         return reported(model, edit, self.drawn(MOST), self.loss, classes=self.classes)

@@ -28,7 +28,7 @@ _log = logging.getLogger("netsurgery")
 
 
 def calls_are_dear(device: torch.device) -> bool:
-    """Whether a call of an operation costs more than its arithmetic, as on a GPU."""
+    """True if a call of an operation costs more than its arithmetic, as on a GPU."""
     return device.type == "cuda"
 
 
@@ -137,7 +137,7 @@ class SampleLosses:
         return found.double().expand(rows)
 
     def is_mean(self) -> bool:
-        """Whether the loss returns one number for several samples."""
+        """True if the loss returns one number for several samples."""
         if self.given_loss is None or self.samples.count < 2:
             return False
         inputs, targets = self.batch(0, 2, 1)
@@ -216,13 +216,13 @@ def _scaled(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
 
 
 def _same(one: object, other: object) -> bool:
-    """Whether two results of a model are the same but for rounding."""
+    """True if two results of a model are the same but for rounding."""
     pairs = [*zip(tensors_in(one), tensors_in(other), strict=True)]
     return all(a.shape == b.shape and nearly_equal(torch.stack([a, b])) for a, b in pairs)
 
 
 def nearly_equal(parts: Tensor) -> bool:
-    """Whether parts ``(parts, ...)`` are the same but for rounding."""
+    """True if all parts ``(parts, ...)`` are the same but for rounding."""
     if not parts.is_floating_point():
         return torch.equal(parts, parts[:1].expand_as(parts))
     eps = torch.finfo(parts.dtype).eps

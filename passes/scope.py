@@ -1,4 +1,4 @@
-"""Which groups are scored: those of named modules, and those that the removal to come may cut."""
+"""The groups that are scored: those of named modules, and those that a later removal may cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of each removal, kept in a file so that long work can be interrupted and gone on with."""
+"""Results of removals so far, kept in a file so that long work can be interrupted and continued."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECONDS = 5.0  # between two writes
 
 @dataclass
 class ScoreCheckpoint:
-    """What is known of each removal: sums over the rises of the loss, and over how many rows."""
+    """Results of removals so far: sums over changes of the loss, and the number of rows that these are of."""
 
     key: str
     file: Path | None

@@ -1,4 +1,4 @@
-"""Which groups a pass works on: those of named modules, and of the factors of one dimension only one.
+"""The groups that a pass works on: those of named modules, and only one of the factors of a dimension.
 
 A ratio is a share of a layer's channels. Where these are a product (heads and dimensions within heads, groups of a
 convolution and channels within them), the same share of both factors would take it twice.
@@ -53,12 +53,12 @@ def sorts_of(caller: str, unit: str | Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def is_touched(group: Group, modules: Chosen) -> bool:
-    """Whether some modules produce or carry a group's units."""
+    """True if some modules produce or carry a group's units."""
     return any(modules.holds(member.parameter) for member in group.members if member.role != "consumes")
 
 
 def belongs(group: Group, modules: Chosen, patterns: Sequence[Pattern]) -> bool:
-    """Whether only some modules produce a group's units, or these are but all that carries them, as norms do.
+    """True if some modules alone produce a group's units, or produce none of them but alone carry them, as norms do.
 
     Or the group is asked for by name.
     """
@@ -90,7 +90,7 @@ def protected(network: Network, modules: Chosen) -> set[str]:
 
 
 def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, Group]:
-    """Of groups that are factors of one dimension the first: what is in heads before these, then what most layers use.
+    """The first of the groups that are factors of one dimension: head dimensions first, then by number of layers.
 
     Groups that are tied go together.
     """
@@ -131,7 +131,7 @@ def _beside(axis: Axis, leaf: Axis) -> Iterator[tuple[Axis, ...]]:
 
 
 def _outerness(network: Network, group: Group) -> int:
-    """How many factors follow a group's channel in a dimension, at most."""
+    """The largest number of factors that follow a group's channel in a dimension."""
     axes = [network.axes[member.parameter][member.axis] for member in group.members]
     after = [
         len(axis.terms) - i
@@ -143,7 +143,7 @@ def _outerness(network: Network, group: Group) -> int:
 
 
 def channels_per_unit(network: Network, group: Group, cut: Iterable[Axis] = ()) -> int:
-    """How many channels of a layer a unit is: dimensions within a head, or groups of a normalisation.
+    """The number of channels of a layer that a unit has: dimensions within a head, or channels of a norm's group.
 
     Args:
         cut: channels that are cut too; nothing can be said of how many of them stay.

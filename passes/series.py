@@ -27,7 +27,7 @@ class Series:
 
     @property
     def size(self) -> int:
-        """How many removals there are."""
+        """The number of removals."""
         return min(map(len, self.orders.values()))
 
     def removal(self, index: int) -> Removal:

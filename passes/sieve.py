@@ -129,7 +129,7 @@ class Regression:
         return border
 
     def decided(self, border: float, allowed: float, width: float) -> Tensor:
-        """Of which units predictions say on which side they are, so many that as many errors are expected."""
+        """True for units whose side the predictions decide: as many as keep the expected errors within the allowed."""
         doubt = torch.special.ndtr(-(self.means - border).abs() / (width * self.error))
         order = doubt.argsort(stable=True)
         decided = torch.zeros(len(order), dtype=torch.bool)

@@ -74,7 +74,7 @@ def _is_last(epoch: int, epochs: int, share: float) -> bool:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a method of soft filter pruning proceeds from epoch to epoch.
+    """The schedule of a method of soft filter pruning.
 
     Attributes:
         asymptotic: whether the pruned share grows, by ``pruned_share``; else it is the ratio from the beginning.

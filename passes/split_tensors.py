@@ -19,7 +19,7 @@ _RECORD = "_split"  # attribute of a module whose parameters are split
 
 @dataclass
 class _Record:
-    """How a module was before."""
+    """The class and the parameters that a module had before."""
 
     kind: type[nn.Module]
     parameters: dict[str, nn.Parameter]  # in order; those that are held are empty meanwhile
@@ -108,7 +108,7 @@ def _flat_weights(module: nn.RNNBase) -> list[Any]:
 
 
 def is_split(module: nn.Module) -> bool:
-    """Whether a module's parameters are split."""
+    """True if a module's parameters are split."""
     return _RECORD in module.__dict__
 
 

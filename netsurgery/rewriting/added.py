@@ -52,12 +52,12 @@ def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
 
 
 def _reads(edit: Edit, name: str, dim: int) -> Callable[[Axis], bool]:
-    """Whether a tensor reads the units of a channel in one of its dimensions."""
+    """True if a tensor reads the units of a channel in one of its dimensions."""
     return lambda channel: (name, dim, channel) in edit.readers
 
 
 def _makes(edit: Edit, name: str, dim: int) -> Callable[[Axis], bool]:
-    """Whether it makes or carries them."""
+    """True if a tensor makes or carries the units of a channel in one of its dimensions."""
     return lambda channel: (name, dim, channel) not in edit.readers
 
 

@@ -64,7 +64,7 @@ def _is_plain(name: str, value: object) -> bool:
 
 
 def _filled(value: Any, given: object) -> object:
-    """What a block returned, with the arguments of this call."""
+    """The result that a block returned, with the arguments of this call in it."""
     if isinstance(value, _Argument):
         return at(value.place, given)
     if isinstance(value, tuple) and hasattr(value, "_make"):
@@ -75,7 +75,7 @@ def _filled(value: Any, given: object) -> object:
 
 
 def _returns(block: Block) -> object:
-    """What stands for the result of a block: its input; arguments that it passed on; None for other tensors."""
+    """A stand-in for the result of a block: its input; arguments that it passed on; None for other tensors."""
     found = places((block.call.args, block.call.kwargs))
 
     def stand_in(value: object) -> object:
@@ -89,7 +89,7 @@ def _returns(block: Block) -> object:
 
 @dataclass(frozen=True)
 class Dropping:
-    """How blocks leave a model.
+    """The way in which blocks leave a model.
 
     Attributes:
         blocks: those that go.
@@ -164,7 +164,7 @@ def _layers(config: object) -> object:
 
 
 def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, config: object) -> bool:
-    """Whether another list of the length is in a module with the same configuration: a decoder beside an encoder."""
+    """True if a module with the same configuration has another list of this length: a decoder beside an encoder."""
     return any(
         isinstance(child, nn.ModuleList) and len(child) == length and child is not modules[path]
         for module in modules.values()
@@ -184,7 +184,7 @@ def _fewer(config: Any, length: int, left: Sequence[int]) -> object:
 
 
 def dropping_for(model: nn.Module, edit: Edit, close: bool = True) -> Dropping:
-    """How the blocks that an edit drops leave a model: as many lists as its code allows close the gaps.
+    """The way in which the dropped blocks leave a model: as many lists as its code allows close the gaps.
 
     Args:
         close: whether lists may; else all names stay.
@@ -218,7 +218,7 @@ class _Trial:
         self.programs = [shortened(program, dropped) for program in network.programs]
 
     def fails(self, dropping: Dropping) -> str | None:
-        """Why the model does not work that way; None if it does."""
+        """The reason why the model does not work that way; None if it does."""
         small = copy_with(self.model, {id(tensor): tensor for _, tensor in named_tensors(self.model)})
         names = {new: name for name in self.network.tensors if (new := dropping.renamed(name)) is not None}
         try:

@@ -135,7 +135,7 @@ class OptimizerStates:
         return name is None or self.renamed(name) is not None
 
     def _named(self, given: str, param: Tensor) -> str:
-        """What an optimizer calls a parameter, where that is the model's own name for it."""
+        """The name of a parameter after the removal, where the given one is the model's own."""
         return str(self.renamed(given)) if given == self.names.get(id(param)) else given
 
     def _add(self, optimizer: Optimizer, moved: bool) -> None:
@@ -225,12 +225,12 @@ class OptimizerStates:
         return choices[0] if choices and alike else None
 
     def _unambiguous(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
-        """Whether dimensions of equal size lose the same; else a matrix may be of the rows alone (a preconditioner)."""
+        """True if dimensions of equal size lose the same; else a matrix may be of the rows alone (a preconditioner)."""
         pairs = itertools.combinations(zip(value.shape, axes, strict=True), 2)
         return all(n != m or self._same_positions((one,), (other,)) for (n, one), (m, other) in pairs)
 
     def _is_usual(self, optimizer: Optimizer, what: str, value: Tensor, param: Tensor) -> bool:
-        """Whether state is known to be of each element: by its name, or since that of a parameter not square is."""
+        """True if a state surely has a number for each element: by its name, or as for a parameter not square."""
         if value.shape == param.shape and (what in OF_ELEMENTS or "master" in what):
             return True
         return any(
@@ -244,7 +244,7 @@ class OptimizerStates:
         )
 
     def _same_positions(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
-        """Whether the same positions stay."""
+        """True if the same positions stay."""
         found = ([None if axis is None else self.positions(axis) for axis in axes] for axes in (one, other))
         pairs = zip(*found, strict=True)
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)

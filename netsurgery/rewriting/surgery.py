@@ -93,7 +93,7 @@ def rewrite(
 
 
 def with_same_names(model: Model, edit: Edit) -> Model:
-    """As ``rewrite``, on a copy whose names all stay: no list closes the gap that a block leaves."""
+    """Rewrite a copy whose names all stay: no list closes the gap that a block leaves."""
     return _carried_out(model, edit, close=False)
 
 

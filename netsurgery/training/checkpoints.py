@@ -53,7 +53,7 @@ def settle(new: Path, path: Path) -> None:
 
 
 def read(path: Path) -> Any:
-    """What was written; tensors are on the CPU."""
+    """Read a file that ``write`` wrote; tensors are on the CPU."""
     with safe_open(path, "pt") as file:
         return decode(json.loads(file.metadata()["state"]), file)
 
@@ -76,7 +76,7 @@ def encode(value: object, place: str, tensors: dict[str, Tensor]) -> object:
 
 
 def inside(place: str, key: object) -> str:
-    """Where a part is."""
+    """The place of a part."""
     return f"{place}/{key}" if place else str(key)
 
 

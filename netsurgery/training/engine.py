@@ -146,7 +146,7 @@ class Worker:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes."""
+        """True in the process that writes."""
         return bool(self.accelerator.is_main_process)
 
     def wait(self) -> None:
@@ -155,7 +155,7 @@ class Worker:
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         device: torch.device = self.accelerator.device
         return device
 

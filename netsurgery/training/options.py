@@ -17,7 +17,7 @@ Arguments = dict[str, Any]  # by name
 
 
 class Place:
-    """Where in which file a table stands, for messages."""
+    """The place of a table in a file, for messages."""
 
     def __init__(self, file: str, *path: str):
         self.file, self.path = file, path
@@ -27,7 +27,7 @@ class Place:
         return Place(self.file, *self.path, key)
 
     def error(self, text: str) -> InputError:
-        """What to raise about this table."""
+        """An error about this table, to be raised."""
         return InputError(f"{self.file}, [{'.'.join(self.path)}]: {text}" if self.path else f"{self.file}: {text}")
 
 
@@ -66,7 +66,7 @@ def parameters(target: Callable[..., object]) -> Arguments:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value of a TOML or YAML file is of the annotated type; a whole number is a float too."""
+    """True if a value of a TOML or YAML file is of the annotated type; a whole number is a float too."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
@@ -102,7 +102,7 @@ def is_sequence(hint: Any) -> bool:
 
 
 def item_of(hint: Any) -> Any:
-    """What a list holds."""
+    """The type of a list's items."""
     return get_args(hint)[0]
 
 

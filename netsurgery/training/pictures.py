@@ -72,7 +72,7 @@ def tradeoff(results: Results, axes: Sequence[Axes]) -> None:
 
 
 def layers(results: Results) -> list[str]:
-    """Of the whole networks, each once."""
+    """The layers of the whole networks, each once."""
     return list(dict.fromkeys(k for runs in results.values() for k in runs[0]["widths"][0]))
 
 

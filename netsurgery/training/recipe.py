@@ -68,7 +68,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Engine:
-    """What accelerate does; what is not said here, `accelerate config` and `accelerate launch` say."""
+    """Settings of accelerate; those that are not given are those of `accelerate config` and `accelerate launch`."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     accumulate: int = 1
@@ -89,14 +89,14 @@ class Variant:
 
     @property
     def training(self) -> str:
-        """What variants that can share a trained network have in common."""
+        """A key that variants share if they can share a trained network."""
         shared = ("data", "model", "train", "penalty", "soft")
         return json.dumps({key: value for key, value in asdict(self).items() if key in shared}, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `read` makes of a file."""
+    """A recipe, as `read` makes it of a file."""
 
     name: str
     seeds: Sequence[int]
@@ -161,7 +161,7 @@ def _top(
     engine: Table | None = None,
     variants: Table | None = None,
 ) -> None:
-    """What may stand at the top of a recipe beside the tables of a variant."""
+    """The keys at the top of a recipe beside the tables of a variant."""
 
 
 def parse(source: str) -> tuple[str, Arguments]:

@@ -71,7 +71,7 @@ class Job:
 
     @property
     def small(self) -> Path:
-        """Where the smaller network is kept."""
+        """The file of the smaller network."""
         return self.folder / "small.safetensors"
 
     def fit(self, name: str, checkpoint: Path) -> Fit:

@@ -57,7 +57,7 @@ class Study:
                 )
 
     def folder(self, name: str, seed: int) -> Path:
-        """Of a variant and a seed."""
+        """The folder of a variant and a seed."""
         return self.out / name / f"seed-{seed}"
 
     def images(self, name: str, seed: int) -> Images:
@@ -88,7 +88,7 @@ class Study:
 
     @property
     def left(self) -> str:
-        """What an interruption leaves, in words."""
+        """The results that an interruption leaves, in words."""
         if not self.kept.exists():
             return "nothing had been done yet"
         return f"{self.out} keeps all runs and epochs that were finished; the same command goes on from there"
@@ -178,7 +178,7 @@ class Log:
             file.write(line + "\n")
 
     def telling(self, study: Study, progress: Progress) -> tuple[Tell, Advance]:
-        """What to call for each epoch, and after each run."""
+        """Functions to call for each epoch, and after each run."""
         whole = progress.add_task("runs", total=len(study.recipe.variants) * len(study.recipe.seeds))
         bar = progress.add_task("", total=1)
 
@@ -218,7 +218,7 @@ def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None
 
 
 def differences(old: object, new: object, place: str = "") -> Iterator[str]:
-    """Where two nested tables differ."""
+    """The places where two nested tables differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)

@@ -1,4 +1,4 @@
-"""What came out of a study, as a table: the mean over seeds, and the spread."""
+"""The results of a study as a table: the mean over seeds, and the spread."""
 
 from __future__ import annotations
 

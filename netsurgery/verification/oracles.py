@@ -118,7 +118,7 @@ def _check_arguments(model: object, small: object, edit: object) -> None:
 
 
 def _fits(model: nn.Module, network: Network, sizes: Sizes) -> bool:
-    """Whether a model's tensors have the shapes that they have in a network at some sizes."""
+    """True if a model's tensors have the shapes that they have in a network at some sizes."""
     found = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
     return all(found.get(name) == tuple(map(sizes, axes)) for name, axes in network.axes.items())
 
@@ -141,7 +141,7 @@ def _in_order(inputs: Inputs, network: Network) -> Inputs:
 
 
 def _alike(network: Network, inputs: Inputs) -> bool:
-    """Whether inputs surely take the way through the code that was recorded."""
+    """True if inputs surely take the path through the code that was recorded."""
     (given, form), (traced, form_traced) = pytree.tree_flatten(inputs), pytree.tree_flatten(network.inputs)
     looks = any(program.values != "none" for program in network.programs)
     return (
@@ -158,7 +158,7 @@ def _first_places(values: Sequence[object]) -> list[int]:
 
 
 def _stands_for(given: object, traced: object, looks: bool) -> bool:
-    """Whether one input decides what another does, when the code looks at values or not; numbers decide nothing."""
+    """True if an input leads the code the way that another does: by its value where the code looks at values."""
     if not isinstance(given, Tensor) or not isinstance(traced, Tensor):
         plain = type(given) is type(traced) and isinstance(given, int | float | str)
         return given is traced or (plain and given == traced)

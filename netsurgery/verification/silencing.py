@@ -36,7 +36,7 @@ def _copied(value: object) -> object:
 
 
 def entries(masks: Sequence[Tensor]) -> Tensor:
-    """Which entries of a tensor stay, from masks of the positions that stay along each dimension; to be broadcast."""
+    """True at the entries of a tensor that stay, from masks along each dimension; to be broadcast."""
     shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(masks))]) for dim, one in enumerate(masks)]
     return functools.reduce(torch.logical_and, shaped)
 
@@ -74,7 +74,7 @@ def silenced(
         return functools.reduce(lambda a, b: torch.kron(a.to(torch.uint8), b.to(torch.uint8)).bool(), parts)
 
     def stays(node: Node, dims: tuple[Axis, ...], device: torch.device) -> Tensor | None:
-        """Which entries of a tensor that a node gives or takes stay, or None where all do."""
+        """True at the entries that stay of a tensor which a node gives or takes; None where all do."""
         whole = frozenset(leaf for axis in node.meta.get("whole", ()) for leaf in leaves(axis))
         masks = [mask(axis, whole).to(device) for axis in dims]
         if all(bool(one.all()) for one in masks):
