@@ -72,7 +72,7 @@ class _TileWalk:
             yield piece, tuple(slice(None) if i in (self.rows, self.window) else s for i, s in enumerate(piece))
 
     def by_column(self, values: Tensor) -> Tensor:
-        """Values by column, laid out like the weight."""
+        """Values of columns, laid out like the weight."""
         return values.view(self.columns).permute(self.order)
 
     def powers(self, part: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Layout:
 
     @property
     def key(self) -> list[int]:
-        """The readings as an operator of torch takes them: of each its blocks, both kinds of axes as bits, counted."""
+        """The readings as numbers: of each the blocks, both kinds of axes as bits, and 1 if it is counted in L1."""
         found: list[int] = []
         for how, count in zip(self.readings, self.in_l1, strict=True):
             found += [how.blocks, _bits(how.outer), _bits(how.window), int(count)]

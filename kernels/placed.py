@@ -1,4 +1,4 @@
-"""Tensors that a loop meets again and again: what is worked out for them is kept until one of them moves."""
+"""Tensors that a loop uses again and again: results for them are kept until one of them moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _T = TypeVar("_T", bound=Tensor | None)
 
 
 class Placed(list[_T]):
-    """Plain dense tensors, or None, and where they are.
+    """Plain dense tensors, or None, and their addresses.
 
     Attributes:
         places: addresses.

@@ -1,4 +1,4 @@
-"""The criteria over weights that are sharded (DTensor): each rank sums what it holds; the sums are all-reduced."""
+"""The criteria over sharded weights (DTensor): each rank sums its own parts; the sums are all-reduced."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class _Share:
     layout: Layout
 
     def parts(self, local: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The rows that the layout reads, of a tensor for each weight or None."""
+        """The rows that the layout reads, from a tensor for each weight, or None."""
         found = [(local[i], start, size) for i, start, size in self.rows]
         return [None if one is None else one.detach().narrow(0, start, size) for one, start, size in found]
 
 
 @lru_cache(maxsize=64)  # the index is made, and sent to the device, once
 def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> tuple[_Share, ...]:
-    """A share for each way to shard, on every rank in the same order, whether it holds anything or not.
+    """A share for each way to shard, on every rank in the same order, also where a rank holds nothing.
 
     Raises:
         ValueError: a weight is sharded so that kernels are cut, or in a way that is not known here.
@@ -136,7 +136,7 @@ def _way(i: int, weight: _Spec) -> _Way:
 
 
 def _held(weight: _Spec) -> list[tuple[int, int]]:
-    """For each axis where what this rank holds begins, and its size: as torch.chunk cuts."""
+    """For each axis the begin and size of the part on this rank: as torch.chunk cuts."""
     held = [(0, size) for size in weight.shape]
     for dim, placement in enumerate(weight.placements):
         if weight.mesh is not None and isinstance(placement, Shard):

@@ -99,7 +99,7 @@ def _indexed(layout: Layout, weights: list[Tensor], grouping: Sequence[Tensor]) 
 
 
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
-    """The criterion, and the sum of absolute values of what is counted in it: shape (2,), differentiable once."""
+    """The criterion and the sum of the absolute values that count: shape (2,), differentiable once."""
     _checked(weights, criterion)
     if not weights:
         return torch.zeros(2)
@@ -202,7 +202,7 @@ def add_gradient(
 
 
 def _written(weights: Sequence[Tensor], outs: Sequence[Tensor | None]) -> Placed[Tensor | None]:
-    """The tensors to add to, which are looked at closely only where they are of other forms than the last time."""
+    """The tensors to add to; they are checked again only where their forms are others than the last time."""
     wrong = [i for i, out in enumerate(outs) if out is not None and out.layout != torch.strided]
     found = Placed(outs if not wrong else ())
     if not isinstance(weights, Placed) or weights.kept.get(_written) != found.forms:

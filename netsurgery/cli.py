@@ -213,7 +213,7 @@ def budget(option: str, text: str | None) -> float | int | None:
 
 
 def check_removes(edit: netsurgery.Edit, options: dict[str, object]) -> None:
-    """Raise InputError where nothing goes."""
+    """Raise InputError where an edit removes nothing."""
     if edit.keep:
         return
     asked = " ".join(f"{name} {value}" for name, value in options.items() if value not in (None, 1))

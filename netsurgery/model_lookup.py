@@ -22,7 +22,7 @@ Finder = Callable[[str, str, Arguments], nn.Module]
 
 
 def build(name: str, **arguments: object) -> nn.Module:
-    """The model of that name. Without `@WEIGHTS` its weights are those that its maker draws: nothing is downloaded.
+    """Build a model by its name. Without `@WEIGHTS` its own constructor draws the weights: nothing is downloaded.
 
     Args:
         name: `torchvision:NAME`, `timm:NAME`, or `package.module:callable`, which is looked up from the current
@@ -84,7 +84,7 @@ def _torchvision(name: str, weights: str, arguments: Arguments) -> nn.Module:
 
 
 def _published(name: str, weights: str) -> object:
-    """An entry of torchvision's list of weights, whose file is there then."""
+    """An entry of torchvision's list of weights; its file is downloaded where it is missing."""
     from torchvision import models
 
     there = models.get_model_weights(name).__members__

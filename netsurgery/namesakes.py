@@ -1,4 +1,4 @@
-"""Packages of the repository's root that are asked for as if they were others; their ``__init__.py`` runs this.
+"""Packages in the repository's root that are imported under another package's name; their ``__init__.py`` calls this.
 
 With the root on ``sys.path``, ``import kernels`` finds the folder of ``netsurgery.kernels``. Whoever does so means
 another package of that name; importing ``netsurgery`` to tell it so would load torch.
@@ -15,7 +15,7 @@ __all__ = ["give_way"]
 
 
 def give_way(module: dict[str, object]) -> None:
-    """Put another package of the same name in a module's place, or leave nothing in it that could be found.
+    """Put another package of the same name in a module's place, or empty the module.
 
     Args:
         module: the variables of a package in the repository's root, while it is imported.

@@ -80,7 +80,7 @@ def _check_sizes(small: nn.Module, edit: Edit) -> None:
 
 
 def load(folder: str | Path, model: Model, example_inputs: object = None) -> Model:
-    """The saved smaller model, from a fresh full-size model of the same constructor, which stays as it is.
+    """Load a saved smaller model, given a fresh full-size model of the same constructor, which stays as it is.
 
     Args:
         folder: one that ``save`` or ``netsurgery prune --out`` wrote, or of a run of ``netsurgery train``:
@@ -127,7 +127,7 @@ def _difference(folder: Path, small: nn.Module, weights: Mapping[str, Tensor]) -
 
 
 def _kept(folder: Path) -> tuple[str | None, Mapping[str, Tensor]]:
-    """The edit, as JSON, and the state dict in a folder that ``save`` or a run of a recipe wrote."""
+    """Read the edit, as JSON, and the state dict from a folder that ``save`` or a run of a recipe wrote."""
     if (folder / "small.safetensors").is_file():
         small = _checkpoint(folder / "small.safetensors")
         tuned = folder / "finetune.safetensors"

@@ -100,7 +100,7 @@ def trace(model: nn.Module, example_inputs: object = None, *, try_sizes: bool = 
 
 @undisturbed()
 def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: object = None) -> Edit:
-    """Decide what to remove; the model stays as it is. Passes after a removal look at a copy that it has cut.
+    """Decide what to remove; the model stays as it is. Passes after a removal get a copy that is cut.
 
     Args:
         model: any module; it stays as it is.
@@ -148,7 +148,7 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
 def _run(
     passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Hashable, Network]
 ) -> tuple[Edit, dict[str, str]]:
-    """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
+    """Run passes: the edit, and the groups whose new sizes the model's code does not follow, if any.
 
     Args:
         known: what groupwise passes have returned, by their place and what removals before them keep; gets more.
@@ -193,14 +193,14 @@ def _run(
 
 
 def _again(network: Network, before: Network) -> Network:
-    """A network with the locks, and the scores of open groups, that a pass laid on it before more were locked."""
+    """A network with the locks, and the scores of open groups, that a pass gave it before more groups were locked."""
     locked = network.with_locked({group.name: group.locked for group in before.groups if group.locked is not None})
     scores = {name: one for name, one in before.scores.items() if locked[name].locked is None}
     return locked.with_scores(scores, before.comparable, before.ordinal)
 
 
 def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
-    """The network that an edit leaves, with the scores and locks that passes have laid on the one before."""
+    """The network that an edit leaves, with the scores and locks that passes have given to the one before."""
     inputs = last.network.inputs
     network = trace(with_same_names(model, edit), inputs[0] or inputs[1], try_sizes=False)
     names, before = last.names_in(network), last.network

@@ -33,7 +33,7 @@ OVERWRITTEN = ("copy", "fill", "zero", "set")
 
 
 class Draws(TorchDispatchMode):
-    """Notes which tensors hold random numbers, or none yet: results of a draw, and what is computed from them.
+    """Tracks tensors that hold random numbers or uninitialised memory, or were computed from such.
 
     A tensor is free of them again once all of it is written over, as ``load_state_dict`` does. Constants count as
     neither: a batch norm starts from ones.
@@ -96,7 +96,7 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def read_weights(path: Path) -> tuple[State, str]:
-    """The state dict in a file, and in words what it was found in.
+    """Read the state dict in a file; with it, in words, where it was found.
 
     Args:
         path: safetensors, or what ``torch.save`` wrote: a state dict, or a dictionary that holds one, as checkpoints
@@ -158,7 +158,7 @@ def _state_in(found: object, path: Path) -> tuple[State, str]:
 
 
 def _is_state(value: object) -> TypeGuard[State]:
-    """Names and tensors; what modules keep beside their tensors is allowed."""
+    """True for a state dict: names and tensors, and entries that modules keep beside their tensors."""
     return (
         isinstance(value, Mapping)
         and any(isinstance(one, Tensor) for one in value.values())
@@ -206,7 +206,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _without_prefix(state: State, wanted: State) -> State:
-    """DistributedDataParallel puts ``module.`` before every name, torch.compile ``_orig_mod.``, others their own."""
+    """The state dict without a prefix of all names, such as ``module.`` of DistributedDataParallel."""
     first = next(iter(wanted), "")
     prefix = next((name.removesuffix(first) for name in state if name.endswith(f".{first}")), "")
     if first in state or not all(name.startswith(prefix) for name in state):
@@ -215,7 +215,7 @@ def _without_prefix(state: State, wanted: State) -> State:
 
 
 def prepared(name: str, file: Path | None = None, random: bool = False) -> tuple[nn.Module, str]:
-    """A model by name, and in words which weights it has.
+    """Build a model by its name; with it, in words, the source of its weights.
 
     Args:
         name: as for ``netsurgery.model_lookup.build``.

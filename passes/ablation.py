@@ -99,11 +99,11 @@ class Ablation(SampleLosses):
         return {group.name: list(range(group.size)) for group in self.network.prunable}
 
     def add_series(self, series: Mapping[str, Series]) -> None:
-        """More removals can be tried, or others under the same names."""
+        """Let more removals be tried, or others under the same names."""
         self.series.update(series)
 
     def rows_left(self, checkpoint: ScoreCheckpoint, wanted: Active) -> dict[str, int]:
-        """Rows that the wanted removals were not tried on yet, in all, by series."""
+        """The number of rows that the wanted removals of each series are still to be tried on."""
         found = {}
         for name, units in wanted.items():
             seen = checkpoint.entries[name][1][units] if name in checkpoint.entries else torch.zeros(len(units))
@@ -280,7 +280,7 @@ class Ablation(SampleLosses):
     def whole(
         self, engine: PartialReplay, copies: int, start: int, stop: int, reads: Collection[fx.Node], before: Removal
     ) -> Results:
-        """Results of the network without some units; of samples that come several times from a run on them once."""
+        """Results of the network without some units; those of copies of samples come from one run on the samples."""
         once = self.engine(stop - start, 1, start) if copies > 1 else None
         twins = None if once is None else engine.twins(once)
         if once is not None and twins is not None:
@@ -335,7 +335,7 @@ class Ablation(SampleLosses):
         return apart
 
     def by_surgery(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
-        """Cut the units out and run what is left; with tied groups, as many of these."""
+        """Cut the units out, and equally many of groups of equal size, and run the smaller network."""
         inputs, targets = self.batch(start, stop, 1)
         base = finite(self.loss(self.outputs(self.model, inputs), targets))
         for name, indices in due.items():
@@ -365,7 +365,7 @@ class Ablation(SampleLosses):
         return keep
 
     def by_silencing(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
-        """Let the units contribute nothing, where the code decides and draws what it did with them."""
+        """Silence the units in a replay, which takes the decisions and random numbers of the original run."""
         inputs, targets = self.batch(start, stop, 1)
         try:
             network = self.trace(stop - start, 1, start)

@@ -1,4 +1,4 @@
-"""A model beside the smaller one on samples: losses, agreement of what they choose, and the difference of outputs."""
+"""A model compared with the smaller one on samples: losses, agreement of the chosen classes, difference of outputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measure(
     seed: int = 0,
     classes: bool = True,
 ) -> Measured:
-    """Run a model and the smaller one on the same samples, in eval mode: how far are they apart?
+    """Run a model and the smaller one on the same samples, in eval mode, and compare their outputs.
 
     ``plan`` does so with the data of the first of its passes that holds some, and ``edit.summary()`` says what it
     found. On samples that scores were chosen by, what is left looks better than on others: measure on those, too.
@@ -144,7 +144,7 @@ def _numbers_in(drawn: Samples) -> float:
 
 @dataclass
 class _Sums:
-    """Sums over batches of what two networks give."""
+    """Sums over batches of the losses and outputs of two networks."""
 
     drawn: Samples
     own: Loss | None
@@ -158,7 +158,7 @@ class _Sums:
         self.no_loss = self.no_outputs = ""  # why there is none to compare
 
     def add(self, before: object, after: object, targets: object) -> None:
-        """The outputs of a batch."""
+        """Add the outputs of a batch."""
         self._add_losses(before, after, targets)
         found, numbers = squares(before, after), _numbers(before)
         if found is None:
@@ -193,7 +193,7 @@ class _Sums:
             self.losses[at] += float(found.double().mean()) * rows
 
     def _add_choices(self, logits: Tensor, others: Tensor, targets: object) -> None:
-        """Logits ``(..., classes)`` of both, at the positions that have a label."""
+        """Add the choices of both networks, from logits ``(..., classes)``, at the positions that have a label."""
         if isinstance(targets, Tensor) and not targets.is_floating_point():
             said = (targets != ignored_by(self.own)).reshape(logits.shape[:-1])
             logits, others = logits[said], others[said]
@@ -226,7 +226,7 @@ class _Sums:
 
 
 def squares(before: object, after: object) -> tuple[float, float] | None:
-    """Squares of the difference of two networks' outputs, and of the original's; None where their shapes differ.
+    """Sums of squares: of the difference of two networks' outputs, and of the original's; None where shapes differ.
 
     They are summed over entries that are finite in the original: masks are infinite. What is infinite or NaN in the
     smaller network alone differs infinitely.
@@ -249,7 +249,7 @@ def _numbers(outputs: object) -> list[Tensor]:
 
 
 def _classes(logits: Tensor, targets: object, everything: object, ignored: int) -> int | None:
-    """The dimension of logits that holds classes, if they are such."""
+    """The dimension of logits that holds classes; None if they are no logits."""
     if targets is None:
         return 1 if logits.dim() == 2 and logits.shape[1] > 1 else None
     if not isinstance(targets, Tensor) or not isinstance(everything, Tensor):

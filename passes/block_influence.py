@@ -1,4 +1,4 @@
-"""Scores of residual blocks by how much they change what goes through them."""
+"""Scores of residual blocks by the change that they make to their inputs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class BlockInfluenceScore(DataPass):
 
 
 class _Mean:
-    """The mean similarity of the input and output of a block, over positions."""
+    """The similarity of the input and output of a block, averaged over positions."""
 
     def __init__(self, block: Block):
         self.block, self.total, self.count = block, 0.0, 0
@@ -121,12 +121,12 @@ class _Mean:
 
     @property
     def value(self) -> float:
-        """The mean."""
+        """The average so far."""
         return self.total / self.count if self.count else math.nan
 
 
 def _features(block: Block) -> list[int]:
-    """The dimensions of a block's input that hold features; where none is known to, the last."""
+    """The dimensions of a block's input that hold features; the last where none is known."""
     dims = block.source.meta["dims"]
     return [i for i, axis in enumerate(dims) if any(map(inner, leaves(axis)))] or [len(dims) - 1]
 

@@ -1,4 +1,4 @@
-"""The groups that a removal may take, in bundles that lose equally many units, and reports on those that lose less."""
+"""The groups that a removal may cut, in bundles that lose equally many units, and reports on those that lose fewer."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Units that there are."""
+        """The number of units now."""
         return self.groups[0].size
 
     def due(self, ratio: float) -> int:
-        """Units to remove now, so that a share of the original's is gone."""
+        """The number of units to remove now, so that a share of the original's is gone."""
         return max(0, int(self.whole * ratio + _EPSILON) - (self.whole - self.size))
 
     def allowed(self, removed: int) -> int:
@@ -69,7 +69,7 @@ class Bundle:
 
 
 class Choice:
-    """The groups of a network that a pass may cut, in bundles, and what it says of the others."""
+    """The groups of a network that a removal may cut, in bundles, and the reports on the others."""
 
     def __init__(self, settings: PruneChannels, network: Network):
         self.settings, self.network = settings, network
@@ -88,7 +88,7 @@ class Choice:
         self.bundles = self._bundles()
 
     def _ratios(self) -> list[tuple[tuple[Pattern, ...], Chosen, float]]:
-        """Modules that shares are given for."""
+        """The modules that shares are given for, with these."""
         shares = self.settings.ratio if isinstance(self.settings.ratio, Mapping) else {}
         return [((one,), Chosen(self.network, (one,)), share) for one, share in shares.items()]
 
@@ -171,7 +171,7 @@ class Choice:
         return max(_MOST, ratio) if ratio is not None and self.settings.scope == "layer" else _MOST
 
     def _whole(self, group: Group) -> int:
-        """Units of a group in the original."""
+        """The number of units of a group in the original."""
         if self.names is None:
             return group.size
         if group.name not in self.names or self.original[self.names[group.name]].size < group.size:
@@ -195,7 +195,7 @@ class Choice:
         return score / scale if scale > 0 else score
 
     def wanted(self, ratio: float) -> int:
-        """Units of all groups together to remove now."""
+        """The number of units of all groups together to remove now."""
         whole = sum(bundle.whole * len(bundle.groups) for bundle in self.bundles)
         gone = sum((bundle.whole - bundle.size) * len(bundle.groups) for bundle in self.bundles)
         return max(0, int(whole * ratio + _EPSILON) - gone)
@@ -244,7 +244,7 @@ class Choice:
         )
 
     def _got(self, removed: list[int]) -> str:
-        """Channels that are gone, of those of the layers that are meant."""
+        """The share and number of channels that are gone, in the layers that are meant."""
         whole = sum(bundle.whole * bundle.channels * len(bundle.groups) for bundle in self.bundles)
         left = sum(
             (bundle.size - k) * bundle.channels * len(bundle.groups)

@@ -1,4 +1,4 @@
-"""A fixed, seeded set of samples from whatever a user keeps data in: class-balanced, or as the data is."""
+"""A fixed, seeded set of samples from any form of data: class-balanced, or in the proportions of the data."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def draw_samples(data: object, count: int, seed: int = 0, ignored: int = IGNORED
 
 
 def draw_inputs(data: object, count: int, seed: int = 0) -> Samples:
-    """Draw inputs alone, as they come in the data: classes play no part.
+    """Draw inputs alone, whatever their classes.
 
     Args:
         data: what ``draw`` takes; or inputs without targets: a tensor with a row for each sample, a dictionary of
@@ -115,7 +115,7 @@ def draw_inputs(data: object, count: int, seed: int = 0) -> Samples:
 
 
 def draw_with_or_without_targets(data: object, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
-    """Samples with targets, or else inputs alone: of an iterator the same batches are read for both."""
+    """Draw samples with targets, or else inputs alone; an iterator is read once for both."""
     first, second = itertools.tee(data) if reads_once(data) else (data, data)
     try:
         return draw_samples(first, count, seed, ignored)
@@ -160,7 +160,7 @@ class _Drawing:
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def draw_samples(self, data: object) -> Samples:
-        """The samples."""
+        """Draw the samples."""
         with torch.random.fork_rng(devices=[]):  # random transforms are the same each time, and leave no trace
             torch.manual_seed(self.seed)
             inputs, targets = self.chosen(self.pair(data)) if self.is_whole(data) else self.collected(data)
@@ -219,7 +219,7 @@ class _Drawing:
         return order if classes is None else order[_turns(classes[order])]
 
     def joined(self, batches: object) -> tuple[Inputs, object]:
-        """The first batches that hold twice as many samples as asked for."""
+        """Join the first batches that hold twice as many samples as asked for."""
         if not isinstance(batches, Iterable):
             raise InputError(f"data is {type(batches).__name__}: pass a DataLoader, a Dataset or a pair of tensors")
         pairs: list[tuple[Inputs, object]] = []
@@ -332,7 +332,7 @@ def _map(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """All of a model in eval mode; what was in training mode is afterwards again."""
+    """Put all of a model into eval mode; afterwards each module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:

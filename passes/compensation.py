@@ -37,7 +37,7 @@ _log = logging.getLogger("netsurgery")
 
 @dataclass(frozen=True)
 class Compensate(DataPass):
-    """Make up for what a removal loses, in the layers that read the removed units: see ``compensate`` below.
+    """Compensate for a removal in the layers that read the removed units: see ``compensate`` below.
 
     Args:
         method: "bias" changes a constant for each output of such a layer; "least-squares" also refits its weights.
@@ -109,7 +109,7 @@ def compensate(
     seed: int = 0,
     memory: int = 1 << 30,
 ) -> Edit:
-    """An edit with new values (made anew, if it has some) for the layers that read what it removes.
+    """An edit with new values for the layers that read the removed units; values that it has are replaced.
 
     One run of the original network over the data, in eval mode, serves all layers (a few more of both networks compare
     their outputs, and fit layers in order). For each of these layers, X are those of its inputs that
@@ -173,7 +173,7 @@ def compensate(
 def _measured(
     lost: Lost, readers: list[Reader], left: dict[str, str], memory: int
 ) -> Iterable[tuple[Reader, tuple[Sums, Sums]]]:
-    """The sums of each layer, by samples that are fitted to and held back; what has none is left, with the reason."""
+    """The sums of each layer over fitted and held-back samples; the reasons for layers without finite sums."""
     for portion in portions(_sized(lost, readers, left, memory), memory):
         for reader, both in zip(portion, lost.sums(portion), strict=True):
             some = [one for one in both if one is not None]
@@ -186,7 +186,7 @@ def _measured(
 
 
 def _sized(lost: Lost, readers: list[Reader], left: dict[str, str], memory: int) -> Iterable[tuple[Reader, int]]:
-    """Layers, and the bytes of their sums: where those of a refit do not fit, of a constant."""
+    """Layers with the bytes of their sums; where the sums of a refit do not fit, those of a constant."""
     for reader in readers:
         module = lost.layer(reader)
         size = bytes_of(module, refit=reader.weight is not None)
@@ -202,7 +202,7 @@ def _sized(lost: Lost, readers: list[Reader], left: dict[str, str], memory: int)
 def _best(
     lost: Lost, fits: Sequence[Fit], left: dict[str, str], memory: int
 ) -> tuple[dict[str, Tensor], tuple[Compensation]]:
-    """The values that bring the network's outputs nearest to the original's, and how near."""
+    """The values that bring the network's outputs nearest to the original's, and their distance."""
     levels = [level for level in LEVELS if level == "nothing" or any(fit.level(level) == level for fit in fits)]
     trials = {level: _values(lost, [fit.trial[fit.level(level)] for fit in fits], fits) for level in levels}
     gaps = dict(zip(levels, lost.gaps([trials[level] for level in levels]), strict=True))
@@ -226,7 +226,7 @@ def _best(
 
 
 def _bytes(lost: Lost, fits: Sequence[Fit]) -> int:
-    """About what all samples take at once: what layers should return, and a few of the largest tensors."""
+    """An estimate of the bytes of all samples at once: wanted outputs of layers, and a few of the largest tensors."""
     most, outputs = lost.drawn.count * POSITIONS, 0
     for fit in fits:
         outputs += min(fit.rows, most) * len(lost.layer(fit.reader).weight)

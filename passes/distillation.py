@@ -108,7 +108,7 @@ class Distillation(nn.Module):
         self.hints = Hints(hints, student, teacher, normalize, project, example_inputs)
 
     def forward(self, student: object, teacher: object, targets: object = None) -> Tensor:
-        """The loss, a scalar, of what student and teacher return for the same inputs."""
+        """The loss, a scalar, from the outputs of student and teacher for the same inputs."""
         own, wanted = self._logits(student, teacher, targets)
         counted = self._counted(own, targets)
         if targets is None and not self.alpha and self.hints is None:
@@ -139,7 +139,7 @@ class Distillation(nn.Module):
         return f"temperature={self.temperature:g}, alpha={self.alpha:g}, hint_weight={self.hint_weight:g}"
 
     def _logits(self, student: object, teacher: object, targets: object) -> tuple[Tensor, Tensor]:
-        """Logits of both ``(n, classes, ...)``."""
+        """The logits of student and teacher, ``(n, classes, ...)``."""
         own, wanted = _logits_of("student", student), _logits_of("teacher", teacher).detach()
         dim = _dim_of_classes(own, targets) if self.dim is None else self.dim
         if not -own.dim() <= dim < own.dim() or dim % own.dim() == 0:

@@ -17,7 +17,7 @@ __all__ = ["drawn_at"]
 
 
 def drawn_at(network: Network, run: Callable[[int], object]) -> list[str]:
-    """The operations of torch that draw; else the first line that computes something else in another draw.
+    """The operations that draw random numbers; else the first line whose results depend on the seed.
 
     Args:
         run: runs the model with random numbers from a seed.
@@ -35,7 +35,7 @@ def drawn_at(network: Network, run: Callable[[int], object]) -> list[str]:
 
 
 class _Sums(TorchDispatchMode):
-    """The sum of what each operation gives, and the line of code that it is at."""
+    """The line of code and the sum of the results of each operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

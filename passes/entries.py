@@ -1,4 +1,4 @@
-"""From numbers at the entries of weights to numbers of units: which entries are a unit's, and their sums."""
+"""Sums of numbers at the entries of weights over the entries of each unit."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def unit_scores(
 def unit_sums(
     network: Network, chosen: Mapping[str, Sequence[Use]], along: Callable[[Weight, list[int]], Tensor]
 ) -> dict[str, Tensor]:
-    """For each group and unit the sum over all that some uses hold of it, each entry once: ``(units,)``.
+    """For each group the sums over the entries of each unit in some uses, each entry once: ``(units,)``.
 
     Args:
         chosen: by group; one that has no uses has no sums.
@@ -109,7 +109,7 @@ def unit_sums(
 
 
 def summed(values: Tensor, axes: list[int]) -> Tensor:
-    """The sums over some axes, be it none."""
+    """The sums over some axes; over none these are the values."""
     return values.sum(axes) if axes else values
 
 
@@ -148,7 +148,7 @@ def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
 
 
 def in_roles(found: Iterable[HasRole], *order: Collection[Role]) -> list[HasRole]:
-    """Those in the first of several sets of roles that there are any in."""
+    """The members or uses in the first set of roles that has any."""
     known = list(found)
     return next((some for roles in order if (some := [one for one in known if one.role in roles])), [])
 
@@ -166,12 +166,12 @@ def as_roles(who: str, roles: Role | Collection[Role]) -> tuple[Role, ...]:
 
 
 def accumulated(weight: Tensor) -> Tensor:
-    """A tensor without its history, in the type to add in."""
+    """A tensor without gradients, in the type that sums are taken in."""
     return weight.detach().to(accumulator(weight))
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Names in a message, each once, the first of them."""
+    """The first few names, each once, for a message."""
     return first_of((f"'{name}'" for name in dict.fromkeys(names)), most)
 
 
@@ -197,7 +197,7 @@ def _named(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _names(network: Network) -> dict[str, str]:
-    """The network's name for each name of a tensor of the model: what modules share has several."""
+    """The network's name for each name of a tensor of the model; a shared tensor has several."""
     first = {id(tensor): name for name, tensor in network.tensors.items()}
     every = [*network.tensors.items(), *_aliases(network.model)]
     return {name: first[id(tensor)] for name, tensor in every if id(tensor) in first}

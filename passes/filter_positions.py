@@ -1,4 +1,4 @@
-"""Filters: units that produce something, where in the parameters they stand, and how to scale them in place."""
+"""Filters: units, their positions in the parameters that produce and carry them, and their scaling in place."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _same(one: Axis, other: Axis) -> bool:
 
 
 def _own(node: fx.Node, produced: frozenset[str]) -> frozenset[str]:
-    """The weights that a node contracts activations with and that make new units, as depthwise kernels do not."""
+    """The weights that a node contracts activations with to make new units; depthwise kernels make none."""
     if "params" in node.meta:
         return frozenset()
     return produced.intersection(name for weight, _ in contracted(node) for name in weight.meta["params"])
@@ -136,7 +136,7 @@ def _produced(network: Network) -> frozenset[str]:
 
 
 def _origins(program: fx.Graph, produced: frozenset[str]) -> dict[fx.Node, frozenset[str]]:
-    """The layers whose outputs each node's value is made of, without another layer in between."""
+    """For each node the layers whose outputs it is made of without another layer in between."""
     found: dict[fx.Node, frozenset[str]] = {}
     for node in program.nodes:
         found[node] = _own(node, produced).union(*(found[s] for s in node.all_input_nodes if not _own(node, produced)))
@@ -144,7 +144,7 @@ def _origins(program: fx.Graph, produced: frozenset[str]) -> dict[fx.Node, froze
 
 
 def _met(network: Network) -> dict[str, frozenset[str]]:
-    """For each parameter, the layers whose outputs it is laid on."""
+    """For each parameter the layers whose outputs it is applied to."""
     found: dict[str, frozenset[str]] = {}
     produced = _produced(network)
     for program in network.programs:
@@ -172,7 +172,7 @@ def norms(filters: Filters, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def computed_norms(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Likewise of the groups whose units are produced by computed weights, by these weights: by group."""
+    """The norms of units that computed weights produce, by group."""
     found: dict[str, Tensor] = {}
     for name, used in uses(network, tensors).items():
         made = [use for use in used if use.role == "produces"]
@@ -189,7 +189,7 @@ def computed_norms(network: Network, tensors: Mapping[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def scale(tensor: Tensor, axis: int, positions: Tensor, factor: float) -> None:
-    """Multiply what stands at some positions of an axis by a factor, in place; by 0 even what is not finite.
+    """Multiply the entries at some positions of an axis by a factor, in place; by 0 also entries that are not finite.
 
     Args:
         positions: bool, shape (size of the axis,).
@@ -252,7 +252,7 @@ def published_macs(network: Network, pruned: Mapping[str, float]) -> float:
 
 
 def leaking_groups(model: nn.Module, network: Network) -> list[str]:
-    """The groups whose units are not nothing although all of their weights are zero.
+    """The groups whose units still contribute although all of their weights are zero.
 
     Behind a sigmoid a zero is a half; in a layer norm it counts in the mean. Such units cannot be removed without a
     change. Half of the units of every group are set to zero in a copy, and it is seen whether silencing them does more.
@@ -298,7 +298,7 @@ def _is_silent(
 
 
 def _perturbed(tensor: Tensor) -> Tensor:
-    """A copy; one that is constant, as in a fresh norm or a zeroed head, is made uneven: it would hide a difference."""
+    """A copy of a tensor; a constant one, such as a fresh norm, is made uneven, as it would hide a difference."""
     new = tensor.detach().clone()
     if new.is_floating_point() and new.numel() and bool((new == new.flatten()[0]).all()):
         generator = torch.Generator().manual_seed(0)

@@ -39,7 +39,7 @@ class Fit:
 
     @classmethod
     def of(cls, reader: Reader, fitted: Sums, held: Sums, ridge: float) -> Fit:
-        """Fit to some sums, choose the ridge by others, and fit to both."""
+        """Fit to some sums, choose the ridge by others, and fit again to both."""
         both, shift = fitted + held, reader.shift is not None
         trial: dict[Taken, Change] = {"nothing": Change()}
         final = dict(trial)
@@ -59,7 +59,7 @@ class Fit:
         return min(allowed, key=lambda level: self.errors[level])
 
     def chosen(self, most: Taken) -> tuple[Reader, float | None]:
-        """The layer with what of it may change, and the ridge."""
+        """The layer, without its weight where that is not refitted, and the ridge."""
         if self.level(most) == "weights":
             return self.reader, self.ridge
         return dataclasses.replace(self.reader, weight=None), None

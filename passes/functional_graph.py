@@ -1,4 +1,4 @@
-"""A recorded graph as steps that overwrite nothing, with what is constant computed once and batch norms folded.
+"""A recorded graph as steps that overwrite nothing; constants are computed once and batch norms are folded.
 
 This is functionalization, as PyTorch calls it, of a graph that is recorded already: an operation in place becomes one
 that returns what it writes, where nothing else shows what was written.
@@ -40,7 +40,7 @@ class Unsuited(Exception):
 
 @dataclass
 class Step:
-    """One operation, or the constant result of some: what to call, and the nodes whose results it takes.
+    """One operation: the function to call, and the nodes whose results it takes.
 
     ``names`` has the axes of its notation.
     """
@@ -217,12 +217,12 @@ class _Builder:
         )
 
     def drawn(self, call: Callable[..., object], place: int, *args: object, **kwargs: object) -> object:
-        """The result of an operation that draws random numbers: those of its place and the seed."""
+        """The result of an operation that draws random numbers, from a seed of its own."""
         with torch_seeded(self.of.seed + 7919 * place, self.device):
             return call(*args, **kwargs)
 
     def functional(self, node: fx.Node) -> tuple[Callable[..., Any], Any]:
-        """An operation that returns what one in place writes, if nothing else can show that; and its packet."""
+        """An operation that returns the result of one in place, if no other tensor shows that; and its packet."""
         target: Any = node.target
         written: Any = node.args[0]
         packet = getattr(aten, target.overloadpacket.__name__.removesuffix("_"), None)
@@ -235,7 +235,7 @@ class _Builder:
         return overload, packet
 
     def fold(self, step: Step) -> bool:
-        """Make a convolution and the batch norm in eval mode that alone reads it one convolution."""
+        """Fold a batch norm in eval mode into the convolution that it alone reads."""
         of = self.of
         norm = next((s for s in reversed(of.steps) if s.node is step.args[0]), None)
         if norm is None or norm.packet is not aten.native_batch_norm or norm.args[5] or step.args[1] != 0:
@@ -273,7 +273,7 @@ class _Builder:
         of.constants = {node: value for node, value in of.constants.items() if node in needed}
 
     def lay_out(self) -> None:
-        """Let kernels of two dimensions lie with their channels last, and by them all results: a CPU is faster so."""
+        """Lay kernels of two dimensions out with channels last, and so all results: a CPU is faster with these."""
         for step in self.of.steps:
             weight = self.of.constants.get(step.args[1]) if step.packet is aten.convolution else None
             if weight is not None and weight.dim() == 4 and weight.dtype is torch.float32 and self.device.type == "cpu":

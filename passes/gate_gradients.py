@@ -80,7 +80,7 @@ def _slopes(ablation: Ablation, engine: PartialReplay, start: int, stop: int) ->
 
 
 def _readers(engine: PartialReplay, step: Step, channels: Iterable[Axis]) -> Iterator[tuple[int, Axis]]:
-    """Arguments of an operation at which units of a channel are read for the last time."""
+    """The arguments of an operation that mixes units of a channel: the places where gates go."""
     for channel in channels:
         places = [
             place
@@ -92,7 +92,7 @@ def _readers(engine: PartialReplay, step: Step, channels: Iterable[Axis]) -> Ite
 
 
 def _spread(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
-    """A gate ``(rows, units)`` laid out as the result of a node; one where there are other units."""
+    """A gate ``(rows, units)`` laid out as the result of a node, with ones at other units."""
     dims = engine.dims[node]
     padded = torch.cat([gate, gate.new_ones(len(gate), 1)], 1)  # the last column is for other units
     found = ((dim, rows) for dim, axis in enumerate(dims) if (rows := _within(axis, engine.rows)) is not None)

@@ -148,7 +148,7 @@ def _report_missing(wanted: Mapping[str, list[Use]], chosen: Mapping[str, list[U
 
 
 def _proportional(network: Network, group: Group, use: Use, gradients: Mapping[str, Tensor], kind: str) -> Use:
-    """A parameter in place of a weight that is proportional to it, one that has a gradient if there is such.
+    """A parameter that a computed weight is proportional to, if possible one that has a gradient.
 
     Squares are of single entries: there it has as many as the weight.
 

@@ -89,7 +89,7 @@ class _Growth(Pass):
         ]
 
     def _possible(self, network: Network) -> tuple[dict[str, tuple[Planned, ...]], dict[str, str]]:
-        """The units of the groups that can grow together, one factor of each dimension; and why others cannot."""
+        """The units of groups that can grow together, one factor of each dimension; and reasons why others cannot."""
         names, refused = dict[str, None](), dict[str, str]()
         for group in self._meant(network, network.prunable):
             together = network.equal_to(group.name)
@@ -161,7 +161,7 @@ class WidenChannels(_Growth):
             raise InputError("WidenChannels: multiple_of is a whole number of at least 1, noise is in [0, 1)")
 
     def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
-        """The units of each, and behind them the copies in the order of what they are copies of."""
+        """The units of each group and, behind them, the copies in the order of their originals."""
         return {name: self._widened(network, network[name]) for name in names}
 
     def _widened(self, network: Network, group: Group) -> tuple[Planned, ...]:
@@ -236,7 +236,7 @@ class PlantChannels(_Growth):
         }
 
     def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
-        """The units of each, and the new ones behind them."""
+        """The units of each group and, behind them, the new ones."""
         amounts = self._amounts(network)
         new = New(self.init, self.seed)
 

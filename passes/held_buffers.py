@@ -13,7 +13,7 @@ __all__ = ["HeldBuffers"]
 
 
 class HeldBuffers:
-    """Old entries of all buffers of a model, such as running statistics.
+    """The old entries of all buffers of a model, such as running statistics, which are held.
 
     Args:
         model: what its buffers hold now is held.
@@ -30,7 +30,7 @@ class HeldBuffers:
                 self._owners[path] = _Owner(module, free)
 
     def watch(self, model: nn.Module, *, normalise: bool) -> None:
-        """Put them back after each forward pass of a module that owns some, and of the model.
+        """Put the held entries back after each forward pass of a module that owns some, and of the model.
 
         Args:
             normalise: whether batch norms take running statistics for old units in training mode, too.
@@ -44,14 +44,14 @@ class HeldBuffers:
         model.register_forward_hook(self.put_back, always_call=True)  # its code may hand buffers to functions
 
     def put_back(self, model: nn.Module, *_: object) -> None:
-        """Put them back now, in the model or in a copy of it."""
+        """Put the held entries back now, in the model or in a copy of it."""
         modules = named_modules(model)
         for path, owner in self._owners.items():
             owner.put_back(modules[path])
 
     @staticmethod
     def forget(model: nn.Module) -> None:
-        """Let a model that is watched, or a copy of one, do with its buffers what it likes."""
+        """Stop to hold the buffers of a model, or of a copy of it."""
         for module in model.modules():
             for hooks in (module._forward_hooks, module._load_state_dict_post_hooks):
                 for key, hook in list(hooks.items()):
@@ -70,11 +70,11 @@ class _Owner:
         self.take(module)
 
     def take(self, module: nn.Module, *_: object) -> None:
-        """Hold what they hold now, such as after ``load_state_dict``."""
+        """Hold the present values, such as those after ``load_state_dict``."""
         self._kept = {key: one.detach().clone() for key, one in module._buffers.items() if one is not None}
 
     def put_back(self, module: nn.Module, *_: object) -> None:
-        """Through ``.data``: nothing that autograd has saved of them counts as changed."""
+        """Put the held entries back, through ``.data``: tensors that autograd has saved do not count as changed."""
         for key, kept in self._kept.items():
             buffer = module._buffers.get(key)
             if buffer is None:

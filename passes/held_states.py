@@ -1,4 +1,4 @@
-"""Optimizers while parts of parameters are trained alone: what belongs to old entries is kept aside meanwhile."""
+"""Optimizers while only parts of parameters are trained: the states of the other entries are kept aside meanwhile."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class HeldStates:
                     optimizer.state[one] = _begun(kept[one], places[id(one)])
 
     def put_back(self) -> None:
-        """Give optimizers the whole parameters again, and states of which new entries have what they had of late."""
+        """Give optimizers the whole parameters again, with states that hold the latest numbers of new entries."""
         for params, before in self._lists:
             known = {id(one) for one in before}
             params[:] = [*before, *(one for one in params if id(one) not in known)]
@@ -60,7 +60,7 @@ class HeldStates:
 
 
 def _begun(entry: State, places: Tensor) -> State:
-    """The state that new entries begin with, of an optimizer that has one of the whole parameter."""
+    """The part of a whole parameter's state that new entries begin with."""
     return {
         key: value.flatten()[places.to(value.device)] if value.dim() else torch.zeros_like(value)
         for key, value in entry.items()
@@ -69,7 +69,7 @@ def _begun(entry: State, places: Tensor) -> State:
 
 @torch.no_grad()
 def _merged(optimizer: Optimizer, entry: State, late: State, param: Tensor, places: Tensor) -> State:
-    """A state of the whole parameter, with what an optimizer has kept of each new entry.
+    """A state of the whole parameter, with the numbers that an optimizer has kept for each new entry.
 
     Args:
         entry: the state of before, at the new size; empty if there was none.
@@ -94,7 +94,7 @@ def _merged(optimizer: Optimizer, entry: State, late: State, param: Tensor, plac
 
 
 def _blank(key: str, value: Tensor, param: Tensor) -> Tensor:
-    """A state of the whole parameter, of which nothing is known yet."""
+    """The state of a whole parameter before its first step."""
     like = param if key in OF_WEIGHTS else torch.zeros_like(param)
     return like.detach().to(value.dtype, copy=True)
 

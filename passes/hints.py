@@ -1,4 +1,4 @@
-"""Features of modules of two networks, collected by hooks, and how far those of the student are from the teacher's."""
+"""Features of modules of two networks, collected by hooks, and their distance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LEAST = 1e-12  # mean square of features, below which these are not divided: of
 
 
 class Hints(nn.Module):
-    """The squared differences of features, of which ``forward`` takes those of the last run of both networks.
+    """The squared differences of features of the last run of both networks.
 
     Args:
         paths: modules of the teacher by those of the student.
@@ -80,7 +80,7 @@ class Hints(nn.Module):
         return (own - wanted).square().mean()
 
     def _fitted(self, index: int, own: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of one shape."""
+        """The features of both, in one shape."""
         shapes = tuple(own.shape), tuple(wanted.shape)
         if self.project:
             own = self.layers[index](own)
@@ -123,7 +123,7 @@ class Hints(nn.Module):
 
 
 class _Side:
-    """One of the two networks, and what its modules gave in its last run."""
+    """One of the two networks, and the outputs of its modules in its last run."""
 
     def __init__(self, who: str, network: nn.Module, places: Mapping[str, nn.Module]):
         self.who = who

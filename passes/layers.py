@@ -1,4 +1,4 @@
-"""The layers of a network: weights that activations are contracted with, how each is read, and what its role is."""
+"""The layers of a network: weights that activations are contracted with, their readings and their roles."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def layers(network: Network) -> tuple[Layer, ...]:
 
 
 def scored_layers(network: Network, grouping: Grouping) -> tuple[list[Layer], list[Tensor]]:
-    """The layers and their weights: one that is computed from parameters in place of these.
+    """The layers and their weights; a weight that is computed from parameters stands in place of these.
 
     Of a low-rank update, the matrix that has the units of the whole layer is none by itself.
 
@@ -116,7 +116,7 @@ Dimensions = list[tuple[Axis, Axis, str]]  # of a weight: as it stands there, wh
 
 
 def _contractions(program: Program) -> Iterator[tuple[fx.Node, fx.Node, Dimensions]]:
-    """Nodes that contract activations with what comes from parameters alone."""
+    """Nodes that contract activations with a weight: a parameter, or a tensor computed from parameters alone."""
     for node in program.graph.nodes:
         if "params" not in node.meta:
             yield from ((node, weight, dims) for weight, dims in contracted(node))
@@ -130,7 +130,7 @@ def contracted(node: fx.Node) -> Iterator[tuple[fx.Node, Dimensions]]:
 
 
 def _layer(name: str, axes: tuple[Axis, ...], own: tuple[Axis, ...], dims: Dimensions, role: LayerRole) -> Layer | None:
-    """None where the weight is used in an arrangement that its own axes do not show.
+    """The layer of a weight; None where the weight is used in an arrangement that its own axes do not show.
 
     Args:
         axes: of the weight.
@@ -164,7 +164,7 @@ def _layer(name: str, axes: tuple[Axis, ...], own: tuple[Axis, ...], dims: Dimen
 
 
 def _source(node: fx.Node, name: str) -> tuple[Axis, ...]:
-    """The dimensions of a parameter where a node's computation begins with it."""
+    """The dimensions of a parameter at the node with which the computation of a weight begins."""
     left = list(node.all_input_nodes)
     while left:
         one = left.pop()
@@ -192,7 +192,7 @@ def _places(dims: list[Axis], own: tuple[Axis, ...]) -> list[tuple[int, ...]] | 
 
 
 def _spanned(wanted: list[Axis], parts: list[list[Axis]], taken: set[int]) -> tuple[int, ...] | None:
-    """The axes in a row that a merged dimension spans, or the one that it is a factor or a slice of."""
+    """The consecutive axes that a merged dimension spans, or the one axis that it is a factor or a slice of."""
     place, rest = [], wanted
     for i, part in enumerate(parts):
         if part and i not in taken and rest[: len(part)] == part:

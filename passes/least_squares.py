@@ -1,4 +1,4 @@
-"""Least squares with a ridge from sums over the data, and their errors on other data from its sums alone."""
+"""Least squares with a ridge from sums over data, and errors on other data from its sums alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over rows of the inputs X ``(groups, n, d)`` of a layer, and of what its outputs lack R ``(groups, n, o)``.
+    """Sums over rows of a layer's inputs X ``(groups, n, d)`` and the residuals R ``(groups, n, o)`` of its outputs.
 
     Attributes:
         count: n.
@@ -58,7 +58,7 @@ class Sums:
 
     @classmethod
     def of(cls, x: Tensor, lacks: Tensor, wanted: Tensor) -> Sums:
-        """The sums of some rows: products in the type of these, 24 bits or more, their sums in float64."""
+        """The sums of some rows: products in the type of the rows, sums in float64."""
         x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
         whole = torch.stack([wanted.sum(1, dtype=torch.float64), wanted.square().sum(1, dtype=torch.float64)])
         lost = lacks.square().sum(dtype=torch.float64)
@@ -75,12 +75,12 @@ class Sums:
 
     @property
     def variance(self) -> float:
-        """Squares of what the outputs should be, less their means, all together."""
+        """The sum of squares of the wanted outputs less their means."""
         sums, squares = self.whole
         return float((squares - sums.square() / self.count).sum().clamp_min(0))
 
     def constant(self) -> Change:
-        """The mean of what is lacking."""
+        """The change of the constant alone: the mean residual."""
         return Change(constant=self.cross[:, -1] / self.count)
 
     def refit(self, ridge: float, shift: bool) -> Change:
@@ -143,7 +143,7 @@ def outputs_at(module: Layer, out: Tensor, places: Tensor | None) -> Tensor:
 
 
 def sums_of(module: Layer, x: Tensor, wanted: Tensor, places: Tensor | None, refit: bool) -> Sums:
-    """Sums over what a layer is given and what it should return, in blocks of samples.
+    """Sums over the inputs of a layer and its wanted outputs, in blocks of samples.
 
     Args:
         module: a linear layer or convolution.

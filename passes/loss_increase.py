@@ -1,4 +1,4 @@
-"""By how much the loss on some samples changes when a unit, and all that is coupled to it, is removed."""
+"""Scores by the change of the loss on samples when a unit, and all that is coupled to it, is removed."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class LossIncreaseScore(DataPass):
         return network.with_scores(scores, comparable=True)
 
     def _scoped(self, network: Network) -> Network:
-        """The network with all groups locked that are not to be scored."""
+        """The network with locks on all groups that are not to be scored."""
         return scoped(network, as_patterns(self.include), as_patterns(self.exclude), self.removal)
 
     def _exact(self, ablation: Ablation, checkpoint: ScoreCheckpoint) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The loss of each sample, and what must hold of targets and losses so that its rise means something."""
+"""The loss of each sample, and checks of targets and losses without which its rise means nothing."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _ones(sums: Tensor) -> bool:
 
 
 def twice_over(once: Sequence[Tensor], twice: Sequence[Tensor]) -> list[Tensor] | None:
-    """The outputs of samples put beside themselves, worked out from those of a run on twice as many rows.
+    """The outputs of samples joined with themselves; a run on twice the rows tells which dimension holds rows.
 
     None where a run on twice as many does not differ by rows alone.
     """

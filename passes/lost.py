@@ -28,7 +28,7 @@ _COMPARED = 64  # samples that the network as a whole is compared on, or a batch
 
 
 class Lost:
-    """A network, what a removal leaves of it, and samples in batches, of which every fifth is held back.
+    """A network, the smaller one that a removal leaves, and samples in batches, of which every fifth is held back.
 
     Args:
         edit: the removal.
@@ -129,7 +129,7 @@ class Lost:
 
     @contextlib.contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values in the smaller network's tensors."""
+        """Put other values into the smaller network's tensors for a while."""
         own = {name: self.tensors[name].clone() for name in values}
         try:
             for name, value in values.items():

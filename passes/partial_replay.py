@@ -103,7 +103,7 @@ class PartialReplay(FunctionalGraph):
         return any(self.carries(axis, channel) for axis in node.meta.get("whole", ()))
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
-        """The dimensions over which statistics are taken that every entry of the result depends on."""
+        """The dimensions over which an operation takes statistics that every entry of its result depends on."""
         if step.packet in (aten._softmax, aten._log_softmax, aten._safe_softmax):
             return (self.dims[step.inputs[0]][step.args[1]],)
         if step.packet is aten.native_layer_norm:
@@ -178,7 +178,7 @@ class PartialReplay(FunctionalGraph):
         return {node: value for node, value in values.items() if node in keep}
 
     def _everything(self, names: tuple[str, ...]) -> list[Run]:
-        """All operations, where units of some groups are gone; of constant results those that are others then."""
+        """All operations, where units of some groups are gone; on constants only those whose results change."""
         states, missing = self.states(names), self.channels(names)
         constant = {node for node in self.constants if states[node] in ("clean", "masked")}
         return [self._run(step, "changed", missing) for step in self.steps if step.node not in constant]
@@ -188,7 +188,7 @@ class PartialReplay(FunctionalGraph):
         return dict(zip((step.node for step in self.steps), _last_uses(self.steps), strict=True))
 
     def repeated(self, small: PartialReplay, whole: Results, reads: Iterable[fx.Node]) -> Results | None:
-        """Results of this network on samples that come several times over, from those on the samples once.
+        """Results of this network on copies of samples, from the results on the samples once.
 
         Args:
             small: the same network, traced on the samples once.

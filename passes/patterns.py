@@ -35,7 +35,7 @@ def as_patterns(given: Modules) -> tuple[Pattern, ...]:
 
 
 class Chosen:
-    """The modules of a network that patterns match, all that is inside of these, and what they share with others.
+    """The modules of a network that patterns match, with all modules inside them and the tensors that they share.
 
     Args:
         network: the network whose modules are meant.
@@ -57,7 +57,7 @@ class Chosen:
         self.tensors = {names[id(tensor)] for tensor in held if id(tensor) in names}
 
     def matched(self, model_name: str, pattern: Pattern, empty: bool) -> list[nn.Module]:
-        """The modules that one pattern matches, whatever name it has for them."""
+        """The modules that one pattern matches, by any of their names."""
         if isinstance(pattern, str):
             named = [module for path, module in self.places if path and fnmatch.fnmatchcase(path, pattern)]
             if found := [module for module in named if empty or any(True for _ in module.parameters())]:

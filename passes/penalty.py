@@ -123,7 +123,7 @@ class HGSR:
 
     @property
     def strength(self) -> float | Callable[[int], float]:
-        """A number, or a function of the number of steps; it is asked when it is set and at each ``step``."""
+        """The factor of the penalty: a number, or a function of the number of steps that is called at each ``step``."""
         return self._strength
 
     @strength.setter
@@ -207,7 +207,7 @@ class HGSR:
         return columns([("weight", "shape", "role", "outer groups"), *rows], right=(3,))
 
     def _weights(self) -> list[Tensor]:
-        """The parameters as they are now; what is kept beside them goes to their device and type."""
+        """The parameters as they are now; buffers of the penalty follow them to their device and type."""
         weights = self._parameters()
         if torch.compiler.is_compiling() or not all(type(one) in PLAIN for one in weights):
             self._check_shapes(weights)

@@ -208,7 +208,7 @@ def _check_edit(edit: Edit) -> None:
 
 
 def _check_model(model: nn.Module, new: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
-    """Raise InputError where old entries could not be held, or where new ones would not be trained."""
+    """Raise InputError where old entries could not be held, or new ones would not be trained."""
     for path, key in _trained_outside(model):
         raise InputError(
             f"Planting: attribute '{key}' of module '{path}' holds tensors that are trained, which is found for "

@@ -23,7 +23,7 @@ def span(seconds: float) -> str:
 
 
 class Report:
-    """Says how far work is.
+    """Reports the progress of work.
 
     Args:
         shown: whether anything is said.
@@ -38,7 +38,7 @@ class Report:
     def begin(
         self, what: str, rows: Mapping[str, int] | None = None, rate: Callable[[str], float] | None = None
     ) -> None:
-        """A part of the work begins.
+        """Begin a part of the work.
 
         Args:
             what: its name.
@@ -50,13 +50,13 @@ class Report:
         self.started = self.said = time.monotonic()
 
     def advance(self, name: str, units: int, rows: int) -> None:
-        """Some units were tried on some rows."""
+        """Count units that were tried on some rows."""
         self.tried += units
         self.done += units * rows * self.rate(name)
         self.draw()
 
     def line(self) -> None:
-        """Say how far the work is, if that was last said a while ago."""
+        """Log the progress, if the last line is a while ago."""
         now = time.monotonic()
         if not self.shown or now - self.said < _EVERY:
             return
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def name(self) -> str:
-        """The work, and the part of it that goes on."""
+        """The names of the work and of its present part."""
         return ", ".join(filter(None, (self.who, self.what)))
 
     @contextlib.contextmanager
@@ -89,7 +89,7 @@ class Report:
 
 @contextlib.contextmanager
 def waiting(who: str, total: int) -> Iterator[Callable[[], None]]:
-    """Say how far some work of equal steps is; what is given is called after each of them."""
+    """Report the progress of work of equal steps: the context gives a function to call after each step."""
     report = Report(True, who)
     report.begin("", {"": total})
     with report.running():

@@ -90,7 +90,7 @@ class _Race:
         }
 
     def forecast_time(self) -> None:
-        """Say how long all trials would take."""
+        """Forecast the time of all trials."""
         ablation = self.ablation
         rows = ablation.rows_left(self.checkpoint, ablation.everything())
         self.forecast = time_trials(ablation, rows) if ablation.settings.progress else None
@@ -116,7 +116,7 @@ class _Race:
         )
 
     def say(self, sieve: Sieve) -> None:
-        """Say what slopes decide, and how long the rest will take or, at the end, how much may be wrong."""
+        """Log what slopes decide, and the time of the rest or, at the end, the share that may be wrong."""
         sizes = [group.size for group in self.ablation.network.prunable]
         left = self.ablation.rows_left(self.checkpoint, sieve.tried)
         if sieve.missed <= 1 - sieve.confidence:

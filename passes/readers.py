@@ -1,4 +1,4 @@
-"""The layers that read removed units, and what of each may be changed."""
+"""The layers that read removed units, and the tensors of each that may change."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Reader:
 
 
 def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
-    """The layers that read removed units, in the order in which they run; and what is left as it is, and why.
+    """The layers that read removed units, in the order in which they run; and the reasons for those that are left out.
 
     Args:
         refit: whether weights may change, not constants alone.
@@ -101,7 +101,7 @@ def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
 def hooked(
     network: nn.Module, readers: Sequence[Reader], callback: Callable[[Reader, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call back with the inputs and outputs of layers whenever they run; what is returned replaces the outputs."""
+    """Call a function with the inputs and outputs of layers whenever they run; its result replaces the outputs."""
 
     def hook_of(reader: Reader) -> Callable[..., Tensor | None]:
         @torch.no_grad()  # also where the code turns gradients on
@@ -126,7 +126,7 @@ def _reader(network: Network, path: str, nodes: list[fx.Node], places: Positions
 
 
 def _uses(network: Network, name: str) -> list[fx.Node]:
-    """The operations that bring activations together with a parameter, or with what is computed from it alone."""
+    """The operations that combine activations with a parameter, or with a tensor that is computed from it alone."""
     found: dict[fx.Node, None] = {}
     for program in network.programs:
         left = [node for node in program.graph.nodes if node.op == "get_attr" and node.target == name]

@@ -1,4 +1,4 @@
-"""Two readings of what a removal does to the loss: how much it rises, and how much it changes."""
+"""Two readings of the change of the loss by a removal: its rise, and its absolute change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROUNDING = 1e-6  # of the largest rise of a group
 
 
 def warn_of_falls(who: str, loss_deltas: Mapping[str, Tensor], said: set[str]) -> None:
-    """Say, in one line, when the loss falls without many units of a group: ranked by the rise they go first.
+    """Warn, in one line, where the loss falls without many units of a group: ranked by the rise they go first.
 
     Args:
         who: the pass that scores by the rise.

@@ -156,7 +156,7 @@ def _apart(drawn: Samples) -> tuple[Samples, Samples]:
 
 @dataclass
 class _Section:
-    """The part of a layer's inputs that a group is.
+    """The units of a group among the inputs of a layer.
 
     Attributes:
         reader: the layer.
@@ -177,7 +177,7 @@ class _Section:
     spread: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: Tensor, out: Tensor) -> None:
-        """Inputs ``(n, channels)`` and outputs ``(n, outputs)`` of the layer."""
+        """Add inputs ``(n, channels)`` and outputs ``(n, outputs)`` of the layer to the sums."""
         rows = x[:, self.at]  # (n, units, r)
         self.sums = self.sums + rows.sum(0, dtype=torch.float64).cpu()
         flat = rows.movedim(2, 1).flatten(0, 1)
@@ -193,11 +193,11 @@ class _Section:
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution."""
+        """The number of groups of a convolution; 1 for a linear layer."""
         return getattr(self.module, "groups", 1)
 
     def place(self) -> tuple[Tensor, Tensor]:
-        """For each of the channels ``(units, r)`` its group in the layer, and its number in that."""
+        """The group of the layer that each channel ``(units, r)`` belongs to, and its number there."""
         width = self.module.weight.shape[1]
         return self.at // width, self.at % width
 
@@ -264,7 +264,7 @@ def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Sect
 
 
 def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Samples) -> None:
-    """Run the network on samples and add up what layers are given."""
+    """Run the network on samples and add up the sums of each section."""
     by_path: dict[str, list[_Section]] = {}
     for section in [section for some in sections.values() for section in some]:
         by_path.setdefault(section.reader.path, []).append(section)
@@ -301,7 +301,7 @@ def _rows(module: Layer, t: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass
 class _Eliminated:
-    """Units of a group in the order in which they go, and what their readers lack after each.
+    """The units of a group in the order in which they go, and the error of their readers after each.
 
     Attributes:
         order: units.
@@ -316,7 +316,7 @@ class _Eliminated:
     changes: list[list[tuple[str, Tensor]]]
 
     def scores(self, effects: Sequence[float]) -> Tensor:
-        """Each unit's part of how far the network's outputs move, given that at the counts.
+        """Each unit's part of the change of the network's outputs, given the changes at the counts.
 
         Parts grow along the order: stretches on which they would fall are taken together.
         """
@@ -348,13 +348,13 @@ def _counts(size: int, shares: Sequence[float]) -> list[int]:
 
 
 def _by_norm(norms: Tensor, counts: list[int]) -> _Eliminated:
-    """The order in which units go that no layer reads."""
+    """The order of elimination of units that no layer reads."""
     squares = norms.double().square().sort(stable=True)
     return _Eliminated(squares.indices, squares.values, counts, [[] for _ in counts])
 
 
 def _eliminated(sections: list[_Section], ridge: float, counts: list[int]) -> _Eliminated:
-    """The order in which the units go that some layers read."""
+    """The order of elimination of units that some layers read."""
     size = len(sections[0].at)
     inverses = [torch.linalg.inv(section.curvature(ridge)) for section in sections]
     columns = [section.columns() for section in sections]
@@ -382,7 +382,7 @@ def _eliminated(sections: list[_Section], ridge: float, counts: list[int]) -> _E
 
 
 def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
-    """Let weights ``(rows, units)`` and an inverse ``(units, units)`` be those without some units."""
+    """Update weights ``(rows, units)`` and an inverse ``(units, units)``, in place, to those without some units."""
     rows = inverse[some]
     share = torch.linalg.solve(rows[:, some], rows)
     weights -= weights[:, some] @ share
@@ -395,7 +395,7 @@ def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
 
 
 def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, classes: bool) -> Network:
-    """Scores: how far parts of each group move the network's outputs, dealt to units in proportion to their costs."""
+    """Scores: the change of outputs without parts of each group, dealt to units in proportion to their errors."""
     before = list(answers(network.model, held))
     measure = partial(_effect, ModelCode(network.model), network, held=held, before=before, classes=classes)
     bundles = {network.equal_to(name): {o: found[o] for o in network.equal_to(name) if o in found} for name in found}

@@ -179,7 +179,7 @@ class PruneChannels(DataPass):
         check_settings("PruneChannels", self.samples, self.ridge)
 
     def run(self, network: Network) -> Edit:
-        """Choose the units that stay, and make up for what goes if that is asked for."""
+        """Choose the units that stay, and compensate for the others if that is asked for."""
         choice = Choice(self, network)
         edit = choice.edit(self._removed(choice))
         if self.compensate is None:
@@ -192,7 +192,7 @@ class PruneChannels(DataPass):
         return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
 
     def _removed(self, choice: Choice) -> list[int]:
-        """Units to remove from each bundle."""
+        """The number of units to remove from each bundle."""
         bundles = choice.bundles
         if self.threshold is not None:
             return [bundle.allowed(int((bundle.scores <= self.threshold).sum())) for bundle in bundles]
@@ -224,7 +224,7 @@ class PruneChannels(DataPass):
 
 
 def _ranked(bundles: list[Bundle], prices: list[float]) -> list[Event]:
-    """Removals in reach, by score for what they save; those that save nothing come last."""
+    """The removals in reach, by score relative to what they save; those that save nothing come last."""
     return sorted(
         (float(bundle.scores[k - 1]) / price if price else inf, index, k)
         for index, (bundle, price) in enumerate(zip(bundles, prices, strict=True))
@@ -233,7 +233,7 @@ def _ranked(bundles: list[Bundle], prices: list[float]) -> list[Event]:
 
 
 def _prices(choice: Choice, what: str) -> list[float]:
-    """For each bundle what goes, per unit, with one unit of each of its groups from the network as it is."""
+    """For each bundle the cost that goes, per unit, when each of its groups loses one unit."""
     network = choice.network
     whole = getattr(network.cost(), what)
     fewer = [{group.name: group.size - 1 for group in bundle.groups} for bundle in choice.bundles]
@@ -241,7 +241,7 @@ def _prices(choice: Choice, what: str) -> list[float]:
 
 
 def _after(bundles: list[Bundle], ranked: list[Event], n: int) -> list[int]:
-    """Units removed from each bundle by the first ``n`` removals."""
+    """The number of units that the first ``n`` removals take from each bundle."""
     removed = [0] * len(bundles)
     for _, index, k in ranked[:n]:
         removed[index] = k

@@ -1,4 +1,4 @@
-"""Units that are gone from parts of a batch: where they lie in the tensors of a graph, and these without them."""
+"""Units that are gone from parts of a batch: their positions in tensors of a graph, and these without them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class RemovedUnits:
         aten.index_put_(blocks, places, tensor.new_zeros(()))
 
     def in_blocks(self, axis: Axis) -> Tensor:
-        """Positions along an axis that holds the batch, too: of each block those that go in it."""
+        """The positions that go, along an axis that holds the batch too: in each block its own."""
         size, found = axis.size // len(self.units), []
         for index in range(len(self.units)):
             positions = self.positions(axis, index)

@@ -1,4 +1,4 @@
-"""Passes that hold data: how it is drawn, and what a plan reports on it."""
+"""Passes that hold data: they draw samples from it, and plans are measured on these."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DataPass(Pass):
         self.check_rereadable("data")
 
     def check_rereadable(self, name: str) -> None:
-        """Make sure that what a field holds gives the same samples whenever it is read.
+        """Make sure that the data in a field gives the same samples whenever it is read.
 
         Raises:
             InputError: it is an iterator, or what gives the same one each time.
@@ -52,7 +52,7 @@ class DataPass(Pass):
             )
 
     def drawn(self, most: int | None = None) -> Samples:
-        """The samples, or the first of as many as are drawn at most."""
+        """Draw the samples, at most so many."""
         count = self.samples if most is None else min(self.samples, most)
         if self.labelled:
             return draw_samples(self.data, count, self.seed, ignored_by(self.loss))

@@ -21,7 +21,7 @@ __all__ = ["scoped"]
 def scoped(
     network: Network, include: tuple[Pattern, ...], exclude: tuple[Pattern, ...], removal: PruneChannels | None
 ) -> Network:
-    """The network with all groups locked but those that are to be scored.
+    """The network with locks on all groups that are not to be scored.
 
     Args:
         include: as for ``PruneChannels``: only groups that matching modules alone produce; all, where there are none.

@@ -36,7 +36,7 @@ class ScoreCheckpoint:
         self.entries.setdefault(name, empty)
 
     def add(self, name: str, units: Sequence[int], terms: Tensor, rows: int) -> None:
-        """Add ``(sums, units)`` over some rows; all at once, so that an interruption falls before or after."""
+        """Add ``(sums, units)`` over some rows in one step, so that an interruption falls before or after it."""
         sums, seen = (tensor.clone() for tensor in self.entries[name])
         sums[:, list(units)] += terms
         seen[list(units)] += rows
@@ -91,7 +91,7 @@ class ScoreCheckpoint:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Write the file at the end, whatever ends the work."""
+        """Write the file at the end, also after an error or an interruption."""
         try:
             yield
         finally:

@@ -71,13 +71,13 @@ def belongs(group: Group, modules: Chosen, patterns: Sequence[Pattern]) -> bool:
 
 
 def others_made_by(group: Group, modules: Chosen) -> str:
-    """The modules that produce a group's units beside some modules."""
+    """The other modules that produce a group's units beside some modules."""
     makers = dict.fromkeys(m.module for m in group.members if m.role == "produces" and not modules.holds(m.parameter))
     return first_of(makers, 2)
 
 
 def protected(network: Network, modules: Chosen) -> set[str]:
-    """The groups whose units some modules produce, carry, consume or are given."""
+    """The groups whose units some modules produce, carry, consume or get as inputs."""
     found = {g.name for g in network.groups if any(modules.holds(member.parameter) for member in g.members)}
     for call in [call for program in network.programs for call in program.calls if call.path in modules]:
         given = [node for node in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(node, fx.Node)]
@@ -111,7 +111,7 @@ def one_of_each_product(network: Network, groups: Iterable[Group]) -> dict[str, 
 
 
 def _factors(network: Network) -> dict[Axis, set[Axis]]:
-    """For each channel those that it is multiplied with in a dimension of a parameter."""
+    """For each channel the others that stand beside it as factors of a dimension of a parameter."""
     found: dict[Axis, set[Axis]] = {}
     for axis in dict.fromkeys(axis for axes in network.axes.values() for axis in axes if axis.op):
         for leaf in dict.fromkeys(leaves(axis)):

@@ -1,4 +1,4 @@
-"""Soft filter pruning in a training loop: filters are set to zero after an epoch, and may come back in the next."""
+"""Soft filter pruning in a training loop: filters are set to zero after an epoch, and may return in the next."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class SoftPruning:
 
     @property
     def schedule(self) -> tuple[float, float, float]:
-        """After the last epoch done: the pruned share, the factor of soft filters, the share pruned for good."""
+        """The pruned share, the factor of soft filters and the share pruned for good after the last epoch done."""
         return (
             self._schedule.at(self.epoch, self.epochs, self.ratio, self.settle)
             if self.epoch >= self._first
@@ -174,7 +174,7 @@ class SoftPruning:
 
     @property
     def _first(self) -> int:
-        """The first epoch of ``step``: -1 is before training."""
+        """The first epoch that ``step`` takes; -1 stands for the time before training."""
         return -1 if self.before_training else 0
 
     def step(self, epoch: int) -> None:
@@ -328,7 +328,7 @@ class SoftPruning:
         )
 
     def _ranked(self, filters: Filters, sizes: Tensor, share: float, hard: float) -> tuple[Tensor, Tensor]:
-        """The filters that are pruned, and those of them that are pruned for good: bool, (filters,).
+        """True for the filters that are pruned, and for those of them that are pruned for good: ``(filters,)``.
 
         Args:
             sizes: the norms of their weights; written to.
@@ -374,7 +374,7 @@ class SoftPruning:
         return f"Units of these would not be nothing if their weights were zero: {listed}. " if listed else ""
 
     def _places(self, chosen: Masks) -> dict[tuple[str, int], Tensor]:
-        """The positions along axes of parameters at which zeros make filters nothing: bool."""
+        """True at the positions along axes of parameters where zeros silence the chosen filters."""
         found: dict[tuple[str, int], Tensor] = {}
 
         def add(places: Sequence[Place], units: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Parameters in two: old entries are a buffer, which nothing trains, new ones a parameter of their own."""
+"""Split parameters: old entries are a buffer, which nothing trains, new ones a parameter of their own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assembled(old: Tensor, places: Tensor, new: Tensor) -> Tensor:
 
 
 def split(model: nn.Module, new: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Leave a model no parameters but new entries: flat, the same objects as before, as ``{name}_new`` of the module.
+    """Make new entries a model's only parameters: flat, the same objects as before, as ``{name}_new`` of the module.
 
     Its own code reads ``module.weight`` as ever, and gets a tensor made of both. Old entries are the buffer
     ``{name}_old``; a parameter without new entries is a buffer of its own name.

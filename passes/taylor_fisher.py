@@ -1,4 +1,4 @@
-"""Scores from one backward pass: how the loss changes when a gate on each unit begins to close."""
+"""Scores from one backward pass: the change of the loss when a gate on each unit begins to close."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class _GateScore(DataPass):
         raise NotImplementedError
 
     def report(self, scores: Mapping[str, Tensor]) -> None:
-        """Say what is to be known of some scores."""
+        """Warn of scores that may mislead."""
 
 
 @dataclass(frozen=True)

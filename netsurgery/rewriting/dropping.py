@@ -1,4 +1,4 @@
-"""Residual blocks leave a model: lists of modules close the gap where the code allows it, else the block is skipped.
+"""Removal of residual blocks: lists of modules close the gap where the code allows it, else the block is skipped.
 
 Which of the two is found by trial: a copy of the model that shares its weights is recorded without data, and must run
 the operations of the original but those of the blocks, on the same tensors.
@@ -32,13 +32,13 @@ __all__ = ["Dropping", "Skipped", "dropping_for"]
 
 @dataclass(frozen=True)
 class _Argument:
-    """An argument that is returned."""
+    """The place of an argument that a block returns."""
 
     place: Place
 
 
 class Skipped(nn.Module):
-    """Stands where a residual block was, and returns its input as the block returned its output.
+    """Replaces a residual block, and returns its input in the form of the block's output.
 
     It has the numbers and texts that the block had as attributes, since code around it may read them.
 
@@ -100,7 +100,7 @@ class Dropping:
     lists: frozenset[str] = frozenset()
 
     def renamed(self, name: str) -> str | None:
-        """The name of a tensor afterwards; None where it goes."""
+        """The name of a tensor after the removal; None where it goes."""
         return renumbered(name, [block.path for block in self.blocks], self.lists)
 
     def carry_out(self, model: nn.Module) -> None:
@@ -127,7 +127,7 @@ _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx")  # the place of
 
 
 def _follow(model: nn.Module, path: str, container: nn.Module, gone: Collection[str]) -> None:
-    """Let layers that know their place in a list, and a configuration that has its length, follow."""
+    """Update layers that hold their place in a list, and configurations that hold its length."""
     names = list(container._modules)
     left = [name for name in names if name not in gone]
     for new, name in enumerate(left):
@@ -140,7 +140,7 @@ def _follow(model: nn.Module, path: str, container: nn.Module, gone: Collection[
 
 
 def _follow_config(model: nn.Module, path: str, names: Sequence[str], left: Sequence[int]) -> None:
-    """Give modules a configuration with as many layers as a list has, where it is about this list alone."""
+    """Give modules a configuration with as many layers as a list has, where it describes this list alone."""
     modules = named_modules(model)
     parts = path.split(".")
     around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]
@@ -174,7 +174,7 @@ def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, confi
 
 
 def _fewer(config: Any, length: int, left: Sequence[int]) -> object:
-    """A copy of a configuration for fewer layers: their number, and what lists say of each."""
+    """A copy of a configuration for fewer layers: their number, and lists with an item for each."""
     new = copy.copy(config)
     for key, value in vars(config).items():
         if "layer" in key and isinstance(value, list | tuple) and len(value) == length:

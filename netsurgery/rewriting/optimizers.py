@@ -1,4 +1,4 @@
-"""Cut what a training loop keeps beside a model: the state of optimizers, and averages of the weights.
+"""Cut the state of optimizers, and averages of the weights, with a model.
 
 An optimizer stays the same object (schedulers, hooks and gradient scalers hold it): its groups point to the smaller
 model's parameters, and its state tensors are cut as the parameters are. All is prepared before anything changes.
@@ -156,7 +156,7 @@ class OptimizerStates:
         return id(param) in self.names
 
     def _check_attributes(self, optimizer: Optimizer, lists: list[list[Tensor]]) -> None:
-        """Parameters that it holds elsewhere would stay the old ones."""
+        """Refuse an optimizer that holds parameters outside its groups: they would stay the old ones."""
         known = {id(one) for one in lists}
         for attribute, value in vars(optimizer).items():
             if attribute not in _BASE and any(map(self._is_ours, _held(value, known))):
@@ -201,7 +201,7 @@ class OptimizerStates:
         self.entries.append((entry, cut))
 
     def _start(self, optimizer: Optimizer, what: str, state: Tensor, name: str, param: Tensor) -> None:
-        """Let the state of new units be what this optimizer begins with, where that is not zero."""
+        """Set the state of new units to the value that the optimizer begins with, where that is not zero."""
         group = next(group for group in optimizer.param_groups if any(one is param for one in group["params"]))
         start = group.get(_STARTS[what], 0.0)
         for dim, axis in enumerate(self.axes[name]):

@@ -21,7 +21,7 @@ ADVICE = "what was written before is kept; put that right, and the same command 
 
 
 def write(path: Path, state: object) -> None:
-    """Write nested dictionaries, lists, numbers, texts and tensors; whoever reads meets all of it, or what was before.
+    """Write nested dictionaries, lists, numbers, texts and tensors in one step: readers find all or the old file.
 
     Raises:
         InputError: the state holds something else.

@@ -76,7 +76,7 @@ def digits(seed: int) -> Images:
 
 
 def published(data: Data, download: bool) -> Images:
-    """One of torchvision's, augmented by shifts and mirror images as is usual, and normalised."""
+    """A data set of torchvision, augmented by shifts and mirror images as is usual, and normalised."""
     split, classes, side, mean, std = SETS[data.name]
     plain = transform(mean, std)
     augmented = transform(mean, std, side) if data.augment else plain
@@ -93,7 +93,7 @@ def published(data: Data, download: bool) -> Images:
 
 
 def transform(mean: tuple[float, ...], std: tuple[float, ...], side: int | None = None) -> Transform:
-    """Images to normalised tensors; with a side, after a random mirror image and a shift of up to an eighth."""
+    """A transform to normalised tensors; with a side, after a random mirror image and a shift of up to an eighth."""
     from torchvision.transforms import v2
 
     moved = [v2.RandomCrop(side, padding=side // 8), v2.RandomHorizontalFlip()] if side else []

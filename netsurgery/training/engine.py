@@ -44,7 +44,7 @@ def derived(*parts: object) -> int:
 
 
 def optimizer_for(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """The optimizer of a stage; what it does not take is an InputError."""
+    """The optimizer of a stage; settings that it does not take raise an InputError."""
     options = {key: value for key, value in stage.optimizer.items() if key != "name"}
     try:
         return OPTIMIZERS[stage.optimizer["name"]](model.parameters(), **options)
@@ -150,7 +150,7 @@ class Worker:
         return bool(self.accelerator.is_main_process)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
 
     @property
@@ -212,7 +212,7 @@ class Worker:
 
 
 def not_interrupted(_: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the one that ends the workers."""
+    """Ignore Ctrl-C, which a terminal sends to every process: the main one ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -238,7 +238,7 @@ class Run:
         )
 
     def batches(self) -> DataLoader[tuple[Tensor, int]]:
-        """The training images in a new order in every epoch; what does not fill a batch waits for another epoch."""
+        """The training images in a new order in every epoch; an incomplete batch is left out."""
         from accelerate.data_loader import SeedableRandomSampler
 
         data, images = self.of.data, self.of.images.train
@@ -293,7 +293,7 @@ class Run:
         return loss.detach(), penalty
 
     def agree(self) -> None:
-        """Each process has seen other images, and their statistics: those of the main process count."""
+        """Copy the buffers of the main process to all: each has seen other images, and so other statistics."""
         from accelerate.utils import broadcast
 
         if self.accelerator.num_processes == 1:
@@ -306,7 +306,7 @@ class Run:
         return {"history": history, **{name: part.state_dict() for name, part in self.parts.items()}}
 
     def restore(self, state: State) -> list[Figures]:
-        """Go back to a state; the figures of the epochs so far."""
+        """Go back to a state, and return the figures of the epochs so far."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         history: list[Figures] = state["history"]

@@ -82,7 +82,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def spell(hint: Any) -> str:
-    """The type in words; empty where no value of a file is of it."""
+    """The type in words; empty for a type that no value in a file can have."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(filter(None, map(spell, inner))))
@@ -96,7 +96,7 @@ def spell(hint: Any) -> str:
 
 
 def is_sequence(hint: Any) -> bool:
-    """Lists and tuples of something."""
+    """True for types of lists and tuples."""
     kind = get_origin(hint)
     return isinstance(kind, type) and issubclass(kind, Sequence) and bool(get_args(hint))
 

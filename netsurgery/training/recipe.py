@@ -1,4 +1,4 @@
-"""A recipe: what is trained, penalised, removed and trained again; a table of variants makes it a comparison.
+"""A recipe: settings of training, penalty, removal and fine-tuning; a table of variants makes it a comparison.
 
 Tables of a file are laid over each other, `[variants.NAME]` over the rest; where both say `name` and differ, the later
 table replaces the whole; `false` takes a table away. Every table is checked before anything runs.
@@ -165,7 +165,7 @@ def _top(
 
 
 def parse(source: str) -> tuple[str, Arguments]:
-    """The file's name and what it says."""
+    """The name of a file and its tables."""
     path = Path(source)
     if source in shipped():
         path = Path(str(files("netsurgery") / "recipes" / f"{source}.toml"))
@@ -229,7 +229,7 @@ def laid(below: Table, above: Table) -> Arguments:
 
 
 def variant(raw: Table, place: Place, own: Table | None = None) -> Variant:
-    """Check the tables of a variant; the place of those that are not its own is outside."""
+    """Check the tables of a variant; errors in tables that it shares name the place outside of it."""
     tables = {key: value for key, value in raw.items() if value is not False}
     check(_tables, tables, place)
     places = {key: (place if own is None or key in own else Place(place.file)).at(key) for key in parameters(_tables)}

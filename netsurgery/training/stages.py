@@ -46,7 +46,7 @@ class Job:
     tell: Tell
 
     def run(self, worker: Worker) -> Result:
-        """All stages; those that are done already are read from their files.
+        """Run all stages; those that are done already are read from their files.
 
         Returns:
             Accuracies in percent, costs, widths, and the figures of each epoch.
@@ -97,7 +97,7 @@ class Job:
         return SoftPruning(model, self.images.example, **given)
 
     def check(self, worker: Worker) -> None:
-        """Make everything once, so that what cannot be made is known before anything runs."""
+        """Make everything once, so that errors come before anything runs."""
         worker.check(self.variant.data, self.images)
         model = fresh(self.variant.model, self.seed)
         self.check_outputs(model)
@@ -186,7 +186,7 @@ class Job:
 
 
 def options(table: Table) -> Arguments:
-    """The arguments in a table that names a class; lists as tuples, which can be hashed."""
+    """The arguments in a table that names a class, with lists as tuples, which can be hashed."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key != "name"}
 
 
@@ -198,7 +198,7 @@ def fresh(model: Model, seed: int) -> nn.Module:
 
 
 def smaller(model: Model, example: object, path: Path) -> tuple[nn.Module, Result]:
-    """The smaller network that was kept, and its figures: the edit is made again, then the weights are read.
+    """Read the smaller network and its figures: the edit is carried out again, then the weights are loaded.
 
     Args:
         example: one image `(1, channels, height, width)`.

@@ -1,4 +1,4 @@
-"""A recipe carried out: every variant with every seed, resumed where it was left, and what came out."""
+"""A recipe carried out: every variant with every seed, resumed where it was left, and the results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Study:
     download: bool
 
     def jobs(self, tell: Tell) -> Iterator[tuple[str, Job]]:
-        """A run for each variant and seed. Variants with equal training share it: the first one's."""
+        """A run for each variant and seed. Variants with equal training share that of the first."""
         for name, variant in self.recipe.variants.items():
             owner = next(one for one, other in self.recipe.variants.items() if other.training == variant.training)
             for seed in self.recipe.seeds:
@@ -71,7 +71,7 @@ class Study:
         return self.out / "recipe.json"
 
     def claim(self) -> None:
-        """See that the folder is empty, or holds this recipe.
+        """Make sure that the folder is empty, or holds this recipe.
 
         Raises:
             InputError: it holds the results of another recipe, or other things.
@@ -95,7 +95,7 @@ class Study:
 
 
 def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> Results:
-    """Carry a recipe out, or go on with it, and write what comes out to a folder.
+    """Carry a recipe out, or go on with it, and write the results to a folder.
 
     Args:
         recipe: as `read` makes it.
@@ -119,7 +119,7 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
 
 
 def carry_out(study: Study, worker: Worker, console: Console) -> Results:
-    """Carry out what is not done yet."""
+    """Carry out the runs that are not done yet."""
     recipe = study.recipe
     if worker.leads:
         study.claim()
@@ -138,7 +138,7 @@ def carry_out(study: Study, worker: Worker, console: Console) -> Results:
 
 
 def fetch(study: Study, worker: Worker) -> None:
-    """See that all data are there and everything can be made, before anything runs."""
+    """Make sure that all data are there and everything can be made, before anything runs."""
     for name, job in study.jobs(lambda *_: lambda _: None):
         if job.seed == study.recipe.seeds[0]:
             try:

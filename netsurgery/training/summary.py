@@ -55,7 +55,7 @@ def cells(line: Line) -> list[str]:
 
 
 def table(name: str, found: list[Line], width: int) -> Table:
-    """For a terminal of so many columns. Where that is narrow spreads stand below their means, and names are broken."""
+    """A table for a terminal of some width. In a narrow one, spreads stand below their means and names are broken."""
     view = Table(title=f"{name}, {found[0]['seeds']} seed(s)", box=SIMPLE_HEAD, caption=CAPTION)
     view.collapse_padding, view.pad_edge, view.show_edge, view.padding = True, False, False, (0, 1, 0, 0)
     longest = max(len(line["variant"]) for line in found)
@@ -80,6 +80,6 @@ def numbers(found: list[Line], before_spread: str) -> tuple[list[list[str]], int
 
 
 def markdown(found: list[Line]) -> str:
-    """For a page."""
+    """The table in Markdown."""
     rows = [["variant", *COLUMNS], ["---", *["---:"] * len(COLUMNS)], *map(cells, found)]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows) + f"\n{CAPTION}.\n"

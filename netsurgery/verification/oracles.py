@@ -103,7 +103,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: objec
 
 
 def _check_arguments(model: object, small: object, edit: object) -> None:
-    """Make sure of three arguments in their order, as far as they can be told apart."""
+    """Make sure that three arguments are in their order, as far as their types tell."""
     if not (isinstance(model, nn.Module) and isinstance(small, nn.Module) and isinstance(edit, Edit)):
         kinds = ", ".join(type(value).__name__ for value in (model, small, edit))
         raise InputError(f"verify(model, small, edit) takes the original, the small model and the edit, got {kinds}")
@@ -124,7 +124,7 @@ def _fits(model: nn.Module, network: Network, sizes: Sizes) -> bool:
 
 
 def _given(example_inputs: object, model: nn.Module, network: Network) -> Inputs:
-    """The inputs to compare on: those that are given, of the shapes of the trace, or some drawn at random."""
+    """The inputs to compare on: the given ones, with the shapes of the trace, or random ones."""
     if example_inputs is None:
         return _random_like(network, model)
     inputs = _in_order(as_inputs(example_inputs), network)
@@ -152,7 +152,7 @@ def _alike(network: Network, inputs: Inputs) -> bool:
 
 
 def _first_places(values: Sequence[object]) -> list[int]:
-    """For each tensor where it is given first: one that is given twice was recorded as one."""
+    """For each tensor the place where it is given first: one that is given twice was recorded as one."""
     tensors = [id(value) for value in values if isinstance(value, Tensor)]
     return [tensors.index(one) for one in tensors]
 

@@ -109,7 +109,7 @@ def _first_input(values: Results, op: Operation) -> Tensor:
 
 
 def _aliases(node: Node) -> list[bool]:
-    """For each argument that the result shares memory with: whether it is written to."""
+    """For each argument that the result shares memory with: True if it is written to."""
     schema = getattr(node.target, "_schema", None)
     return [argument.alias_info.is_write for argument in schema.arguments if argument.alias_info] if schema else []
 
