@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -23,11 +21,10 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes.calibration import Samples
 from netsurgery.passes.functional_graph import Results, Unsuited
-from netsurgery.passes.losses import Loss
 from netsurgery.passes.partial_replay import PartialReplay
-from netsurgery.passes.progress import Report
+from netsurgery.passes.progress import Report, without_log
 from netsurgery.passes.removed_units import Removal
-from netsurgery.passes.sample_losses import SampleLosses, finite, nearly_equal
+from netsurgery.passes.sample_losses import AblationSettings, SampleLosses, finite, nearly_equal
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.series import Series
 from netsurgery.pipeline import trace
@@ -41,29 +38,6 @@ _log = logging.getLogger("netsurgery")
 Key = tuple[int, ...]  # rows, copies of these, and the first sample; of an engine whether decisions are held, too
 Active = Mapping[str, list[int]]  # names of series, and which removals of each are to be tried
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
-
-
-@dataclass(frozen=True)
-class AblationSettings:
-    """Settings of the runs without units.
-
-    Attributes:
-        loss: of outputs and targets: their mean, or one number for each sample; None for the cross-entropy.
-        rows: how many go through the network at once; None for as many as suit the device.
-        memory: bytes of results that may be kept of a run.
-        autocast: the type in which convolutions and matrix products are computed; None for the model's own.
-        progress: whether to report how far the work is.
-        each: whether the loss of each sample is needed: where the loss is a mean, samples go through one at a time.
-        compared: whether samples are compared, so that a loss that is a mean is refused.
-    """
-
-    loss: Loss | None = None
-    rows: int | None = None
-    memory: int = 2 << 30
-    autocast: torch.dtype | None = None
-    progress: bool = True
-    each: bool = False
-    compared: bool = False
 
 
 def _sums(name: str, units: list[int], loss_deltas: Tensor, start: int) -> Tensor:
@@ -82,8 +56,7 @@ class Ablation(SampleLosses):
     """
 
     def __init__(self, settings: AblationSettings, network: Network, samples: Samples):
-        super().__init__(network, samples, settings.loss, settings.rows, each=settings.each, compared=settings.compared)
-        self.settings = settings
+        super().__init__(settings, network, samples)
         self.series = {group.name: Series({group.name: range(group.size)}) for group in network.prunable}
         self.bases: dict[Key, Tensor] = {}
         self.by_batch = False
@@ -341,7 +314,7 @@ class Ablation(SampleLosses):
         for name, indices in due.items():
             for tried, index in enumerate(indices):
                 try:
-                    with _quiet():
+                    with without_log():
                         small = rewrite(self.model, self.edit(name, index))
                 except RewriteError as reason:  # so many may not be cut out, which says nothing of other numbers
                     _log.info("units of '%s' are silenced instead: %s", name, reason)
@@ -389,14 +362,3 @@ def _bytes(node: fx.Node) -> int:
     shape, dtype = node.meta["shape"], node.meta.get("dtype", torch.float32)
     shapes = [shape] if isinstance(shape, torch.Size) else [one for one in shape or () if one is not None]
     return sum(math.prod(one) * dtype.itemsize for one in shapes)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Cuts that only serve a trial log nothing."""
-    level = _log.level
-    _log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        _log.setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.calibration import Samples, draw_with_or_without_targets, in_eval_mode, outputs_of
-from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by, logits_in
+from netsurgery.passes.losses import Loss, check_targets, ignored_by, logits_in, loss_of
+from netsurgery.passes.progress import without_log
 from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["MOST", "answers", "compared", "measure", "reported", "squares"]
 
-_log = logging.getLogger("netsurgery")
 MOST = 512  # samples that a plan reports on
 _ALL = 20_000_000  # numbers of inputs that a plan reports on: 132 pictures of 224 pixels
 _LEAST = 64  # samples that it reports on however large they are
@@ -116,12 +115,8 @@ def reported(
     classes: bool = True,
 ) -> Measured:
     """Compare a model with what an edit leaves of it, as ``compared``; of large samples the first alone."""
-    level = _log.level
-    _log.setLevel(logging.ERROR)  # a cut that only serves to measure logs nothing
-    try:
+    with without_log():
         small = rewrite(model, edit)
-    finally:
-        _log.setLevel(level)
     return compared(model, small, _first_samples(drawn) if before is None else drawn, loss, before, classes)
 
 
@@ -183,14 +178,9 @@ class _Sums:
             except InputError as reason:
                 self.no_loss = f"no loss: {reason}"
                 return
-        loss: Loss = self.own or cross_entropy
         rows = len(pytree.tree_leaves(targets)[0])
         for at, outputs in enumerate((before, after)):
-            found = loss(outputs, targets)
-            if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
-                shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
-            self.losses[at] += float(found.double().mean()) * rows
+            self.losses[at] += float(loss_of(outputs, targets, self.own).double().mean()) * rows
 
     def _add_choices(self, logits: Tensor, others: Tensor, targets: object) -> None:
         """Add the choices of both networks, from logits ``(..., classes)``, at the positions that have a label."""

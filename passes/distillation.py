@@ -15,7 +15,7 @@ from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.passes.calibration import IGNORED
 from netsurgery.passes.hints import Hints
-from netsurgery.passes.losses import Loss, ignored_by, logits_in
+from netsurgery.passes.losses import Loss, form_of, ignored_by, logits_in
 
 __all__ = ["Distillation"]
 
@@ -162,7 +162,7 @@ class Distillation(nn.Module):
         if not _are_indices(targets) or targets.shape != wanted:
             if targets is not None and self.loss is None:
                 raise InputError(
-                    f"targets are {_form(targets)}, no class indices {wanted}: pass such, or loss=f(logits, targets)"
+                    f"targets are {form_of(targets)}, no class indices {wanted}: pass such, or loss=f(logits, targets)"
                 )
             return None
         if self.loss is None:
@@ -186,7 +186,7 @@ class Distillation(nn.Module):
         found = self.loss(own, targets)
         if not isinstance(found, Tensor) or found.shape not in ((), (len(own),)):
             raise InputError(
-                f"the loss of {len(own)} samples is {_form(found)}: return the mean, or one number for each"
+                f"the loss of {len(own)} samples is {form_of(found)}: return the mean, or one number for each"
             )
         return found.mean()
 
@@ -200,7 +200,7 @@ def _logits_of(who: str, outputs: object) -> Tensor:
     found = logits_in(outputs)
     if found is None:
         raise InputError(
-            f"the {who}'s output is {_form(outputs)}: pass logits (n, classes, ...), or what holds such as `logits`"
+            f"the {who}'s output is {form_of(outputs)}: pass logits (n, classes, ...), or what holds such as `logits`"
         )
     return found
 
@@ -213,7 +213,7 @@ def _dim_of_classes(logits: Tensor, targets: object) -> int:
     shapes = {dim: (*logits.shape[:dim], *logits.shape[dim + 1 :]) for dim in (1, last)}
     if targets is None or not _are_indices(targets) or shapes[1] == shapes[last] == targets.shape:
         raise InputError(
-            f"logits are {tuple(logits.shape)} and targets {_form(targets)}, which does not say where the classes are: "
+            f"logits are {tuple(logits.shape)} and targets {form_of(targets)}, which does not say where the classes are: "
             "pass dim=1 or dim=-1"
         )
     return last if targets.shape == shapes[last] else 1
@@ -222,10 +222,6 @@ def _dim_of_classes(logits: Tensor, targets: object) -> int:
 def _are_indices(targets: object) -> TypeGuard[Tensor]:
     kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return isinstance(targets, Tensor) and targets.dtype in kinds
-
-
-def _form(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _divergence(own: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:

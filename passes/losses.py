@@ -9,11 +9,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import IGNORED
 
-__all__ = ["Loss", "check_mean", "check_targets", "cross_entropy", "ignored_by", "logits_in", "twice_over"]
+__all__ = [
+    "Loss",
+    "check_mean",
+    "check_targets",
+    "cross_entropy",
+    "form_of",
+    "ignored_by",
+    "logits_in",
+    "loss_of",
+    "twice_over",
+]
 
 Loss = Callable[[Any, Any], Tensor]
 _OWN = "pass loss=f(outputs, targets)"
@@ -40,6 +51,26 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return found.sum(1) / (labels != IGNORED).reshape(len(logits), -1).sum(1).clamp_min(1)
 
 
+def loss_of(outputs: object, targets: object, loss: Loss | None = None) -> Tensor:
+    """The loss of samples: their mean, or one number for each, ``(n,)``; by default the cross-entropy.
+
+    Raises:
+        InputError: the loss is of another shape.
+    """
+    rows = len(pytree.tree_leaves(targets)[0])
+    own: Loss = cross_entropy if loss is None else loss
+    found = own(outputs, targets)
+    if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
+    return found
+
+
+def form_of(value: object) -> str:
+    """The type and shape of a tensor, in words; the class of anything else."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_targets(logits: object, targets: object, everything: object) -> None:
     """Make sure that targets are classes, or shares of them, for logits ``(n, classes, ...)``.
 
@@ -53,8 +84,7 @@ def check_targets(logits: object, targets: object, everything: object) -> None:
     """
     if not isinstance(logits, Tensor):
         raise InputError(f"the model returns {type(logits).__name__}, not logits: {_OWN}")
-    found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-    both = f"the model returns {tuple(logits.shape)} and targets are {found}"
+    both = f"the model returns {tuple(logits.shape)} and targets are {form_of(targets)}"
     whole = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
     wanted = (logits.shape[0], *logits.shape[2:]) if whole else logits.shape
     if not isinstance(targets, Tensor) or targets.is_complex() or logits.dim() < 2 or targets.shape != wanted:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Report", "span", "waiting"]
+__all__ = ["Report", "span", "waiting", "without_log"]
 
 _log = logging.getLogger("netsurgery")
 _EVERY = 30.0  # seconds between two lines
@@ -20,6 +20,17 @@ def span(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def without_log() -> Iterator[None]:
+    """Log no warnings for a while: a cut that only serves a trial has nothing to say."""
+    level = _log.level
+    _log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _log.setLevel(level)
 
 
 class Report:

@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import Samples, in_eval_mode, outputs_of
 from netsurgery.passes.draws import drawn_at
-from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
+from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, loss_of, twice_over
 
 __all__ = ["SampleLosses", "calls_are_dear", "finite", "nearly_equal"]
 
@@ -39,14 +40,31 @@ def _fitting(device: torch.device) -> int:
     return max(256 << 20, torch.cuda.get_device_properties(device).total_memory // 32)
 
 
-class SampleLosses:
-    """Runs a model on samples, and takes its loss.
+@dataclass(frozen=True)
+class AblationSettings:
+    """Settings of the runs without units.
 
-    Args:
+    Attributes:
         loss: of outputs and targets: their mean, or one number for each sample; None for the cross-entropy.
-        rows: how many go through the model at once; None for as many as suit the device.
+        rows: how many go through the network at once; None for as many as suit the device.
+        memory: bytes of results that may be kept of a run.
+        autocast: the type in which convolutions and matrix products are computed; None for the model's own.
+        progress: whether to report how far the work is.
         each: whether the loss of each sample is needed: where the loss is a mean, samples go through one at a time.
         compared: whether samples are compared, so that a loss that is a mean is refused.
+    """
+
+    loss: Loss | None = None
+    rows: int | None = None
+    memory: int = 2 << 30
+    autocast: torch.dtype | None = None
+    progress: bool = True
+    each: bool = False
+    compared: bool = False
+
+
+class SampleLosses:
+    """Runs a model on samples, and takes its loss.
 
     Attributes:
         random: whether the model draws random numbers.
@@ -55,18 +73,8 @@ class SampleLosses:
         block: the number of samples that go through at most, several times over where more rows may.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        samples: Samples,
-        loss: Loss | None = None,
-        rows: int | None = None,
-        *,
-        each: bool = False,
-        compared: bool = False,
-    ):
-        self.network, self.samples, self.given_loss, self.rows = network, samples, loss, rows
-        self.each, self.compared = each, compared
+    def __init__(self, settings: AblationSettings, network: Network, samples: Samples):
+        self.settings, self.network, self.samples = settings, network, samples
         self.model = network.model
         self.device = home(self.model)
         self.random = self.random_loss = False
@@ -79,8 +87,8 @@ class SampleLosses:
 
     def chunk(self) -> int:
         """Rows that go through at once."""
-        if self.rows is not None:
-            return self.rows
+        if self.settings.rows is not None:
+            return self.settings.rows
         program = self.network.programs[0]
         given = next(n.meta["shape"] for n in program.graph.nodes if n.op == "placeholder")
         shapes = [n.meta["shape"] for n in program.operations if isinstance(n.meta["shape"], torch.Size)]
@@ -121,24 +129,21 @@ class SampleLosses:
 
     def own_loss(self, outputs: object, targets: object) -> Tensor:
         """The loss as the user's function returns it; by default the cross-entropy."""
-        loss: Loss = cross_entropy if self.given_loss is None else self.given_loss
+        loss: Loss = cross_entropy if self.settings.loss is None else self.settings.loss
         return loss(outputs, targets)
 
     def loss(self, outputs: object, targets: object) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
         rows = len(pytree.tree_leaves(targets)[0])
         with seeded(0, self.device) if self.random_loss else contextlib.nullcontext():
-            found = self.own_loss(outputs, targets)
-        if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
-        if self.compared and found.dim() == 0 and rows > 1:
+            found = loss_of(outputs, targets, self.settings.loss)
+        if self.settings.compared and found.dim() == 0 and rows > 1:
             raise InputError("racing compares samples: let the loss return one number for each, (n,), not the mean")
         return found.double().expand(rows)
 
     def is_mean(self) -> bool:
         """True if the loss returns one number for several samples."""
-        if self.given_loss is None or self.samples.count < 2:
+        if self.settings.loss is None or self.samples.count < 2:
             return False
         inputs, targets = self.batch(0, 2, 1)
         found = self.own_loss(self.outputs(self.model, inputs), targets)
@@ -150,10 +155,10 @@ class SampleLosses:
         Raises:
             InputError: see ``netsurgery.passes.losses``.
         """
-        if self.each and self.is_mean():
+        if self.settings.each and self.is_mean():
             self.block = 1
         count = min(16, self.samples.count)
-        (inputs, targets), own = self.batch(0, count, 1), self.given_loss
+        (inputs, targets), own = self.batch(0, count, 1), self.settings.loss
         once = self.outputs(self.model, inputs)
         if not _same(once, self.outputs(self.model, inputs, seed=1)):
             self.random = True
