@@ -20,7 +20,7 @@ from netsurgery.passes.losses import Loss, check_targets, ignored_by, logits_in,
 from netsurgery.passes.progress import without_log
 from netsurgery.rewriting.surgery import rewrite
 
-__all__ = ["MOST", "answers", "compared", "measure", "reported", "squares"]
+__all__ = ["MOST", "compared", "measure", "outputs_by_batch", "reported", "squares"]
 
 MOST = 512  # samples that a plan reports on
 _ALL = 20_000_000  # numbers of inputs that a plan reports on: 132 pictures of 224 pixels
@@ -75,7 +75,7 @@ def measure(
     return compared(model, small, drawn, loss, classes=classes)
 
 
-def answers(model: nn.Module, drawn: Samples) -> Iterator[object]:
+def outputs_by_batch(model: nn.Module, drawn: Samples) -> Iterator[object]:
     """Run a model on samples in eval mode: the outputs of each batch."""
     device = home(model)
     with in_eval_mode(model), torch.no_grad():
@@ -94,7 +94,7 @@ def compared(
     """Do as ``measure``, on samples that are drawn already; without targets there is no loss.
 
     Args:
-        before: what ``answers`` gives for the model, if that is known.
+        before: the outputs of ``outputs_by_batch`` for the model, if these are known.
     """
     if any(tensor.is_meta for one in (model, small) for tensor in one.parameters()):
         raise InputError(f"{type(model).__name__} has no weights, it is on the meta device")

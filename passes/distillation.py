@@ -213,8 +213,8 @@ def _dim_of_classes(logits: Tensor, targets: object) -> int:
     shapes = {dim: (*logits.shape[:dim], *logits.shape[dim + 1 :]) for dim in (1, last)}
     if targets is None or not _are_indices(targets) or shapes[1] == shapes[last] == targets.shape:
         raise InputError(
-            f"logits are {tuple(logits.shape)} and targets {form_of(targets)}, which does not say where the classes are: "
-            "pass dim=1 or dim=-1"
+            f"logits are {tuple(logits.shape)} and targets {form_of(targets)}, which does not say where the classes "
+            "are: pass dim=1 or dim=-1"
         )
     return last if targets.shape == shapes[last] else 1
 

@@ -70,7 +70,7 @@ def _slopes(ablation: Ablation, engine: PartialReplay, start: int, stop: int) ->
             if step.node not in engine.constants:
                 args = list(engine.arguments(step.args, values))
                 for place, channel in _readers(engine, step, channels):
-                    gate = _spread(engine, step.args[place], channel, channels[channel])
+                    gate = _broadcast(engine, step.args[place], channel, channels[channel])
                     args[place] = args[place] * gate.to(args[place].dtype)
                 values[step.node] = step.call(*args, **engine.arguments(step.kwargs, values))
         outputs = [values[node] for node in engine.outputs]
@@ -91,7 +91,7 @@ def _readers(engine: PartialReplay, step: Step, channels: Iterable[Axis]) -> Ite
             yield places[0], channel  # of a product, a gate on one factor is a gate on it
 
 
-def _spread(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
+def _broadcast(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
     """A gate ``(rows, units)`` laid out as the result of a node, with ones at other units."""
     dims = engine.dims[node]
     padded = torch.cat([gate, gate.new_ones(len(gate), 1)], 1)  # the last column is for other units

@@ -89,10 +89,10 @@ class Hints(nn.Module):
                 own, wanted = (_POOLS[own.dim()](features, size) for features in (own, wanted))
         if own.shape != wanted.shape:
             advice = "" if self.project else ", or pass project=True and example_inputs"
-            raise InputError(f"{self._said(index, *shapes)}: name modules whose features have equal shapes{advice}")
+            raise InputError(f"{self._in_words(index, *shapes)}: name modules whose features have equal shapes{advice}")
         return own, wanted
 
-    def _said(self, index: int, own: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    def _in_words(self, index: int, own: tuple[int, ...], wanted: tuple[int, ...]) -> str:
         path, other = [*self.paths.items()][index]
         return f"hint {path!r}: {other!r}: features are {own} in the student and {wanted} in the teacher"
 
@@ -113,7 +113,7 @@ class Hints(nn.Module):
     def _layer(self, index: int, own: Tensor, wanted: Tensor) -> nn.Module:
         """The layer that gives the student's features as many channels as the teacher's have."""
         if own.dim() != wanted.dim() or not 2 <= own.dim() <= 5:
-            raise InputError(f"{self._said(index, tuple(own.shape), tuple(wanted.shape))}: no layer fits these")
+            raise InputError(f"{self._in_words(index, tuple(own.shape), tuple(wanted.shape))}: no layer fits these")
         dim = 1 if own.dim() in _CONVOLUTIONS else -1
         sizes = own.shape[dim], wanted.shape[dim]
         if sizes[0] == sizes[1]:

@@ -17,7 +17,7 @@ from netsurgery.analysis.network import Group, Network
 from netsurgery.axes import leaves
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.agreement import answers, reported
+from netsurgery.passes.agreement import outputs_by_batch, reported
 from netsurgery.passes.calibration import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.layers import positions_of
 from netsurgery.passes.least_squares import POSITIONS, Layer, layer_at, spatial
@@ -119,7 +119,7 @@ class ReconstructionScore(DataPass):
         norms: Mapping[str, Tensor] = {}
         orders = {}
         for portion in portions([*self._sized(sections)], self.memory):
-            _listen(network, {name: sections[name] for name in portion}, fitted)
+            _add_inputs(network, {name: sections[name] for name in portion}, fitted)
             for name in portion:
                 counts = _counts(network[name].size, self.probes)
                 some = [section for section in sections.pop(name) if section.rows]  # others do not run as modules
@@ -263,7 +263,7 @@ def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Sect
     return found
 
 
-def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Samples) -> None:
+def _add_inputs(network: Network, sections: Mapping[str, list[_Section]], drawn: Samples) -> None:
     """Run the network on samples and add up the sums of each section."""
     by_path: dict[str, list[_Section]] = {}
     for section in [section for some in sections.values() for section in some]:
@@ -281,7 +281,7 @@ def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Sam
             section.add(x, out)
 
     with hooked(network.model, [some[0].reader for some in by_path.values()], add):
-        for _ in answers(network.model, drawn):
+        for _ in outputs_by_batch(network.model, drawn):
             pass
 
 
@@ -396,7 +396,7 @@ def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
 
 def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, classes: bool) -> Network:
     """Scores: the change of outputs without parts of each group, dealt to units in proportion to their errors."""
-    before = list(answers(network.model, held))
+    before = list(outputs_by_batch(network.model, held))
     measure = partial(_effect, ModelCode(network.model), network, held=held, before=before, classes=classes)
     bundles = {network.equal_to(name): {o: found[o] for o in network.equal_to(name) if o in found} for name in found}
     effects: dict[tuple[str, ...], list[float]] = {}

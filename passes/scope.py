@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import Choice
 from netsurgery.passes.patterns import Chosen, Pattern
+from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.selection import belongs, is_touched
-
-if TYPE_CHECKING:
-    from netsurgery.passes.removal import PruneChannels
 
 __all__ = ["scoped"]
 

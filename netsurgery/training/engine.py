@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from netsurgery.capture.meta_run import RAISED_BY_MODELS
+from netsurgery.capture.randomness import torch_seeded
 from netsurgery.errors import InputError
 from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints
@@ -33,6 +34,7 @@ from netsurgery.training.schedules import SCHEDULES
 __all__ = ["Fit", "Worker", "derived", "optimizer_for", "schedule_of"]
 
 Figures = dict[str, Any]  # of an epoch
+OnEpoch = Callable[[Figures], None]
 State = dict[str, Any]  # of all that is trained
 EVALUATED = 512  # images in a step without gradients
 PATIENCE = timedelta(hours=24)  # of processes that wait while one scores
@@ -180,12 +182,12 @@ class Worker:
                 "processes"
             )
 
-    def fit(self, model: nn.Module, fit: Fit, tell: Callable[[Figures], None]) -> list[Figures]:
+    def fit(self, model: nn.Module, fit: Fit, on_epoch: OnEpoch) -> list[Figures]:
         """Train a model in place, from its checkpoint on if there is one.
 
         Args:
             model: as it is before the stage.
-            tell: called with the figures of each epoch.
+            on_epoch: called with the figures of each epoch.
 
         Returns:
             Loss, penalty, learning rate and accuracy of each epoch of the stage.
@@ -199,8 +201,9 @@ class Worker:
         self.in_training = True
         try:
             for epoch in range(len(history), fit.stage.epochs):
-                history.append(run.epoch(epoch))
-                tell(history[-1])
+                with torch_seeded(derived(fit.seed, epoch, self.accelerator.process_index), self.device):
+                    history.append(run.epoch(epoch))
+                on_epoch(history[-1])
                 if self.leads:
                     checkpoints.write(fit.checkpoint, run.state(history))
                 self.wait()
@@ -256,7 +259,6 @@ class Run:
 
     def epoch(self, epoch: int) -> Figures:
         """Train for an epoch and measure."""
-        torch.manual_seed(derived(self.of.seed, epoch, self.accelerator.process_index))
         self.loader.set_epoch(epoch)
         rate = self.scheduler.get_last_lr()[0]
         self.prepared.train()

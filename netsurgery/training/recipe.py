@@ -129,7 +129,7 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
     """
     file, raw = parse(source)
     for change in changes:
-        raw = laid(raw, setting(change))
+        raw = merged_tables(raw, setting(change))
     place = Place(file)
     there = {**parameters(_top), **parameters(_tables)}
     if unknown := next((key for key in raw if key not in there), None):
@@ -150,7 +150,7 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
         inside = place.at("variants").at(key)
         if not isinstance(table, Mapping) or not NAMES.fullmatch(key):
             raise inside.error("expected a table whose name has letters, digits, spaces and +-. only")
-        made[key] = variant(laid(raw, table), inside, table)
+        made[key] = variant(merged_tables(raw, table), inside, table)
     engine = Engine(**check(Engine, top.get("engine", {}), place.at("engine")))
     return Recipe(name, seeds, engine, made)
 
@@ -215,16 +215,16 @@ def setting(change: str) -> Arguments:
     return cast(Arguments, value)
 
 
-def laid(below: Table, above: Table) -> Arguments:
+def merged_tables(below: Table, above: Table) -> Arguments:
     """One table over another, and so on inside."""
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
         both = isinstance(value, Mapping) and isinstance(old, Mapping)
         if both and value.get("name", old.get("name")) == old.get("name"):  # type: ignore[union-attr]
-            merged[key] = laid(old, value)  # type: ignore[arg-type]
+            merged[key] = merged_tables(old, value)  # type: ignore[arg-type]
         else:
-            merged[key] = laid({}, value) if isinstance(value, Mapping) else value
+            merged[key] = merged_tables({}, value) if isinstance(value, Mapping) else value
     return merged
 
 

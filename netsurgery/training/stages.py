@@ -17,7 +17,7 @@ from netsurgery.model_lookup import build
 from netsurgery.passes import HGSR, MagnitudeScore, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images
-from netsurgery.training.engine import Figures, Fit, Worker, derived, optimizer_for, schedule_of
+from netsurgery.training.engine import Fit, OnEpoch, Worker, derived, optimizer_for, schedule_of
 from netsurgery.training.options import Arguments, Table, parameters
 from netsurgery.training.recipe import PASSES, Model, Variant
 from netsurgery.training.summary import Result
@@ -25,7 +25,7 @@ from netsurgery.training.summary import Result
 __all__ = ["Job", "fresh", "smaller"]
 
 TOLERANCE = 1e-3  # float32 rounding stays far below, a wrong unit far above
-Tell = Callable[[str], Callable[[Figures], None]]
+Begin = Callable[[str], OnEpoch]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
     Attributes:
         folder: of this variant and seed.
         trained: the checkpoint of the training, which variants may share.
-        tell: given a stage, a function that is called with the figures of each epoch.
+        begin: called with the name of a stage; returns a function to call with the figures of each epoch.
     """
 
     variant: Variant
@@ -43,7 +43,7 @@ class Job:
     images: Images
     folder: Path
     trained: Path
-    tell: Tell
+    begin: Begin
 
     def run(self, worker: Worker) -> Result:
         """Run all stages; those that are done already are read from their files.
@@ -51,14 +51,16 @@ class Job:
         Returns:
             Accuracies in percent, costs, widths, and the figures of each epoch.
         """
-        training = worker.fit(fresh(self.variant.model, self.seed), self.fit("train", self.trained), self.tell("train"))
+        training = worker.fit(
+            fresh(self.variant.model, self.seed), self.fit("train", self.trained), self.begin("train")
+        )
         if worker.leads and not self.small.exists():
             self.remove(worker.device)
         worker.wait()
         model, figures = smaller(self.variant.model, self.images.example, self.small)
         removed = worker.accuracy(model, self.images.test)
-        self.tell("remove")({"accuracy": removed, **{k: figures[k] for k in ("parameters", "macs", "verify")}})
-        tuning = worker.fit(model, self.fit("finetune", self.folder / "finetune.safetensors"), self.tell("finetune"))
+        self.begin("remove")({"accuracy": removed, **{k: figures[k] for k in ("parameters", "macs", "verify")}})
+        tuning = worker.fit(model, self.fit("finetune", self.folder / "finetune.safetensors"), self.begin("finetune"))
         return {
             "seed": self.seed,
             "trained": training[-1]["accuracy"] if training else None,

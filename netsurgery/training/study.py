@@ -20,7 +20,7 @@ from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.training import checkpoints, summary
 from netsurgery.training.data import Images, load
-from netsurgery.training.engine import Figures, Worker
+from netsurgery.training.engine import Figures, OnEpoch, Worker
 from netsurgery.training.recipe import Recipe
 from netsurgery.training.stages import Job
 from netsurgery.training.summary import Results
@@ -28,7 +28,7 @@ from netsurgery.training.summary import Results
 __all__ = ["run"]
 
 Advance = Callable[[], None]  # after each run
-Tell = Callable[[str, int, str], Callable[[Figures], None]]  # by variant, seed and stage, for each epoch
+Begin = Callable[[str, int, str], OnEpoch]  # by variant, seed and stage, for each epoch
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Study:
     out: Path
     download: bool
 
-    def jobs(self, tell: Tell) -> Iterator[tuple[str, Job]]:
+    def jobs(self, begin: Begin) -> Iterator[tuple[str, Job]]:
         """A run for each variant and seed. Variants with equal training share that of the first."""
         for name, variant in self.recipe.variants.items():
             owner = next(one for one, other in self.recipe.variants.items() if other.training == variant.training)
@@ -52,7 +52,7 @@ class Study:
                         images=self.images(name, seed),
                         folder=self.folder(name, seed),
                         trained=self.folder(owner, seed) / "train.safetensors",
-                        tell=functools.partial(tell, name, seed),
+                        begin=functools.partial(begin, name, seed),
                     ),
                 )
 
@@ -127,8 +127,8 @@ def carry_out(study: Study, worker: Worker, console: Console) -> Results:
         checkpoints.replace(study.kept, json.dumps(recipe.fixed, indent=1) + "\n")
     worker.wait()
     results: Results = {name: [] for name in recipe.variants}
-    with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (tell, advance):
-        for name, job in study.jobs(tell):
+    with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (begin, advance):
+        for name, job in study.jobs(begin):
             results[name].append(job.run(worker))
             advance()
     if worker.leads:
@@ -148,7 +148,7 @@ def fetch(study: Study, worker: Worker) -> None:
 
 
 @contextmanager
-def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Tell, Advance]]:
+def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Begin, Advance]]:
     """A bar for all runs and one for the stage; the functions that log an epoch and a finished run."""
     if not worker.leads:
         yield (lambda *_: lambda _: None), (lambda: None)
@@ -157,7 +157,7 @@ def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Tell
     versions = {"torch": torch.__version__, "netsurgery": netsurgery.__version__}
     log.add(event="start", **versions, device=str(worker.device), processes=worker.accelerator.num_processes)
     with progress_bar(console) as progress:
-        yield log.telling(study, progress)
+        yield log.functions(study, progress)
     log.add(event="end")
 
 
@@ -177,12 +177,12 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def telling(self, study: Study, progress: Progress) -> tuple[Tell, Advance]:
+    def functions(self, study: Study, progress: Progress) -> tuple[Begin, Advance]:
         """Functions to call for each epoch, and after each run."""
         whole = progress.add_task("runs", total=len(study.recipe.variants) * len(study.recipe.seeds))
         bar = progress.add_task("", total=1)
 
-        def tell(variant: str, seed: int, stage: str) -> Callable[[Figures], None]:
+        def begin(variant: str, seed: int, stage: str) -> OnEpoch:
             settings = study.recipe.variants[variant]
             epochs = {"train": settings.train.epochs, "finetune": settings.finetune.epochs}.get(stage)
             progress.update(bar, description=f"{variant}, seed {seed}: {stage}", completed=0, total=epochs)
@@ -196,7 +196,7 @@ class Log:
         def advance() -> None:
             progress.advance(whole)
 
-        return tell, advance
+        return begin, advance
 
 
 def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None:

@@ -166,23 +166,23 @@ def _batch_norm(a: Arguments, stays: Tensor) -> Normalised:
         found: Normalised = aten.native_batch_norm(*a.values())
         return found
     out = torch.nan_to_num(_normalise(x, stays, [d for d in range(x.dim()) if d != 1], a["eps"]))
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    out = out if a["weight"] is None else out * a["weight"].reshape(shape)
-    return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
+    return _scaled(out, a, [1, -1] + [1] * (x.dim() - 2))
 
 
 def _layer_norm(a: Arguments, stays: Tensor) -> Normalised:
     x = a["input"]
     out = _normalise(x, stays, list(range(x.dim() - len(a["normalized_shape"]), x.dim())), a["eps"])
-    out = out if a["weight"] is None else out * a["weight"]
-    return [out if a["bias"] is None else out + a["bias"], None, None]
+    return _scaled(out, a, a["normalized_shape"])
 
 
 def _group_norm(a: Arguments, stays: Tensor) -> Normalised:
     x, blocks = a["input"], (a["N"], a["group"], -1)
     out = _normalise(x.reshape(blocks), stays.expand_as(x).reshape(blocks), [2], a["eps"])
-    out = torch.nan_to_num(out).reshape(x.shape)
-    shape = [1, -1] + [1] * (x.dim() - 2)
+    return _scaled(torch.nan_to_num(out).reshape(x.shape), a, [1, -1] + [1] * (x.dim() - 2))
+
+
+def _scaled(out: Tensor, a: Arguments, shape: Sequence[int]) -> Normalised:
+    """The outputs of a norm, from normalised entries and a scale and shift of a shape."""
     out = out if a["weight"] is None else out * a["weight"].reshape(shape)
     return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
 
