@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil, gcd
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from netsurgery.analysis.network import Group, Network
 from netsurgery.arguments import is_count
 from netsurgery.edit import Edit, Outcome, counterparts
 from netsurgery.errors import InputError
-from netsurgery.passes.patterns import Chosen, Pattern, as_patterns
+from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
+from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.selection import (
     belongs,
     channels_per_unit,
@@ -30,12 +31,35 @@ from netsurgery.passes.selection import (
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from netsurgery.passes.removal import PruneChannels
-
-__all__ = ["Bundle", "Choice", "brief", "call_of"]
+__all__ = ["Bundle", "Choice", "RemovalSettings", "brief", "call_of"]
 
 _EPSILON = 1e-9  # 0.3 of 10 units are 3
 _MOST = 0.9  # share of a layer that may go
+
+
+class RemovalSettings(DataPass):
+    """The settings of a removal that bundles depend on: fields of ``PruneChannels``, which describes them."""
+
+    ratio: float | Mapping[Any, float] | None
+    params: float | None
+    macs: float | None
+    threshold: float | None
+    scope: Literal["layer", "global"]
+    per: Literal["auto", "unit", "cost"]
+    of: Edit | Network | None
+    multiple_of: int
+    min_channels: int
+    max_ratio: float | None
+    unit: str | Sequence[str]
+    include: Modules
+    exclude: Modules
+    protect: Modules
+    normalize: Literal["auto", "mean", "max", "sum", "none"]
+
+    def by_cost(self, network: Network) -> bool:
+        """True if units are ranked by their scores relative to their costs."""
+        budget = self.scope == "global" and (self.params is not None or self.macs is not None)
+        return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class Bundle:
 class Choice:
     """The groups of a network that a removal may cut, in bundles, and the reports on the others."""
 
-    def __init__(self, settings: PruneChannels, network: Network):
+    def __init__(self, settings: RemovalSettings, network: Network):
         self.settings, self.network = settings, network
         self.original: Network = network
         if settings.of is not None:

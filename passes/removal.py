@@ -12,10 +12,9 @@ from netsurgery.analysis.network import Network
 from netsurgery.arguments import is_count, is_real
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.bundles import Bundle, Choice, call_of
+from netsurgery.passes.bundles import Bundle, Choice, RemovalSettings, call_of
 from netsurgery.passes.compensation import Compensate, Method, check_settings
 from netsurgery.passes.patterns import Modules, as_patterns
-from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.selection import sorts_of
 
 __all__ = ["PruneChannels"]
@@ -24,7 +23,7 @@ Event = tuple[float, int, int]  # score of the unit, its bundle, and how many of
 
 
 @dataclass(frozen=True, repr=False)
-class PruneChannels(DataPass):
+class PruneChannels(RemovalSettings):
     """Remove the units with the lowest scores.
 
     Args:
@@ -185,11 +184,6 @@ class PruneChannels(DataPass):
         if self.compensate is None:
             return edit
         return Compensate(self.compensate, self.data, self.samples, self.ridge, self.memory).run(edit)
-
-    def by_cost(self, network: Network) -> bool:
-        """True if units are ranked by their scores relative to their costs."""
-        budget = self.scope == "global" and (self.params is not None or self.macs is not None)
-        return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
 
     def _removed(self, choice: Choice) -> list[int]:
         """The number of units to remove from each bundle."""
