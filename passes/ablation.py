@@ -164,7 +164,7 @@ class Ablation(SampleLosses):
 
     def reorder(self, order: Tensor) -> None:
         """Put the samples into another order."""
-        self.samples = self.samples.ordered(order)
+        self.samples = self.samples.of(order)
         for known in (self.engines, self.traced, self.steady, self.bases):
             known.clear()
 

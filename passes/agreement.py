@@ -123,7 +123,7 @@ def reported(
 def _first_samples(drawn: Samples) -> Samples:
     """The first samples: as many as a report may take time for."""
     count = min(drawn.count, max(_LEAST, int(_ALL / _numbers_in(drawn))))
-    return Samples(*drawn.rows(slice(count), torch.device("cpu")), count)
+    return drawn.of(torch.arange(count))
 
 
 def _rows(drawn: Samples) -> int:

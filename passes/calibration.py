@@ -28,16 +28,9 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
 
 __all__ = [
-    "HELD_BACK",
-    "IGNORED",
-    "Samples",
-    "draw_inputs",
-    "draw_samples",
-    "draw_with_or_without_targets",
-    "in_eval_mode",
-    "outputs_of",
-    "reads_once",
-]
+    "HELD_BACK", "IGNORED", "Samples", "draw_inputs", "draw_samples", "draw_with_or_without_targets", "in_eval_mode",
+    "outputs_of", "reads_once",
+]  # fmt: skip
 
 HELD_BACK = 5  # of samples one in five is held back, where something is fitted to them
 IGNORED = -100  # the label that PyTorch's losses leave out (``ignore_index``)
@@ -65,9 +58,9 @@ class Samples:
         """Inputs and targets of some samples on a device."""
         return (_map(self.inputs, lambda t: t[which].to(device)), _map(self.targets, lambda t: t[which].to(device)))
 
-    def ordered(self, order: Tensor) -> Samples:
-        """The same samples in another order."""
-        return Samples(_map(self.inputs, lambda t: t[order]), _map(self.targets, lambda t: t[order]), self.count)
+    def of(self, which: Tensor) -> Samples:
+        """Some of the samples, or all, in an order."""
+        return Samples(_map(self.inputs, lambda t: t[which]), _map(self.targets, lambda t: t[which]), len(which))
 
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[Inputs, object]]:
         """All samples in batches of at most ``size``."""

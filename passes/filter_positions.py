@@ -22,16 +22,9 @@ from netsurgery.positions import units_at
 from netsurgery.verification import verify
 
 __all__ = [
-    "Filters",
-    "Place",
-    "computed_norms",
-    "dead_units",
-    "filters_of_group",
-    "filters_of_layers",
-    "norms",
-    "published_macs",
-    "scale",
-]
+    "Filters", "Place", "computed_norms", "dead_units", "filters_of_group", "filters_of_layers", "norms",
+    "published_macs", "scale",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,18 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
-    "POSITIONS",
-    "Change",
-    "Layer",
-    "Sums",
-    "bytes_of",
-    "layer_at",
-    "outputs_at",
-    "places_of",
-    "spatial",
-    "sums_of",
+    "POSITIONS", "Change", "Layer", "Sums", "bytes_of", "layer_at", "outputs_at", "places_of", "spatial", "sums_of",
     "windows",
-]
+]  # fmt: skip
 
 Layer = nn.Linear | _ConvNd
 

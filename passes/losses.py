@@ -15,16 +15,9 @@ from netsurgery.errors import InputError
 from netsurgery.passes.calibration import IGNORED
 
 __all__ = [
-    "Loss",
-    "check_mean",
-    "check_targets",
-    "cross_entropy",
-    "form_of",
-    "ignored_by",
-    "logits_in",
-    "loss_of",
+    "Loss", "check_mean", "check_targets", "cross_entropy", "form_of", "ignored_by", "logits_in", "loss_of",
     "twice_over",
-]
+]  # fmt: skip
 
 Loss = Callable[[Any, Any], Tensor]
 _OWN = "pass loss=f(outputs, targets)"

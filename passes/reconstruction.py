@@ -144,11 +144,7 @@ def _apart(drawn: Samples) -> tuple[Samples, Samples]:
     if drawn.count < 2:
         raise InputError("ReconstructionScore: one sample is not enough, as some are held back: pass more data")
     order, held = torch.arange(drawn.count), max(1, drawn.count // HELD_BACK)
-    parts = (drawn.rows(some, torch.device("cpu"))[0] for some in (order[held:], order[:held]))
-    fitted, rest = (
-        Samples(inputs, None, count) for inputs, count in zip(parts, (drawn.count - held, held), strict=True)
-    )
-    return fitted, rest
+    return drawn.of(order[held:]), drawn.of(order[:held])
 
 
 # What layers are given ---------------------------------------------------------------------------------------------

@@ -20,17 +20,9 @@ from netsurgery.passes.patterns import Chosen, Pattern
 from netsurgery.report import first_of
 
 __all__ = [
-    "ANY",
-    "belongs",
-    "channels_beside",
-    "channels_per_unit",
-    "is_touched",
-    "one_of_each_product",
-    "others_made_by",
-    "protected",
-    "sorts_of",
-    "stands_still",
-]
+    "ANY", "belongs", "channels_beside", "channels_per_unit", "is_touched", "one_of_each_product", "others_made_by",
+    "protected", "sorts_of", "stands_still",
+]  # fmt: skip
 
 ANY: tuple[Unit, ...] = ("channel", "head", "head_dim")
 _FIRST: dict[Unit, int] = {"head_dim": 0, "channel": 1, "head": 2, "group": 3, "rank": 4}  # finer ones meet a share

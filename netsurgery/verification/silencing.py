@@ -88,7 +88,7 @@ def silenced(
         if special is not None and "decided" not in node.meta:
             op = Operation(node)
             dims = op.dims(op["self"] if "self" in op.arguments else op["input"])
-            kept = stays(node, dims, _first_input(values, op).device)
+            kept = stays(node, dims, values[op.inputs[0]].device)
             if kept is not None:
                 out = special(
                     {k: values.get(v, v) if isinstance(v, Node) else v for k, v in op.arguments.items()},
@@ -101,11 +101,6 @@ def silenced(
         return out
 
     return replay(program, tensors, inputs, silence, numbers=numbers)
-
-
-def _first_input(values: Results, op: Operation) -> Tensor:
-    first: Tensor = values[op.inputs[0]]
-    return first
 
 
 def _aliases(node: Node) -> list[bool]:
