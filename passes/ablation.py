@@ -35,7 +35,7 @@ __all__ = ["Ablation", "AblationSettings", "Terms"]
 _log = logging.getLogger("netsurgery")
 
 
-Key = tuple[int, ...]  # rows, copies of these, and the first sample; of an engine whether decisions are held, too
+Key = tuple[int, ...]  # rows, copies of these, the first sample; for engines also whether decisions are held
 Active = Mapping[str, list[int]]  # names of series, and which removals of each are to be tried
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
 
@@ -316,7 +316,7 @@ class Ablation(SampleLosses):
                 try:
                     with without_log():
                         small = rewrite(self.model, self.edit(name, index))
-                except RewriteError as reason:  # so many may not be cut out, which says nothing of other numbers
+                except RewriteError as reason:  # this number of units cannot be cut out, but others may
                     _log.info("units of '%s' are silenced instead: %s", name, reason)
                     yield from self.by_silencing({name: indices[tried:]}, start, stop)
                     break

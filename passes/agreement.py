@@ -25,8 +25,8 @@ __all__ = ["MOST", "compared", "measure", "outputs_by_batch", "reported", "squar
 MOST = 512  # samples that a plan reports on
 _ALL = 20_000_000  # numbers of inputs that a plan reports on: 132 pictures of 224 pixels
 _LEAST = 64  # samples that it reports on however large they are
-_NUMBERS = 1 << 20  # of inputs that go through at once
-_ROWS = 8, 32  # that go through at once, at least and at most
+_NUMBERS = 1 << 20  # numbers of inputs in a batch
+_ROWS = 8, 32  # samples in a batch, at least and at most
 
 
 def measure(

@@ -32,7 +32,7 @@ __all__ = [
     "outputs_of", "reads_once",
 ]  # fmt: skip
 
-HELD_BACK = 5  # of samples one in five is held back, where something is fitted to them
+HELD_BACK = 5  # where something is fitted to samples, one in so many is held back
 IGNORED = -100  # the label that PyTorch's losses leave out (``ignore_index``)
 Value = TypeVar("Value")
 

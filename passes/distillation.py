@@ -96,7 +96,7 @@ class Distillation(nn.Module):
         self.temperature, self.alpha, self.hint_weight = float(temperature), float(alpha), float(hint_weight)
         self.loss, self.dim = loss, dim
         self.hints: Hints | None = None
-        self._looked = False  # at the range of labels, which makes a GPU wait
+        self._labels_checked = False  # the check of their range makes a GPU wait, so it runs once
         if not hints:
             return
         if not isinstance(hints, Mapping) or not all(isinstance(one, str) for pair in hints.items() for one in pair):
@@ -170,9 +170,9 @@ class Distillation(nn.Module):
         return targets.long() != ignored_by(self.loss)  # 8 bits hold no -100
 
     def _check_range(self, own: Tensor, targets: Tensor) -> None:
-        if torch.compiler.is_compiling() or (self._looked and not targets.is_cpu):
+        if torch.compiler.is_compiling() or (self._labels_checked and not targets.is_cpu):
             return
-        self._looked, labels = True, targets[targets.long() != IGNORED]
+        self._labels_checked, labels = True, targets[targets.long() != IGNORED]
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < own.shape[1]:
             raise InputError(
                 f"targets go from {int(labels.min())} to {int(labels.max())}, no class indices where there are "

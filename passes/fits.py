@@ -13,7 +13,7 @@ from netsurgery.passes.readers import Reader
 __all__ = ["LEVELS", "Fit"]
 
 LEVELS: tuple[Taken, ...] = ("nothing", "constant", "weights")
-_FACTORS = 1, 10, 100  # of the ridge, that are tried
+_FACTORS = 1, 10, 100  # factors of the ridge that are tried
 
 
 @dataclass(frozen=True)

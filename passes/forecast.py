@@ -19,8 +19,8 @@ __all__ = ["Forecast", "time_trials"]
 
 _log = logging.getLogger("netsurgery")
 _MEASURED = 4  # groups that are tried
-_WORTH = 5e9  # numbers to compute from which on it is worth while
-_LONG = 600.0  # seconds from which on it is said what is cheaper
+_WORTH = 5e9  # results to compute, from which on a forecast is worth while
+_LONG = 600.0  # seconds, from which on cheaper settings are named
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _readers(engine: PartialReplay, step: Step, channels: Iterable[Axis]) -> Ite
             if isinstance(node, fx.Node) and node not in engine.constants and engine.carries(engine.dims[node], channel)
         ]
         if places and engine.mixes(step, channel):
-            yield places[0], channel  # of a product, a gate on one factor is a gate on it
+            yield places[0], channel  # a gate on one factor of a product is a gate on the product
 
 
 def _broadcast(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class GradientScore(Pass):
 
 def _gradients(network: Network) -> dict[str, Tensor]:
     """The gradients that there are, dense, by name."""
-    leaf = {name: tensor for name, tensor in network.tensors.items() if tensor.is_leaf}  # of others, asking warns
+    leaf = {name: tensor for name, tensor in network.tensors.items() if tensor.is_leaf}  # others warn
     found = {name: tensor.grad for name, tensor in leaf.items() if tensor.grad is not None}
     if not found:
         raise InputError(

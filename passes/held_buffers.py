@@ -93,7 +93,7 @@ class _Owner:
         """The output of a norm in training mode, with old units normalised by the statistics that are held."""
         if not module.training or "running_mean" not in self._kept:
             return None
-        module.training = False  # of itself alone, not of what is inside
+        module.training = False  # its own mode alone, not that of modules inside
         try:
             held: Tensor = module.forward(*args, **kwargs)
         finally:

@@ -28,8 +28,8 @@ class Parameters:
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.model, self.names = model, tuple(names)
-        self._ways: list[tuple[nn.Module, str, nn.Module]] = []  # a module, and under which name it holds another
-        self._owners: list[tuple[nn.Module, str]] = []  # of each parameter its module, and its name there
+        self._ways: list[tuple[nn.Module, str, nn.Module]] = []  # a module, a name in it, and the module of that name
+        self._owners: list[tuple[nn.Module, str]] = []  # the module of each parameter, and its name there
 
     def __call__(self) -> list[Tensor]:
         """The tensors, in the order of the names."""

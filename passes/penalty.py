@@ -187,7 +187,7 @@ class HGSR:
             raise InputError(f"HGSR: a strength of {now!r} at step {steps}: expected a number of at least 0")
         self._strength, self.steps, self.now = strength, steps, float(now)
         factors = [self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]
-        self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # there what was compiled or captured reads it
+        self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # compiled code reads them there
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_placed": None}  # what is kept for the weights is of no use to a copy

@@ -181,7 +181,7 @@ class _Race:
             means[units] = (sums[0, units] + left * (y + ((overall[units] - centre) * weights).sum(1))) / count
             variances[units] = squares.clamp_min(0) / max(1, n - 3)
         n = (seen - self.head).double()
-        variances = (variances * n + variances[known].mean()) / (n + 1)  # a unit that was never needed yet may be
+        variances = (variances * n + variances[known].mean()) / (n + 1)  # no effect so far may change
         errors = (variances / n * (1 - n / left)).clamp_min(0).sqrt() * left / count
         return means, torch.where(known, errors, 0.0)  # where slopes have decided, nothing is open
 

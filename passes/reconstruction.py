@@ -249,7 +249,7 @@ class _Section:
 def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Section]]:
     """For each group the layers that read it."""
     some = Edit(network, {group.name: tuple(range(1, group.size)) for group in groups})
-    readers, _ = readers_of(some, refit=True)  # whatever goes
+    readers, _ = readers_of(some, refit=True)  # whichever units go
     found: dict[str, list[_Section]] = {group.name: [] for group in groups}
     by_channel = {network[name].channel: name for name in found}
     for reader in readers:
@@ -264,7 +264,7 @@ def _add_inputs(network: Network, sections: Mapping[str, list[_Section]], drawn:
     by_path: dict[str, list[_Section]] = {}
     for section in [section for some in sections.values() for section in some]:
         by_path.setdefault(section.reader.path, []).append(section)
-    generators = {path: torch.Generator().manual_seed(0) for path in by_path}  # whatever runs beside it
+    generators = {path: torch.Generator().manual_seed(0) for path in by_path}  # whatever layers run beside
     if not by_path:
         return
 

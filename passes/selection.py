@@ -25,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 ANY: tuple[Unit, ...] = ("channel", "head", "head_dim")
-_FIRST: dict[Unit, int] = {"head_dim": 0, "channel": 1, "head": 2, "group": 3, "rank": 4}  # finer ones meet a share
+_FIRST: dict[Unit, int] = {"head_dim": 0, "channel": 1, "head": 2, "group": 3, "rank": 4}  # finer ones first
 
 
 def sorts_of(caller: str, unit: str | Sequence[str]) -> list[tuple[str, ...]]:

@@ -145,7 +145,7 @@ class SoftPruning:
                 f"SoftPruning(before_training=True): for 'sfp' and 'hfp'; '{method}'{growing} prunes nothing before "
                 "the first epoch"
             )
-        self.epoch = self._first - 1  # the last that is done
+        self.epoch = self._first - 1  # the last epoch done
         self._model = _unwrapped(model)
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         with torch.inference_mode(False):
@@ -297,7 +297,7 @@ class SoftPruning:
         """
         if missing := [name for name in ("settings", "epoch", "pruned", "hard") if name not in state]:
             raise InputError(f"SoftPruning.load_state_dict: the state has no '{missing[0]}': pass one of state_dict()")
-        settings = {"before_training": False, **state["settings"]}  # states of before know nothing of it
+        settings = {"before_training": False, **state["settings"]}  # older states lack it
         for name, own in self._settings.items():
             if (there := settings.get(name)) != own:
                 raise InputError(f"SoftPruning.load_state_dict: the state is of {name}={there!r}, here it is {own!r}")
@@ -384,7 +384,7 @@ class SoftPruning:
 
         for name, filters in self._filters.items():
             add((*filters.weights, *filters.carriers), chosen[name])
-        for group in self._removable():  # what comes after several layers goes once none of them produces a unit
+        for group in self._removable():  # carriers behind several layers go once none of these produces the unit
             add(filters_of_group(self._network, group).carriers, dead_units(self._network, group, found))
         return {key: positions for key, positions in found.items() if bool(positions.any())}
 

@@ -123,7 +123,7 @@ def _close(container: nn.Module, gone: Collection[str]) -> None:
     container._modules.update({str(i) if name.isdigit() else name: m for i, (name, m) in enumerate(left.items())})
 
 
-_INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx")  # the place of its layer, which a cache goes by
+_INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx")  # a layer's index, which caches use
 
 
 def _follow(model: nn.Module, path: str, container: nn.Module, gone: Collection[str]) -> None:

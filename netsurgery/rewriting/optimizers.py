@@ -166,9 +166,7 @@ class OptimizerStates:
                 )
 
     def _prepare(self, optimizer: Optimizer, key: object, entry: State) -> None:
-        if (
-            not isinstance(key, Tensor) or id(key) not in self.names
-        ):  # a parameter of something else, or not of one parameter
+        if not isinstance(key, Tensor) or id(key) not in self.names:  # of another model, or of no parameter
             if not isinstance(key, Tensor) and any(tensor.dim() for tensor in tensors_in(entry)):
                 raise self._refusal(optimizer, f"'{key}'", "belongs to no parameter")
             return

@@ -133,7 +133,7 @@ class Worker:
 
         ours = threading.current_thread() is threading.main_thread()
         if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield  # somebody else decides what it does
+            yield  # another handler is installed
             return
         signal.signal(signal.SIGINT, note)
         try:

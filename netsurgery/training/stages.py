@@ -177,7 +177,7 @@ class Job:
     def cut(self, model: nn.Module, state: Table) -> tuple[Edit | None, nn.Module]:
         """The edit and what it leaves; no edit where nothing is to go."""
         if self.variant.soft:
-            soft = self.soft(model, torch.optim.SGD(model.parameters()))  # what some methods ask for; it does nothing
+            soft = self.soft(model, torch.optim.SGD(model.parameters()))  # some methods ask for one; it does nothing
             soft.load_state_dict(state["soft"])
             edit = soft.plan()
         elif self.variant.selection:
