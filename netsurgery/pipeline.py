@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -129,7 +129,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: object = None
     """
     check_order(passes)
     network, code = trace(model, example_inputs, try_sizes=False), ModelCode(model)
-    known: dict[Hashable, Network] = {}
+    known: dict[Any, Network] = {}
     while True:
         edit, found = _run(passes, code, network, known)
         if not found:
@@ -146,9 +146,9 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
 
 
 def _run(
-    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Hashable, Network]
+    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Any, Network]
 ) -> tuple[Edit, dict[str, str]]:
-    """Run passes: the edit, and the groups whose new sizes the model's code does not follow, if any.
+    """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
 
     Args:
         known: what groupwise passes have returned, by their place and what removals before them keep; gets more.
@@ -156,7 +156,7 @@ def _run(
     earlier: Edit | None = None  # all but the last, which passes may still change
     last: Edit | None = None
     edit: Edit | None = None
-    kept: tuple[Hashable, ...] = ()
+    kept: tuple[Any, ...] = ()
     for index, one in enumerate(passes):
         if "edit" in one.needs and last is not None and last.dropped:
             raise PassError(f"{one!r} changes the units that an edit keeps, but the edit before it drops blocks")
@@ -200,7 +200,7 @@ def _again(network: Network, before: Network) -> Network:
 
 
 def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
-    """The network that an edit leaves, with the scores and locks that passes have given to the one before."""
+    """The network that an edit leaves, with the scores and locks that passes have laid on the one before."""
     inputs = last.network.inputs
     network = trace(with_same_names(model, edit), inputs[0] or inputs[1], try_sizes=False)
     names, before = last.names_in(network), last.network
@@ -302,7 +302,7 @@ def apply(
     return rewrite(model, edit, inplace=inplace, optimizer=optimizer, ema=ema)
 
 
-def cost(model: nn.Module, example_inputs: object = None) -> Cost:
+def cost(model: nn.Module, example_inputs: Any = None) -> Cost:
     """Parameters and multiply-accumulates of one run, in all and per module.
 
     Example:
