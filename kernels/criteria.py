@@ -71,7 +71,7 @@ class WeightView(NamedTuple):
     Attributes:
         blocks: groups of a grouped convolution, the leading factor of axis 0; they share no outer group.
         outer: the axes whose positions are the outer groups, together with the blocks.
-        window: the axes of a kernel's elements. What is left is summed over within an outer group.
+        window: the axes of a kernel's elements. The other axes are summed over within an outer group.
     """
 
     blocks: int = 1

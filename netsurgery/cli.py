@@ -196,7 +196,7 @@ def train(
     seeds: Seeds = None,
     changes: Changes = None,
 ) -> None:
-    """Carry out a recipe: train, remove, fine-tune, compare. What was interrupted goes on where it was."""
+    """Carry out a recipe: train, remove, fine-tune, compare. An interrupted run is continued."""
     from netsurgery.training import read, run
 
     given = [*(changes or ()), *([f"data.folder={data}"] if data else ()), *([f"seeds=[{seeds}]"] if seeds else ())]

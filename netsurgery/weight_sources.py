@@ -22,7 +22,7 @@ __all__ = ["Draws", "fill", "prepared", "read_weights"]
 
 State = Mapping[str, Tensor]
 
-#: What reading a file that is no state dict, or a broken one, can raise.
+#: The errors that reading a file can raise that is no state dict, or a broken one.
 UNREADABLE = (
     *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError, struct.error),

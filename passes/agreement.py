@@ -218,8 +218,8 @@ class _Sums:
 def squares(before: object, after: object) -> tuple[float, float] | None:
     """Sums of squares: of the difference of two networks' outputs, and of the original's; None where shapes differ.
 
-    They are summed over entries that are finite in the original: masks are infinite. What is infinite or NaN in the
-    smaller network alone differs infinitely.
+    They are summed over entries that are finite in the original: masks are infinite. An entry that is infinite or NaN
+    in the smaller network alone differs infinitely.
     """
     ones, others = _numbers(before), _numbers(after)
     if [one.shape for one in ones] != [other.shape for other in others]:

@@ -95,7 +95,7 @@ def draw_inputs(data: object, count: int, seed: int = 0) -> Samples:
     """Draw inputs alone, whatever their classes.
 
     Args:
-        data: what ``draw`` takes; or inputs without targets: a tensor with a row for each sample, a dictionary of
+        data: as for ``draw_samples``; or inputs without targets: a tensor with a row for each sample, a dictionary of
             tensors, or a Dataset, DataLoader or iterable of batches whose items and batches are such. Two things in a
             tuple or list are inputs and targets: pass two inputs as ``((one, other), None)``.
         count: how many; fewer where there are not so many.

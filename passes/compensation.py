@@ -113,7 +113,7 @@ def compensate(
 
     One run of the original network over the data, in eval mode, serves all layers (a few more of both networks compare
     their outputs, and fit layers in order). For each of these layers, X are those of its inputs that
-    stay and R is what its outputs lack without the others, in the original.
+    stay, and R are the parts of its outputs, in the original, that come from the others.
 
     Args:
         method: "bias" adds the mean of R to every output of such a layer, by its bias or else by the running mean of
@@ -129,13 +129,13 @@ def compensate(
     A fifth of the samples is held back. On these, the error of each layer decides between weights (with the ridge, or
     ten or a hundred times that), a constant, and nothing; what is taken is then fitted to all samples. The outputs of
     the whole network, fitted without them, must be nearer to the original's than without compensation: else constants
-    alone are tried, and then nothing is changed. Of a layer with large outputs, 128 positions of each sample are looked
+    alone are tried, and then nothing is changed. In large outputs of a layer, 128 positions of each sample are looked
     at, drawn at random. ``edit.compensations`` has the errors.
 
-    Where all samples fit into the memory at once, layers are also fitted one after the other, X being what the smaller
-    network gives them and R what they then lack; this is taken if it brings the network nearer. It is not always
-    better: what earlier layers lose makes outputs vary less, and with their means brought back all the same, units
-    that fire by their spread (below a ReLU most do) fall silent, until the network answers alike to every sample.
+    Where all samples fit into the memory at once, layers are also fitted one after the other, X being their inputs in
+    the smaller network and R what their outputs then lack; this is taken if it brings the network nearer. It is not
+    always better: losses in earlier layers make outputs vary less, and with their means brought back all the same,
+    units that fire by their spread (below a ReLU most do) fall silent, until all samples have the same outputs.
 
     Where a layer cannot be compensated in this way, ``edit.uncompensated`` says why, and the logger ``netsurgery`` too.
     An edit that the model's code does not follow has no new values, and ``uncompensated`` names the groups.

@@ -35,8 +35,8 @@ def unit_scores(
     Args:
         network: as ``netsurgery.trace`` returns it.
         tensors: by name of a parameter (or buffer) a tensor of its shape, such as ``|w|``, ``w²`` or ``(w g)²``; on any
-            device, of any real dtype; they are summed in float32, or in float64 where given so. What is not given is
-            zero. What modules share is given once, under any of its names.
+            device, of any real dtype; they are summed in float32, or in float64 where given so. Tensors that are not
+            given count as zeros. A tensor that modules share is given once, under any of its names.
         roles: which of a unit's entries count: those that it is made by ("produces"), that layers read it with
             ("consumes"), and that it is given on its way ("carries": biases, norms). A group that has none in these
             roles is scored by all that it has, as is a unit that no layer reads when ``roles`` is "consumes".

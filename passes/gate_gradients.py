@@ -25,8 +25,8 @@ _log = logging.getLogger("netsurgery")
 def gate_slopes(ablation: Ablation) -> dict[str, Tensor]:
     """For each group the derivative of each sample's loss by a gate on each unit: ``(samples, units)`` float64.
 
-    What the code decides by values is held as it is for each batch. Where samples cannot be told apart in what it
-    computes, as with tokens that go to experts, each goes through alone.
+    Decisions of the code by values are held as they are for each batch. Where the rows of a result cannot be assigned
+    to samples, as with tokens that go to experts, each sample goes through alone.
 
     Raises:
         InputError: the network cannot be run in parts: its code writes into views.

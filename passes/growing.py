@@ -187,7 +187,7 @@ class PlantChannels(_Growth):
 
     Args:
         amount: new channels of each layer, or by modules, as for ``include``: ``{"layer3.*": 8, "layer4.*": 16}``.
-            Where a unit is several channels, as a head is, so many units as make at least these.
+            A layer whose units are several channels, such as heads, gets enough units for at least these.
         init: how the weights that make new units begin, see ``netsurgery.New``.
         include: modules, by name patterns, classes or themselves, as for ``PruneChannels``.
         exclude: likewise.

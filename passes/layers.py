@@ -80,7 +80,7 @@ def layers(network: Network) -> tuple[Layer, ...]:
 def scored_layers(network: Network, grouping: Grouping) -> tuple[list[Layer], list[Tensor]]:
     """The layers and their weights; a weight that is computed from parameters stands in place of these.
 
-    Of a low-rank update, the matrix that has the units of the whole layer is none by itself.
+    In a low-rank update, the matrix that has the units of the whole layer is no layer by itself.
 
     Raises:
         InputError: as for ``netsurgery.analysis.weights.uses``.

@@ -32,9 +32,9 @@ class LossIncreaseScore(DataPass):
 
     Score of unit u: the mean over the samples n of ``|L(n; without u) - L(n)|``, the network in eval mode. A unit that
     is removed contributes nothing to any consumer, batch norm's shift included, just as when it is cut out. Scores of
-    different groups are compared as they are. Of groups that the code splits into equal parts one loses a unit alone; a
-    network that cannot be run in parts, as its code looks at values, loses the unit of this number in each. What
-    depends on other samples of a batch depends on ``rows``.
+    different groups are compared as they are. Where the code splits into equal parts, one group loses a unit alone; a
+    network that cannot be run in parts, as its code looks at values, loses the unit of this number in each. A loss that
+    depends on other samples of the batch depends on ``rows``.
 
     Args:
         data: a DataLoader, a Dataset, or a pair of tensors, without augmentation: what
@@ -60,9 +60,9 @@ class LossIncreaseScore(DataPass):
             group with the lowest scores: others keep an estimate. In large networks slopes of gates (see
             ``TaylorScore``) are the sieve: some units of each group, drawn at random, are tried, what slopes predict is
             fitted to them, and units near the border are tried; the same units bound what that may miss, and more are
-            tried until the bound, which is logged, is good enough. What is tried goes through growing sets of samples,
-            as long as it is open on which side of the border it is: estimates regress the rise, or the effect, on what
-            slopes predict. At least ``confidence`` of the exact selection is
+            tried until the bound, which is logged, is good enough. A unit is tried on growing sets of samples, as long
+            as it is open on which side of the border it is: estimates regress the rise, or the effect, on what slopes
+            predict. At least ``confidence`` of the exact selection is
             expected to be found: by Clopper and Pearson's bound at 95% for what slopes decide (on each side of the
             border, groups taken together), under a normal approximation with standard errors doubled for what samples
             decide. The loss must return one number for each sample. It pays where running the network takes long.

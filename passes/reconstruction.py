@@ -69,7 +69,7 @@ class ReconstructionScore(DataPass):
 
     For each layer that reads a group two float64 matrices ``(units, units)`` are held. Units that no linear layer or
     convolution reads (as where attention is a function, or the convolution a transposed one) go in the order of their
-    weights' norms. Of a convolution larger than one position the inputs are taken position by position.
+    weights' norms. The inputs of a convolution larger than one position are taken position by position.
 
     Source: the elimination is Optimal Brain Surgeon's (Hassibi and Stork, 1993) on the least squares of each layer, as
     in Frantar and Alistarh, "Optimal Brain Compression", arXiv 2208.11580, and for structures in Kurtic et al.,

@@ -39,8 +39,8 @@ class PruneChannels(RemovalSettings):
             network as it is, so that what matters least for what it saves goes first. "auto" is "cost" where the budget
             is one of all layers and scores are comparable amounts; LAMP's, which only rank, go by the "unit".
         of: the original that ratio, budget and limits are shares of, where this is one of several rounds: the Edit that
-            began with it (``first``, or ``first.then(second)``), or its Network. What rounding leaves in one round, the
-            next removes. By default the network as it is.
+            began with it (``first``, or ``first.then(second)``), or its Network. The next round removes units that
+            rounding has left in one. By default the network as it is.
         multiple_of: the number of channels that stay in a layer is a multiple of this, or the group stays whole.
         min_channels: at least so many channels stay in each layer.
         max_ratio: at most this share of each group is removed. By default 0.9, so that no layer is emptied because its
@@ -51,16 +51,17 @@ class PruneChannels(RemovalSettings):
             product, "any" cuts one factor: dimensions within heads rather than heads.
         include: modules, by name patterns (``layer3.*``), classes or themselves. Only units go that matching modules
             alone produce, or whose group is named: a residual stream that others write to stays.
-        exclude: likewise; no unit goes that a matching module produces or carries. What is inside of a module that
-            matches, matches too.
+        exclude: likewise; no unit goes that a matching module produces or carries. Modules inside one that matches,
+            match too.
         protect: likewise; nor does a unit that a matching module consumes or is given.
         normalize: how scores of different groups are made comparable when the scope is global: divided by the "mean",
             "max" or "sum" of their sizes in the group, or "none"; "auto" is "none" for scores that are comparable as
             they are (rises of the loss, Taylor, Fisher, LAMP), else "sum" where they are ranked for their cost (a share
             of the group's importance for a share of its cost), else "mean".
         compensate: make up for what the removal loses in the layers that read it: "bias" by a constant for each output;
-            "least-squares" also refits their weights so that the outputs stay as near as they can. What does not help
-            on samples that are held back is left alone. This is the pass ``Compensate``, run right after the removal.
+            "least-squares" also refits their weights so that the outputs stay as near as they can. A change that does
+            not help on samples that are held back is not made. This is the pass ``Compensate``, run right after the
+            removal.
         data: as for ``Compensate``.
         samples: likewise.
         ridge: likewise.

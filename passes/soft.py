@@ -63,16 +63,16 @@ class SoftPruning:
     ghfp    ratio                  ``soft_factor``      ``hard_share``
     ======  =====================  ===================  =======================
 
-    What is pruned for good has no gradient, no momentum and nothing that comes after it until it meets others: its
-    bias, and the scale and shift of its norm, are 0 too. After the last epoch's step this holds of all that is pruned,
-    so that ``finish`` changes nothing any more.
+    A filter that is pruned for good has no gradient and no momentum, and is silent until it meets others: its bias, and
+    the scale and shift of its norm, are 0 too. After the last epoch's step this holds for all pruned filters, so that
+    ``finish`` changes nothing any more.
 
     Args:
         model: any module, also in DistributedDataParallel or torch.compile; it is traced once.
         example_inputs: as for ``netsurgery.trace``.
         method: see above.
         ratio: the share of the filters of each layer or group that goes, in [0, 1): ``floor(filters * ratio)``.
-            Of groups that are factors of one dimension, one is cut, as by ``PruneChannels``.
+            One of the groups that are factors of one dimension is cut, as by ``PruneChannels``.
         epochs: the length of the schedule, in calls of ``step``.
         grouping: "layer", the filters of each layer are ranked by themselves; in a residual stream those that not
             all layers have pruned stay, as zeros. "coupled", a filter is a unit of the dependency graph with all
@@ -239,7 +239,7 @@ class SoftPruning:
     def plan(self) -> Edit:
         """The removal that ``finish`` would make now: an Edit to look at, or to carry out with ``netsurgery.rewrite``.
 
-        Of what is pruned, that which stays: in "layer", units of a residual stream that not all its layers have pruned.
+        Some pruned filters stay: in "layer", units of a residual stream that not all its layers have pruned.
         """
         gone = self._places(self.pruned)
         dead = {group.name: dead_units(self._network, group, gone) for group in self._removable()}
@@ -253,7 +253,7 @@ class SoftPruning:
     def finish(self, **options: Any) -> nn.Module:
         """The physically smaller network: it computes what the model computes after the last step.
 
-        What was pruned is set to zero once more, should training have gone on; the optimizer is released.
+        Pruned filters are set to zero once more, should training have gone on; the optimizer is released.
 
         Args:
             options: as for ``netsurgery.rewrite``.

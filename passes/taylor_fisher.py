@@ -78,7 +78,7 @@ class TaylorScore(_GateScore):
         by: "effect": how much the loss of each sample changes, up or down. "rise", of second order: mean_n (a_n²/2 -
             a_n), in which the changes of samples cancel: units of large effect may have a small or negative rise and go
             first (see ``LossIncreaseScore``). The logger ``netsurgery`` warns where more than a tenth of a group's are
-            negative. Of first order there is no rise: its mean vanishes where the loss is at a minimum.
+            negative. The first order has no rise: its mean vanishes where the loss is at a minimum.
 
     Raises:
         InputError: as ``LossIncreaseScore`` does; the first order by the rise; or a network that cannot be run in

@@ -259,7 +259,7 @@ OF_ELEMENTS = frozenset((
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
     "sum", "ax", "prev", "step_size", "slow_buffer", "z",
 ))  # fmt: skip
-#: Of these, those that are weights: averages, and copies that are trained.
+#: The names among these whose values are weights: averages, and copies that are trained.
 OF_WEIGHTS = frozenset(("ax", "slow_buffer", "z"))
 #: And those that do not begin with zeros: the setting that they begin with (Adagrad, Rprop).
 _STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
