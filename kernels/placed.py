@@ -23,7 +23,7 @@ class Placed(list[_T]):
     Attributes:
         places: addresses.
         forms: strides, shapes and types; while these and the places are equal, all is read as before.
-        kept: what was worked out for these tensors in these places, under names of whoever did so.
+        kept: results for these tensors in these places, under keys of the modules that computed them.
     """
 
     def __init__(self, tensors: Iterable[_T]):

@@ -20,7 +20,7 @@ class LayerError:
         layer: path of the module.
         before: mean square of the error, relative to the variance of the outputs; without compensation.
         after: the same with it.
-        taken: what was changed.
+        taken: the kind of change that was made.
         ridge: the penalty of the refit, where weights were changed.
     """
 

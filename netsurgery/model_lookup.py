@@ -28,7 +28,7 @@ def build(name: str, **arguments: object) -> nn.Module:
         name: `torchvision:NAME`, `timm:NAME`, or `package.module:callable`, which is looked up from the current
             directory too; the callable returns the model. The first two may end in the name of published weights, which
             are fetched where they are missing: `torchvision:resnet18@DEFAULT`, `timm:resnet18@pretrained`.
-        arguments: what the model is called with, such as `num_classes`.
+        arguments: arguments of the constructor, such as `num_classes`.
 
     Raises:
         InputError: no such model or weights; near matches are named. Or it does not take these arguments, or the

@@ -151,7 +151,7 @@ def _run(
     """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
 
     Args:
-        known: what groupwise passes have returned, by their place and what removals before them keep; gets more.
+        known: results of groupwise passes, by their place and the units that removals before them keep; gets more.
     """
     earlier: Edit | None = None  # all but the last, which passes may still change
     last: Edit | None = None

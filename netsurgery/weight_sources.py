@@ -219,7 +219,7 @@ def prepared(name: str, file: Path | None = None, random: bool = False) -> tuple
 
     Args:
         name: as for ``netsurgery.model_lookup.build``.
-        file: what to load into it, as for ``read_weights``.
+        file: a file to load into it, as for ``read_weights``.
         random: whether its weights may be random.
 
     Raises:

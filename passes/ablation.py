@@ -87,7 +87,7 @@ class Ablation(SampleLosses):
         """A digest of all that scores depend on.
 
         Args:
-            choices: what the caller chose beside the settings.
+            choices: settings of the caller beside these.
         """
         said = repr((self.network.model_name, *choices, self.settings.autocast, self.losses_as_text()))
         digest = hashlib.sha256(said.encode())

@@ -36,7 +36,7 @@ class BlockInfluenceScore(DataPass):
     equal length.
 
     Args:
-        data: what inputs are drawn from, with or without labels, as for ``netsurgery.passes.calibration.draw_inputs``.
+        data: inputs, with or without labels, as for ``netsurgery.passes.calibration.draw_inputs``.
         samples: how many are drawn.
         seed: fixes the samples.
         loss: as for ``netsurgery.passes.measure``, by which ``plan`` measures what is left.

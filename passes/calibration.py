@@ -46,7 +46,7 @@ class Samples:
 
     Attributes:
         inputs: positional and keyword inputs of the model; every tensor has a row for each sample.
-        targets: what the loss takes beside the outputs, likewise; None where only inputs were drawn.
+        targets: the targets of the loss, likewise; None where only inputs were drawn.
         count: number of samples.
     """
 

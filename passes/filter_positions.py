@@ -51,10 +51,10 @@ class Filters:
     """The filters of a layer, or the units of a group.
 
     Attributes:
-        name: of the weight, or of the group.
-        size: how many.
+        name: the name of the weight, or of the group.
+        size: the number of filters.
         weights: the kernels that produce them.
-        carriers: what they go through before they meet others: biases, scale and shift of norms, depthwise kernels.
+        carriers: parameters between them and the next layer: biases, scale and shift of norms, depthwise kernels.
     """
 
     name: str

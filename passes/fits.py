@@ -26,7 +26,7 @@ class Fit:
         final: likewise, as all samples say.
         errors: by level, what outputs lack on the samples that were held back after the trial's change, relative to
             their variance.
-        ridge: of the refit.
+        ridge: the ridge of the refit.
         rows: positions of outputs that the samples have together, or as many as are looked at.
     """
 

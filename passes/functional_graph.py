@@ -70,7 +70,7 @@ class FunctionalGraph:
         autocast: the type in which convolutions and matrix products are computed.
         decisions: whether what the code decided by values in the recorded run may be taken as it was; else a network
             whose code looks at numbers that depend on its weights is unsuited.
-        seed: of random numbers: an operation draws the same in every run.
+        seed: the seed of random numbers: an operation draws the same in every run.
 
     Attributes:
         rows: the axes along which samples lie.

@@ -16,7 +16,7 @@ class HeldBuffers:
     """The old entries of all buffers of a model, such as running statistics, which are held.
 
     Args:
-        model: what its buffers hold now is held.
+        model: its buffers keep their present values.
         new: by name of a tensor which of its entries are free: bool.
     """
 

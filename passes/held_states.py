@@ -19,7 +19,7 @@ class HeldStates:
     """Let optimizers go on with new entries, as if these had just come, in the same groups with the same settings.
 
     Args:
-        optimizers: of the whole model.
+        optimizers: the optimizers of the whole model.
         held: ids of the parameters that are held; they leave the optimizers.
         places: by ``id`` of a parameter that has been split the places of new entries in the flattened tensor.
     """
@@ -73,7 +73,7 @@ def _merged(optimizer: Optimizer, entry: State, late: State, param: Tensor, plac
 
     Args:
         entry: the state of before, at the new size; empty if there was none.
-        late: of new entries.
+        late: the state of new entries.
         param: whole.
     """
     merged = dict(entry)

@@ -42,8 +42,8 @@ class Layer:
             "convolution" or "linear".
         inputs: how to read it with an outer group for each input channel.
         outputs: how to read it with an outer group for each output channel.
-        input_axis: what its input channels are, in the order of the outer groups.
-        output_axis: what its output channels are, likewise.
+        input_axis: the axis of its input channels, in the order of the outer groups.
+        output_axis: the axis of its output channels, likewise.
     """
 
     name: str
@@ -133,8 +133,8 @@ def _layer(name: str, axes: tuple[Axis, ...], own: tuple[Axis, ...], dims: Dimen
     """The layer of a weight; None where the weight is used in an arrangement that its own axes do not show.
 
     Args:
-        axes: of the weight.
-        own: these as they stand where the weight is read.
+        axes: the axes of the weight.
+        own: these axes where the weight is read.
     """
     where = _places([source for source, _, _ in dims], own)
     if where is None:

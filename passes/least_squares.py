@@ -38,7 +38,7 @@ class Sums:
         gram: ``X'X``, of X with a column of ones at its end, ``(groups, d + 1, d + 1)``, float64.
         cross: ``X'R``, ``(groups, d + 1, o)``, float64.
         lost: the squares of R, all together.
-        whole: what the outputs should be, and its squares, ``(2, groups, o)``.
+        whole: the wanted outputs, and their squares, ``(2, groups, o)``.
     """
 
     count: int

@@ -62,10 +62,9 @@ class LossIncreaseScore(DataPass):
             fitted to them, and units near the border are tried; the same units bound what that may miss, and more are
             tried until the bound, which is logged, is good enough. A unit is tried on growing sets of samples, as long
             as it is open on which side of the border it is: estimates regress the rise, or the effect, on what slopes
-            predict. At least ``confidence`` of the exact selection is
-            expected to be found: by Clopper and Pearson's bound at 95% for what slopes decide (on each side of the
-            border, groups taken together), under a normal approximation with standard errors doubled for what samples
-            decide. The loss must return one number for each sample. It pays where running the network takes long.
+            predict. At least ``confidence`` of the exact selection is expected to be found: by Clopper and Pearson's
+            bound at 95% where slopes decide (on each side of the border, groups taken together), under a normal
+            approximation with standard errors doubled where samples decide. The loss must return one number for each sample. It pays where running the network takes long.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.
@@ -77,7 +76,7 @@ class LossIncreaseScore(DataPass):
         exclude: likewise; no group is scored that a matching module produces or carries.
         autocast: the type in which convolutions and matrix products are computed, such as ``torch.bfloat16``; all
             else, and the loss, are in the model's own. By default everything is.
-        file: what is known is kept there (safetensors), every few seconds and when interrupted, and is gone on from.
+        file: results are kept there (safetensors), every few seconds and when interrupted, and are continued from.
         progress: say before it starts how long the work will take, after a few trials, and then how far it is: by a bar
             on a terminal, by lines of the logger ``netsurgery`` elsewhere.
         by: "effect", the default of mode "score": how much the loss of each sample changes, up or down. If the loss is

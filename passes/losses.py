@@ -68,7 +68,7 @@ def check_targets(logits: object, targets: object, everything: object) -> None:
     """Make sure that targets are classes, or shares of them, for logits ``(n, classes, ...)``.
 
     Args:
-        targets: of the samples that the logits are of.
+        targets: the targets of the same samples.
         everything: the targets of all samples.
 
     Raises:
@@ -138,7 +138,7 @@ def check_mean(once: float, twice: float, several: bool) -> None:
 
     Args:
         once: the loss of some samples.
-        twice: of the same samples beside themselves.
+        twice: the loss of the same samples twice over.
         several: whether the samples go through in several batches.
 
     Raises:

@@ -32,12 +32,12 @@ class Lost:
 
     Args:
         edit: the removal.
-        small: what it leaves; other values are put into its tensors for a while.
+        small: the network that it leaves; other values are put into its tensors for a while.
         drawn: the samples.
 
     Attributes:
-        tensors: of the smaller network, by name.
-        name: of the network.
+        tensors: the tensors of the smaller network, by name.
+        name: the name of the network.
         largest: bytes of the largest tensor that a sample makes.
     """
 
@@ -112,7 +112,7 @@ class Lost:
         """Measure the smaller network's outputs against the original's on samples that are held back.
 
         Args:
-            values: of its tensors, by name; those that are not named stay as they are.
+            values: values of its tensors, by name; tensors that are not named stay as they are.
 
         Returns:
             For each of these the mean square of the difference, relative to the mean square of the outputs; NaN where

@@ -23,7 +23,7 @@ class Parameters:
 
     Args:
         model: any module.
-        names: of parameters, or of tensors that are computed where they are asked for.
+        names: names of parameters, or of tensors that are computed on access.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):

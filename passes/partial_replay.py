@@ -192,7 +192,7 @@ class PartialReplay(FunctionalGraph):
 
         Args:
             small: the same network, traced on the samples once.
-            whole: what its ``whole`` returned.
+            whole: the results of its ``whole``.
 
         Returns:
             What ``whole`` would return, or None where it cannot be told from that.
@@ -227,7 +227,7 @@ class PartialReplay(FunctionalGraph):
 
         Args:
             removals: as many as the batch has equal parts; all alike unless ``suffix(groups, before).blocks``.
-            whole: what ``whole`` returned on this batch, without the units of ``before``.
+            whole: the results of ``whole`` on this batch, without the units of ``before``.
             before: the units of other groups that are gone.
         """
         suffix = self.suffix(tuple(removals[0]), frozenset(before))

@@ -59,7 +59,7 @@ class Planting:
         model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew. Losses computed
             before must be gone (``del loss``): their graphs remember the old shapes.
         example_inputs: as for ``trace``, for ``amount``.
-        amount: what is added: new channels of each layer, as ``PlantChannels`` counts them; or by modules.
+        amount: new channels of each layer, as ``PlantChannels`` counts them; or by modules.
         include: the modules that get them, as for ``PlantChannels``; by default all that can grow.
         edit: in place of an amount any Edit of ``New`` units. Copies and removals are refused: they change old entries.
         optimizer: the optimizer of the model, or several. Each goes on with the new entries, in the same groups with

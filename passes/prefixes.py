@@ -63,7 +63,7 @@ def cumulative(
     """The highest rise of the loss up to each unit, where all that was accepted before it is gone.
 
     Args:
-        removal: what may go: its limits hold.
+        removal: the removal whose limits hold.
     """
     network, orders = ablation.network, _by_norm(ablation.network)
     ranks = {name: torch.tensor(order).argsort().double() for name, order in orders.items()}

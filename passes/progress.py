@@ -54,7 +54,7 @@ class Report:
         Args:
             what: its name.
             rows: how many rows are to go through, by series; None where it is not known.
-            rate: what a row of a trial of each series costs, in any unit; None where it is not known: all alike.
+            rate: the cost of a row of a trial of each series, in any unit; None where it is not known: all alike.
         """
         self.what, self.rate, self.tried, self.done = what, rate or (lambda name: 1.0), 0, 0.0
         self.total = None if rows is None else sum(n * self.rate(name) for name, n in rows.items())

@@ -39,7 +39,7 @@ def race(
         reading: whether units are scored by the rise or the effect.
         share: the share of each group that is to be removed.
         confidence: the share of the selection that must be expected to be right.
-        seed: of the units that are drawn at random.
+        seed: the seed of the random draw of units.
     """
     runner = _Race(ablation, checkpoint, reading, share, confidence, seed)
     runner.forecast_time()

@@ -29,7 +29,7 @@ class Reader:
     """A layer that reads removed units.
 
     Attributes:
-        path: of its module.
+        path: the path of its module.
         axis: the dimension of its inputs that is summed over.
         inputs: which of its inputs stay, or None for all.
         kept: which of its outputs stay, or None for all.

@@ -25,7 +25,7 @@ def warn_of_falls(who: str, loss_deltas: Mapping[str, Tensor], said: set[str]) -
     Args:
         who: the pass that scores by the rise.
         loss_deltas: the rise of the loss without each unit, ``(units,)`` for each group.
-        said: what was said before and is not repeated: a plan may run its passes several times.
+        said: lines that were logged before and are not repeated: a plan may run its passes several times.
     """
     falls = {name: int((one < -_ROUNDING * one.abs().max()).sum()) for name, one in loss_deltas.items() if len(one)}
     many = [name for name, count in falls.items() if count > _MANY * len(loss_deltas[name])]

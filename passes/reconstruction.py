@@ -159,7 +159,7 @@ class _Section:
         module: likewise.
         at: the channels of the inputs that each unit is, ``(units, r)``.
         gram: ``X'X`` over rows, each of the r channels of a unit a row of its own, ``(units, units)`` float64.
-        sums: of each of these channels, ``(units, r)``.
+        sums: the sum of each of these channels, ``(units, r)``.
         rows: how many positions of samples there are.
         spread: how many outputs, their sums and those of their squares, ``(3, outputs)``.
     """
@@ -301,9 +301,9 @@ class _Eliminated:
 
     Attributes:
         order: units.
-        costs: of each, in this order.
+        costs: the cost of each unit, in this order.
         counts: how many are gone where the group is measured.
-        changes: what is then added to tensors of the model, by name, for each of these.
+        changes: for each of these counts the changes of the model's tensors, by name.
     """
 
     order: Tensor

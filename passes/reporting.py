@@ -21,7 +21,7 @@ class DataPass(Pass):
     """A pass that holds data, which plans are measured on. Derive a frozen dataclass with these fields.
 
     Attributes:
-        data: what samples are drawn from, several times; None: nothing is measured.
+        data: the source of samples, read several times; None: nothing is measured.
         samples: how many are drawn.
         seed: fixes the samples.
         loss: as for ``netsurgery.passes.measure``.

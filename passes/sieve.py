@@ -81,15 +81,15 @@ class Regression:
     """A regression of the loss deltas of a group's units on predictions, on a scale that tames the largest.
 
     Args:
-        predictions: of the loss delta, first and second order, ``(units, 2)``.
+        predictions: the loss deltas that slopes predict, first and second order, ``(units, 2)``.
         units: those that were tried at random.
-        loss_deltas: what came out.
+        loss_deltas: their measured loss deltas.
 
     Attributes:
-        means: of all units, on that scale; of those tried at random as the regression fitted to the others has them.
-        error: standard deviation of what comes out around it.
-        known: what came out, on that scale; NaN of units that were not tried.
-        estimates: loss deltas as the regression has them.
+        means: predicted means of all units, on that scale; for units tried at random by a fit to the others.
+        error: standard deviation of measured loss deltas around the regression.
+        known: measured loss deltas, on that scale; NaN for units that were not tried.
+        estimates: loss deltas that the regression predicts.
     """
 
     def __init__(self, predictions: Tensor, units: list[int], loss_deltas: Tensor):
@@ -142,7 +142,7 @@ class Sieve:
     """Decides which units to try, so many that the share of the selection that is wrong is small enough, by a bound.
 
     Attributes:
-        regressions: what predictions say, by group.
+        regressions: loss deltas from predictions, by group.
         draw: the units that were tried at random.
         selected: how many units of each group are to be removed.
         tried: those that were tried.

@@ -43,7 +43,7 @@ class Skipped(nn.Module):
     It has the numbers and texts that the block had as attributes, since code around it may read them.
 
     Args:
-        returns: what it returns: a result as the block gave it, where an ``_Argument`` says which argument to take.
+        returns: a result of the block, in which an ``_Argument`` stands for an argument that is returned.
         block: the module that it stands for.
     """
 

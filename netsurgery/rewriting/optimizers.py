@@ -77,7 +77,7 @@ class OptimizerStates:
     Args:
         optimizers: any; parameters in them that are not the model's stay.
         tensors: of the model, by name.
-        edit: what stays; its new values go into the copies of the weights that a state may hold ("master").
+        edit: the edit; its new values go into the copies of the weights that a state may hold ("master").
         moved: whether the parameters become other objects.
         renamed: the name of a tensor afterwards; None where it goes with a block: then its state does.
 

@@ -68,7 +68,7 @@ class Fit:
 
     Attributes:
         stage: epochs, optimizer, schedule.
-        images: what to learn from and what to measure on.
+        images: the images to learn from and to measure on.
         data: batch and workers.
         seed: of all that is random.
         checkpoint: where the state is kept after each epoch.
