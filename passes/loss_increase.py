@@ -64,7 +64,8 @@ class LossIncreaseScore(DataPass):
             as it is open on which side of the border it is: estimates regress the rise, or the effect, on what slopes
             predict. At least ``confidence`` of the exact selection is expected to be found: by Clopper and Pearson's
             bound at 95% where slopes decide (on each side of the border, groups taken together), under a normal
-            approximation with standard errors doubled where samples decide. The loss must return one number for each sample. It pays where running the network takes long.
+            approximation with standard errors doubled where samples decide. The loss must return one number for each
+            sample. It pays where running the network takes long.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.
