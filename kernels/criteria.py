@@ -45,11 +45,6 @@ class Criterion(NamedTuple):
     inner: float
     outer: float
 
-    @property
-    def degree(self) -> float:
-        """d in R(cW) = |c|^d R(W)."""
-        return self.inner * self.outer
-
 
 CRITERIA: dict[Name, Criterion] = {
     "l1": Criterion(1, 1, 1),

@@ -89,7 +89,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: objec
         numbers: Numbers = []
         drawn: Drawn = {}
         with seeded(0, home(model)):
-            want = silenced(network, program, tensors, inputs, keep, numbers, drawn)
+            want = silenced(program, tensors, inputs, keep, numbers, drawn)
         if program.values == "all" or drawn:
             found, read = run_with_decisions(small, program, inputs, units, drawn)
             worst = max(worst, _difference(read, _chosen(numbers, units)))

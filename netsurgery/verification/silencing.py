@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import Drawn, Numbers, draws, replay, units_in
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.capture.inputs import Inputs
@@ -42,7 +41,6 @@ def entries(masks: Sequence[Tensor]) -> Tensor:
 
 
 def silenced(
-    network: Network,
     program: Program,
     tensors: Mapping[str, Tensor],
     inputs: Inputs,
