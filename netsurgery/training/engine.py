@@ -201,8 +201,7 @@ class Worker:
         self.in_training = True
         try:
             for epoch in range(len(history), fit.stage.epochs):
-                with torch_seeded(derived(fit.seed, epoch, self.accelerator.process_index), self.device):
-                    history.append(run.epoch(epoch))
+                history.append(run.epoch(epoch))
                 on_epoch(history[-1])
                 if self.leads:
                     checkpoints.write(fit.checkpoint, run.state(history))
@@ -258,7 +257,11 @@ class Run:
         return lambda step: schedule(min(step / max(steps, 1), 1.0))
 
     def epoch(self, epoch: int) -> Figures:
-        """Train for an epoch and measure."""
+        """Train for an epoch and measure, with random numbers from the seed; the caller's random state stays."""
+        with torch_seeded(derived(self.of.seed, epoch, self.accelerator.process_index), self.worker.device):
+            return self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> Figures:
         self.loader.set_epoch(epoch)
         rate = self.scheduler.get_last_lr()[0]
         self.prepared.train()
