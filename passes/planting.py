@@ -31,10 +31,10 @@ __all__ = ["Planting"]
 class Planting:
     """Add new units to a model and train these alone: every old entry stays bitwise as it is until ``finish``.
 
-    The model itself grows, and no output changes at that moment. From then on its parameters are the new entries: what
-    makes new units, what reads them, their biases, scales and shifts. Everything else is in buffers: no optimizer,
-    weight decay, momentum or gradient scaler can reach it, whatever it does to the parameters that it holds. The
-    model's own code reads ``module.weight`` as ever, which is put together of both at each access.
+    The model itself grows, and no output changes at that moment. From then on its parameters are the new entries: the
+    weights that make new units or read them, their biases, scales and shifts. Everything else is in buffers: no
+    optimizer, weight decay, momentum or gradient scaler can reach it, whatever it does to the parameters that it holds.
+    The model's own code reads ``module.weight`` as ever, which is assembled from both at each access.
 
     ======================  ======================================  ========================================
     tensor ``conv.weight``  parameters                              in ``state_dict`` until ``finish``

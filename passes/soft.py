@@ -53,7 +53,7 @@ class SoftPruning:
     After epoch t the filters with the smallest L2 norms are multiplied by a factor, and go on being trained:
 
     ======  =====================  ===================  =======================
-    method  pruned share           factor               of these for good
+    method  pruned share           factor               share pruned for good
     ======  =====================  ===================  =======================
     sfp     ratio                  0                    none
     asfp    ``pruned_share``       0                    none
@@ -81,13 +81,14 @@ class SoftPruning:
             otherwise momentum would bring them back.
         asymptotic: "hfp" and "ghfp" only: let the pruned share grow as with "asfp".
         settle: a share of the epochs, at the end, in which the whole ratio is pruned, and for good, so that the
-            network gets used to it. 0 is the source, where the last step alone takes away what came back: on the digits
-            (15 epochs, half of the filters) that costs up to 6 points of accuracy, and with 0.2 nothing.
+            network gets used to it. 0 is as in the source: only the last step removes filters that came back. On the
+            digits (15 epochs, half of the filters) that costs up to 6 points of accuracy, and 0.2 costs nothing.
         before_training: ``step(-1)`` prunes before the first epoch, as the authors of SFP do; "sfp" and "hfp" only, as
             the others prune nothing then.
         roles: "layer" only: which layers take part: "convolution", "linear", "shortcut".
-        include: modules, by name patterns (``layer3.*``), classes or themselves; what they alone produce is pruned.
-        exclude: likewise; what these produce is not.
+        include: modules, by name patterns (``layer3.*``), classes or themselves; filters that they alone make are
+            pruned.
+        exclude: likewise; filters that these make are not.
 
     Raises:
         InputError: an argument out of range, a pattern that matches nothing, nothing to prune, weights on the meta
@@ -109,11 +110,10 @@ class SoftPruning:
         Conv2d(6, 12, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
 
     Source: SFP and ASFP: He et al., arXiv 1808.06866 and 1808.07471; SRFP and ASRFP: Cai et al., arXiv 2010.09498; HFP
-    and GHFP: arXiv 2011.03170: per layer, on the kernels of convolutions. Ours: "coupled"; ``settle``; that biases and
-    norms are set to 0 with what is pruned for good. While a filter is soft these stay as they are, as in the source:
-    with scale and shift at 0 before a ReLU no gradient would ever bring it back. So it still passes a constant on,
-    and the source's small networks lose that at the very end, unseen. ``silenced`` shows the network without it at any
-    time.
+    and GHFP: arXiv 2011.03170: per layer, on the kernels of convolutions. Ours: "coupled"; ``settle``; zeros in biases
+    and norms of filters that are pruned for good. A soft filter keeps these, as in the source: with scale and shift at
+    0 before a ReLU no gradient would ever bring it back. So it still passes a constant on, which the source's small
+    networks lose at the very end, without notice. ``silenced`` shows the network without it at any time.
     """
 
     def __init__(
