@@ -28,11 +28,11 @@ __all__ = ["BlockInfluenceScore"]
 
 @dataclass(frozen=True)
 class BlockInfluenceScore(DataPass):
-    """Scores residual blocks: 1 - cosine similarity of a block's input and output, its mean over positions.
+    """Score residual blocks: 1 - cosine similarity of a block's input and output, its mean over positions.
 
     The similarity of the features ``(channels,)`` is taken at each position of each sample: each token, each pixel. A
-    block that scores low passes on what it is given nearly as it is. The scores are laid on the network as
-    ``block_scores``, by path, and ``RemoveBlocks`` goes by them. Padded positions count like others: pass texts of
+    block with a low score passes its input on nearly unchanged. The scores are laid on the network as
+    ``block_scores``, by path, and ``RemoveBlocks`` ranks blocks by them. Padded positions count like others: pass texts of
     equal length.
 
     Args:
