@@ -31,9 +31,8 @@ class BlockInfluenceScore(DataPass):
     """Score residual blocks: 1 - cosine similarity of a block's input and output, its mean over positions.
 
     The similarity of the features ``(channels,)`` is taken at each position of each sample: each token, each pixel. A
-    block with a low score passes its input on nearly unchanged. The scores are laid on the network as
-    ``block_scores``, by path, and ``RemoveBlocks`` ranks blocks by them. Padded positions count like others: pass texts of
-    equal length.
+    block with a low score passes its input on nearly unchanged. The scores are laid on the network as ``block_scores``,
+    by path, and ``RemoveBlocks`` ranks blocks by them. Padded positions count like others: pass texts of equal length.
 
     Args:
         data: inputs, with or without labels, as for ``netsurgery.passes.calibration.draw_inputs``.

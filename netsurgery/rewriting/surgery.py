@@ -52,8 +52,8 @@ def rewrite(
         optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
             groups then hold the smaller model's parameters, in the same order with the same settings, and its state is
             cut with the weights: what it keeps of each element (momentum, moments), or averaged over some dimensions of
-            a parameter. Copies of units get copies of state; that of new units begins anew. Without ``inplace`` it moves
-            from ``model``, which then has no optimizer. A gradient scaler needs nothing.
+            a parameter. Copies of units get copies of state; that of new units begins anew. Without ``inplace`` it
+            moves from ``model``, which then has no optimizer. A gradient scaler needs nothing.
         ema: averages of the model's weights, one or several: modules of the same names and shapes, or wrapped as
             ``torch.optim.swa_utils.AveragedModel`` does. They are cut in place, and go on with the smaller model;
             where the edit has new values, they are moved by as much as the weights are.
