@@ -45,11 +45,6 @@ class Criterion(NamedTuple):
     inner: float
     outer: float
 
-    @property
-    def degree(self) -> float:
-        """d in R(cW) = |c|^d R(W)."""
-        return self.inner * self.outer
-
 
 CRITERIA: dict[Name, Criterion] = {
     "l1": Criterion(1, 1, 1),
@@ -66,12 +61,12 @@ CRITERIA: dict[Name, Criterion] = {
 
 
 class WeightView(NamedTuple):
-    """How a weight is read: blocks of kernels, in columns that are the outer groups.
+    """A weight as blocks of kernels, in columns that are the outer groups.
 
     Attributes:
         blocks: groups of a grouped convolution, the leading factor of axis 0; they share no outer group.
         outer: the axes whose positions are the outer groups, together with the blocks.
-        window: the axes of a kernel's elements. What is left is summed over within an outer group.
+        window: the axes of a kernel's elements. The other axes are summed over within an outer group.
     """
 
     blocks: int = 1

@@ -31,7 +31,7 @@ class _Scratch:
         self.held: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
 
     def like(self, part: Tensor, dtype: torch.dtype) -> Tensor:
-        """As large as a piece, with what was there last."""
+        """Scratch memory of the size of a piece; it holds anything."""
         key = dtype, part.shape
         if key not in self.held:
             most = max((one for one in self.held.values() if one.dtype == dtype), key=Tensor.numel, default=None)
@@ -72,7 +72,7 @@ class _TileWalk:
             yield piece, tuple(slice(None) if i in (self.rows, self.window) else s for i, s in enumerate(piece))
 
     def by_column(self, values: Tensor) -> Tensor:
-        """Values by column, laid out like the weight."""
+        """Values of columns, laid out like the weight."""
         return values.view(self.columns).permute(self.order)
 
     def powers(self, part: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class _TileWalk:
 
 
 class _Plan(NamedTuple):
-    """How a list of weights is gone through.
+    """The walk over a list of weights.
 
     Attributes:
         readings, counted: for which it holds.

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import groupby
 from math import prod
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from netsurgery.kernels.criteria import Criterion, WeightView, arranged, column_
 
 __all__ = ["Flat", "flat"]
 
+_Part = TypeVar("_Part", Tensor, Tensor | None)
+
 ROOM = 1 << 19  # elements of all small weights
 
 
 class _Small(NamedTuple):
-    """A weight that is small.
+    """A small weight.
 
     Attributes:
         number: its place in the list.
@@ -62,7 +64,7 @@ class _Small(NamedTuple):
 
 
 class _Run:
-    """Weights of one size of window, those first that are counted.
+    """Weights of one size of window; those that are counted come first.
 
     Attributes:
         kernels: for each kernel the sum of |w|^norm, later its root.
@@ -92,8 +94,8 @@ class _Run:
         norm = 1 if self.window == 1 else rule.norm
         return norm, rule.inner / norm
 
-    def of(self, tensors: Sequence[Any]) -> list[Any]:
-        """The run's, with the axes of a kernel's elements last."""
+    def of(self, tensors: Sequence[_Part]) -> list[_Part]:
+        """The tensors of this run, with the axes of a kernel's elements last."""
         found = [tensors[number] for number in self.numbers]
         if self.axes is None:
             return found
@@ -132,12 +134,12 @@ class _Run:
 
 
 def _apply(function: Callable[..., Tensor], weight: Tensor, out: Tensor) -> None:
-    """``out`` is of float32."""
+    """Apply a function to a tensor; ``out`` is of float32."""
     function(weight if weight.dtype == out.dtype else out.copy_(weight), out=out)
 
 
 class Flat:
-    """The small ones in a list of weights.
+    """The small weights in a list.
 
     Attributes:
         numbers: their places in the list.
@@ -165,7 +167,7 @@ class Flat:
         self._grouped: tuple[Tensor | None, tuple[int, int], Tensor] = (None, (0, 0), self.columns)
 
     def _groups(self, index: Tensor | None, groups: int) -> Tensor:
-        """The outer group of each kernel; of those in none it is ``groups``."""
+        """The outer group of each kernel; ``groups`` for kernels in none."""
         if index is None:
             return self.columns
         state = 0 if index.is_inference() else index._version, groups

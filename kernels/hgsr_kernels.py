@@ -149,7 +149,7 @@ def _axis(x, FAST: tl.constexpr):
 
 @triton.jit
 def _columns(entry, columns, STRIDES: tl.constexpr, BY_ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """Where columns begin, in elements, as an axis of the tile."""
+    """The offsets of columns, in elements, as an axis of the tile."""
     if UNIT and not BY_ROWS:
         offsets = columns.to(tl.int64)
     else:
@@ -161,7 +161,7 @@ def _columns(entry, columns, STRIDES: tl.constexpr, BY_ROWS: tl.constexpr, UNIT:
 
 @triton.jit
 def _rows(entry, rows, STRIDES: tl.constexpr, BY_ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """Where rows begin, in elements, as an axis of the tile."""
+    """The offsets of rows, in elements, as an axis of the tile."""
     offsets = rows.to(tl.int64) if UNIT and BY_ROWS else rows * _stride(entry, STRIDES + 1, UNIT)
     return _axis(offsets, BY_ROWS)
 

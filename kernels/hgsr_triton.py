@@ -80,8 +80,8 @@ _DTYPES = {
 _CACHE: dict[Hashable, dict[int, Any]] = {}  # what was made, by the stream that it was made on
 _LIMIT = 256
 # Tensors whose addresses graphs hold, by the memory of a weight that they read: without it none can be replayed.
-_CAPTURED: WeakKeyDictionary[torch.UntypedStorage, dict[int, Any]] = WeakKeyDictionary()
-_CAPTURED_FOR_GOOD: list[Any] = []  # for weights that were made within the capture, and are made again at each replay
+_CAPTURED: WeakKeyDictionary[torch.UntypedStorage, dict[int, object]] = WeakKeyDictionary()
+_CAPTURED_FOR_GOOD: list[object] = []  # for weights made within the capture, which each replay makes again
 
 
 def _capturing(device: torch.device) -> bool:
@@ -92,7 +92,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _keep(made: Any, weights: Sequence[Tensor]) -> None:
+def _keep(made: object, weights: Sequence[Tensor]) -> None:
     """Keep what a graph uses as long as the weights' memory is there."""
     lasting = next((w for w in weights if isinstance(w, torch.nn.Parameter) or (w.is_leaf and w.requires_grad)), None)
     if lasting is None:
@@ -102,7 +102,7 @@ def _keep(made: Any, weights: Sequence[Tensor]) -> None:
 
 
 def _cached(key: Hashable, weights: Sequence[Tensor], make: Callable[[], _T]) -> _T:
-    """The object of this key on this stream. A graph may use one that was made before; it keeps those that it makes."""
+    """The object of a key on the present stream. A graph may use an older one; it keeps those that it makes."""
     device = weights[0].device
     made = _CACHE.get(key, {})  # the one hash of a long key
     if _capturing(device):
@@ -161,7 +161,7 @@ def _plan(
     members: Sequence[int], weights: Sequence[Tensor], readings: Sequence[WeightView], in_l1: Sequence[bool],
     outs: Sequence[Tensor | None] | None, firsts: Sequence[int], sizes: Sizes,
 ) -> _Plan:  # fmt: skip
-    """The launch over some weights. Where they lie is no part of it, only their shapes and strides."""
+    """The launch over some weights. It holds shapes and strides, but no addresses."""
     rows: list[list[int]] = []
     kinds: list[Tile] = []
     copied, buffered = set(), set()
@@ -239,7 +239,7 @@ def _plans(
 
 
 class _Steady(NamedTuple):
-    """Launches over weights that stand where they stood, each with the table of where its tensors lie.
+    """Launches over weights that have not moved, each with the table of the addresses of its tensors.
 
     Attributes:
         readings, counted: for which they are.
@@ -252,7 +252,7 @@ class _Steady(NamedTuple):
     readings: Sequence[WeightView]
     in_l1: Sequence[bool]
     places: list[int]
-    forms: Any
+    forms: object
     apart: list[int] | None
     launches: list[tuple[_Plan, Tensor | None]]
 
@@ -263,7 +263,7 @@ def _launches(
     in_l1: Sequence[bool],
     outs: Sequence[Tensor | None] | None,
 ) -> list[tuple[_Plan, Tensor | None]]:
-    """Plans, and tables of where their tensors lie, or None where copies are read or written: these move each time."""
+    """Plans, and tables of addresses; no table where copies are read or written, since these move each time."""
     device = weights[0].device
     if not isinstance(weights, Placed) or _capturing(device):  # a graph keeps what it uses
         return [(plan, None) for plan in _plans(weights, readings, in_l1, outs)]
@@ -289,7 +289,7 @@ def _launches(
 
 
 def _pointers(weights: Sequence[Tensor], plan: _Plan, read: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
-    """The table of where tensors lie."""
+    """The table of the addresses of tensors."""
     numbers = [0] * (2 * len(read))
     numbers[::2], numbers[1::2] = map(Tensor.data_ptr, read), map(Tensor.data_ptr, written)
     key = plan.table.device, tuple(numbers)
@@ -299,7 +299,7 @@ def _pointers(weights: Sequence[Tensor], plan: _Plan, read: Sequence[Tensor], wr
 def _members(weights: Sequence[Tensor], index: Tensor, groups: int, plan: _Plan) -> tuple[Tensor, ...]:
     """The columns of each group that the launch reads: ``order[starts[g]:starts[g + 1]]``."""
 
-    def make() -> tuple[Any, ...]:
+    def make() -> tuple[Tensor, Tensor, Tensor, _Plan]:
         own = torch.full_like(index, -1)
         for span in plan.spans:
             own[span] = index[span]
@@ -316,7 +316,7 @@ def _read(plan: _Plan, weights: Sequence[Tensor], readings: Sequence[WeightView]
     return [canonical(weights[i], readings[i]).contiguous() if i in plan.copied else weights[i] for i in plan.members]
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""How a list of weights falls into outer groups, and the module that does the work on their device."""
+"""The outer groups of a list of weights, and the module that computes on their device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["Layout", "backend", "parsed"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a list of weights falls into outer groups.
+    """The outer groups of a list of weights.
 
     Attributes:
         readings: how each weight is read. A weight may be listed twice, read in two ways.
@@ -41,7 +41,7 @@ class Layout:
 
     @property
     def key(self) -> list[int]:
-        """The readings as an operator of torch takes them: of each its blocks, both kinds of axes as bits, counted."""
+        """The readings as numbers: of each the blocks, both kinds of axes as bits, and 1 if it is counted in L1."""
         found: list[int] = []
         for how, count in zip(self.readings, self.in_l1, strict=True):
             found += [how.blocks, _bits(how.outer), _bits(how.window), int(count)]
@@ -66,7 +66,7 @@ def parsed(key: tuple[int, ...]) -> tuple[tuple[WeightView, ...], tuple[bool, ..
     )
 
 
-def backend(weights: Sequence[Tensor]) -> Any:
+def backend(weights: Sequence[Tensor]) -> ModuleType:
     """The module that does the work on the weights' device."""
     if weights[0].is_cuda and find_spec("triton"):
         return import_module("netsurgery.kernels.hgsr_triton")

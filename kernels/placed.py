@@ -1,4 +1,4 @@
-"""Tensors that a loop meets again and again: what is worked out for them is kept until one of them moves."""
+"""Tensors that a loop uses again and again: results for them are kept until one of them moves."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _T = TypeVar("_T", bound=Tensor | None)
 
 
 class Placed(list[_T]):
-    """Plain dense tensors, or None, and where they are.
+    """Plain dense tensors, or None, and their addresses.
 
     Attributes:
         places: addresses.
         forms: strides, shapes and types; while these and the places are equal, all is read as before.
-        kept: what was worked out for these tensors in these places, under names of whoever did so.
+        kept: results for these tensors in these places, under keys of the modules that computed them.
     """
 
     def __init__(self, tensors: Iterable[_T]):
@@ -39,7 +39,7 @@ class Placed(list[_T]):
         self.kept: dict[Hashable, Any] = {}
 
     def still(self, tensors: Sequence[_T]) -> bool:
-        """Whether the tensors are the same objects, where they were and as they were."""
+        """True if the tensors are the same objects in the same places, with the same forms."""
         if len(tensors) != len(self) or not all(map(is_, self, tensors)):
             return False
         now = Placed(tensors)

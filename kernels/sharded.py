@@ -1,4 +1,4 @@
-"""The criteria over weights that are sharded (DTensor): each rank sums what it holds; the sums are all-reduced."""
+"""The criteria over sharded weights (DTensor): each rank sums its own parts; the sums are all-reduced."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from netsurgery.kernels.criteria import CRITERIA, Name, WeightView, accumulator, column_count
 from netsurgery.kernels.hgsr_reference import finalize
@@ -21,17 +22,20 @@ from netsurgery.kernels.layout import Layout, backend
 __all__ = ["add_gradient", "values"]
 
 
+_Way = tuple[DeviceMesh | None, tuple[int, ...]]  # ranks that a weight is sharded over, along which dimensions of these
+
+
 class _Spec(NamedTuple):
-    """Of a weight its whole shape and, if it is sharded, over which ranks and how."""
+    """The whole shape of a weight and, if it is sharded, the ranks and the placements."""
 
     shape: torch.Size
     mesh: DeviceMesh | None = None
-    placements: tuple[Any, ...] = ()
+    placements: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What this rank holds of the weights that are sharded in the same way.
+    """The parts on this rank of the weights that are sharded in the same way.
 
     Attributes:
         one: one of these weights.
@@ -46,14 +50,14 @@ class _Share:
     layout: Layout
 
     def parts(self, local: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The rows that the layout reads, of a tensor for each weight or None."""
+        """The rows that the layout reads, from a tensor for each weight, or None."""
         found = [(local[i], start, size) for i, start, size in self.rows]
         return [None if one is None else one.detach().narrow(0, start, size) for one, start, size in found]
 
 
 @lru_cache(maxsize=64)  # the index is made, and sent to the device, once
 def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> tuple[_Share, ...]:
-    """A share for each way to shard, on every rank in the same order, whether it holds anything or not.
+    """A share for each way to shard, on every rank in the same order, also where a rank holds nothing.
 
     Raises:
         ValueError: a weight is sharded so that kernels are cut, or in a way that is not known here.
@@ -61,7 +65,7 @@ def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> t
     sizes = [column_count(spec.shape, how) for spec, how in zip(specs, layout.readings, strict=True)]
     groups = sum(sizes) if layout.index is None else layout.groups
     index = torch.arange(groups) if layout.index is None else layout.index
-    held: dict[Any, tuple[int, list[tuple[tuple[int, int, int], WeightView, bool, Tensor]]]] = {}
+    held: dict[_Way, tuple[int, list[tuple[tuple[int, int, int], WeightView, bool, Tensor]]]] = {}
     for i, (spec, ids) in enumerate(zip(specs, index.split(sizes), strict=True)):
         _, pieces = held.setdefault(_way(i, spec), (i, []))
         for start, size, how, part in _cut(i, spec, layout.readings[i], ids):
@@ -75,7 +79,7 @@ def _shares(layout: Layout, specs: tuple[_Spec, ...], device: torch.device) -> t
 
 
 class _Shards:
-    """What this rank holds of a list of weights."""
+    """The parts of a list of weights on this rank."""
 
     def __init__(self, weights: Sequence[Tensor], layout: Layout):
         specs = tuple(
@@ -106,7 +110,7 @@ class _Shards:
     def gradient(
         self, criterion: Name, slopes: Tensor, scale: Tensor, outs: Sequence[Tensor | None], add: bool
     ) -> None:
-        """Of what this rank holds, for a tensor for each weight or None."""
+        """Write the gradient of the parts on this rank to a tensor for each weight, or None."""
         for share in self.shares:
             if share.rows:
                 how, parts = share.layout, share.parts(self.local)
@@ -117,12 +121,12 @@ class _Shards:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """The part of a tensor on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _way(i: int, weight: _Spec) -> tuple[Any, tuple[int, ...]]:
-    """How a weight is sharded: over which ranks, along which dimensions of these."""
+def _way(i: int, weight: _Spec) -> _Way:
+    """The ranks that a weight is sharded over, and the dimensions of their mesh."""
     if not all(type(placement) in (Shard, Replicate) for placement in weight.placements):
         raise ValueError(
             f"hgsr: weight {i} of shape {tuple(weight.shape)} is placed as {weight.placements}: "
@@ -132,7 +136,7 @@ def _way(i: int, weight: _Spec) -> tuple[Any, tuple[int, ...]]:
 
 
 def _held(weight: _Spec) -> list[tuple[int, int]]:
-    """For each axis where what this rank holds begins, and its size: as torch.chunk cuts."""
+    """For each axis the begin and size of the part on this rank: as torch.chunk cuts."""
     held = [(0, size) for size in weight.shape]
     for dim, placement in enumerate(weight.placements):
         if weight.mesh is not None and isinstance(placement, Shard):
@@ -144,7 +148,7 @@ def _held(weight: _Spec) -> list[tuple[int, int]]:
 
 
 def _cut(i: int, weight: _Spec, how: WeightView, ids: Tensor) -> Iterator[tuple[int, int, WeightView, Tensor]]:
-    """What this rank holds of a weight, as (first row, rows, reading, outer groups of the columns)."""
+    """The parts of a weight on this rank, as (first row, rows, reading, outer groups of the columns)."""
     shape, held = weight.shape, _held(weight)
     for axis in how.window:
         if held[axis][1] != shape[axis]:
@@ -197,7 +201,7 @@ def _like(weights: Sequence[Tensor]) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
-    """As ``sparsity.values``, the same on all ranks."""
+    """The values of ``sparsity.values``, the same on all ranks."""
     shards = _Shards(weights, layout)
     found: Tensor = _Values.apply(shards, criterion, _like(weights), *shards.local)
     return found
@@ -207,7 +211,7 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
 def add_gradient(
     weights: Sequence[Tensor], layout: Layout, criterion: Name, scale: Tensor, outs: Sequence[Tensor | None]
 ) -> Tensor:
-    """As ``sparsity.add_gradient``: each rank adds to what it holds.
+    """Add the gradient as ``sparsity.add_gradient`` does: each rank adds to its own parts.
 
     Raises:
         ValueError: a gradient is placed otherwise than its weight.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, WeightView, accumulator, column_count, reading
+from netsurgery.kernels.criteria import CRITERIA, Criterion, Name, accumulator, column_count, reading
 from netsurgery.kernels.hgsr_reference import power
 from netsurgery.kernels.layout import Layout, backend, parsed
 from netsurgery.kernels.placed import PLAIN, Placed
@@ -78,27 +78,28 @@ def hgsr(
     readings = tuple(reading(w.shape, kind, n, t) for w, n, t in zip(weights, blocks, turned, strict=True))
     layout = Layout(readings, (False,) * many)
     if not isinstance(grouping, str):
-        layout = replace(layout, **_indexed(weights, readings, grouping))
+        layout = _indexed(layout, weights, grouping)
     return values(weights, layout, criterion)[0]
 
 
-def _indexed(weights: list[Tensor], readings: Sequence[WeightView], grouping: Sequence[Tensor]) -> dict[str, Any]:
-    sizes = [column_count(weight.shape, how) for weight, how in zip(weights, readings, strict=True)]
+def _indexed(layout: Layout, weights: list[Tensor], grouping: Sequence[Tensor]) -> Layout:
+    """The layout with the outer groups that tensors give."""
+    sizes = [column_count(weight.shape, how) for weight, how in zip(weights, layout.readings, strict=True)]
     given = [tuple(one.shape) for one in grouping]
     if given != [(size,) for size in sizes]:
         raise ValueError(f"hgsr: the weights have {sizes} input channels, but grouping has shapes {given}")
     if not weights:
-        return {}
+        return layout
     index = torch.cat([one.to(weights[0].device) for one in grouping])
     if index.is_floating_point() or index.is_complex() or bool((index < -1).any()):
         raise ValueError(
             "hgsr: grouping holds something else than the numbers of outer groups, from 0 up, and -1 for none"
         )
-    return {"index": index.long(), "groups": int(index.max()) + 1 if len(index) else 0}
+    return replace(layout, index=index.long(), groups=int(index.max()) + 1 if len(index) else 0)
 
 
 def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor:
-    """The criterion, and the sum of absolute values of what is counted in it: shape (2,), differentiable once."""
+    """The criterion and the sum of the absolute values that count: shape (2,), differentiable once."""
     _checked(weights, criterion)
     if not weights:
         return torch.zeros(2)
@@ -117,7 +118,7 @@ def values(weights: Sequence[Tensor], layout: Layout, criterion: Name) -> Tensor
 
 
 def _is_eager(weights: Sequence[Tensor]) -> bool:
-    """Whether these are tensors with memory, and nobody records or transforms what is done: the short way will do."""
+    """True if these are tensors with memory, and nothing records or transforms the operations."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -132,7 +133,7 @@ def _plain(weights: Sequence[Tensor]) -> bool:
 
 
 class _Values(torch.autograd.Function):
-    """What the operators below do, with less around it."""
+    """The same as the operators below, with less overhead."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, criterion: Name, listed: Sequence[Tensor], *weights: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def add_gradient(
 
 
 def _written(weights: Sequence[Tensor], outs: Sequence[Tensor | None]) -> Placed[Tensor | None]:
-    """The tensors to add to, which are looked at closely only where they are of other forms than the last time."""
+    """The tensors to add to; they are checked again only where their forms are others than the last time."""
     wrong = [i for i, out in enumerate(outs) if out is not None and out.layout != torch.strided]
     found = Placed(outs if not wrong else ())
     if not isinstance(weights, Placed) or weights.kept.get(_written) != found.forms:
@@ -216,7 +217,7 @@ def _written(weights: Sequence[Tensor], outs: Sequence[Tensor | None]) -> Placed
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether an element stands for several."""
+    """True if one element of memory stands for several of a tensor."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
@@ -278,7 +279,7 @@ def _gradient(
     criterion: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Of the weights whose gradient is not wanted, a tensor without elements."""
+    """Gradients; an empty tensor for each weight whose gradient is not wanted."""
     readings, in_l1 = parsed(tuple(layout))
     rule: Criterion = CRITERIA[criterion]  # type: ignore[index]
     outs = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
@@ -314,7 +315,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, scale: Tensor | None, _: Tensor | None) -> tuple[object, ...]:
     index, slopes, *weights = ctx.saved_tensors
     if scale is None:
         return None, None, None, None, None

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from netsurgery.errors import InputError
 
 __all__ = ["expect", "is_count", "is_real", "near_names", "require_counts"]
 
 
-def expect(call: str, what: str, *given: tuple[Any, type | tuple[type, ...]]) -> None:
+def expect(call: str, what: str, *given: tuple[object, type | tuple[type, ...]]) -> None:
     """Make sure that arguments are of the kinds that a function takes.
 
     Args:

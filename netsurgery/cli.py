@@ -25,7 +25,7 @@ problems = Console(stderr=True)
 class ClearErrors(TyperGroup):
     """Prints an error that netsurgery raised on purpose, and an interruption, as one message without a traceback."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         """Run the command; exit with code 1 where it raises a NetsurgeryError, 130 where it is interrupted."""
         try:
             return super().invoke(ctx)
@@ -196,7 +196,7 @@ def train(
     seeds: Seeds = None,
     changes: Changes = None,
 ) -> None:
-    """Carry out a recipe: train, remove, fine-tune, compare. What was interrupted goes on where it was."""
+    """Carry out a recipe: train, remove, fine-tune, compare. An interrupted run is continued."""
     from netsurgery.training import read, run
 
     given = [*(changes or ()), *([f"data.folder={data}"] if data else ()), *([f"seeds=[{seeds}]"] if seeds else ())]
@@ -212,8 +212,8 @@ def budget(option: str, text: str | None) -> float | int | None:
         raise InputError(f"{option} {text}: write a share such as 0.5 or a whole number such as 2000000") from None
 
 
-def check_removes(edit: netsurgery.Edit, options: dict[str, Any]) -> None:
-    """Raise InputError where nothing goes."""
+def check_removes(edit: netsurgery.Edit, options: dict[str, object]) -> None:
+    """Raise InputError where an edit removes nothing."""
     if edit.keep:
         return
     asked = " ".join(f"{name} {value}" for name, value in options.items() if value not in (None, 1))

@@ -1,4 +1,4 @@
-"""How far outputs are from the original's before and after a compensation: a value, in a line and as a table."""
+"""Errors of outputs before and after a compensation: a value that reads as a line and as a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerError:
         layer: path of the module.
         before: mean square of the error, relative to the variance of the outputs; without compensation.
         after: the same with it.
-        taken: what was changed.
+        taken: the kind of change that was made.
         ridge: the penalty of the refit, where weights were changed.
     """
 

@@ -27,6 +27,7 @@ TIMED_BATCH = 256  # images in a timed forward pass
 STRENGTH = 3e-5  # of the penalty in training: benchmarks/strength.py, on held-out training images
 WIDTHS = (32, 64, 128)  # channels of each stage of the network
 PASSES = (HGSRScore(grouping="coupled"), PruneChannels(params=0.5, scope="global"))
+Figures = dict[str, Any]  # what `table.json` holds
 Step = Callable[[], None]  # says that a step of the work is done
 Stage = Callable[[str, int], Step]  # announces a stage of the work and its number of steps
 
@@ -151,7 +152,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def progress_bar(console: Console) -> Progress:
-    """What is being done, how far it is and since when; it leaves the terminal when the work is done."""
+    """A bar with the work that goes on, its progress and the time; it leaves the terminal when the work is done."""
     text = TextColumn("{task.description:<12}")
     return Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True)
 
@@ -203,7 +204,7 @@ def measure(networks: dict[str, nn.Module], data: Digits, rounds: int, stage: St
     return rows
 
 
-def write(result: dict[str, Any], out: Path) -> None:
+def write(result: Figures, out: Path) -> None:
     """Write `table.json` and `widths.png` to the folder `out`, which is made where it is missing."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -218,7 +219,7 @@ def run(
     epochs: int = 15,
     finetune_epochs: int = 10,
     rounds: int = 50,
-) -> dict[str, Any]:
+) -> Figures:
     """Train on digits with HGSR, remove half of the parameters by its score, verify, fine-tune, and print a table.
 
     Args:
@@ -244,7 +245,7 @@ def run(
 
         networks, proof = operate(data, seed, epochs, finetune_epochs, stage)
         rows = measure(networks, data, rounds, stage)
-    result: dict[str, Any] = {
+    result: Figures = {
         "seed": seed,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

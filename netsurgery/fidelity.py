@@ -1,4 +1,4 @@
-"""How far a smaller network is from the original on samples: a value, which reads as a line."""
+"""The distance of a smaller network from the original on samples: a value that reads as a line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Measured"]
 
 @dataclass(frozen=True)
 class Measured:
-    """How the outputs of a smaller model compare with the original's on the same samples, in eval mode.
+    """The outputs of a smaller model compared with the original's on the same samples, in eval mode.
 
     Attributes:
         samples: how many; 0 where nothing could be measured.

@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,17 +17,18 @@ from netsurgery.errors import InputError
 
 __all__ = ["build", "example"]
 
-Finder = Callable[[str, str, dict[str, Any]], nn.Module]
+Arguments = Mapping[str, Any]  # of a model, by name
+Finder = Callable[[str, str, Arguments], nn.Module]
 
 
-def build(name: str, **arguments: Any) -> nn.Module:
-    """The model of that name. Without `@WEIGHTS` its weights are those that its maker draws: nothing is downloaded.
+def build(name: str, **arguments: object) -> nn.Module:
+    """Build a model by its name. Without `@WEIGHTS` its own constructor draws the weights: nothing is downloaded.
 
     Args:
         name: `torchvision:NAME`, `timm:NAME`, or `package.module:callable`, which is looked up from the current
             directory too; the callable returns the model. The first two may end in the name of published weights, which
             are fetched where they are missing: `torchvision:resnet18@DEFAULT`, `timm:resnet18@pretrained`.
-        arguments: what the model is called with, such as `num_classes`.
+        arguments: arguments of the constructor, such as `num_classes`.
 
     Raises:
         InputError: no such model or weights; near matches are named. Or it does not take these arguments, or the
@@ -61,7 +62,7 @@ def example(shape: str, seed: int = 0) -> tuple[Tensor]:
     return (torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(seed)),)
 
 
-def _torchvision(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, weights: str, arguments: Arguments) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models():
@@ -82,8 +83,8 @@ def _torchvision(name: str, weights: str, arguments: dict[str, Any]) -> nn.Modul
             ) from error  # other classes than it was trained on
 
 
-def _published(name: str, weights: str) -> Any:
-    """An entry of torchvision's list of weights, whose file is there then."""
+def _published(name: str, weights: str) -> object:
+    """An entry of torchvision's list of weights; its file is downloaded where it is missing."""
     from torchvision import models
 
     there = models.get_model_weights(name).__members__
@@ -106,7 +107,7 @@ def _unfetched(error: Exception) -> str:
     return f"the weights cannot be fetched ({reason}): fetch them elsewhere and pass the file by --weights"
 
 
-def _timm(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
+def _timm(name: str, weights: str, arguments: Arguments) -> nn.Module:
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -127,7 +128,7 @@ def _timm(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
     return _module(f"timm:{name}", made)
 
 
-def _user(path: str, attribute: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
+def _user(path: str, attribute: str, weights: str, arguments: Arguments) -> nn.Module:
     if weights:
         raise InputError(
             f"{path}:{attribute}@{weights}: only torchvision: and timm: have weights by name; let the callable load "
@@ -136,7 +137,7 @@ def _user(path: str, attribute: str, weights: str, arguments: dict[str, Any]) ->
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script's path starts at its own folder
     try:
-        found: Any = importlib.import_module(path)
+        found: object = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise InputError(f"{path} cannot be imported: it needs {error.name}, which is not installed") from error
@@ -152,7 +153,7 @@ def _user(path: str, attribute: str, weights: str, arguments: dict[str, Any]) ->
     return found if isinstance(found, nn.Module) else _module(name, _call(name, found, arguments))
 
 
-def _call(name: str, function: Callable[..., object], arguments: dict[str, Any]) -> object:
+def _call(name: str, function: Callable[..., object], arguments: Arguments) -> object:
     missing = [
         p.name
         for p in inspect.signature(function).parameters.values()

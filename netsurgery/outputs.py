@@ -1,4 +1,4 @@
-"""Folders that results go to: tried before the work, and said in one line where they cannot be written."""
+"""Folders for results: tried before the work, with one clear line where they cannot be written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ARCHIVE = "inline_container"  # where torch.save raises a RuntimeError when a f
 
 
 def check_writable(folder: Path, files: Sequence[str] = (), advice: str = "pass another folder by --out") -> None:
-    """See that files can be written to a folder, which is left as it was: not there if it was not.
+    """Make sure that files can be written to a folder. It is left as it was: a new one is removed again.
 
     Args:
         files: the names of those that will be.
@@ -43,7 +43,7 @@ def check_writable(folder: Path, files: Sequence[str] = (), advice: str = "pass 
 
 @contextlib.contextmanager
 def writing(path: Path, advice: str) -> Iterator[None]:
-    """Say in one line that something could not be written, and what to do.
+    """Turn the error of a failed write into one line that says what to do.
 
     Raises:
         NetsurgeryError: the disk is full, the file system went away, or the like.

@@ -79,8 +79,8 @@ def _check_sizes(small: nn.Module, edit: Edit) -> None:
             )
 
 
-def load(folder: str | Path, model: Model, example_inputs: Any = None) -> Model:
-    """The saved smaller model, from a fresh full-size model of the same constructor, which stays as it is.
+def load(folder: str | Path, model: Model, example_inputs: object = None) -> Model:
+    """Load a saved smaller model, given a fresh full-size model of the same constructor, which stays as it is.
 
     Args:
         folder: one that ``save`` or ``netsurgery prune --out`` wrote, or of a run of ``netsurgery train``:
@@ -109,7 +109,7 @@ def load(folder: str | Path, model: Model, example_inputs: Any = None) -> Model:
 
 
 def _difference(folder: Path, small: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """What a model has and its saved weights have not, and the other way round."""
+    """The names that a model has and its saved weights lack, and the reverse."""
     own = small.state_dict()
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]
@@ -127,7 +127,7 @@ def _difference(folder: Path, small: nn.Module, weights: Mapping[str, Tensor]) -
 
 
 def _kept(folder: Path) -> tuple[str | None, Mapping[str, Tensor]]:
-    """The edit, as JSON, and the state dict in a folder that ``save`` or a run of a recipe wrote."""
+    """Read the edit, as JSON, and the state dict from a folder that ``save`` or a run of a recipe wrote."""
     if (folder / "small.safetensors").is_file():
         small = _checkpoint(folder / "small.safetensors")
         tuned = folder / "finetune.safetensors"
@@ -142,8 +142,8 @@ def _kept(folder: Path) -> tuple[str | None, Mapping[str, Tensor]]:
     return text, _weights(folder / "weights.pt")
 
 
-def _checkpoint(path: Path) -> Any:
-    """What a run of a recipe wrote into one file."""
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """Read a file that a run of a recipe wrote."""
     from safetensors import SafetensorError
 
     from netsurgery.training import checkpoints  # stands above this module, and is heavy

@@ -51,7 +51,7 @@ class Pass(abc.ABC):
 
     @property
     def groupwise(self) -> bool:
-        """Whether the scores of a group are the same whichever others are locked: ``plan`` then asks for them once."""
+        """True if the scores of a group do not depend on which others are locked: then ``plan`` asks for them once."""
         return False
 
     @abc.abstractmethod
@@ -59,7 +59,7 @@ class Pass(abc.ABC):
         """Return the network with scores or locks laid on it, or an Edit of it. Must be pure."""
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """What the data that a pass holds says of a model beside what an edit leaves of it; None where it holds none.
+        """Compare a model with what an edit leaves of it, on the data that the pass holds; None where it holds none.
 
         ``plan`` asks the passes in turn, and puts the first answer into ``edit.measured``.
         """
@@ -67,7 +67,7 @@ class Pass(abc.ABC):
 
 
 @undisturbed()
-def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = True) -> Network:
+def trace(model: nn.Module, example_inputs: object = None, *, try_sizes: bool = True) -> Network:
     """Record a model's run without data and find which of its dimensions belong together.
 
     Args:
@@ -99,8 +99,8 @@ def trace(model: nn.Module, example_inputs: Any = None, *, try_sizes: bool = Tru
 
 
 @undisturbed()
-def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -> Edit:
-    """Decide what to remove; the model stays as it is. Passes after a removal look at a copy that it has cut.
+def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: object = None) -> Edit:
+    """Decide what to remove; the model stays as it is. Passes after a removal get a copy that is cut.
 
     Args:
         model: any module; it stays as it is.
@@ -138,7 +138,7 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None) -
 
 
 def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured | None:
-    """What the first pass that holds data says of the edit, or why it cannot."""
+    """The measure of the first pass that holds data, or the reason why it cannot measure."""
     try:
         return next((found for one in passes if (found := one.measure(model, edit)) is not None), None)
     except NetsurgeryError as error:
@@ -151,7 +151,7 @@ def _run(
     """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
 
     Args:
-        known: what groupwise passes have returned, by their place and what removals before them keep; gets more.
+        known: results of groupwise passes, by their place and the units that removals before them keep; gets more.
     """
     earlier: Edit | None = None  # all but the last, which passes may still change
     last: Edit | None = None
@@ -193,7 +193,7 @@ def _run(
 
 
 def _again(network: Network, before: Network) -> Network:
-    """A network with the locks, and the scores of open groups, that a pass laid on it before more were locked."""
+    """A network with the locks, and the scores of open groups, that a pass gave it before more groups were locked."""
     locked = network.with_locked({group.name: group.locked for group in before.groups if group.locked is not None})
     scores = {name: one for name, one in before.scores.items() if locked[name].locked is None}
     return locked.with_scores(scores, before.comparable, before.ordinal)
@@ -262,7 +262,7 @@ def check_order(passes: Sequence[Pass]) -> None:
 def apply(
     model: Model,
     passes: Sequence[Pass],
-    example_inputs: Any = None,
+    example_inputs: object = None,
     *,
     inplace: bool = False,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,

@@ -1,4 +1,4 @@
-"""Units of a group after an edit: kept, copied or new. A list of them is all that an Edit says of a group."""
+"""Units of a group after an edit: kept, copied or new. An Edit has a list of these for each group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Copy", "New", "Planned", "adds_up", "keyed", "listed", "read", "sour
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of a unit: whatever makes the unit makes its copy alike, and what reads them takes a share from each.
+    """A copy of a unit: producers make both alike, and consumers take a share from each.
 
     Args:
         unit: index of the unit.
@@ -52,7 +52,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class New:
-    """A unit that was not there: consumers read it by zeros, so that it changes no output yet.
+    """A new unit: consumers read it by zeros, so that it changes no output yet.
 
     Args:
         init: how the weights that make it start. ``"he"``: normally distributed with a variance of 2 over the number
@@ -77,8 +77,8 @@ class New:
 Planned = int | Copy | New  # an integer is a unit that is kept
 
 
-def listed(name: str, given: Any, size: int, whole: bool = True) -> tuple[Planned, ...]:
-    """The units of a group as they are planned, with shares that are numbers; units that stay alone are integers.
+def listed(name: str, given: Iterable[Planned], size: int, whole: bool = True) -> tuple[Planned, ...]:
+    """The planned units of a group, with shares as numbers; a unit that stays without copies is an integer.
 
     Args:
         whole: whether the shares of each unit must add up to 1; they do not where one of its copies was removed.
@@ -110,7 +110,7 @@ def listed(name: str, given: Any, size: int, whole: bool = True) -> tuple[Planne
 
 
 def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int | Copy]:
-    """By place, the units that have copies, and these, with their shares; an integer where that is all of one."""
+    """The units at places whose unit has copies, with their shares; an integer where one keeps its whole share."""
     places: dict[int, list[int]] = {unit.unit: [] for unit in units if isinstance(unit, Copy)}
     for place, unit in enumerate(units):
         index = unit.unit if isinstance(unit, Copy) else unit
@@ -130,12 +130,12 @@ def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int |
 
 
 def _taken(unit: int | Copy) -> tuple[int, float]:
-    """The old unit of one that is not new, and the share of it that consumers take."""
+    """The old unit of a kept or copied unit, and the share that consumers take of it."""
     return (unit.unit, unit.share or 0.0) if isinstance(unit, Copy) else (unit, 1.0)
 
 
 def sources(units: Iterable[Planned]) -> list[int]:
-    """The old unit of each new one; -1 of a new one."""
+    """The old unit that each unit comes from; -1 for a new one."""
     return [-1 if isinstance(unit, New) else unit.unit if isinstance(unit, Copy) else unit for unit in units]
 
 
@@ -153,7 +153,7 @@ def keyed(units: Iterable[Planned]) -> list[object]:
 
 
 def adds_up(units: Iterable[Planned]) -> bool:
-    """Whether consumers take all of each unit that is left."""
+    """True if consumers take all of each unit that is left."""
     taken: dict[int, float] = {}
     for unit in units:
         if not isinstance(unit, New):
@@ -163,7 +163,7 @@ def adds_up(units: Iterable[Planned]) -> bool:
 
 
 def then(first: Sequence[Planned], later: Iterable[Planned]) -> tuple[Planned, ...]:
-    """The units of an edit that is followed by a later one."""
+    """The units after two edits, one on the result of the other."""
     found: list[Planned] = []
     for one in later:
         if isinstance(one, New):
@@ -181,15 +181,15 @@ def then(first: Sequence[Planned], later: Iterable[Planned]) -> tuple[Planned, .
     return tuple(found)
 
 
-def written(unit: Planned) -> Any:
-    """A unit for JSON."""
+def written(unit: Planned) -> int | dict[str, object]:
+    """Convert a unit to JSON."""
     if isinstance(unit, Copy):
         return {"copy": unit.unit, "share": unit.share}
     return {"new": unit.init, "seed": unit.seed} if isinstance(unit, New) else unit
 
 
-def read(value: Any) -> Any:
-    """A unit from JSON."""
+def read(value: int | Mapping[str, Any]) -> Planned:
+    """Convert JSON to a unit."""
     if not isinstance(value, Mapping):
         return value
     return Copy(value["copy"], value["share"]) if "copy" in value else New(value["new"], value["seed"])

@@ -1,13 +1,13 @@
-"""Where the weights of a model come from: a file, its maker, or the random generator."""
+"""The sources of a model's weights: a file, its maker, or the random generator."""
 
 from __future__ import annotations
 
 import pickle
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ __all__ = ["Draws", "fill", "prepared", "read_weights"]
 
 State = Mapping[str, Tensor]
 
-#: What reading a file that is no state dict, or a broken one, can raise.
+#: The errors that reading a file can raise that is no state dict, or a broken one.
 UNREADABLE = (
     *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError, struct.error),
@@ -33,7 +33,7 @@ OVERWRITTEN = ("copy", "fill", "zero", "set")
 
 
 class Draws(TorchDispatchMode):
-    """Notes which tensors hold random numbers, or none yet: results of a draw, and what is computed from them.
+    """Tracks tensors that hold random numbers or uninitialised memory, or were computed from such.
 
     A tensor is free of them again once all of it is written over, as ``load_state_dict`` does. Constants count as
     neither: a batch norm starts from ones.
@@ -52,7 +52,9 @@ class Draws(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._drawn: dict[int, torch.UntypedStorage] = {}  # holding them keeps their keys from being used again
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         writes = func._schema.is_mutable
@@ -72,7 +74,7 @@ class Draws(TorchDispatchMode):
         """The names of a model's parameters that hold such numbers."""
         return [name for name, one in model.named_parameters() if self._holds(one)]
 
-    def _holds(self, value: Any) -> bool:
+    def _holds(self, value: object) -> bool:
         return isinstance(value, Tensor) and _key(value) in self._drawn
 
     def _note(self, tensor: Tensor) -> None:
@@ -89,12 +91,12 @@ def _key(tensor: Tensor) -> int:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all of its storage, not a slice."""
+    """True if a tensor is all of its storage, not a slice."""
     return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
 
 
 def read_weights(path: Path) -> tuple[State, str]:
-    """The state dict in a file, and in words what it was found in.
+    """Read the state dict in a file; with it, in words, where it was found.
 
     Args:
         path: safetensors, or what ``torch.save`` wrote: a state dict, or a dictionary that holds one, as checkpoints
@@ -116,7 +118,7 @@ def read_weights(path: Path) -> tuple[State, str]:
     return _state_in(found, path)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] != b"{":  # safetensors: the length of its header, and the header, which is JSON
@@ -142,20 +144,21 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:150] or type(error).__name__
 
 
-def _state_in(found: Any, path: Path) -> tuple[State, str]:
+def _state_in(found: object, path: Path) -> tuple[State, str]:
     if _is_state(found):
         return found, str(path)
-    inside = [key for key, value in found.items() if _is_state(value)] if isinstance(found, Mapping) else []
-    if len(inside) != 1:
-        held = f"several state dicts ({', '.join(map(str, inside))})" if inside else "no state dict"
+    states = {key: value for key, value in found.items() if _is_state(value)} if isinstance(found, Mapping) else {}
+    if len(states) != 1:
+        held = f"several state dicts ({', '.join(map(str, states))})" if states else "no state dict"
         raise InputError(
             f"{path} holds {held}: save the one that is meant alone, by torch.save(model.state_dict(), file)"
         )
-    return found[inside[0]], f"'{inside[0]}' in {path}"
+    [(key, state)] = states.items()
+    return state, f"'{key}' in {path}"
 
 
-def _is_state(value: Any) -> bool:
-    """Names and tensors; what modules keep beside their tensors is allowed."""
+def _is_state(value: object) -> TypeGuard[State]:
+    """True for a state dict: names and tensors, and entries that modules keep beside their tensors."""
     return (
         isinstance(value, Mapping)
         and any(isinstance(one, Tensor) for one in value.values())
@@ -194,7 +197,7 @@ def fill(model: nn.Module, state: State, source: str) -> None:
 
 
 def _place(tensor: Tensor) -> object:
-    """What tied tensors have in common, and no others."""
+    """A key that tied tensors share, and no others."""
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() and not tensor.is_meta else object()
 
 
@@ -203,7 +206,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _without_prefix(state: State, wanted: State) -> State:
-    """DistributedDataParallel puts ``module.`` before every name, torch.compile ``_orig_mod.``, others their own."""
+    """The state dict without a prefix of all names, such as ``module.`` of DistributedDataParallel."""
     first = next(iter(wanted), "")
     prefix = next((name.removesuffix(first) for name in state if name.endswith(f".{first}")), "")
     if first in state or not all(name.startswith(prefix) for name in state):
@@ -212,11 +215,11 @@ def _without_prefix(state: State, wanted: State) -> State:
 
 
 def prepared(name: str, file: Path | None = None, random: bool = False) -> tuple[nn.Module, str]:
-    """A model by name, and in words which weights it has.
+    """Build a model by its name; with it, in words, the source of its weights.
 
     Args:
         name: as for ``netsurgery.model_lookup.build``.
-        file: what to load into it, as for ``read_weights``.
+        file: a file to load into it, as for ``read_weights``.
         random: whether its weights may be random.
 
     Raises:

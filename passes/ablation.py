@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,12 +20,11 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes.calibration import Samples
-from netsurgery.passes.functional_graph import Unsuited
-from netsurgery.passes.losses import Loss
+from netsurgery.passes.functional_graph import Results, Unsuited
 from netsurgery.passes.partial_replay import PartialReplay
-from netsurgery.passes.progress import Report
+from netsurgery.passes.progress import Report, without_log
 from netsurgery.passes.removed_units import Removal
-from netsurgery.passes.sample_losses import SampleLosses, finite, nearly_equal
+from netsurgery.passes.sample_losses import AblationSettings, SampleLosses, finite, nearly_equal
 from netsurgery.passes.score_checkpoint import ScoreCheckpoint
 from netsurgery.passes.series import Series
 from netsurgery.pipeline import trace
@@ -39,32 +35,9 @@ __all__ = ["Ablation", "AblationSettings", "Terms"]
 _log = logging.getLogger("netsurgery")
 
 
-Key = tuple[int, ...]  # rows, copies of these, and the first sample; of an engine whether decisions are held, too
+Key = tuple[int, ...]  # rows, copies of these, the first sample; for engines also whether decisions are held
 Active = Mapping[str, list[int]]  # names of series, and which removals of each are to be tried
 Terms = Callable[[str, list[int], Tensor, int], Tensor]
-
-
-@dataclass(frozen=True)
-class AblationSettings:
-    """How a network is run without its units.
-
-    Attributes:
-        loss: of outputs and targets: their mean, or one number for each sample; None for the cross-entropy.
-        rows: how many go through the network at once; None for as many as suit the device.
-        memory: bytes of results that may be kept of a run.
-        autocast: the type in which convolutions and matrix products are computed; None for the model's own.
-        progress: whether to report how far the work is.
-        each: whether the loss of each sample is needed: where the loss is a mean, samples go through one at a time.
-        compared: whether samples are compared, so that a loss that is a mean is refused.
-    """
-
-    loss: Loss | None = None
-    rows: int | None = None
-    memory: int = 2 << 30
-    autocast: torch.dtype | None = None
-    progress: bool = True
-    each: bool = False
-    compared: bool = False
 
 
 def _sums(name: str, units: list[int], loss_deltas: Tensor, start: int) -> Tensor:
@@ -83,8 +56,7 @@ class Ablation(SampleLosses):
     """
 
     def __init__(self, settings: AblationSettings, network: Network, samples: Samples):
-        super().__init__(network, samples, settings.loss, settings.rows, each=settings.each, compared=settings.compared)
-        self.settings = settings
+        super().__init__(settings, network, samples)
         self.series = {group.name: Series({group.name: range(group.size)}) for group in network.prunable}
         self.bases: dict[Key, Tensor] = {}
         self.by_batch = False
@@ -100,22 +72,22 @@ class Ablation(SampleLosses):
         return {group.name: list(range(group.size)) for group in self.network.prunable}
 
     def add_series(self, series: Mapping[str, Series]) -> None:
-        """More removals can be tried, or others under the same names."""
+        """Let more removals be tried, or others under the same names."""
         self.series.update(series)
 
     def rows_left(self, checkpoint: ScoreCheckpoint, wanted: Active) -> dict[str, int]:
-        """Rows that the wanted removals were not tried on yet, in all, by series."""
+        """The number of rows that the wanted removals of each series are still to be tried on."""
         found = {}
         for name, units in wanted.items():
             seen = checkpoint.entries[name][1][units] if name in checkpoint.entries else torch.zeros(len(units))
             found[name] = int((self.samples.count - seen).clamp_min(0).sum())
         return {name: rows for name, rows in found.items() if rows}
 
-    def fingerprint(self, *choices: Any) -> str:
+    def fingerprint(self, *choices: object) -> str:
         """A digest of all that scores depend on.
 
         Args:
-            choices: what the caller chose beside the settings.
+            choices: settings of the caller beside these.
         """
         said = repr((self.network.model_name, *choices, self.settings.autocast, self.losses_as_text()))
         digest = hashlib.sha256(said.encode())
@@ -161,7 +133,7 @@ class Ablation(SampleLosses):
                     self.report.advance(name, len(units), stop - start)
 
     def copies(self, rows: int) -> int:
-        """How many times over some samples go through at once: no more than any group has units to be tried."""
+        """The number of copies of some samples that go through at once: at most the size of the largest group."""
         units = max((group.size for group in self.network.prunable), default=1)
         return max(1, min(self.chunk() // rows, units))
 
@@ -192,7 +164,7 @@ class Ablation(SampleLosses):
 
     def reorder(self, order: Tensor) -> None:
         """Put the samples into another order."""
-        self.samples = self.samples.ordered(order)
+        self.samples = self.samples.of(order)
         for known in (self.engines, self.traced, self.steady, self.bases):
             known.clear()
 
@@ -238,7 +210,7 @@ class Ablation(SampleLosses):
         return engine
 
     def alike(self, engine: PartialReplay, rows: int, copies: int, start: int) -> bool:
-        """Whether samples that go through several times give the same each time, wherever they stand in the batch."""
+        """True if copies of a sample give the same outputs, wherever they stand in the batch."""
         key = self.key(rows, copies, start)
         if key not in self.steady:
             whole = engine.whole(self.batch(start, start + rows, copies)[0], [])
@@ -253,10 +225,8 @@ class Ablation(SampleLosses):
                 self.steady[key] = once is not None and self.same_as_once(engine, once, whole, start, rows)
         return self.steady[key]
 
-    def same_as_once(
-        self, engine: PartialReplay, once: PartialReplay, whole: Mapping[fx.Node, Any], start: int, rows: int
-    ) -> bool:
-        """Whether samples that go through several times give what they give alone."""
+    def same_as_once(self, engine: PartialReplay, once: PartialReplay, whole: Results, start: int, rows: int) -> bool:
+        """True if copies of samples in one batch give the outputs that the samples give alone."""
         alone = once.whole(self.batch(start, start + rows, 1)[0], [])
         spread = engine.repeated(once, alone, engine.outputs)
         return spread is not None and all(nearly_equal(torch.stack([value, whole[n]])) for n, value in spread.items())
@@ -282,8 +252,8 @@ class Ablation(SampleLosses):
 
     def whole(
         self, engine: PartialReplay, copies: int, start: int, stop: int, reads: Collection[fx.Node], before: Removal
-    ) -> dict[fx.Node, Any]:
-        """Results of the network without some units; of samples that come several times from a run on them once."""
+    ) -> Results:
+        """Results of the network without some units; those of copies of samples come from one run on the samples."""
         once = self.engine(stop - start, 1, start) if copies > 1 else None
         twins = None if once is None else engine.twins(once)
         if once is not None and twins is not None:
@@ -292,7 +262,7 @@ class Ablation(SampleLosses):
                 return found
         return engine.whole(self.batch(start, stop, copies)[0], reads, before)
 
-    def base(self, engine: PartialReplay, copies: int, start: int, stop: int, whole: Mapping[fx.Node, Any]) -> Tensor:
+    def base(self, engine: PartialReplay, copies: int, start: int, stop: int, whole: Results) -> Tensor:
         """Losses ``(rows,)`` of the network as it is, given its results where they are known."""
         key = stop - start, copies, start
         if key not in self.bases:
@@ -316,7 +286,7 @@ class Ablation(SampleLosses):
             held.update(reads)
         yield portion
 
-    def losses(self, outputs: list[Tensor], targets: Any, engine: PartialReplay, used: int, copies: int) -> Tensor:
+    def losses(self, outputs: list[Tensor], targets: object, engine: PartialReplay, used: int, copies: int) -> Tensor:
         """Losses ``(used, rows)`` of the parts of a batch."""
         together = self.losses_together(outputs, targets, copies) if self.by_sample is not False else None
         if self.by_sample and together is not None:
@@ -338,15 +308,15 @@ class Ablation(SampleLosses):
         return apart
 
     def by_surgery(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
-        """Cut the units out and run what is left; with tied groups, as many of these."""
+        """Cut the units out, and equally many of groups of equal size, and run the smaller network."""
         inputs, targets = self.batch(start, stop, 1)
         base = finite(self.loss(self.outputs(self.model, inputs), targets))
         for name, indices in due.items():
             for tried, index in enumerate(indices):
                 try:
-                    with _quiet():
+                    with without_log():
                         small = rewrite(self.model, self.edit(name, index))
-                except RewriteError as reason:  # so many may not be cut out, which says nothing of other numbers
+                except RewriteError as reason:  # this number of units cannot be cut out, but others may
                     _log.info("units of '%s' are silenced instead: %s", name, reason)
                     yield from self.by_silencing({name: indices[tried:]}, start, stop)
                     break
@@ -368,7 +338,7 @@ class Ablation(SampleLosses):
         return keep
 
     def by_silencing(self, due: Active, start: int, stop: int) -> Iterator[tuple[str, list[int], Tensor]]:
-        """Let the units contribute nothing, where the code decides and draws what it did with them."""
+        """Silence the units in a replay, which takes the decisions and random numbers of the original run."""
         inputs, targets = self.batch(start, stop, 1)
         try:
             network = self.trace(stop - start, 1, start)
@@ -392,14 +362,3 @@ def _bytes(node: fx.Node) -> int:
     shape, dtype = node.meta["shape"], node.meta.get("dtype", torch.float32)
     shapes = [shape] if isinstance(shape, torch.Size) else [one for one in shape or () if one is not None]
     return sum(math.prod(one) * dtype.itemsize for one in shapes)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Cuts that only serve a trial log nothing."""
-    level = _log.level
-    _log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        _log.setLevel(level)

@@ -1,12 +1,10 @@
-"""A model beside the smaller one on samples: losses, agreement of what they choose, and the difference of outputs."""
+"""A model compared with the smaller one on samples: losses, agreement of the chosen classes, difference of outputs."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +16,29 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.calibration import Samples, draw_with_or_without_targets, in_eval_mode, outputs_of
-from netsurgery.passes.losses import Loss, check_targets, cross_entropy, ignored_by, logits_in
+from netsurgery.passes.losses import Loss, check_targets, ignored_by, logits_in, loss_of
+from netsurgery.passes.progress import without_log
 from netsurgery.rewriting.surgery import rewrite
 
-__all__ = ["MOST", "answers", "compared", "measure", "reported", "squares"]
+__all__ = ["MOST", "compared", "measure", "outputs_by_batch", "reported", "squares"]
 
-_log = logging.getLogger("netsurgery")
 MOST = 512  # samples that a plan reports on
 _ALL = 20_000_000  # numbers of inputs that a plan reports on: 132 pictures of 224 pixels
 _LEAST = 64  # samples that it reports on however large they are
-_NUMBERS = 1 << 20  # of inputs that go through at once
-_ROWS = 8, 32  # that go through at once, at least and at most
+_NUMBERS = 1 << 20  # numbers of inputs in a batch
+_ROWS = 8, 32  # samples in a batch, at least and at most
 
 
 def measure(
     model: nn.Module,
     small: nn.Module,
-    data: Any,
+    data: object,
     loss: Loss | None = None,
     samples: int = MOST,
     seed: int = 0,
     classes: bool = True,
 ) -> Measured:
-    """Run a model and the smaller one on the same samples, in eval mode: how far are they apart?
+    """Run a model and the smaller one on the same samples, in eval mode, and compare their outputs.
 
     ``plan`` does so with the data of the first of its passes that holds some, and ``edit.summary()`` says what it
     found. On samples that scores were chosen by, what is left looks better than on others: measure on those, too.
@@ -77,8 +75,8 @@ def measure(
     return compared(model, small, drawn, loss, classes=classes)
 
 
-def answers(model: nn.Module, drawn: Samples) -> Iterator[Any]:
-    """What a model returns for samples in eval mode, batch by batch."""
+def outputs_by_batch(model: nn.Module, drawn: Samples) -> Iterator[object]:
+    """Run a model on samples in eval mode: the outputs of each batch."""
     device = home(model)
     with in_eval_mode(model), torch.no_grad():
         for inputs, _ in drawn.batches(_rows(drawn), device):
@@ -90,13 +88,13 @@ def compared(
     small: nn.Module,
     drawn: Samples,
     loss: Loss | None = None,
-    before: Sequence[Any] | None = None,
+    before: Sequence[object] | None = None,
     classes: bool = True,
 ) -> Measured:
-    """As ``measure``, on samples that are drawn already; without targets no loss.
+    """Do as ``measure``, on samples that are drawn already; without targets there is no loss.
 
     Args:
-        before: what ``answers`` gives for the model, if that is known.
+        before: the outputs of ``outputs_by_batch`` for the model, if these are known.
     """
     if any(tensor.is_meta for one in (model, small) for tensor in one.parameters()):
         raise InputError(f"{type(model).__name__} has no weights, it is on the meta device")
@@ -113,23 +111,19 @@ def reported(
     edit: Edit,
     drawn: Samples,
     loss: Loss | None = None,
-    before: Sequence[Any] | None = None,
+    before: Sequence[object] | None = None,
     classes: bool = True,
 ) -> Measured:
-    """As ``compared``, of a model and what an edit leaves of it; where samples are large, on the first of them."""
-    level = _log.level
-    _log.setLevel(logging.ERROR)  # a cut that only serves to measure logs nothing
-    try:
+    """Compare a model with what an edit leaves of it, as ``compared``; of large samples the first alone."""
+    with without_log():
         small = rewrite(model, edit)
-    finally:
-        _log.setLevel(level)
     return compared(model, small, _first_samples(drawn) if before is None else drawn, loss, before, classes)
 
 
 def _first_samples(drawn: Samples) -> Samples:
-    """As many samples as a report is worth."""
+    """The first samples: as many as a report may take time for."""
     count = min(drawn.count, max(_LEAST, int(_ALL / _numbers_in(drawn))))
-    return Samples(*drawn.rows(slice(count), torch.device("cpu")), count)
+    return drawn.of(torch.arange(count))
 
 
 def _rows(drawn: Samples) -> int:
@@ -138,14 +132,14 @@ def _rows(drawn: Samples) -> int:
 
 
 def _numbers_in(drawn: Samples) -> float:
-    """How many numbers the largest input of a sample is."""
+    """The size of the largest input of a sample."""
     given = [t for t in pytree.tree_leaves(drawn.inputs) if isinstance(t, Tensor)]
     return max((t.numel() for t in given), default=1) / drawn.count
 
 
 @dataclass
 class _Sums:
-    """Sums over batches of what two networks give."""
+    """Sums over batches of the losses and outputs of two networks."""
 
     drawn: Samples
     own: Loss | None
@@ -158,8 +152,8 @@ class _Sums:
         self.divergence = self.difference = self.norm = 0.0
         self.no_loss = self.no_outputs = ""  # why there is none to compare
 
-    def add(self, before: Any, after: Any, targets: Any) -> None:
-        """The outputs of a batch."""
+    def add(self, before: object, after: object, targets: object) -> None:
+        """Add the outputs of a batch."""
         self._add_losses(before, after, targets)
         found, numbers = squares(before, after), _numbers(before)
         if found is None:
@@ -174,7 +168,7 @@ class _Sums:
         if logits is not None and changed is not None and dim is not None:
             self._add_choices(logits.movedim(dim, -1), changed.movedim(dim, -1), targets)
 
-    def _add_losses(self, before: Any, after: Any, targets: Any) -> None:
+    def _add_losses(self, before: object, after: object, targets: object) -> None:
         if targets is None or not (self.own or self.classes):
             return
         if self.own is None:
@@ -186,14 +180,10 @@ class _Sums:
                 return
         rows = len(pytree.tree_leaves(targets)[0])
         for at, outputs in enumerate((before, after)):
-            found: Any = (self.own or cross_entropy)(outputs, targets)
-            if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
-                shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
-            self.losses[at] += float(found.double().mean()) * rows
+            self.losses[at] += float(loss_of(outputs, targets, self.own).double().mean()) * rows
 
-    def _add_choices(self, logits: Tensor, others: Tensor, targets: Any) -> None:
-        """Logits ``(..., classes)`` of both, at the positions that have a label."""
+    def _add_choices(self, logits: Tensor, others: Tensor, targets: object) -> None:
+        """Add the choices of both networks, from logits ``(..., classes)``, at the positions that have a label."""
         if isinstance(targets, Tensor) and not targets.is_floating_point():
             said = (targets != ignored_by(self.own)).reshape(logits.shape[:-1])
             logits, others = logits[said], others[said]
@@ -208,7 +198,7 @@ class _Sums:
         self.divergence += float(torch.where(share > 0, share * gap, 0.0).sum())  # masked classes are of no weight
 
     def measured(self) -> Measured:
-        """What there is to report."""
+        """The result of all batches so far."""
         count, loss = self.drawn.count, None
         if self.drawn.targets is not None and (self.own or self.classes) and not self.no_loss:
             loss = self.losses[0] / count, self.losses[1] / count
@@ -225,11 +215,11 @@ class _Sums:
         return Measured(count, loss, self.same / self.positions, max(0.0, self.divergence / self.positions), error, why)
 
 
-def squares(before: Any, after: Any) -> tuple[float, float] | None:
-    """Squares of the difference of two networks' outputs, and of the original's; None where their shapes differ.
+def squares(before: object, after: object) -> tuple[float, float] | None:
+    """Sums of squares: of the difference of two networks' outputs, and of the original's; None where shapes differ.
 
-    They are summed over entries that are finite in the original: masks are infinite. What is infinite or NaN in the
-    smaller network alone differs infinitely.
+    They are summed over entries that are finite in the original: masks are infinite. An entry that is infinite or NaN
+    in the smaller network alone differs infinitely.
     """
     ones, others = _numbers(before), _numbers(after)
     if [one.shape for one in ones] != [other.shape for other in others]:
@@ -244,12 +234,12 @@ def squares(before: Any, after: Any) -> tuple[float, float] | None:
     return math.inf if math.isnan(off) else off, whole
 
 
-def _numbers(outputs: Any) -> list[Tensor]:
+def _numbers(outputs: object) -> list[Tensor]:
     return [t for t in tensors_in(outputs) if t.is_floating_point() or t.is_complex()]
 
 
-def _classes(logits: Tensor, targets: Any, everything: Any, ignored: int) -> int | None:
-    """The dimension of logits that holds classes, if they are such."""
+def _classes(logits: Tensor, targets: object, everything: object, ignored: int) -> int | None:
+    """The dimension of logits that holds classes; None if they are no logits."""
     if targets is None:
         return 1 if logits.dim() == 2 and logits.shape[1] > 1 else None
     if not isinstance(targets, Tensor) or not isinstance(everything, Tensor):

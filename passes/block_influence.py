@@ -1,4 +1,4 @@
-"""Scores of residual blocks by how much they change what goes through them."""
+"""Scores of residual blocks by the change that they make to their inputs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from netsurgery.analysis.blocks import Block, at
 from netsurgery.analysis.network import Network
@@ -26,15 +27,14 @@ __all__ = ["BlockInfluenceScore"]
 
 @dataclass(frozen=True)
 class BlockInfluenceScore(DataPass):
-    """Scores residual blocks: 1 - cosine similarity of a block's input and output, its mean over positions.
+    """Score residual blocks: 1 - cosine similarity of a block's input and output, its mean over positions.
 
     The similarity of the features ``(channels,)`` is taken at each position of each sample: each token, each pixel. A
-    block that scores low passes on what it is given nearly as it is. The scores are laid on the network as
-    ``block_scores``, by path, and ``RemoveBlocks`` goes by them. Padded positions count like others: pass texts of
-    equal length.
+    block with a low score passes its input on nearly unchanged. The scores are laid on the network as ``block_scores``,
+    by path, and ``RemoveBlocks`` ranks blocks by them. Padded positions count like others: pass texts of equal length.
 
     Args:
-        data: what inputs are drawn from, with or without labels, as for ``netsurgery.passes.calibration.draw_inputs``.
+        data: inputs, with or without labels, as for ``netsurgery.passes.calibration.draw_inputs``.
         samples: how many are drawn.
         seed: fixes the samples.
         loss: as for ``netsurgery.passes.measure``, by which ``plan`` measures what is left.
@@ -58,7 +58,7 @@ class BlockInfluenceScore(DataPass):
         2
     """
 
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     samples: int = 64
     seed: int = 0
     loss: Loss | None = field(default=None, repr=False)
@@ -90,18 +90,18 @@ class BlockInfluenceScore(DataPass):
 
 
 class _Mean:
-    """The mean similarity of the input and output of a block, over positions."""
+    """The similarity of the input and output of a block, averaged over positions."""
 
     def __init__(self, block: Block):
         self.block, self.total, self.count = block, 0.0, 0
         self.features = _features(block)
         self.given: Tensor | None = None
 
-    def before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(self, _: nn.Module, args: object, kwargs: object) -> None:
         """Keep the input: the block may write to it."""
         self.given = at(self.block.given, (args, kwargs)).detach().clone()
 
-    def after(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def after(self, _: nn.Module, args: object, kwargs: object, out: object) -> None:
         """Compare it with the output."""
         assert self.given is not None
         given, result = self._by_position(self.given), self._by_position(at(self.block.returned, out))
@@ -115,19 +115,19 @@ class _Mean:
 
     @property
     def value(self) -> float:
-        """The mean."""
+        """The average so far."""
         return self.total / self.count if self.count else math.nan
 
 
 def _features(block: Block) -> list[int]:
-    """The dimensions of a block's input that hold features; where none is known to, the last."""
+    """The dimensions of a block's input that hold features; the last where none is known."""
     dims = block.source.meta["dims"]
     return [i for i, axis in enumerate(dims) if any(map(inner, leaves(axis)))] or [len(dims) - 1]
 
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, means: dict[str, _Mean]) -> Iterator[None]:
-    hooks: list[Any] = []
+    hooks: list[RemovableHandle] = []
     try:
         for path, mean in means.items():
             module = model.get_submodule(path)

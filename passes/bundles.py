@@ -1,11 +1,11 @@
-"""The groups that a removal may take, in bundles that lose equally many units, and reports on those that lose less."""
+"""The groups that a removal may cut, in bundles that lose equally many units, and reports on those that lose fewer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil, gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from netsurgery.analysis.network import Network
 from netsurgery.arguments import is_count, is_real
 from netsurgery.edit import Edit, Outcome
 from netsurgery.errors import InputError
-from netsurgery.passes.patterns import Chosen, Pattern, as_patterns
+from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
+from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.selection import (
     belongs,
     channels_per_unit,
@@ -29,12 +30,37 @@ from netsurgery.passes.selection import (
 )
 
 if TYPE_CHECKING:
-    from netsurgery.passes.removal import PruneChannels
+    from _typeshed import DataclassInstance
 
-__all__ = ["Bundle", "Choice", "brief", "call_of"]
+__all__ = ["Bundle", "Choice", "RemovalSettings", "brief", "call_of"]
 
 _EPSILON = 1e-9  # 0.3 of 10 units are 3
 _MOST = 0.9  # share of a layer that may go
+
+
+class RemovalSettings(DataPass):
+    """The settings of a removal that bundles depend on: fields of ``PruneChannels``, which describes them."""
+
+    ratio: float | Mapping[Any, float] | None
+    params: float | None
+    macs: float | None
+    threshold: float | None
+    scope: Literal["layer", "global"]
+    per: Literal["auto", "unit", "cost"]
+    of: Edit | Network | None
+    multiple_of: int
+    min_channels: int
+    max_ratio: float | None
+    unit: str | Sequence[str]
+    include: Modules
+    exclude: Modules
+    protect: Modules
+    normalize: Literal["auto", "mean", "max", "sum", "none"]
+
+    def by_cost(self, network: Network) -> bool:
+        """True if units are ranked by their scores relative to their costs."""
+        budget = self.scope == "global" and (self.params is not None or self.macs is not None)
+        return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
 
 
 @dataclass(frozen=True)
@@ -52,11 +78,11 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Units that there are."""
+        """The number of units now."""
         return self.groups[0].size
 
     def due(self, ratio: float) -> int:
-        """Units to remove now, so that a share of the original's is gone."""
+        """The number of units to remove now, so that a share of the original's is gone."""
         return max(0, int(self.whole * ratio + _EPSILON) - (self.whole - self.size))
 
     def allowed(self, removed: int) -> int:
@@ -68,9 +94,9 @@ class Bundle:
 
 
 class Choice:
-    """The groups of a network that a pass may cut, in bundles, and what it says of the others."""
+    """The groups of a network that a removal may cut, in bundles, and the reports on the others."""
 
-    def __init__(self, settings: PruneChannels, network: Network):
+    def __init__(self, settings: RemovalSettings, network: Network):
         self.settings, self.network = settings, network
         self.original: Network = network
         if settings.of is not None:
@@ -87,7 +113,7 @@ class Choice:
         self.bundles = self._bundles()
 
     def _ratios(self) -> list[tuple[tuple[Pattern, ...], Chosen, float]]:
-        """Modules that shares are given for."""
+        """The modules that shares are given for, with these."""
         shares = self.settings.ratio if isinstance(self.settings.ratio, Mapping) else {}
         return [((one,), Chosen(self.network, (one,)), share) for one, share in shares.items()]
 
@@ -170,7 +196,7 @@ class Choice:
         return max(_MOST, ratio) if ratio is not None and self.settings.scope == "layer" else _MOST
 
     def _whole(self, group: Group) -> int:
-        """Units of a group in the original."""
+        """The number of units of a group in the original."""
         if self.names is None:
             return group.size
         if group.name not in self.names or self.original[self.names[group.name]].size < group.size:
@@ -194,7 +220,7 @@ class Choice:
         return score / scale if scale > 0 else score
 
     def wanted(self, ratio: float) -> int:
-        """Units of all groups together to remove now."""
+        """The number of units of all groups together to remove now."""
         whole = sum(bundle.whole * len(bundle.groups) for bundle in self.bundles)
         gone = sum((bundle.whole - bundle.size) * len(bundle.groups) for bundle in self.bundles)
         return max(0, int(whole * ratio + _EPSILON) - gone)
@@ -243,7 +269,7 @@ class Choice:
         )
 
     def _got(self, removed: list[int]) -> str:
-        """Channels that are gone, of those of the layers that are meant."""
+        """The share and number of channels that are gone, in the layers that are meant."""
         whole = sum(bundle.whole * bundle.channels * len(bundle.groups) for bundle in self.bundles)
         left = sum(
             (bundle.size - k) * bundle.channels * len(bundle.groups)
@@ -254,7 +280,7 @@ class Choice:
         return f"{100 * gone / whole:.1f}% ({gone:,} of {whole:,})"
 
     def _shortfall(self, bundle: Bundle, removed: int) -> str | None:
-        """Why a group loses fewer units than asked, if it does."""
+        """The reason why a group loses fewer units than asked; None if it does not."""
         settings = self.settings
         gone = bundle.whole - bundle.size + removed
         if settings.threshold is not None:
@@ -268,7 +294,7 @@ class Choice:
         return f"{gone} of {bundle.whole} ({self._limit(bundle, due)})" if removed < due else None
 
     def _few(self, bundle: Bundle, removed: int) -> str | None:
-        """How many units of a group stay where a ranking of all has taken nearly all of it, or all that may go."""
+        """The number of units that stay, in words, where a ranking of all groups has nearly emptied this one."""
         stay = bundle.size - removed
         held = removed >= bundle.most and self._limit(bundle, bundle.most + 1)
         if (
@@ -309,13 +335,13 @@ def _checked(network: Network, group: Group) -> Tensor:
     return score
 
 
-def call_of(one: Any) -> str:
+def call_of(one: DataclassInstance) -> str:
     """The call that makes a pass, with the settings that are not its defaults."""
     given = [field for field in fields(one) if getattr(one, field.name) != field.default and field.repr]
     return f"{type(one).__name__}({', '.join(f'{field.name}={brief(getattr(one, field.name))}' for field in given)})"
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """A setting in one line: modules and networks by their class."""
     if isinstance(value, nn.Module | Edit | Network):
         return type(value).__name__

@@ -1,13 +1,13 @@
-"""A fixed, seeded set of samples from whatever a user keeps data in: class-balanced, or as the data is."""
+"""A fixed, seeded set of samples from any form of data: class-balanced, or in the proportions of the data."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Number
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +29,14 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
 
 __all__ = [
-    "HELD_BACK",
-    "IGNORED",
-    "Samples",
-    "draw_inputs",
-    "draw_samples",
-    "draw_with_or_without_targets",
-    "in_eval_mode",
-    "outputs_of",
-    "reads_once",
-]
+    "HELD_BACK", "IGNORED", "Samples", "draw_inputs", "draw_samples", "draw_with_or_without_targets", "in_eval_mode",
+    "outputs_of", "reads_once",
+]  # fmt: skip
 
-HELD_BACK = 5  # of samples one in five is held back, where something is fitted to them
+HELD_BACK = 5  # where something is fitted to samples, one in so many is held back
 IGNORED = -100  # the label that PyTorch's losses leave out (``ignore_index``)
+Value = TypeVar("Value")
+
 _LABELS = ("labels", "label", "targets", "target")
 _FORMS = "(inputs, targets), or a dictionary with 'labels'"
 
@@ -52,29 +47,29 @@ class Samples:
 
     Attributes:
         inputs: positional and keyword inputs of the model; every tensor has a row for each sample.
-        targets: what the loss takes beside the outputs, likewise; None where only inputs were drawn.
+        targets: the targets of the loss, likewise; None where only inputs were drawn.
         count: number of samples.
     """
 
     inputs: Inputs
-    targets: Any
+    targets: object
     count: int
 
-    def rows(self, which: Tensor | slice, device: torch.device) -> tuple[Inputs, Any]:
+    def rows(self, which: Tensor | slice, device: torch.device) -> tuple[Inputs, object]:
         """Inputs and targets of some samples on a device."""
         return (_map(self.inputs, lambda t: t[which].to(device)), _map(self.targets, lambda t: t[which].to(device)))
 
-    def ordered(self, order: Tensor) -> Samples:
-        """The same samples in another order."""
-        return Samples(_map(self.inputs, lambda t: t[order]), _map(self.targets, lambda t: t[order]), self.count)
+    def of(self, which: Tensor) -> Samples:
+        """Some of the samples, or all, in an order."""
+        return Samples(_map(self.inputs, lambda t: t[which]), _map(self.targets, lambda t: t[which]), len(which))
 
-    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Inputs, Any]]:
+    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Inputs, object]]:
         """All samples in batches of at most ``size``."""
         for start in range(0, self.count, size):
             yield self.rows(slice(start, start + size), device)
 
 
-def draw_samples(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
+def draw_samples(data: object, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
     """Draw samples, equally many of each class as far as there are.
 
     Args:
@@ -97,11 +92,11 @@ def draw_samples(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -
     return _Drawing(count, seed, _pair, ignored).draw_samples(data)
 
 
-def draw_inputs(data: Any, count: int, seed: int = 0) -> Samples:
-    """Draw inputs alone, as they come in the data: classes play no part.
+def draw_inputs(data: object, count: int, seed: int = 0) -> Samples:
+    """Draw inputs alone, whatever their classes.
 
     Args:
-        data: what ``draw`` takes; or inputs without targets: a tensor with a row for each sample, a dictionary of
+        data: as for ``draw_samples``; or inputs without targets: a tensor with a row for each sample, a dictionary of
             tensors, or a Dataset, DataLoader or iterable of batches whose items and batches are such. Two things in a
             tuple or list are inputs and targets: pass two inputs as ``((one, other), None)``.
         count: how many; fewer where there are not so many.
@@ -113,23 +108,26 @@ def draw_inputs(data: Any, count: int, seed: int = 0) -> Samples:
     return _Drawing(count, seed, _inputs_alone, None).draw_samples(data)
 
 
-def draw_with_or_without_targets(data: Any, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
-    """Samples with targets, or else inputs alone: of an iterator the same batches are read for both."""
+def draw_with_or_without_targets(data: object, count: int, seed: int = 0, ignored: int = IGNORED) -> Samples:
+    """Draw samples with targets, or else inputs alone; an iterator is read once for both."""
     first, second = itertools.tee(data) if reads_once(data) else (data, data)
     try:
         return draw_samples(first, count, seed, ignored)
     except InputError:
-        if _is_pair(data) and len(data[0]) != len(data[1]):  # labels, but not of these inputs
+        if _lengths_differ(data):  # labels, but not of these inputs
             raise
         return draw_inputs(second, count, seed)
 
 
-def _is_pair(data: Any) -> bool:
-    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(one, Tensor) for one in data)
+def _lengths_differ(data: object) -> bool:
+    """True if data is a pair of tensors, of which one has more rows."""
+    if not isinstance(data, tuple | list) or len(data) != 2 or not all(isinstance(one, Tensor) for one in data):
+        return False
+    return len(data[0]) != len(data[1])
 
 
-def reads_once(data: Any) -> bool:
-    """Whether data is an iterator, or gives the same one each time: a second look finds nothing, or other samples."""
+def reads_once(data: object) -> TypeGuard[Iterable[object]]:
+    """True if data is an iterator, or gives the same one each time: a second look finds nothing, or other samples."""
     source = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(source, Tensor | Mapping | list | tuple) or not isinstance(source, Iterable):
         return False
@@ -147,7 +145,7 @@ class _Drawing:
 
     count: int
     seed: int
-    pair: Callable[[Any], tuple[Inputs, Any]]
+    pair: Callable[[object], tuple[Inputs, object]]
     ignored: int | None
 
     def __post_init__(self) -> None:
@@ -155,8 +153,8 @@ class _Drawing:
             raise InputError(f"samples={self.count!r}: the number of samples to draw must be at least 1")
         self.generator = torch.Generator().manual_seed(self.seed)
 
-    def draw_samples(self, data: Any) -> Samples:
-        """The samples."""
+    def draw_samples(self, data: object) -> Samples:
+        """Draw the samples."""
         with torch.random.fork_rng(devices=[]):  # random transforms are the same each time, and leave no trace
             torch.manual_seed(self.seed)
             inputs, targets = self.chosen(self.pair(data)) if self.is_whole(data) else self.collected(data)
@@ -165,43 +163,44 @@ class _Drawing:
             raise InputError("the data holds no samples")
         return Samples(inputs, targets, found)
 
-    def is_whole(self, data: Any) -> bool:
-        """Whether the data is one batch that holds everything."""
+    def is_whole(self, data: object) -> bool:
+        """True if the data is one batch that holds everything."""
         if self.ignored is None and isinstance(data, Tensor):
             return True
         if isinstance(data, Mapping):
             return _tensors(dict(data))
-        pair = isinstance(data, tuple | list) and len(data) == 2 and not _is_batches(data)
-        return pair and _tensors(data[0]) and (_tensors(data[1]) or (self.ignored is None and data[1] is None))
+        if not isinstance(data, tuple | list) or len(data) != 2 or _is_batches(data):
+            return False
+        return _tensors(data[0]) and (_tensors(data[1]) or (self.ignored is None and data[1] is None))
 
-    def collected(self, data: Any) -> tuple[Inputs, Any]:
+    def collected(self, data: object) -> tuple[Inputs, object]:
         """Samples of a data set, or of batches."""
-        collate: Callable[[list[Any]], Any] = default_collate
+        collate: Callable[[list[Any]], object] = default_collate
         if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-            data, collate = _part(data), data.collate_fn or default_collate
-        elif (not isinstance(data, Dataset) or isinstance(data, IterableDataset)) and not _is_items(data):
+            source, collate = _part(data), data.collate_fn or default_collate
+        elif _is_items(data) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
+            source = data
+        else:
             return self.chosen(self.joined(data))
-        source: Any = data
-        if not isinstance(data, Sized):
+        if not isinstance(source, Sized):
             raise InputError(
-                f"the dataset {type(data).__name__} has no length: pass one that has, or an IterableDataset"
+                f"the dataset {type(source).__name__} has no length: pass one that has, or an IterableDataset"
             )
-        labels = None if self.ignored is None else _listed(data)
+        labels = None if self.ignored is None else _listed(source)
         settled = labels is not None or self.ignored is None  # else more are needed to balance
         wanted = self.count if settled else 2 * self.count
-        picked = self.order(labels, len(data))[:wanted].tolist()
+        picked = self.order(labels, len(source))[:wanted].tolist()
         if not picked:
             raise InputError("the data holds no samples")
         found = self.pair(collate([source[index] for index in picked]))
         return found if settled else self.chosen(found)
 
-    def chosen(self, found: tuple[Inputs, Any]) -> tuple[Inputs, Any]:
-        """As many samples as asked for, of more."""
+    def chosen(self, found: tuple[Inputs, object]) -> tuple[Inputs, object]:
+        """Choose as many samples as are asked for."""
         order = self.order(None if self.ignored is None else found[1], _length(found))[: self.count]
-        chosen: tuple[Inputs, Any] = _map(found, lambda t: t[order])
-        return chosen
+        return _map(found, lambda t: t[order])
 
-    def order(self, targets: Any, count: int) -> Tensor:
+    def order(self, targets: object, count: int) -> Tensor:
         """A random order; where there are classes, the first of each, then the second of each, and so on."""
         order = torch.randperm(count, generator=self.generator)
         if not isinstance(targets, Tensor) or targets.is_floating_point() or self.ignored is None or not count:
@@ -213,11 +212,11 @@ class _Drawing:
         classes = _classes(targets)
         return order if classes is None else order[_turns(classes[order])]
 
-    def joined(self, batches: Any) -> tuple[Inputs, Any]:
-        """The first batches that hold twice as many samples as asked for."""
+    def joined(self, batches: object) -> tuple[Inputs, object]:
+        """Join the first batches that hold twice as many samples as asked for."""
         if not isinstance(batches, Iterable):
             raise InputError(f"data is {type(batches).__name__}: pass a DataLoader, a Dataset or a pair of tensors")
-        pairs: list[tuple[Inputs, Any]] = []
+        pairs: list[tuple[Inputs, object]] = []
         for batch in batches:
             pairs.append(self.pair(batch))
             if sum(map(_length, pairs)) >= 2 * self.count:
@@ -230,12 +229,13 @@ class _Drawing:
         return pytree.tree_unflatten(joined, leaves[0][1])  # type: ignore[no-any-return]
 
 
-def _part(loader: DataLoader[Any]) -> Dataset[Any]:
-    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+def _part(loader: DataLoader[object]) -> Dataset[object] | Sequence[object]:
+    """The data set of a loader, or the part of it that a sampler names."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     return Subset(loader.dataset, sampler.indices) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
 
 
-def _pair(batch: Any) -> tuple[Inputs, Any]:
+def _pair(batch: object) -> tuple[Inputs, object]:
     if isinstance(batch, Mapping):
         key = next((key for key in _LABELS if key in batch), None)
         if key is not None:
@@ -245,7 +245,7 @@ def _pair(batch: Any) -> tuple[Inputs, Any]:
     raise InputError(f"a batch of the data is {type(batch).__name__}, expected {_FORMS}")
 
 
-def _inputs_alone(batch: Any) -> tuple[Inputs, Any]:
+def _inputs_alone(batch: object) -> tuple[Inputs, object]:
     if isinstance(batch, Tensor):
         return as_inputs(batch), None
     if isinstance(batch, Mapping):
@@ -255,7 +255,7 @@ def _inputs_alone(batch: Any) -> tuple[Inputs, Any]:
     raise InputError(f"a batch of the data is {type(batch).__name__}, expected inputs, or {_FORMS}")
 
 
-def _listed(data: Any) -> Tensor | None:
+def _listed(data: object) -> Tensor | None:
     """The classes of a dataset that lists them."""
     if isinstance(data, Subset):
         labels = _listed(data.dataset)
@@ -270,12 +270,11 @@ def _listed(data: Any) -> Tensor | None:
         classes = None if named is None else _classes(torch.as_tensor(named))
     except (TypeError, ValueError, RuntimeError):  # listed in a form of their own
         return None
-    return None if classes is None or len(classes) != len(data) else classes
+    return classes if classes is not None and isinstance(data, Sized) and len(classes) == len(data) else None
 
 
-def _classes(targets: Any) -> Tensor | None:
-    whole = isinstance(targets, Tensor) and targets.dim() == 1 and not targets.is_floating_point()
-    return targets.cpu() if whole else None
+def _classes(targets: Tensor) -> Tensor | None:
+    return targets.cpu() if targets.dim() == 1 and not targets.is_floating_point() else None
 
 
 def _turns(classes: Tensor) -> Tensor:
@@ -287,18 +286,18 @@ def _turns(classes: Tensor) -> Tensor:
     return turn.argsort(stable=True)
 
 
-def _tensors(value: Any) -> bool:
+def _tensors(value: object) -> bool:
     leaves = pytree.tree_leaves(value)
     return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves)
 
 
-def _is_batches(data: Any) -> bool:
-    """Whether two things are two batches rather than inputs and targets."""
+def _is_batches(data: object) -> bool:
+    """True if a list holds batches, rather than inputs and targets."""
     return isinstance(data, list) and all(isinstance(item, tuple | list) and len(item) == 2 for item in data)
 
 
-def _is_items(data: Any) -> bool:
-    """Whether a list holds samples rather than batches: each has one number for its target."""
+def _is_items(data: object) -> TypeGuard[Sequence[object]]:
+    """True if a list holds samples rather than batches: each has one number for its target."""
     if not isinstance(data, list | tuple) or not data:
         return False
     first, target = data[0], None
@@ -309,7 +308,7 @@ def _is_items(data: Any) -> bool:
     return isinstance(target, Number) or (isinstance(target, Tensor) and not target.dim())
 
 
-def _length(value: Any) -> int:
+def _length(value: object) -> int:
     lengths = {len(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()}
     if len(lengths) != 1:
         raise InputError(
@@ -319,13 +318,15 @@ def _length(value: Any) -> int:
     return lengths.pop()
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return pytree.tree_map_only(Tensor, change, value)
+def _map(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
+    """A value with each tensor in it changed."""
+    mapped: Value = pytree.tree_map_only(Tensor, change, value)
+    return mapped
 
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """All of a model in eval mode; what was in training mode is afterwards again."""
+    """Put all of a model into eval mode; afterwards each module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
@@ -336,8 +337,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def outputs_of(model: nn.Module, inputs: Inputs, device: torch.device, seed: int = 0) -> Any:
-    """What a model returns, the random numbers that it draws being the same each time.
+def outputs_of(model: nn.Module, inputs: Inputs, device: torch.device, seed: int = 0) -> object:
+    """Run a model in its mode; the random numbers that it draws are the same each time.
+
+    Returns:
+        The outputs, as the model returns them.
 
     Raises:
         InputError: it does not run on these inputs.

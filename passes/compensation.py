@@ -1,4 +1,4 @@
-"""What a removal loses is made up for where it was read: in the biases of those layers, or in their weights."""
+"""Compensation of a removal in the layers that read the units: in their biases, or in their weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ _log = logging.getLogger("netsurgery")
 
 @dataclass(frozen=True)
 class Compensate(DataPass):
-    """Make up for what a removal loses, in the layers that read the removed units: see ``compensate`` below.
+    """Compensate for a removal in the layers that read the removed units: see ``compensate`` below.
 
     Args:
         method: "bias" changes a constant for each output of such a layer; "least-squares" also refits its weights.
@@ -67,7 +67,7 @@ class Compensate(DataPass):
     """
 
     method: Method
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     samples: int = 512
     ridge: float = 1e-2
     memory: int = 1 << 30
@@ -97,17 +97,17 @@ def check_ridge(who: str, ridge: float) -> None:
 def compensate(
     edit: Edit,
     method: Method,
-    data: Any,
+    data: object,
     samples: int = 512,
     ridge: float = 1e-2,
     seed: int = 0,
     memory: int = 1 << 30,
 ) -> Edit:
-    """An edit with new values (made anew, if it has some) for the layers that read what it removes.
+    """An edit with new values for the layers that read the removed units; values that it has are replaced.
 
     One run of the original network over the data, in eval mode, serves all layers (a few more of both networks compare
     their outputs, and fit layers in order). For each of these layers, X are those of its inputs that
-    stay and R is what its outputs lack without the others, in the original.
+    stay, and R are the parts of its outputs, in the original, that come from the others.
 
     Args:
         method: "bias" adds the mean of R to every output of such a layer, by its bias or else by the running mean of
@@ -123,13 +123,13 @@ def compensate(
     A fifth of the samples is held back. On these, the error of each layer decides between weights (with the ridge, or
     ten or a hundred times that), a constant, and nothing; what is taken is then fitted to all samples. The outputs of
     the whole network, fitted without them, must be nearer to the original's than without compensation: else constants
-    alone are tried, and then nothing is changed. Of a layer with large outputs, 128 positions of each sample are looked
+    alone are tried, and then nothing is changed. In large outputs of a layer, 128 positions of each sample are looked
     at, drawn at random. ``edit.compensations`` has the errors.
 
-    Where all samples fit into the memory at once, layers are also fitted one after the other, X being what the smaller
-    network gives them and R what they then lack; this is taken if it brings the network nearer. It is not always
-    better: what earlier layers lose makes outputs vary less, and with their means brought back all the same, units
-    that fire by their spread (below a ReLU most do) fall silent, until the network answers alike to every sample.
+    Where all samples fit into the memory at once, layers are also fitted one after the other, X being their inputs in
+    the smaller network and R what their outputs then lack; this is taken if it brings the network nearer. It is not
+    always better: losses in earlier layers make outputs vary less, and with their means brought back all the same,
+    units that fire by their spread (below a ReLU most do) fall silent, until all samples have the same outputs.
 
     Where a layer cannot be compensated in this way, ``edit.uncompensated`` says why, and the logger ``netsurgery`` too.
     An edit that the model's code does not follow has no new values, and ``uncompensated`` names the groups.
@@ -167,7 +167,7 @@ def compensate(
 def _measured(
     lost: Lost, readers: list[Reader], left: dict[str, str], memory: int
 ) -> Iterable[tuple[Reader, tuple[Sums, Sums]]]:
-    """The sums of each layer, by samples that are fitted to and held back; what has none is left, with the reason."""
+    """The sums of each layer over fitted and held-back samples; the reasons for layers without finite sums."""
     for portion in portions(_sized(lost, readers, left, memory), memory):
         for reader, both in zip(portion, lost.sums(portion), strict=True):
             some = [one for one in both if one is not None]
@@ -180,7 +180,7 @@ def _measured(
 
 
 def _sized(lost: Lost, readers: list[Reader], left: dict[str, str], memory: int) -> Iterable[tuple[Reader, int]]:
-    """Layers, and the bytes of their sums: where those of a refit do not fit, of a constant."""
+    """Layers with the bytes of their sums; where the sums of a refit do not fit, those of a constant."""
     for reader in readers:
         module = lost.layer(reader)
         size = bytes_of(module, refit=reader.weight is not None)
@@ -196,7 +196,7 @@ def _sized(lost: Lost, readers: list[Reader], left: dict[str, str], memory: int)
 def _best(
     lost: Lost, fits: Sequence[Fit], left: dict[str, str], memory: int
 ) -> tuple[dict[str, Tensor], tuple[Compensation]]:
-    """The values that bring the network's outputs nearest to the original's, and how near."""
+    """The values that bring the network's outputs nearest to the original's, and their distance."""
     levels = [level for level in LEVELS if level == "nothing" or any(fit.level(level) == level for fit in fits)]
     trials = {level: _values(lost, [fit.trial[fit.level(level)] for fit in fits], fits) for level in levels}
     gaps = dict(zip(levels, lost.gaps([trials[level] for level in levels]), strict=True))
@@ -220,7 +220,7 @@ def _best(
 
 
 def _bytes(lost: Lost, fits: Sequence[Fit]) -> int:
-    """About what all samples take at once: what layers should return, and a few of the largest tensors."""
+    """An estimate of the bytes of all samples at once: wanted outputs of layers, and a few of the largest tensors."""
     most, outputs = lost.drawn.count * POSITIONS, 0
     for fit in fits:
         outputs += min(fit.rows, most) * len(lost.layer(fit.reader).weight)

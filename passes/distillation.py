@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from netsurgery.errors import InputError
 from netsurgery.kernels.criteria import accumulator
 from netsurgery.passes.calibration import IGNORED
 from netsurgery.passes.hints import Hints
-from netsurgery.passes.losses import Loss, ignored_by, logits_in
+from netsurgery.passes.losses import Loss, form_of, ignored_by, logits_in
 
 __all__ = ["Distillation"]
 
@@ -87,7 +87,7 @@ class Distillation(nn.Module):
         hint_weight: float = 1.0,
         normalize: bool = False,
         project: bool = False,
-        example_inputs: Any = None,
+        example_inputs: object = None,
     ):
         super().__init__()
         _check_number("temperature", temperature, temperature != 0, "a number above 0")
@@ -96,7 +96,7 @@ class Distillation(nn.Module):
         self.temperature, self.alpha, self.hint_weight = float(temperature), float(alpha), float(hint_weight)
         self.loss, self.dim = loss, dim
         self.hints: Hints | None = None
-        self._looked = False  # at the range of labels, which makes a GPU wait
+        self._labels_checked = False  # the check of their range makes a GPU wait, so it runs once
         if not hints:
             return
         if not isinstance(hints, Mapping) or not all(isinstance(one, str) for pair in hints.items() for one in pair):
@@ -107,8 +107,8 @@ class Distillation(nn.Module):
             raise InputError("Distillation(project=True): pass example_inputs=, by which its layers are made")
         self.hints = Hints(hints, student, teacher, normalize, project, example_inputs)
 
-    def forward(self, student: Any, teacher: Any, targets: Any = None) -> Tensor:
-        """The loss, a scalar, of what student and teacher return for the same inputs."""
+    def forward(self, student: object, teacher: object, targets: object = None) -> Tensor:
+        """The loss, a scalar, from the outputs of student and teacher for the same inputs."""
         own, wanted = self._logits(student, teacher, targets)
         counted = self._counted(own, targets)
         if targets is None and not self.alpha and self.hints is None:
@@ -135,11 +135,11 @@ class Distillation(nn.Module):
         self.close()
 
     def extra_repr(self) -> str:
-        """What ``print`` says."""
+        """The settings, for ``print``."""
         return f"temperature={self.temperature:g}, alpha={self.alpha:g}, hint_weight={self.hint_weight:g}"
 
-    def _logits(self, student: Any, teacher: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """Logits of both ``(n, classes, ...)``."""
+    def _logits(self, student: object, teacher: object, targets: object) -> tuple[Tensor, Tensor]:
+        """The logits of student and teacher, ``(n, classes, ...)``."""
         own, wanted = _logits_of("student", student), _logits_of("teacher", teacher).detach()
         dim = _dim_of_classes(own, targets) if self.dim is None else self.dim
         if not -own.dim() <= dim < own.dim() or dim % own.dim() == 0:
@@ -156,55 +156,56 @@ class Distillation(nn.Module):
         dtype = accumulator(own, wanted)
         return own.movedim(dim, 1).to(dtype), wanted.movedim(dim, 1).to(dtype)
 
-    def _counted(self, own: Tensor, targets: Any) -> Tensor | None:
-        """Which positions ``(n, ...)`` have a label; None for all."""
-        fits = _are_indices(targets) and targets.shape == (own.shape[0], *own.shape[2:])
-        if targets is not None and self.loss is None:
-            if not fits:
-                wanted = (own.shape[0], *own.shape[2:])
+    def _counted(self, own: Tensor, targets: object) -> Tensor | None:
+        """True at the positions ``(n, ...)`` that have a label; None for all."""
+        wanted = (own.shape[0], *own.shape[2:])
+        if not _are_indices(targets) or targets.shape != wanted:
+            if targets is not None and self.loss is None:
                 raise InputError(
-                    f"targets are {_form(targets)}, no class indices {wanted}: pass such, or loss=f(logits, targets)"
+                    f"targets are {form_of(targets)}, no class indices {wanted}: pass such, or loss=f(logits, targets)"
                 )
+            return None
+        if self.loss is None:
             self._check_range(own, targets)
-        counted: Tensor | None = targets.long() != ignored_by(self.loss) if fits else None  # 8 bits hold no -100
-        return counted
+        return targets.long() != ignored_by(self.loss)  # 8 bits hold no -100
 
     def _check_range(self, own: Tensor, targets: Tensor) -> None:
-        if torch.compiler.is_compiling() or (self._looked and not targets.is_cpu):
+        if torch.compiler.is_compiling() or (self._labels_checked and not targets.is_cpu):
             return
-        self._looked, labels = True, targets[targets.long() != IGNORED]
+        self._labels_checked, labels = True, targets[targets.long() != IGNORED]
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < own.shape[1]:
             raise InputError(
                 f"targets go from {int(labels.min())} to {int(labels.max())}, no class indices where there are "
                 f"{own.shape[1]} classes"
             )
 
-    def _of_targets(self, own: Tensor, targets: Any, counted: Tensor | None) -> Tensor:
+    def _of_targets(self, own: Tensor, targets: object, counted: Tensor | None) -> Tensor:
         if self.loss is None:
+            assert isinstance(targets, Tensor)  # they are class indices
             return _mean(F.cross_entropy(own, targets.long(), ignore_index=IGNORED, reduction="none"), counted)
-        found: Any = self.loss(own, targets)
+        found = self.loss(own, targets)
         if not isinstance(found, Tensor) or found.shape not in ((), (len(own),)):
             raise InputError(
-                f"the loss of {len(own)} samples is {_form(found)}: return the mean, or one number for each"
+                f"the loss of {len(own)} samples is {form_of(found)}: return the mean, or one number for each"
             )
         return found.mean()
 
 
-def _check_number(name: str, value: Any, fits: bool, expected: str, most: float = math.inf) -> None:
+def _check_number(name: str, value: object, fits: bool, expected: str, most: float = math.inf) -> None:
     if not (is_real(value) and fits and 0 <= float(value) <= most and math.isfinite(value)):
         raise InputError(f"Distillation({name}={value!r}): expected {expected}")
 
 
-def _logits_of(who: str, outputs: Any) -> Tensor:
+def _logits_of(who: str, outputs: object) -> Tensor:
     found = logits_in(outputs)
     if found is None:
         raise InputError(
-            f"the {who}'s output is {_form(outputs)}: pass logits (n, classes, ...), or what holds such as `logits`"
+            f"the {who}'s output is {form_of(outputs)}: pass logits (n, classes, ...), or what holds such as `logits`"
         )
     return found
 
 
-def _dim_of_classes(logits: Tensor, targets: Any) -> int:
+def _dim_of_classes(logits: Tensor, targets: object) -> int:
     """The dimension that targets lack."""
     last = logits.dim() - 1
     if last == 1:
@@ -212,19 +213,15 @@ def _dim_of_classes(logits: Tensor, targets: Any) -> int:
     shapes = {dim: (*logits.shape[:dim], *logits.shape[dim + 1 :]) for dim in (1, last)}
     if targets is None or not _are_indices(targets) or shapes[1] == shapes[last] == targets.shape:
         raise InputError(
-            f"logits are {tuple(logits.shape)} and targets {_form(targets)}, which does not say where the classes are: "
-            "pass dim=1 or dim=-1"
+            f"logits are {tuple(logits.shape)} and targets {form_of(targets)}, which does not say where the classes "
+            "are: pass dim=1 or dim=-1"
         )
     return last if targets.shape == shapes[last] else 1
 
 
-def _are_indices(targets: Any) -> bool:
+def _are_indices(targets: object) -> TypeGuard[Tensor]:
     kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return isinstance(targets, Tensor) and targets.dtype in kinds
-
-
-def _form(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _divergence(own: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
@@ -236,7 +233,7 @@ def _divergence(own: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
-    """Of positions that count; zero where none does."""
+    """The mean over positions that count; zero where none does."""
     if counted is None:
         return values.sum() / max(1, values.numel())
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp_min(1)

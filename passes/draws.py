@@ -16,8 +16,8 @@ from netsurgery.capture.source_locations import format_where, location
 __all__ = ["drawn_at"]
 
 
-def drawn_at(network: Network, run: Callable[[int], Any]) -> list[str]:
-    """The operations of torch that draw; else the first line that computes something else in another draw.
+def drawn_at(network: Network, run: Callable[[int], object]) -> list[str]:
+    """The operations that draw random numbers; else the first line whose results depend on the seed.
 
     Args:
         run: runs the model with random numbers from a seed.
@@ -35,7 +35,7 @@ def drawn_at(network: Network, run: Callable[[int], Any]) -> list[str]:
 
 
 class _Sums(TorchDispatchMode):
-    """The sum of what each operation gives, and the line of code that it is at."""
+    """The line of code and the sum of the results of each operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,7 +45,9 @@ class _Sums(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
             if not tensor.is_complex():

@@ -1,10 +1,10 @@
-"""From numbers at the entries of weights to numbers of units: which entries are a unit's, and their sums."""
+"""Sums of numbers at the entries of weights over the entries of each unit."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ def unit_scores(
     Args:
         network: as ``netsurgery.trace`` returns it.
         tensors: by name of a parameter (or buffer) a tensor of its shape, such as ``|w|``, ``w²`` or ``(w g)²``; on any
-            device, of any real dtype; they are summed in float32, or in float64 where given so. What is not given is
-            zero. What modules share is given once, under any of its names.
+            device, of any real dtype; they are summed in float32, or in float64 where given so. Tensors that are not
+            given count as zeros. A tensor that modules share is given once, under any of its names.
         roles: which of a unit's entries count: those that it is made by ("produces"), that layers read it with
             ("consumes"), and that it is given on its way ("carries": biases, norms). A group that has none in these
             roles is scored by all that it has, as is a unit that no layer reads when ``roles`` is "consumes".
@@ -84,13 +84,13 @@ def unit_scores(
 def unit_sums(
     network: Network, chosen: Mapping[str, Sequence[Use]], along: Callable[[Weight, list[int]], Tensor]
 ) -> dict[str, Tensor]:
-    """For each group and unit the sum over all that some uses hold of it, each entry once: ``(units,)``.
+    """For each group the sums over the entries of each unit in some uses, each entry once: ``(units,)``.
 
     Args:
         chosen: by group; one that has no uses has no sums.
         along: the sums over some axes of a weight (it may be none of them) of what its entries are worth.
     """
-    held: dict[Any, tuple[Weight, dict[str, set[int]]]] = {}  # one tensor may be the value of two weights
+    held: dict[Hashable, tuple[Weight, dict[str, set[int]]]] = {}  # one tensor may be the value of two weights
     for name, found in chosen.items():
         for use in found:
             key = use.weight.names, id(use.weight.value)
@@ -110,7 +110,7 @@ def unit_sums(
 
 
 def summed(values: Tensor, axes: list[int]) -> Tensor:
-    """The sums over some axes, be it none."""
+    """The sums over some axes; over none these are the values."""
     return values.sum(axes) if axes else values
 
 
@@ -149,7 +149,7 @@ def per_unit(axis: Axis, values: Tensor) -> dict[Axis, Tensor]:
 
 
 def in_roles(found: Iterable[HasRole], *order: Collection[Role]) -> list[HasRole]:
-    """Those in the first of several sets of roles that there are any in."""
+    """The members or uses in the first set of roles that has any."""
     known = list(found)
     return next((some for roles in order if (some := [one for one in known if one.role in roles])), [])
 
@@ -167,12 +167,12 @@ def as_roles(who: str, roles: Role | Collection[Role]) -> tuple[Role, ...]:
 
 
 def accumulated(weight: Tensor) -> Tensor:
-    """A tensor without its history, in the type to add in."""
+    """A tensor without gradients, in the type that sums are taken in."""
     return weight.detach().to(accumulator(weight))
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Names in a message, each once, the first of them."""
+    """The first few names, each once, for a message."""
     return first_of((f"'{name}'" for name in dict.fromkeys(names)), most)
 
 
@@ -180,7 +180,7 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 
 
 def _named(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is given, dense, by the names of the network."""
+    """Tensors that are given, dense, by the names of the network."""
     names = _names(network)
     found: dict[str, tuple[str, Tensor]] = {}
     for alias, tensor in tensors.items():
@@ -198,7 +198,7 @@ def _named(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _names(network: Network) -> dict[str, str]:
-    """The network's name for each name of a tensor of the model: what modules share has several."""
+    """The network's name for each name of a tensor of the model; a shared tensor has several."""
     first = {id(tensor): name for name, tensor in network.tensors.items()}
     every = [*network.tensors.items(), *_aliases(network.model)]
     return {name: first[id(tensor)] for name, tensor in every if id(tensor) in first}

@@ -1,4 +1,4 @@
-"""Filters: units that produce something, where in the parameters they stand, and how to scale them in place."""
+"""Filters: units, their positions in the parameters that produce and carry them, and their scaling in place."""
 
 from __future__ import annotations
 
@@ -23,21 +23,14 @@ from netsurgery.positions import units_at
 from netsurgery.verification import verify
 
 __all__ = [
-    "Filters",
-    "Place",
-    "computed_norms",
-    "dead_units",
-    "filters_of_group",
-    "filters_of_layers",
-    "norms",
-    "published_macs",
-    "scale",
-]
+    "Filters", "Place", "computed_norms", "dead_units", "filters_of_group", "filters_of_layers", "norms",
+    "published_macs", "scale",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where units stand along an axis of a parameter.
+    """The positions of units along an axis of a parameter.
 
     Attributes:
         parameter: its state_dict name.
@@ -50,7 +43,7 @@ class Place:
     units: Tensor
 
     def positions(self, chosen: Tensor) -> Tensor:
-        """Whether the unit at each position is chosen: bool, from bool of shape (units,)."""
+        """True at each position whose unit is chosen, from bool of shape (units,)."""
         return (self.units >= 0) & chosen[self.units.clamp(min=0)]
 
 
@@ -59,10 +52,10 @@ class Filters:
     """The filters of a layer, or the units of a group.
 
     Attributes:
-        name: of the weight, or of the group.
-        size: how many.
+        name: the name of the weight, or of the group.
+        size: the number of filters.
         weights: the kernels that produce them.
-        carriers: what they go through before they meet others: biases, scale and shift of norms, depthwise kernels.
+        carriers: parameters between them and the next layer: biases, scale and shift of norms, depthwise kernels.
     """
 
     name: str
@@ -119,14 +112,14 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _same(one: Axis, other: Axis) -> bool:
-    """Whether two resolved axes are the same expression."""
+    """True if two resolved axes are the same expression."""
     return one is other or (
         one.op == other.op != "" and len(one.terms) == len(other.terms) and all(map(_same, one.terms, other.terms))
     )
 
 
 def _own(node: fx.Node, produced: frozenset[str]) -> frozenset[str]:
-    """The weights that a node contracts activations with and that make new units, as depthwise kernels do not."""
+    """The weights that a node contracts activations with to make new units; depthwise kernels make none."""
     if "params" in node.meta:
         return frozenset()
     return produced.intersection(name for weight, _ in contracted(node) for name in weight.meta["params"])
@@ -137,7 +130,7 @@ def _produced(network: Network) -> frozenset[str]:
 
 
 def _origins(program: fx.Graph, produced: frozenset[str]) -> dict[fx.Node, frozenset[str]]:
-    """The layers whose outputs each node's value is made of, without another layer in between."""
+    """For each node the layers whose outputs it is made of without another layer in between."""
     found: dict[fx.Node, frozenset[str]] = {}
     for node in program.nodes:
         found[node] = _own(node, produced).union(*(found[s] for s in node.all_input_nodes if not _own(node, produced)))
@@ -145,7 +138,7 @@ def _origins(program: fx.Graph, produced: frozenset[str]) -> dict[fx.Node, froze
 
 
 def _met(network: Network) -> dict[str, frozenset[str]]:
-    """For each parameter, the layers whose outputs it is laid on."""
+    """For each parameter the layers whose outputs it is applied to."""
     found: dict[str, frozenset[str]] = {}
     produced = _produced(network)
     for program in network.programs:
@@ -173,7 +166,7 @@ def norms(filters: Filters, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def computed_norms(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Likewise of the groups whose units are produced by computed weights, by these weights: by group."""
+    """The norms of units that computed weights produce, by group."""
     found: dict[str, Tensor] = {}
     for name, used in uses(network, tensors).items():
         made = [use for use in used if use.role == "produces"]
@@ -190,7 +183,7 @@ def computed_norms(network: Network, tensors: Mapping[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def scale(tensor: Tensor, axis: int, positions: Tensor, factor: float) -> None:
-    """Multiply what stands at some positions of an axis by a factor, in place; by 0 even what is not finite.
+    """Multiply the entries at some positions of an axis by a factor, in place; by 0 also entries that are not finite.
 
     Args:
         positions: bool, shape (size of the axis,).
@@ -253,7 +246,7 @@ def published_macs(network: Network, pruned: Mapping[str, float]) -> float:
 
 
 def leaking_groups(model: nn.Module, network: Network) -> list[str]:
-    """The groups whose units are not nothing although all of their weights are zero.
+    """The groups whose units still contribute although all of their weights are zero.
 
     Behind a sigmoid a zero is a half; in a layer norm it counts in the mean. Such units cannot be removed without a
     change. Half of the units of every group are set to zero in a copy, and it is seen whether silencing them does more.
@@ -283,7 +276,7 @@ def leaking_groups(model: nn.Module, network: Network) -> list[str]:
 def _is_silent(
     model: nn.Module, network: Network, rough: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether silencing the units that do not stay changes nothing in a copy where their weights are zero."""
+    """True if silencing the units that do not stay changes nothing in a copy where their weights are zero."""
     tensors = dict(rough)
     for name, units in keep.items():
         filters = filters_of_group(network, network[name])
@@ -299,7 +292,7 @@ def _is_silent(
 
 
 def _perturbed(tensor: Tensor) -> Tensor:
-    """A copy; one that is constant, as in a fresh norm or a zeroed head, is made uneven: it would hide a difference."""
+    """A copy of a tensor; a constant one, such as a fresh norm, is made uneven, as it would hide a difference."""
     new = tensor.detach().clone()
     if new.is_floating_point() and new.numel() and bool((new == new.flatten()[0]).all()):
         generator = torch.Generator().manual_seed(0)

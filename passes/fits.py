@@ -1,4 +1,4 @@
-"""What one layer lacks, the changes that make up for it, and their errors on samples that were held back."""
+"""Changes of a layer that make up for removed inputs, and their errors on samples that were held back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from netsurgery.passes.readers import Reader
 __all__ = ["LEVELS", "Fit"]
 
 LEVELS: tuple[Taken, ...] = ("nothing", "constant", "weights")
-_FACTORS = 1, 10, 100  # of the ridge, that are tried
+_FACTORS = 1, 10, 100  # factors of the ridge that are tried
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What one layer lacks, and the changes that make up for it.
+    """Changes of one layer that make up for inputs which it lacks.
 
     Attributes:
         reader: the layer.
@@ -26,7 +26,7 @@ class Fit:
         final: likewise, as all samples say.
         errors: by level, what outputs lack on the samples that were held back after the trial's change, relative to
             their variance.
-        ridge: of the refit.
+        ridge: the ridge of the refit.
         rows: positions of outputs that the samples have together, or as many as are looked at.
     """
 
@@ -39,7 +39,7 @@ class Fit:
 
     @classmethod
     def of(cls, reader: Reader, fitted: Sums, held: Sums, ridge: float) -> Fit:
-        """Fit to some sums, choose the ridge by others, and fit to both."""
+        """Fit to some sums, choose the ridge by others, and fit again to both."""
         both, shift = fitted + held, reader.shift is not None
         trial: dict[Taken, Change] = {"nothing": Change()}
         final = dict(trial)
@@ -54,12 +54,12 @@ class Fit:
         return cls(reader, trial, final, errors, chosen, both.count)
 
     def level(self, most: Taken) -> Taken:
-        """What leaves the smallest error, of all up to a level."""
+        """The level with the smallest error, of all up to one."""
         allowed = [level for level in self.errors if LEVELS.index(level) <= LEVELS.index(most)]
         return min(allowed, key=lambda level: self.errors[level])
 
     def chosen(self, most: Taken) -> tuple[Reader, float | None]:
-        """The layer with what of it may change, and the ridge."""
+        """The layer, without its weight where that is not refitted, and the ridge."""
         if self.level(most) == "weights":
             return self.reader, self.ridge
         return dataclasses.replace(self.reader, weight=None), None
@@ -72,7 +72,7 @@ class Fit:
 
     @property
     def left(self) -> str:
-        """Why the layer is left as it is, if nothing helps."""
+        """The reason why the layer is left as it is; empty where a change helps."""
         if self.level("weights") != "nothing" or not self.errors["nothing"]:
             return ""
         return "its outputs come no nearer to the original's on samples that were held back"

@@ -1,4 +1,4 @@
-"""How long trials will take, a forecast from a few of them."""
+"""A forecast of the time that trials take, from a few of them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["Forecast", "time_trials"]
 
 _log = logging.getLogger("netsurgery")
 _MEASURED = 4  # groups that are tried
-_WORTH = 5e9  # numbers to compute from which on it is worth while
-_LONG = 600.0  # seconds from which on it is said what is cheaper
+_WORTH = 5e9  # results to compute, from which on a forecast is worth while
+_LONG = 600.0  # seconds, from which on cheaper settings are named
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Forecast:
 
 
 def time_trials(ablation: Ablation, rows: Mapping[str, int], *, could_race: bool = False) -> Forecast | None:
-    """Measure a few trials and say how long so many rows of each group's will take; None where that is little.
+    """Time a few trials and log a forecast for so many rows of each group; None where that is little.
 
     Args:
         could_race: whether all these rows are tried, so that racing would save some; else it is the most that may be.
@@ -64,7 +64,7 @@ def time_trials(ablation: Ablation, rows: Mapping[str, int], *, could_race: bool
 
 
 def _work(ablation: Ablation, name: str) -> float:
-    """Numbers that are computed for a row without units of a group."""
+    """The number of results that are computed for a row without units of a group."""
     rows = min(ablation.chunk(), ablation.samples.count)
     copies = ablation.copies(rows)
     engine = ablation.engine(rows, copies)
@@ -80,7 +80,7 @@ def _work(ablation: Ablation, name: str) -> float:
 
 
 def _measured(ablation: Ablation, names: list[str]) -> dict[str, float]:
-    """Seconds that the last of a few trials took a row, for each of some groups."""
+    """Seconds for a row in the last of a few trials, for each of some groups."""
     rows = min(ablation.chunk(), ablation.samples.count)
     copies = ablation.copies(rows)
     units = 2 * copies if ablation.engine(rows, copies) is not None else 2

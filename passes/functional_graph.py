@@ -1,4 +1,4 @@
-"""A recorded graph as steps that overwrite nothing, with what is constant computed once and batch norms folded.
+"""A recorded graph as steps that overwrite nothing; constants are computed once and batch norms are folded.
 
 This is functionalization, as PyTorch calls it, of a graph that is recorded already: an operation in place becomes one
 that returns what it writes, where nothing else shows what was written.
@@ -20,15 +20,16 @@ from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import draws
 from netsurgery.analysis.replay_without import is_view
 from netsurgery.axes import Axis, find, leaves
-from netsurgery.capture.known_values import any_layout, replay_decision
+from netsurgery.capture.known_values import Decided, any_layout, replay_decision
 from netsurgery.capture.meta_run import home
 from netsurgery.capture.operations import OpCall
 from netsurgery.capture.randomness import torch_seeded
 
-__all__ = ["CONTRACTED", "Dims", "FunctionalGraph", "Step", "Unsuited"]
+__all__ = ["CONTRACTED", "Dims", "FunctionalGraph", "Results", "Step", "Unsuited"]
 
 aten = torch.ops.aten
 Dims = Any  # of a node: a tuple of axes, or one for each result
+Results = Mapping[fx.Node, Any]  # of operations: tensors, numbers, or several of them
 
 #: The operations that contract, and how their notation names the axis that they contract over.
 CONTRACTED = {**dict.fromkeys((aten.mm, aten.bmm, aten.addmm, aten.baddbmm), "k"), aten.convolution: "i"}
@@ -40,7 +41,7 @@ class Unsuited(Exception):
 
 @dataclass
 class Step:
-    """One operation, or the constant result of some: what to call, and the nodes whose results it takes.
+    """One operation: the function to call, and the nodes whose results it takes.
 
     ``names`` has the axes of its notation.
     """
@@ -70,7 +71,7 @@ class FunctionalGraph:
         autocast: the type in which convolutions and matrix products are computed.
         decisions: whether what the code decided by values in the recorded run may be taken as it was; else a network
             whose code looks at numbers that depend on its weights is unsuited.
-        seed: of random numbers: an operation draws the same in every run.
+        seed: the seed of random numbers: an operation draws the same in every run.
 
     Attributes:
         rows: the axes along which samples lie.
@@ -100,12 +101,12 @@ class FunctionalGraph:
         with torch.no_grad():
             _Builder(self, home(self.network.model)).build()
 
-    def product(self, target: Callable[..., Any]) -> Callable[..., Any]:
+    def product(self, target: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A convolution or matrix product, computed in the type that was asked for."""
         return target if self.autocast is None else functools.partial(_lowered, target, self.autocast)
 
     def carries(self, dims: Dims, channel: Axis) -> int:
-        """How often a channel occurs in the dimensions of a result (of several: in all of them)."""
+        """The number of times that a channel occurs in the dimensions of a result, or of several results."""
         if isinstance(dims, Axis):
             if dims not in self.occurrences:
                 counts = self.occurrences[dims] = {}
@@ -115,7 +116,7 @@ class FunctionalGraph:
         return sum(self.carries(one, channel) for one in dims or () if one is not None)
 
     def touches(self, dims: Dims, channels: Iterable[Axis]) -> bool:
-        """Whether any of some channels occurs in the dimensions of a result."""
+        """True if any of some channels occurs in the dimensions of a result."""
         return any(self.carries(dims, channel) for channel in channels)
 
     def channels(self, names: Iterable[str]) -> tuple[Axis, ...]:
@@ -130,7 +131,7 @@ class FunctionalGraph:
                 return dim
         return None
 
-    def arguments(self, args: Any, *values: Mapping[fx.Node, Any]) -> Any:
+    def arguments(self, args: Any, *values: Results) -> Any:
         """Arguments with each node replaced by its value."""
 
         def look(node: fx.Node) -> Any:
@@ -203,7 +204,7 @@ class _Builder:
         return Step(node, call, packet, node.args, kwargs, node.meta["dims"], node.meta.get("names", {}))
 
     def writes_constants(self, node: fx.Node) -> bool:
-        """Whether an operation overwrites a constant with others, unit by unit: it is then carried out, once."""
+        """True if an operation overwrites a constant with others, unit by unit: then it is carried out once."""
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or not all(n in self.of.constants for n in node.all_input_nodes):
             return False
@@ -216,13 +217,13 @@ class _Builder:
             for leaf in worked_across(one)
         )
 
-    def drawn(self, call: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
-        """The result of an operation that draws random numbers: those of its place and the seed."""
+    def drawn(self, call: Callable[..., object], place: int, *args: object, **kwargs: object) -> object:
+        """The result of an operation that draws random numbers, from a seed of its own."""
         with torch_seeded(self.of.seed + 7919 * place, self.device):
             return call(*args, **kwargs)
 
     def functional(self, node: fx.Node) -> tuple[Callable[..., Any], Any]:
-        """An operation that returns what one in place writes, if nothing else can show that; and its packet."""
+        """An operation that returns the result of one in place, if no other tensor shows that; and its packet."""
         target: Any = node.target
         written: Any = node.args[0]
         packet = getattr(aten, target.overloadpacket.__name__.removesuffix("_"), None)
@@ -235,7 +236,7 @@ class _Builder:
         return overload, packet
 
     def fold(self, step: Step) -> bool:
-        """Make a convolution and the batch norm in eval mode that alone reads it one convolution."""
+        """Fold a batch norm in eval mode into the convolution that it alone reads."""
         of = self.of
         norm = next((s for s in reversed(of.steps) if s.node is step.args[0]), None)
         if norm is None or norm.packet is not aten.native_batch_norm or norm.args[5] or step.args[1] != 0:
@@ -273,25 +274,27 @@ class _Builder:
         of.constants = {node: value for node, value in of.constants.items() if node in needed}
 
     def lay_out(self) -> None:
-        """Let kernels of two dimensions lie with their channels last, and by them all results: a CPU is faster so."""
+        """Lay kernels of two dimensions out with channels last, and so all results: a CPU is faster with these."""
         for step in self.of.steps:
             weight = self.of.constants.get(step.args[1]) if step.packet is aten.convolution else None
             if weight is not None and weight.dim() == 4 and weight.dtype is torch.float32 and self.device.type == "cpu":
                 self.of.constants[step.args[1]] = weight.contiguous(memory_format=torch.channels_last)
 
 
-def _on_a_copy(target: Callable[..., Any], written: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _on_a_copy(target: Callable[..., object], written: Tensor, *args: object, **kwargs: object) -> object:
     return target(written.clone(), *args, **kwargs)
 
 
-def _decided(target: Any, decided: Any, *args: Any, **kwargs: Any) -> Any:
+def _decided(target: Any, decided: Decided, *args: object, **kwargs: object) -> object:
     """The result of an operation as the recorded run decided it."""
     if target._schema.is_mutable:
-        args = (args[0].clone(), *args[1:])
+        written, *others = args
+        assert isinstance(written, Tensor)
+        args = (written.clone(), *others)
     return replay_decision(OpCall(target, args, kwargs), decided)
 
 
-def _lowered(target: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+def _lowered(target: Callable[..., Tensor], dtype: torch.dtype, *args: object, **kwargs: object) -> Tensor:
     """A product computed in a shorter type, returned in the type of its arguments."""
     own = next(value.dtype for value in args if isinstance(value, Tensor))
     if not own.is_floating_point:

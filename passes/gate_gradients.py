@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,8 +25,8 @@ _log = logging.getLogger("netsurgery")
 def gate_slopes(ablation: Ablation) -> dict[str, Tensor]:
     """For each group the derivative of each sample's loss by a gate on each unit: ``(samples, units)`` float64.
 
-    What the code decides by values is held as it is for each batch. Where samples cannot be told apart in what it
-    computes, as with tokens that go to experts, each goes through alone.
+    Decisions of the code by values are held as they are for each batch. Where the rows of a result cannot be assigned
+    to samples, as with tokens that go to experts, each sample goes through alone.
 
     Raises:
         InputError: the network cannot be run in parts: its code writes into views.
@@ -40,7 +39,7 @@ def gate_slopes(ablation: Ablation) -> dict[str, Tensor]:
 
 
 class _Mingled(Exception):
-    """Which samples the rows of a result belong to is not known."""
+    """It is not known to which samples the rows of a result belong."""
 
 
 def _in_batches(ablation: Ablation, step: int) -> dict[str, Tensor]:
@@ -65,13 +64,13 @@ def _slopes(ablation: Ablation, engine: PartialReplay, start: int, stop: int) ->
     rows, device, sizes = stop - start, ablation.device, {g.name: g.size for g in ablation.network.prunable}
     gates = {n: torch.ones(rows, size, dtype=kind, device=device, requires_grad=True) for n, size in sizes.items()}
     channels = {engine.network[name].channel: gate for name, gate in gates.items()}
-    values: dict[fx.Node, Any] = dict(zip(engine.inputs, tensors_in(inputs), strict=True))
+    values: dict[fx.Node, Tensor] = dict(zip(engine.inputs, tensors_in(inputs), strict=True))
     with torch.enable_grad():
         for step in engine.steps:
             if step.node not in engine.constants:
                 args = list(engine.arguments(step.args, values))
                 for place, channel in _readers(engine, step, channels):
-                    gate = _spread(engine, step.args[place], channel, channels[channel])
+                    gate = _broadcast(engine, step.args[place], channel, channels[channel])
                     args[place] = args[place] * gate.to(args[place].dtype)
                 values[step.node] = step.call(*args, **engine.arguments(step.kwargs, values))
         outputs = [values[node] for node in engine.outputs]
@@ -81,7 +80,7 @@ def _slopes(ablation: Ablation, engine: PartialReplay, start: int, stop: int) ->
 
 
 def _readers(engine: PartialReplay, step: Step, channels: Iterable[Axis]) -> Iterator[tuple[int, Axis]]:
-    """Arguments of an operation at which units of a channel are read for the last time."""
+    """The arguments of an operation that mixes units of a channel: the places where gates go."""
     for channel in channels:
         places = [
             place
@@ -89,11 +88,11 @@ def _readers(engine: PartialReplay, step: Step, channels: Iterable[Axis]) -> Ite
             if isinstance(node, fx.Node) and node not in engine.constants and engine.carries(engine.dims[node], channel)
         ]
         if places and engine.mixes(step, channel):
-            yield places[0], channel  # of a product, a gate on one factor is a gate on it
+            yield places[0], channel  # a gate on one factor of a product is a gate on the product
 
 
-def _spread(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
-    """A gate ``(rows, units)`` laid out as the result of a node; one where there are other units."""
+def _broadcast(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -> Tensor:
+    """A gate ``(rows, units)`` laid out as the result of a node, with ones at other units."""
     dims = engine.dims[node]
     padded = torch.cat([gate, gate.new_ones(len(gate), 1)], 1)  # the last column is for other units
     found = ((dim, rows) for dim, axis in enumerate(dims) if (rows := _within(axis, engine.rows)) is not None)
@@ -113,6 +112,6 @@ def _spread(engine: PartialReplay, node: fx.Node, channel: Axis, gate: Tensor) -
 
 
 def _within(axis: Axis, rows: set[Axis]) -> Tensor | None:
-    """Which row of the batch each position of an axis belongs to; an axis may hold the batch several times."""
+    """The row of the batch that each position of an axis belongs to; an axis may hold the batch several times."""
     found = [units for leaf, units in units_at(axis) if leaf in rows]
     return torch.stack(found).amax(0) if found else None

@@ -111,7 +111,7 @@ class GradientScore(Pass):
 
 def _gradients(network: Network) -> dict[str, Tensor]:
     """The gradients that there are, dense, by name."""
-    leaf = {name: tensor for name, tensor in network.tensors.items() if tensor.is_leaf}  # of others, asking warns
+    leaf = {name: tensor for name, tensor in network.tensors.items() if tensor.is_leaf}  # others warn
     found = {name: tensor.grad for name, tensor in leaf.items() if tensor.grad is not None}
     if not found:
         raise InputError(
@@ -149,7 +149,7 @@ def _report_missing(wanted: Mapping[str, list[Use]], chosen: Mapping[str, list[U
 
 
 def _proportional(network: Network, group: Group, use: Use, gradients: Mapping[str, Tensor], kind: str) -> Use:
-    """A parameter in place of a weight that is proportional to it, one that has a gradient if there is such.
+    """A parameter that a computed weight is proportional to, if possible one that has a gradient.
 
     Squares are of single entries: there it has as many as the weight.
 
@@ -174,6 +174,6 @@ def _proportional(network: Network, group: Group, use: Use, gradients: Mapping[s
 
 
 def _times(channel: Axis, axes: tuple[Axis, ...]) -> dict[int, int]:
-    """How often a channel occurs in each axis in which it does."""
+    """For each axis that a channel occurs in, the number of times."""
     counts = {at: sum(leaf is channel for leaf in leaves(axis)) for at, axis in enumerate(axes)}
     return {at: count for at, count in counts.items() if count}

@@ -41,7 +41,7 @@ _NONE = "They leave no group with open units: network.prunable lists these, netw
 
 @dataclass(frozen=True, repr=False)
 class _Growth(Pass):
-    """What passes that add units have in common: which groups are meant, and what is said of those that cannot grow."""
+    """The base of passes that add units: it finds the groups that are meant, and says which of them cannot grow."""
 
     include: Modules = dataclasses.field(default=(), kw_only=True)
     exclude: Modules = dataclasses.field(default=(), kw_only=True)
@@ -92,7 +92,7 @@ class _Growth(Pass):
         ]
 
     def _possible(self, network: Network) -> tuple[dict[str, tuple[Planned, ...]], dict[str, str]]:
-        """The units of the groups that can grow together, one factor of each dimension; and why others cannot."""
+        """The units of groups that can grow together, one factor of each dimension; and reasons why others cannot."""
         names, refused = dict[str, None](), dict[str, str]()
         for group in self._meant(network, network.prunable):
             together = network.equal_to(group.name)
@@ -165,7 +165,7 @@ class WidenChannels(_Growth):
             raise InputError(f"WidenChannels(noise={self.noise!r}): a number in [0, 1)")
 
     def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
-        """The units of each, and behind them the copies in the order of what they are copies of."""
+        """The units of each group and, behind them, the copies in the order of their originals."""
         return {name: self._widened(network, network[name]) for name in names}
 
     def _widened(self, network: Network, group: Group) -> tuple[Planned, ...]:
@@ -191,7 +191,7 @@ class PlantChannels(_Growth):
 
     Args:
         amount: new channels of each layer, or by modules, as for ``include``: ``{"layer3.*": 8, "layer4.*": 16}``.
-            Where a unit is several channels, as a head is, so many units as make at least these.
+            A layer whose units are several channels, such as heads, gets enough units for at least these.
         init: how the weights that make new units begin, see ``netsurgery.New``.
         include: modules, by name patterns, classes or themselves, as for ``PruneChannels``.
         exclude: likewise.
@@ -240,7 +240,7 @@ class PlantChannels(_Growth):
         }
 
     def units(self, network: Network, names: Iterable[str]) -> dict[str, tuple[Planned, ...]]:
-        """The units of each, and the new ones behind them."""
+        """The units of each group and, behind them, the new ones."""
         amounts = self._amounts(network)
         new = New(self.init, self.seed)
 

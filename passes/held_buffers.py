@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,10 @@ __all__ = ["HeldBuffers"]
 
 
 class HeldBuffers:
-    """Old entries of all buffers of a model, such as running statistics.
+    """The old entries of all buffers of a model, such as running statistics, which are held.
 
     Args:
-        model: what its buffers hold now is held.
+        model: its buffers keep their present values.
         new: by name of a tensor which of its entries are free: bool.
     """
 
@@ -31,7 +30,7 @@ class HeldBuffers:
                 self._owners[path] = _Owner(module, free)
 
     def watch(self, model: nn.Module, *, normalise: bool) -> None:
-        """Put them back after each forward pass of a module that owns some, and of the model.
+        """Put the held entries back after each forward pass of a module that owns some, and of the model.
 
         Args:
             normalise: whether batch norms take running statistics for old units in training mode, too.
@@ -44,15 +43,15 @@ class HeldBuffers:
                 modules[path].register_forward_hook(owner.normalise, with_kwargs=True)  # after they have been put back
         model.register_forward_hook(self.put_back, always_call=True)  # its code may hand buffers to functions
 
-    def put_back(self, model: nn.Module, *_: Any) -> None:
-        """Put them back now, in the model or in a copy of it."""
+    def put_back(self, model: nn.Module, *_: object) -> None:
+        """Put the held entries back now, in the model or in a copy of it."""
         modules = named_modules(model)
         for path, owner in self._owners.items():
             owner.put_back(modules[path])
 
     @staticmethod
     def forget(model: nn.Module) -> None:
-        """Let a model that is watched, or a copy of one, do with its buffers what it likes."""
+        """Stop to hold the buffers of a model, or of a copy of it."""
         for module in model.modules():
             for hooks in (module._forward_hooks, module._load_state_dict_post_hooks):
                 for key, hook in list(hooks.items()):
@@ -70,12 +69,12 @@ class _Owner:
         self._kept: dict[str, Tensor] = {}
         self.take(module)
 
-    def take(self, module: nn.Module, *_: Any) -> None:
-        """Hold what they hold now, such as after ``load_state_dict``."""
+    def take(self, module: nn.Module, *_: object) -> None:
+        """Hold the present values, such as those after ``load_state_dict``."""
         self._kept = {key: one.detach().clone() for key, one in module._buffers.items() if one is not None}
 
-    def put_back(self, module: nn.Module, *_: Any) -> None:
-        """Through ``.data``: nothing that autograd has saved of them counts as changed."""
+    def put_back(self, module: nn.Module, *_: object) -> None:
+        """Put the held entries back, through ``.data``: tensors that autograd has saved do not count as changed."""
         for key, kept in self._kept.items():
             buffer = module._buffers.get(key)
             if buffer is None:
@@ -88,11 +87,13 @@ class _Owner:
                 kept = torch.where(free, buffer.detach(), kept)
             buffer.data.copy_(kept)
 
-    def normalise(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        """What a norm gives in training mode, but old units as in eval mode, by the statistics that are held."""
+    def normalise(
+        self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], output: Tensor
+    ) -> Tensor | None:
+        """The output of a norm in training mode, with old units normalised by the statistics that are held."""
         if not module.training or "running_mean" not in self._kept:
             return None
-        module.training = False  # of itself alone, not of what is inside
+        module.training = False  # its own mode alone, not that of modules inside
         try:
             held: Tensor = module.forward(*args, **kwargs)
         finally:

@@ -1,9 +1,8 @@
-"""Optimizers while parts of parameters are trained alone: what belongs to old entries is kept aside meanwhile."""
+"""Optimizers while only parts of parameters are trained: the states of the other entries are kept aside meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, MutableMapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.optim import Adagrad, Optimizer
 
 from netsurgery.capture.inputs import tensors_in
 from netsurgery.passes.split_tensors import assembled
-from netsurgery.rewriting.optimizers import OF_ELEMENTS, OF_WEIGHTS, within
+from netsurgery.rewriting.optimizers import OF_ELEMENTS, OF_WEIGHTS, State, within
 
 __all__ = ["HeldStates"]
 
@@ -20,7 +19,7 @@ class HeldStates:
     """Let optimizers go on with new entries, as if these had just come, in the same groups with the same settings.
 
     Args:
-        optimizers: of the whole model.
+        optimizers: the optimizers of the whole model.
         held: ids of the parameters that are held; they leave the optimizers.
         places: by ``id`` of a parameter that has been split the places of new entries in the flattened tensor.
     """
@@ -28,7 +27,7 @@ class HeldStates:
     def __init__(self, optimizers: Sequence[Optimizer], held: Container[int], places: Mapping[int, Tensor]):
         self._places = dict(places)
         self._lists: list[tuple[list[Tensor], list[Tensor]]] = []
-        self._states: list[tuple[Optimizer, MutableMapping[Any, Any], dict[Tensor, dict[str, Any]]]] = []
+        self._states: list[tuple[Optimizer, MutableMapping[Tensor, State], dict[Tensor, State]]] = []
         inside = {id(one): one for optimizer in optimizers for one in within(optimizer)}.values()
         for optimizer in inside:
             for group in optimizer.param_groups:
@@ -46,7 +45,7 @@ class HeldStates:
                     optimizer.state[one] = _begun(kept[one], places[id(one)])
 
     def put_back(self) -> None:
-        """Give optimizers the whole parameters again, and states of which new entries have what they had of late."""
+        """Give optimizers the whole parameters again, with states that hold the latest numbers of new entries."""
         for params, before in self._lists:
             known = {id(one) for one in before}
             params[:] = [*before, *(one for one in params if id(one) not in known)]
@@ -60,8 +59,8 @@ class HeldStates:
                     state[one] = entry
 
 
-def _begun(entry: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
-    """The state that new entries begin with, of an optimizer that has one of the whole parameter."""
+def _begun(entry: State, places: Tensor) -> State:
+    """The part of a whole parameter's state that new entries begin with."""
     return {
         key: value.flatten()[places.to(value.device)] if value.dim() else torch.zeros_like(value)
         for key, value in entry.items()
@@ -69,14 +68,12 @@ def _begun(entry: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _merged(
-    optimizer: Optimizer, entry: Mapping[str, Any], late: Mapping[str, Any], param: Tensor, places: Tensor
-) -> dict[str, Any]:
-    """A state of the whole parameter, with what an optimizer has kept of each new entry.
+def _merged(optimizer: Optimizer, entry: State, late: State, param: Tensor, places: Tensor) -> State:
+    """A state of the whole parameter, with the numbers that an optimizer has kept for each new entry.
 
     Args:
         entry: the state of before, at the new size; empty if there was none.
-        late: of new entries.
+        late: the state of new entries.
         param: whole.
     """
     merged = dict(entry)
@@ -97,11 +94,11 @@ def _merged(
 
 
 def _blank(key: str, value: Tensor, param: Tensor) -> Tensor:
-    """A state of the whole parameter, of which nothing is known yet."""
+    """The state of a whole parameter before its first step."""
     like = param if key in OF_WEIGHTS else torch.zeros_like(param)
     return like.detach().to(value.dtype, copy=True)
 
 
 def _is_usual(optimizer: Optimizer) -> bool:
-    """Whether it is one of torch's, which keep the same of a vector and of a matrix, or made of one."""
+    """True if an optimizer is torch's, or derived from one: these keep the same for a vector and for a matrix."""
     return any(kind.__module__.startswith("torch.optim") and kind is not Optimizer for kind in type(optimizer).__mro__)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from netsurgery.passes.filter_positions import scale
 
@@ -21,7 +21,7 @@ class HeldZeros:
     """Holds entries of parameters at zero: they have no gradient and no momentum."""
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def hold(
         self,
@@ -65,7 +65,7 @@ class HeldZeros:
 
 
 def _without(gradient: Tensor, places: Places) -> Tensor:
-    """A gradient with zeros at some places, whatever was there: infinite ones of a GradScaler too."""
+    """A gradient with zeros at some places, also where it was infinite, as under a GradScaler."""
     for axis, index in places:
         gradient = gradient.index_fill(axis, index.to(gradient.device), 0)
     return gradient
@@ -78,7 +78,7 @@ def _fill(tensor: Tensor, places: Places) -> None:
 
 
 def _fill_all(optimizer: Optimizer, held: Mapping[int, Places]) -> None:
-    """Zeros in parameters, and in what an optimizer keeps of their shape, such as momentum."""
+    """Set entries of parameters, and of states of their shape such as momentum, to zero."""
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in held):
         state = optimizer.state[parameter].values() if parameter in optimizer.state else ()
         kept = [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]

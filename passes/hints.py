@@ -1,10 +1,9 @@
-"""Features of modules of two networks, collected by hooks, and how far those of the student are from the teacher's."""
+"""Features of modules of two networks, collected by hooks, and their distance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import methodcaller
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +20,15 @@ from netsurgery.passes.parameters import own_module
 
 __all__ = ["Hints"]
 
-_CONVOLUTIONS: dict[int, Any] = {4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of features
-_POOLS: dict[int, Any] = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+# By the number of dimensions of features:
+_CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {4: nn.Conv2d, 5: nn.Conv3d}
+_POOLS: dict[int, Callable[..., Tensor]] = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+Seen = dict[str, tuple[int, object]]  # by path: how often a module ran, and its last output
 _LEAST = 1e-12  # mean square of features, below which these are not divided: of zeros, gradients would be NaN
 
 
 class Hints(nn.Module):
-    """The squared differences of features, of which ``forward`` takes those of the last run of both networks.
+    """The squared differences of features of the last run of both networks.
 
     Args:
         paths: modules of the teacher by those of the student.
@@ -46,7 +47,7 @@ class Hints(nn.Module):
         teacher: nn.Module,
         normalize: bool = False,
         project: bool = False,
-        example_inputs: Any = None,
+        example_inputs: object = None,
     ):
         super().__init__()
         self.paths, self.normalize, self.project = dict(paths), normalize, project
@@ -79,7 +80,7 @@ class Hints(nn.Module):
         return (own - wanted).square().mean()
 
     def _fitted(self, index: int, own: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of one shape."""
+        """The features of both, in one shape."""
         shapes = tuple(own.shape), tuple(wanted.shape)
         if self.project:
             own = self.layers[index](own)
@@ -88,14 +89,14 @@ class Hints(nn.Module):
                 own, wanted = (_POOLS[own.dim()](features, size) for features in (own, wanted))
         if own.shape != wanted.shape:
             advice = "" if self.project else ", or pass project=True and example_inputs"
-            raise InputError(f"{self._said(index, *shapes)}: name modules whose features have equal shapes{advice}")
+            raise InputError(f"{self._in_words(index, *shapes)}: name modules whose features have equal shapes{advice}")
         return own, wanted
 
-    def _said(self, index: int, own: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    def _in_words(self, index: int, own: tuple[int, ...], wanted: tuple[int, ...]) -> str:
         path, other = [*self.paths.items()][index]
         return f"hint {path!r}: {other!r}: features are {own} in the student and {wanted} in the teacher"
 
-    def _try(self, networks: Sequence[nn.Module], example_inputs: Any) -> None:
+    def _try(self, networks: Sequence[nn.Module], example_inputs: object) -> None:
         """Run both once, make the layers that channels need, and compare shapes."""
         for network in networks:
             device = home(network)
@@ -110,9 +111,9 @@ class Hints(nn.Module):
                 self._difference(index, own, wanted)
 
     def _layer(self, index: int, own: Tensor, wanted: Tensor) -> nn.Module:
-        """What gives the student's features as many channels as the teacher's have."""
+        """The layer that gives the student's features as many channels as the teacher's have."""
         if own.dim() != wanted.dim() or not 2 <= own.dim() <= 5:
-            raise InputError(f"{self._said(index, tuple(own.shape), tuple(wanted.shape))}: no layer fits these")
+            raise InputError(f"{self._in_words(index, tuple(own.shape), tuple(wanted.shape))}: no layer fits these")
         dim = 1 if own.dim() in _CONVOLUTIONS else -1
         sizes = own.shape[dim], wanted.shape[dim]
         if sizes[0] == sizes[1]:
@@ -122,11 +123,11 @@ class Hints(nn.Module):
 
 
 class _Side:
-    """One of the two networks, and what its modules gave in its last run."""
+    """One of the two networks, and the outputs of its modules in its last run."""
 
     def __init__(self, who: str, network: nn.Module, places: Mapping[str, nn.Module]):
         self.who = who
-        self.seen: dict[str, tuple[int, Any]] = {}  # how often a module ran, and what it gave last
+        self.seen: Seen = {}
         self.handles = [own_module(network).register_forward_pre_hook(_forget(own_module(network), self.seen))]
         for path, place in places.items():
             self.handles.append(place.register_forward_hook(_keep(place, path, self.seen)))
@@ -164,16 +165,16 @@ def _places(who: str, network: nn.Module, paths: Iterable[str]) -> dict[str, nn.
 # too. They are functions because these are not copied with it.
 
 
-def _forget(network: nn.Module, seen: dict[str, Any]) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, _: Any) -> None:
+def _forget(network: nn.Module, seen: Seen) -> Callable[[nn.Module, object], None]:
+    def hook(module: nn.Module, _: object) -> None:
         if module is network:
             seen.clear()
 
     return hook
 
 
-def _keep(place: nn.Module, path: str, seen: dict[str, Any]) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
+def _keep(place: nn.Module, path: str, seen: Seen) -> Callable[[nn.Module, object, object], None]:
+    def hook(module: nn.Module, _: object, output: object) -> None:
         if module is place:
             first = output[0] if isinstance(output, tuple | list) and output else output
             kept = first.clone() if isinstance(first, Tensor) else first  # a layer after it may write into it

@@ -1,4 +1,4 @@
-"""Layers fitted one after the other, each to what the smaller network gives it once those before are fitted."""
+"""Layers fitted one after the other, each to its inputs in the smaller network whose earlier layers are fitted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["InOrder"]
 
 
 class InOrder:
-    """All samples at once, so that every layer is fitted when it runs.
+    """Fits layers in one run on all samples at once: each layer when it runs.
 
     Args:
         lost: both networks and the samples.

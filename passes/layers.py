@@ -1,4 +1,4 @@
-"""The layers of a network: weights that activations are contracted with, how each is read, and what its role is."""
+"""The layers of a network: weights that activations are contracted with, their readings and their roles."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Layer:
             "convolution" or "linear".
         inputs: how to read it with an outer group for each input channel.
         outputs: how to read it with an outer group for each output channel.
-        input_axis: what its input channels are, in the order of the outer groups.
-        output_axis: what its output channels are, likewise.
+        input_axis: the axis of its input channels, in the order of the outer groups.
+        output_axis: the axis of its output channels, likewise.
     """
 
     name: str
@@ -78,9 +78,9 @@ def layers(network: Network) -> tuple[Layer, ...]:
 
 
 def scored_layers(network: Network, grouping: Grouping) -> tuple[list[Layer], list[Tensor]]:
-    """The layers and their weights: one that is computed from parameters in place of these.
+    """The layers and their weights; a weight that is computed from parameters stands in place of these.
 
-    Of a low-rank update, the matrix that has the units of the whole layer is none by itself.
+    In a low-rank update, the matrix that has the units of the whole layer is no layer by itself.
 
     Raises:
         InputError: as for ``netsurgery.analysis.weights.uses``.
@@ -116,25 +116,25 @@ Dimensions = list[tuple[Axis, Axis, str]]  # of a weight: as it stands there, wh
 
 
 def _contractions(program: Program) -> Iterator[tuple[fx.Node, fx.Node, Dimensions]]:
-    """Nodes that contract activations with what comes from parameters alone."""
+    """Nodes that contract activations with a weight: a parameter, or a tensor computed from parameters alone."""
     for node in program.graph.nodes:
         if "params" not in node.meta:
             yield from ((node, weight, dims) for weight, dims in contracted(node))
 
 
 def contracted(node: fx.Node) -> Iterator[tuple[fx.Node, Dimensions]]:
-    """What a node contracts with that comes from parameters, and its dimensions."""
+    """The weights that a node contracts activations with, and their dimensions there."""
     for weight, dims in node.meta.get("operands", ()):
         if any(role == "consumes" for _, _, role in dims):
             yield weight, dims
 
 
 def _layer(name: str, axes: tuple[Axis, ...], own: tuple[Axis, ...], dims: Dimensions, role: LayerRole) -> Layer | None:
-    """None where the weight is used in an arrangement that its own axes do not show.
+    """The layer of a weight; None where the weight is used in an arrangement that its own axes do not show.
 
     Args:
-        axes: of the weight.
-        own: these as they stand where the weight is read.
+        axes: the axes of the weight.
+        own: these axes where the weight is read.
     """
     where = _places([source for source, _, _ in dims], own)
     if where is None:
@@ -164,7 +164,7 @@ def _layer(name: str, axes: tuple[Axis, ...], own: tuple[Axis, ...], dims: Dimen
 
 
 def _source(node: fx.Node, name: str) -> tuple[Axis, ...]:
-    """The dimensions of a parameter where a node's computation begins with it."""
+    """The dimensions of a parameter at the node with which the computation of a weight begins."""
     left = list(node.all_input_nodes)
     while left:
         one = left.pop()
@@ -176,7 +176,7 @@ def _source(node: fx.Node, name: str) -> tuple[Axis, ...]:
 
 
 def _places(dims: list[Axis], own: tuple[Axis, ...]) -> list[tuple[int, ...]] | None:
-    """Which of a weight's own axes each dimension is: as it is kept, or after views, permutations and slices."""
+    """For each dimension the axes of the weight that it comes from, through views, permutations and slices."""
     found: list[tuple[int, ...] | None] = [
         next(((i,) for i, one in enumerate(own) if one is axis), None) for axis in dims
     ]
@@ -192,7 +192,7 @@ def _places(dims: list[Axis], own: tuple[Axis, ...]) -> list[tuple[int, ...]] | 
 
 
 def _spanned(wanted: list[Axis], parts: list[list[Axis]], taken: set[int]) -> tuple[int, ...] | None:
-    """The axes in a row that a merged dimension spans, or the one that it is a factor or a slice of."""
+    """The consecutive axes that a merged dimension spans, or the one axis that it is a factor or a slice of."""
     place, rest = [], wanted
     for i, part in enumerate(parts):
         if part and i not in taken and rest[: len(part)] == part:
@@ -224,7 +224,7 @@ def _roles(program: Program) -> dict[fx.Node, LayerRole]:
 
 
 def _ends_in(sum_: fx.Node, branch: fx.Node, beside: int, before: dict[fx.Node, int]) -> bool:
-    """Whether all that the layers of a branch compute goes into a sum, as in a residual block (not in a pyramid)."""
+    """True if all results of the layers of a branch go into a sum, as in a residual block (not in a pyramid)."""
     inside, left = {branch}, [branch]
     while left:
         for source in left.pop().all_input_nodes:
@@ -313,7 +313,7 @@ def outer_groups(network: Network, chosen: Sequence[Layer], grouping: Grouping) 
 
 
 def _first_of(names: list[str]) -> tuple[bool, ...]:
-    """Where each name comes for the first time."""
+    """True for each name that has not come before."""
     return tuple(name not in names[:i] for i, name in enumerate(names))
 
 

@@ -1,16 +1,21 @@
-"""Least squares with a ridge from sums over the data, and their errors on other data from its sums alone."""
+"""Least squares with a ridge from sums over data, and errors on other data from its sums alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["POSITIONS", "Change", "Sums", "bytes_of", "outputs_at", "places_of", "spatial", "sums_of", "windows"]
+__all__ = [
+    "POSITIONS", "Change", "Layer", "Sums", "bytes_of", "layer_at", "outputs_at", "places_of", "spatial", "sums_of",
+    "windows",
+]  # fmt: skip
+
+Layer = nn.Linear | _ConvNd
 
 POSITIONS = 128  # outputs of one sample that are looked at: neighbours say much the same
 _NUMBERS = 1 << 21  # of inputs that are unfolded at once
@@ -18,7 +23,7 @@ _NUMBERS = 1 << 21  # of inputs that are unfolded at once
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to a layer: to its weights ``(groups, d, o)`` and its constant ``(groups, o)``; None where not."""
+    """A change of a layer: of its weights ``(groups, d, o)`` and its constant ``(groups, o)``; None for no change."""
 
     weights: Tensor | None = None
     constant: Tensor | None = None
@@ -26,14 +31,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over rows of the inputs X ``(groups, n, d)`` of a layer, and of what its outputs lack R ``(groups, n, o)``.
+    """Sums over rows of a layer's inputs X ``(groups, n, d)`` and the residuals R ``(groups, n, o)`` of its outputs.
 
     Attributes:
         count: n.
         gram: ``X'X``, of X with a column of ones at its end, ``(groups, d + 1, d + 1)``, float64.
         cross: ``X'R``, ``(groups, d + 1, o)``, float64.
         lost: the squares of R, all together.
-        whole: what the outputs should be, and its squares, ``(2, groups, o)``.
+        whole: the wanted outputs, and their squares, ``(2, groups, o)``.
     """
 
     count: int
@@ -44,7 +49,7 @@ class Sums:
 
     @classmethod
     def of(cls, x: Tensor, lacks: Tensor, wanted: Tensor) -> Sums:
-        """The sums of some rows: products in the type of these, 24 bits or more, their sums in float64."""
+        """The sums of some rows: products in the type of the rows, sums in float64."""
         x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
         whole = torch.stack([wanted.sum(1, dtype=torch.float64), wanted.square().sum(1, dtype=torch.float64)])
         lost = lacks.square().sum(dtype=torch.float64)
@@ -56,17 +61,17 @@ class Sums:
 
     @property
     def finite(self) -> bool:
-        """Whether nothing that was summed is NaN or infinite."""
+        """True if nothing that was summed is NaN or infinite."""
         return all(bool(t.isfinite().all()) for t in (self.gram, self.cross, self.lost, self.whole))
 
     @property
     def variance(self) -> float:
-        """Squares of what the outputs should be, less their means, all together."""
+        """The sum of squares of the wanted outputs less their means."""
         sums, squares = self.whole
         return float((squares - sums.square() / self.count).sum().clamp_min(0))
 
     def constant(self) -> Change:
-        """The mean of what is lacking."""
+        """The change of the constant alone: the mean residual."""
         return Change(constant=self.cross[:, -1] / self.count)
 
     def refit(self, ridge: float, shift: bool) -> Change:
@@ -85,7 +90,7 @@ class Sums:
         return Change(found[:, :width], found[:, width] if shift else None)
 
     def error(self, change: Change) -> float:
-        """What is still lacking after a change, in squares."""
+        """The sum of squares that is left after a change."""
         if change.weights is None and change.constant is None:
             return float(self.lost)
         solution = torch.zeros_like(self.cross)
@@ -97,8 +102,15 @@ class Sums:
         return max(0.0, float(self.lost - taken))
 
 
-def bytes_of(module: Any, refit: bool) -> int:
-    """What the sums of a layer take, twice: some samples are held back."""
+def layer_at(network: nn.Module, path: str) -> Layer:
+    """The linear layer or convolution at a path."""
+    layer = network.get_submodule(path)
+    assert isinstance(layer, Layer)
+    return layer
+
+
+def bytes_of(module: Layer, refit: bool) -> int:
+    """Bytes of the sums of a layer, twice, as those of samples that are held back are kept apart."""
     weight = module.weight
     groups = getattr(module, "groups", 1)
     width = weight[0].numel() + 1 if refit else 1
@@ -106,23 +118,23 @@ def bytes_of(module: Any, refit: bool) -> int:
     return int(2 * 8 * groups * width * (width + outputs))
 
 
-def places_of(module: Any, out: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Which outputs of each sample are looked at, as numbers of a row-major order; None for all."""
+def places_of(module: Layer, out: Tensor, generator: torch.Generator) -> Tensor | None:
+    """The places of outputs that are looked at in each sample, in row-major order; None for all."""
     count = prod(_whole(module, out).shape[2:] if spatial(module) else _whole(module, out).shape[1:2])
     if count <= POSITIONS:
         return None
     return torch.randperm(count, generator=generator)[:POSITIONS].sort().values.to(out.device)
 
 
-def outputs_at(module: Any, out: Tensor, places: Tensor | None) -> Tensor:
+def outputs_at(module: Layer, out: Tensor, places: Tensor | None) -> Tensor:
     """Outputs of a layer at some places, ``(samples, places, outputs)``."""
     out = _whole(module, out)
     out = out.flatten(2).mT if spatial(module) else out
     return out if places is None else out[:, places]
 
 
-def sums_of(module: Any, x: Tensor, wanted: Tensor, places: Tensor | None, refit: bool) -> Sums:
-    """Sums over what a layer is given and what it should return, in blocks of samples.
+def sums_of(module: Layer, x: Tensor, wanted: Tensor, places: Tensor | None, refit: bool) -> Sums:
+    """Sums over the inputs of a layer and its wanted outputs, in blocks of samples.
 
     Args:
         module: a linear layer or convolution.
@@ -148,11 +160,11 @@ def sums_of(module: Any, x: Tensor, wanted: Tensor, places: Tensor | None, refit
     return total
 
 
-def _inputs(module: Any, x: Tensor, places: Tensor | None) -> Tensor:
-    """What is multiplied with the weights, ``(groups, n, d)``."""
-    if spatial(module):
-        return windows(module, x, places)
-    return _grouped(x if places is None else x[:, places], 1)
+def _inputs(module: Layer, x: Tensor, places: Tensor | None) -> Tensor:
+    """The rows that the weights are multiplied with, ``(groups, n, d)``."""
+    if isinstance(module, nn.Linear):
+        return _grouped(x if places is None else x[:, places], 1)
+    return windows(module, x, places)
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
@@ -161,13 +173,13 @@ def _grouped(t: Tensor, groups: int) -> Tensor:
     return rows
 
 
-def spatial(module: Any) -> int:
-    """How many dimensions a convolution goes along; 0 for a linear layer."""
+def spatial(module: Layer) -> int:
+    """The number of dimensions that a convolution goes along; 0 for a linear layer."""
     return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
 
 
-def windows(module: Any, x: Tensor, places: Tensor | None = None) -> Tensor:
-    """What a convolution multiplies with its weights at some places: (groups, n, channels of a group * kernel)."""
+def windows(module: _ConvNd, x: Tensor, places: Tensor | None = None) -> Tensor:
+    """The windows that a convolution multiplies with its weights: ``(groups, n, channels of a group * kernel)``."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     for dim, (size, step, apart) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):
@@ -176,13 +188,13 @@ def windows(module: Any, x: Tensor, places: Tensor | None = None) -> Tensor:
     if places is None:
         x = x.flatten(2, last - 1)
     else:
-        at: tuple[Any, ...] = torch.unravel_index(places, x.shape[2:last])
-        x = x[(slice(None), slice(None), *at)]  # (b, channels, places, *kernel)
+        at: tuple[slice | Tensor, ...] = (slice(None), slice(None), *torch.unravel_index(places, x.shape[2:last]))
+        x = x[at]  # (b, channels, places, *kernel)
     rows: Tensor = x.unflatten(1, (module.groups, -1)).movedim(1, 0).movedim(3, 2).flatten(3).flatten(1, 2)
     return rows
 
 
-def _whole(module: Any, t: Tensor) -> Tensor:
+def _whole(module: Layer, t: Tensor) -> Tensor:
     """``(samples, c, *s)`` of a convolution, ``(samples, s, c)`` of a linear layer."""
     dims = spatial(module)
     shape = (-1, *t.shape[t.dim() - dims - 1 :]) if dims else (len(t) if t.dim() > 1 else 1, -1, t.shape[-1])

@@ -1,10 +1,10 @@
-"""By how much the loss on some samples changes when a unit, and all that is coupled to it, is removed."""
+"""Scores by the change of the loss on samples when a unit, and all that is coupled to it, is removed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ class LossIncreaseScore(DataPass):
 
     Score of unit u: the mean over the samples n of ``|L(n; without u) - L(n)|``, the network in eval mode. A unit that
     is removed contributes nothing to any consumer, batch norm's shift included, just as when it is cut out. Scores of
-    different groups are compared as they are. Of groups that the code splits into equal parts one loses a unit alone; a
-    network that cannot be run in parts, as its code looks at values, loses the unit of this number in each. What
-    depends on other samples of a batch depends on ``rows``.
+    different groups are compared as they are. Where the code splits into equal parts, one group loses a unit alone; a
+    network that cannot be run in parts, as its code looks at values, loses the unit of this number in each. A loss that
+    depends on other samples of the batch depends on ``rows``.
 
     Args:
         data: a DataLoader, a Dataset, or a pair of tensors, without augmentation: what
@@ -60,12 +60,12 @@ class LossIncreaseScore(DataPass):
             group with the lowest scores: others keep an estimate. In large networks slopes of gates (see
             ``TaylorScore``) are the sieve: some units of each group, drawn at random, are tried, what slopes predict is
             fitted to them, and units near the border are tried; the same units bound what that may miss, and more are
-            tried until the bound, which is logged, is good enough. What is tried goes through growing sets of samples,
-            as long as it is open on which side of the border it is: estimates regress the rise, or the effect, on what
-            slopes predict. At least ``confidence`` of the exact selection is
-            expected to be found: by Clopper and Pearson's bound at 95% for what slopes decide (on each side of the
-            border, groups taken together), under a normal approximation with standard errors doubled for what samples
-            decide. The loss must return one number for each sample. It pays where running the network takes long.
+            tried until the bound, which is logged, is good enough. A unit is tried on growing sets of samples, as long
+            as it is open on which side of the border it is: estimates regress the rise, or the effect, on what slopes
+            predict. At least ``confidence`` of the exact selection is expected to be found: by Clopper and Pearson's
+            bound at 95% where slopes decide (on each side of the border, groups taken together), under a normal
+            approximation with standard errors doubled where samples decide. The loss must return one number for each
+            sample. It pays where running the network takes long.
         share: in racing, the share of each group that is to be removed.
         confidence: in racing, the share of the selection that must be expected to be right.
         seed: fixes the samples.
@@ -77,7 +77,7 @@ class LossIncreaseScore(DataPass):
         exclude: likewise; no group is scored that a matching module produces or carries.
         autocast: the type in which convolutions and matrix products are computed, such as ``torch.bfloat16``; all
             else, and the loss, are in the model's own. By default everything is.
-        file: what is known is kept there (safetensors), every few seconds and when interrupted, and is gone on from.
+        file: results are kept there (safetensors), every few seconds and when interrupted, and are continued from.
         progress: say before it starts how long the work will take, after a few trials, and then how far it is: by a bar
             on a terminal, by lines of the logger ``netsurgery`` elsewhere.
         by: "effect", the default of mode "score": how much the loss of each sample changes, up or down. If the loss is
@@ -111,7 +111,7 @@ class LossIncreaseScore(DataPass):
         Linear(in_features=4, out_features=4, bias=True)
     """
 
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     loss: Loss | None = None
     samples: int = 1000
     mode: Literal["score", "cumulative", "per-group"] = "score"
@@ -168,12 +168,12 @@ class LossIncreaseScore(DataPass):
 
     @property
     def reading(self) -> Reading:
-        """Whether units are scored by their effect or by the rise."""
+        """The reading that units are scored by."""
         return self.by or ("effect" if self.mode == "score" else "rise")
 
     @property
     def groupwise(self) -> bool:
-        """Whether each group is tried for itself."""
+        """True if each group is tried by itself."""
         return self.mode == "per-group" or (self.mode == "score" and not self.racing)
 
     def run(self, network: Network) -> Network:
@@ -209,10 +209,8 @@ class LossIncreaseScore(DataPass):
         return network.with_scores(scores, comparable=True)
 
     def _scoped(self, network: Network) -> Network:
-        """The network with all groups locked that are not to be scored."""
-        include: Any = self.include  # tuples since they were checked
-        exclude: Any = self.exclude
-        return scoped(network, include, exclude, self.removal)
+        """The network with locks on all groups that are not to be scored."""
+        return scoped(network, as_patterns(self.include), as_patterns(self.exclude), self.removal)
 
     def _exact(self, ablation: Ablation, checkpoint: ScoreCheckpoint) -> dict[str, Tensor]:
         left = ablation.rows_left(checkpoint, ablation.everything())

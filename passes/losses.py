@@ -1,4 +1,4 @@
-"""The loss of each sample, and what must hold of targets and losses so that its rise means something."""
+"""The loss of each sample, and checks of targets and losses without which its rise means nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import IGNORED
 
-__all__ = ["Loss", "check_mean", "check_targets", "cross_entropy", "ignored_by", "logits_in", "twice_over"]
+__all__ = [
+    "Loss", "check_mean", "check_targets", "cross_entropy", "form_of", "ignored_by", "logits_in", "loss_of",
+    "twice_over",
+]  # fmt: skip
 
 Loss = Callable[[Any, Any], Tensor]
 _OWN = "pass loss=f(outputs, targets)"
@@ -24,8 +28,8 @@ def ignored_by(loss: Loss | None) -> int:
     return int(getattr(loss, "ignore_index", IGNORED))
 
 
-def logits_in(outputs: Any) -> Tensor | None:
-    """Of what a model returns that which may be logits: a tensor, or what it names so."""
+def logits_in(outputs: object) -> Tensor | None:
+    """The part of a model's output that may be logits: a tensor, or its entry or attribute ``logits``."""
     named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     return named if isinstance(named, Tensor) and named.is_floating_point() and named.dim() > 1 else None
 
@@ -40,11 +44,31 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return found.sum(1) / (labels != IGNORED).reshape(len(logits), -1).sum(1).clamp_min(1)
 
 
-def check_targets(logits: Any, targets: Any, everything: Any) -> None:
+def loss_of(outputs: object, targets: object, loss: Loss | None = None) -> Tensor:
+    """The loss of samples: their mean, or one number for each, ``(n,)``; by default the cross-entropy.
+
+    Raises:
+        InputError: the loss is of another shape.
+    """
+    rows = len(pytree.tree_leaves(targets)[0])
+    own: Loss = cross_entropy if loss is None else loss
+    found = own(outputs, targets)
+    if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
+    return found
+
+
+def form_of(value: object) -> str:
+    """The type and shape of a tensor, in words; the class of anything else."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_targets(logits: object, targets: object, everything: object) -> None:
     """Make sure that targets are classes, or shares of them, for logits ``(n, classes, ...)``.
 
     Args:
-        targets: of the samples that the logits are of.
+        targets: the targets of the same samples.
         everything: the targets of all samples.
 
     Raises:
@@ -53,21 +77,21 @@ def check_targets(logits: Any, targets: Any, everything: Any) -> None:
     """
     if not isinstance(logits, Tensor):
         raise InputError(f"the model returns {type(logits).__name__}, not logits: {_OWN}")
-    found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-    both = f"the model returns {tuple(logits.shape)} and targets are {found}"
+    both = f"the model returns {tuple(logits.shape)} and targets are {form_of(targets)}"
     whole = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
     wanted = (logits.shape[0], *logits.shape[2:]) if whole else logits.shape
     if not isinstance(targets, Tensor) or targets.is_complex() or logits.dim() < 2 or targets.shape != wanted:
         raise InputError(f"{both}, neither classes nor their shares: {_OWN}")
     if logits.shape[1] < 2:
         raise InputError(f"{both}: that is one class, of which the cross-entropy is always zero: {_OWN}")
+    assert isinstance(everything, Tensor)  # as the targets of some samples are
     clash = _clash_of_labels if whole else _clash_of_shares
     if why := clash(logits, everything):
         raise InputError(f"{both}, {why}: {_OWN}")
 
 
 def _clash_of_labels(logits: Tensor, targets: Tensor) -> str:
-    """Why integers are no labels of the classes of logits, or nothing."""
+    """The reason why integers are no labels of the classes of logits; empty if they are."""
     if logits.dim() > 2 and logits.shape[:-1] == (logits.shape[0], *logits.shape[2:]):
         return "which fit classes in dimension 1 and classes in the last"
     labels = targets[targets != IGNORED].long()
@@ -79,7 +103,7 @@ def _clash_of_labels(logits: Tensor, targets: Tensor) -> str:
 
 
 def _clash_of_shares(logits: Tensor, targets: Tensor) -> str:
-    """Why numbers are no shares of the classes of logits, or nothing."""
+    """The reason why numbers are no shares of the classes of logits; empty if they are."""
     sums, least = targets.double().sum(1), float(targets.min())
     if least < 0 or not _ones(sums):
         return (
@@ -96,7 +120,7 @@ def _ones(sums: Tensor) -> bool:
 
 
 def twice_over(once: Sequence[Tensor], twice: Sequence[Tensor]) -> list[Tensor] | None:
-    """The outputs of samples put beside themselves, worked out from those of a run on twice as many rows.
+    """The outputs of samples joined with themselves; a run on twice the rows tells which dimension holds rows.
 
     None where a run on twice as many does not differ by rows alone.
     """
@@ -114,7 +138,7 @@ def check_mean(once: float, twice: float, several: bool) -> None:
 
     Args:
         once: the loss of some samples.
-        twice: of the same samples beside themselves.
+        twice: the loss of the same samples twice over.
         several: whether the samples go through in several batches.
 
     Raises:

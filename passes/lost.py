@@ -1,4 +1,4 @@
-"""What a removal loses on data: layer by layer, in one run of the original, and in the outputs of the network."""
+"""The effect of a removal on data: layer by layer, in one run of the original, and in the outputs of the network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from netsurgery.capture.meta_run import home
 from netsurgery.edit import Edit
 from netsurgery.passes.agreement import squares
 from netsurgery.passes.calibration import HELD_BACK, Samples, outputs_of
-from netsurgery.passes.least_squares import Sums, outputs_at, places_of, spatial, sums_of
+from netsurgery.passes.least_squares import Layer, Sums, layer_at, outputs_at, places_of, spatial, sums_of
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, hooked
 
@@ -29,16 +28,16 @@ _COMPARED = 64  # samples that the network as a whole is compared on, or a batch
 
 
 class Lost:
-    """A network, what a removal leaves of it, and samples in batches, of which every fifth is held back.
+    """A network, the smaller one that a removal leaves, and samples in batches, of which every fifth is held back.
 
     Args:
         edit: the removal.
-        small: what it leaves; other values are put into its tensors for a while.
+        small: the network that it leaves; other values are put into its tensors for a while.
         drawn: the samples.
 
     Attributes:
-        tensors: of the smaller network, by name.
-        name: of the network.
+        tensors: the tensors of the smaller network, by name.
+        name: the name of the network.
         largest: bytes of the largest tensor that a sample makes.
     """
 
@@ -54,11 +53,11 @@ class Lost:
 
     @property
     def count(self) -> int:
-        """How many batches there are."""
+        """The number of batches."""
         return -(-self.drawn.count // self.size)
 
     def batches(self) -> Iterator[tuple[bool, Inputs]]:
-        """Whether a batch is held back, and its inputs."""
+        """The inputs of each batch; before them, True if it is held back."""
         every = min(HELD_BACK, self.count)
         for index, (inputs, _) in enumerate(self.drawn.batches(self.size, self.device)):
             yield index % every == every - 1, inputs
@@ -88,7 +87,7 @@ class Lost:
         return [(fitted.get(reader.path), kept_back.get(reader.path)) for reader in readers]
 
     def targets(self, readers: Sequence[Reader]) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
-        """What each layer should return at some places, and which places these are, each time it runs."""
+        """The outputs that each layer should return at some places, each time it runs, and the places."""
         found: dict[str, list[tuple[Tensor, Tensor | None]]] = {reader.path: [] for reader in readers}
         places: dict[str, Tensor | None] = {}
         generator = torch.Generator().manual_seed(0)
@@ -105,15 +104,15 @@ class Lost:
                 self.run(self.model, inputs)
         return found
 
-    def layer(self, reader: Reader) -> Any:
+    def layer(self, reader: Reader) -> Layer:
         """The layer of the smaller network."""
-        return self.small.get_submodule(reader.path)
+        return layer_at(self.small, reader.path)
 
     def gaps(self, values: Sequence[Mapping[str, Tensor]]) -> list[float]:
-        """How far the smaller network's outputs are from the original's on samples that are held back.
+        """Measure the smaller network's outputs against the original's on samples that are held back.
 
         Args:
-            values: of its tensors, by name; those that are not named stay as they are.
+            values: values of its tensors, by name; tensors that are not named stay as they are.
 
         Returns:
             For each of these the mean square of the difference, relative to the mean square of the outputs; NaN where
@@ -130,7 +129,7 @@ class Lost:
 
     @contextlib.contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values in the smaller network's tensors."""
+        """Put other values into the smaller network's tensors for a while."""
         own = {name: self.tensors[name].clone() for name in values}
         try:
             for name, value in values.items():
@@ -140,12 +139,12 @@ class Lost:
             for name, value in own.items():
                 self.tensors[name].copy_(value)
 
-    def run(self, network: nn.Module, inputs: Inputs) -> Any:
+    def run(self, network: nn.Module, inputs: Inputs) -> object:
         """The outputs of a network."""
         return outputs_of(network, inputs, self.device)
 
 
-def _stay(module: Any, t: Tensor, positions: Tensor | None) -> Tensor:
+def _stay(module: Layer, t: Tensor, positions: Tensor | None) -> Tensor:
     """Inputs or outputs of a layer without the channels that are removed."""
     return t if positions is None else t.index_select(-1 - spatial(module), positions.to(t.device))
 

@@ -19,17 +19,17 @@ def own_module(model: nn.Module) -> nn.Module:
 
 
 class Parameters:
-    """What stands under names in a model, now; the way there is walked anew only where a module on it was replaced.
+    """Tensors of a model by name, as they are now; a path is looked up anew only where a module on it was replaced.
 
     Args:
         model: any module.
-        names: of parameters, or of tensors that are computed where they are asked for.
+        names: names of parameters, or of tensors that are computed on access.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.model, self.names = model, tuple(names)
-        self._ways: list[tuple[nn.Module, str, nn.Module]] = []  # a module, and under which name it holds another
-        self._owners: list[tuple[nn.Module, str]] = []  # of each parameter its module, and its name there
+        self._ways: list[tuple[nn.Module, str, nn.Module]] = []  # a module, a name in it, and the module of that name
+        self._owners: list[tuple[nn.Module, str]] = []  # the module of each parameter, and its name there
 
     def __call__(self) -> list[Tensor]:
         """The tensors, in the order of the names."""
@@ -43,7 +43,7 @@ class Parameters:
         return [self._found(name) if one is None else one for one, name in zip(held, self.names, strict=True)]
 
     def sharded(self) -> list[bool]:
-        """Of each that was looked up last, whether ``fully_shard`` was called on a module around it."""
+        """For each parameter: True if ``fully_shard`` was called on a module around it."""
         if not any(_is_sharded(one) for one in (self.model, *(inner for _, _, inner in self._ways))):
             return [False] * len(self.names)
         return [any(map(_is_sharded, chain)) for chain in self.around()]

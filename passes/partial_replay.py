@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +28,7 @@ from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.statistics import STATISTICS
 from netsurgery.axes import Axis
 from netsurgery.capture.inputs import Inputs, tensors_in
-from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Step
+from netsurgery.passes.functional_graph import CONTRACTED, Dims, FunctionalGraph, Results, Step
 from netsurgery.passes.removed_units import NOTHING, Removal, RemovedUnits
 
 __all__ = ["PartialReplay", "Run", "Suffix"]
@@ -82,12 +81,12 @@ class PartialReplay(FunctionalGraph):
         self._all = functools.cache(self._everything)
 
     def mixes_any(self, step: Step, channels: Iterable[Axis]) -> bool:
-        """Whether an operation mixes units of any of some channels."""
+        """True if an operation mixes units of any of some channels."""
         met = [channel for channel in channels if any(self.carries(self.dims[node], channel) for node in step.inputs)]
         return any(self.mixes(step, channel) for channel in met)
 
     def mixes(self, step: Step, channel: Axis) -> bool:
-        """Whether a result of an operation at one unit depends on its arguments at others."""
+        """True if a result of an operation at one unit depends on its arguments at others."""
         if step.packet is operator.getitem or self.is_whole(step.node, channel):
             return False
         if (along := self.normalised(step)) is not None:
@@ -100,11 +99,11 @@ class PartialReplay(FunctionalGraph):
         return most > self.carries(step.dims, channel)
 
     def is_whole(self, node: fx.Node, channel: Axis) -> bool:
-        """Whether a node is a part of the computation of a weight that sees all units of a channel."""
+        """True if a node is a part of the computation of a weight that sees all units of a channel."""
         return any(self.carries(axis, channel) for axis in node.meta.get("whole", ()))
 
     def normalised(self, step: Step) -> tuple[Axis, ...] | None:
-        """The dimensions over which statistics are taken that every entry of the result depends on."""
+        """The dimensions over which an operation takes statistics that every entry of its result depends on."""
         if step.packet in (aten._softmax, aten._log_softmax, aten._safe_softmax):
             return (self.dims[step.inputs[0]][step.args[1]],)
         if step.packet is aten.native_layer_norm:
@@ -163,9 +162,9 @@ class PartialReplay(FunctionalGraph):
             return "shifted" if simple and dense else "changed"
         return "masked" if carries else "clean"
 
-    def whole(self, inputs: Inputs, keep: Iterable[fx.Node], before: Removal = NOTHING) -> dict[fx.Node, Any]:
+    def whole(self, inputs: Inputs, keep: Iterable[fx.Node], before: Removal = NOTHING) -> Results:
         """Run the network on a batch, without some units, and return the results that are to be kept."""
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors_in(inputs), strict=True))
+        values: dict[fx.Node, object] = dict(zip(self.inputs, tensors_in(inputs), strict=True))
         gone = RemovedUnits.once(self, before)
         runs = self._all(tuple(sorted(before)))
         keep = {*keep, *self.outputs, *(run.step.node for run in runs if run.step.node in self.constants)}
@@ -179,7 +178,7 @@ class PartialReplay(FunctionalGraph):
         return {node: value for node, value in values.items() if node in keep}
 
     def _everything(self, names: tuple[str, ...]) -> list[Run]:
-        """All operations, where units of some groups are gone; of constant results those that are others then."""
+        """All operations, where units of some groups are gone; on constants only those whose results change."""
         states, missing = self.states(names), self.channels(names)
         constant = {node for node in self.constants if states[node] in ("clean", "masked")}
         return [self._run(step, "changed", missing) for step in self.steps if step.node not in constant]
@@ -188,14 +187,12 @@ class PartialReplay(FunctionalGraph):
     def _released(self) -> dict[fx.Node, list[fx.Node]]:
         return dict(zip((step.node for step in self.steps), _last_uses(self.steps), strict=True))
 
-    def repeated(
-        self, small: PartialReplay, whole: Mapping[fx.Node, Any], reads: Iterable[fx.Node]
-    ) -> dict[fx.Node, Any] | None:
-        """Results of this network on samples that come several times over, from those on the samples once.
+    def repeated(self, small: PartialReplay, whole: Results, reads: Iterable[fx.Node]) -> Results | None:
+        """Results of this network on copies of samples, from the results on the samples once.
 
         Args:
             small: the same network, traced on the samples once.
-            whole: what its ``whole`` returned.
+            whole: the results of its ``whole``.
 
         Returns:
             What ``whole`` would return, or None where it cannot be told from that.
@@ -225,20 +222,18 @@ class PartialReplay(FunctionalGraph):
             return None
         return dict(zip(nodes, others, strict=True))
 
-    def without(
-        self, removals: Sequence[Removal], whole: Mapping[fx.Node, Any], before: Removal = NOTHING
-    ) -> list[Tensor]:
+    def without(self, removals: Sequence[Removal], whole: Results, before: Removal = NOTHING) -> list[Tensor]:
         """The outputs where each of several equal parts of the batch lacks other units, all of the same groups.
 
         Args:
             removals: as many as the batch has equal parts; all alike unless ``suffix(groups, before).blocks``.
-            whole: what ``whole`` returned on this batch, without the units of ``before``.
+            whole: the results of ``whole`` on this batch, without the units of ``before``.
             before: the units of other groups that are gone.
         """
         suffix = self.suffix(tuple(removals[0]), frozenset(before))
         gone = RemovedUnits(self, [{self.network[n].channel: units for n, units in one.items()} for one in removals])
         gone = gone.beside(before)
-        values: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, object] = {}
         last = set(self.outputs)
         with torch.no_grad():
             for run, done in zip(suffix.runs, suffix.last, strict=True):
@@ -255,9 +250,7 @@ class PartialReplay(FunctionalGraph):
                 found.append(gone.zeroed(value.clone(), self.dims[node]) if state == "masked" else value)
         return found
 
-    def _changed(
-        self, run: Run, values: Mapping[fx.Node, Any], whole: Mapping[fx.Node, Any], gone: RemovedUnits
-    ) -> Any:
+    def _changed(self, run: Run, values: Results, whole: Results, gone: RemovedUnits) -> object:
         step, gone = run.step, gone.seen_by(run.step.node)
         args = list(self.arguments(step.args, values, whole))
         if run.mixes:
@@ -275,11 +268,11 @@ class PartialReplay(FunctionalGraph):
         return out
 
     def _suffices(self, step: Step, place: int) -> bool:
-        """Whether an argument may keep units that are gone: of a product, one factor without these is enough."""
+        """True if an argument may keep units that are gone: it is enough that one factor of a product lacks them."""
         weight = step.packet in CONTRACTED and step.args[place] in self.constants
         return weight and any(other not in self.constants for other in step.inputs)
 
-    def _shifted(self, run: Run, whole: Mapping[fx.Node, Any], gone: RemovedUnits) -> Tensor:
+    def _shifted(self, run: Run, whole: Results, gone: RemovedUnits) -> Tensor:
         """The result in the whole network without the contribution of the units."""
         step, gone = run.step, gone.seen_by(run.step.node)
         axis = step.names[CONTRACTED[step.packet]]
@@ -325,7 +318,7 @@ def _last_uses(steps: Sequence[Step]) -> list[list[fx.Node]]:
     return found
 
 
-def _convolved(call: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+def _convolved(call: Callable[..., Tensor], settings: tuple[object, ...], x: Tensor, weight: Tensor) -> Tensor:
     return call(x, weight, None, *settings)
 
 

@@ -1,10 +1,9 @@
-"""Which modules are meant: by name patterns, by classes, or as the modules themselves."""
+"""Modules of a network, named by patterns, by classes, or given themselves."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -24,8 +23,9 @@ def as_patterns(given: Modules) -> tuple[Pattern, ...]:
     Raises:
         InputError: one is neither a name pattern, nor a class of modules, nor a module.
     """
-    several = isinstance(given, Iterable) and not isinstance(given, str | type | nn.Module)
-    patterns: tuple[Any, ...] = tuple(given) if several else (given,)  # type: ignore[arg-type]
+    if isinstance(given, str | type | nn.Module) or not isinstance(given, Iterable):
+        given = (given,)
+    patterns = tuple(given)
     for one in patterns:
         if not (isinstance(one, str | nn.Module) or (isinstance(one, type) and issubclass(one, nn.Module))):
             raise InputError(
@@ -35,7 +35,7 @@ def as_patterns(given: Modules) -> tuple[Pattern, ...]:
 
 
 class Chosen:
-    """The modules of a network that patterns match, all that is inside of these, and what they share with others.
+    """The modules of a network that patterns match, with all modules inside them and the tensors that they share.
 
     Args:
         network: the network whose modules are meant.
@@ -57,7 +57,7 @@ class Chosen:
         self.tensors = {names[id(tensor)] for tensor in held if id(tensor) in names}
 
     def matched(self, model_name: str, pattern: Pattern, empty: bool) -> list[nn.Module]:
-        """The modules that one pattern matches, whatever name it has for them."""
+        """The modules that one pattern matches, by any of their names."""
         if isinstance(pattern, str):
             named = [module for path, module in self.places if path and fnmatch.fnmatchcase(path, pattern)]
             if found := [module for module in named if empty or any(True for _ in module.parameters())]:
@@ -77,5 +77,5 @@ class Chosen:
         return any(".".join(parts[:i]) in self.paths for i in range(len(parts) + 1))
 
     def holds(self, parameter: str) -> bool:
-        """Whether a tensor of the model, by its name, is in one of these modules."""
+        """True if a tensor of the model, by its name, is in one of these modules."""
         return parameter in self.tensors or parameter.rpartition(".")[0] in self

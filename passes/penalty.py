@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +66,7 @@ class HGSR:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Any = None,
+        example_inputs: object = None,
         *,
         criterion: Name = "hierarchical_sq_group_l12",
         grouping: Grouping = "feature",
@@ -124,7 +123,7 @@ class HGSR:
 
     @property
     def strength(self) -> float | Callable[[int], float]:
-        """A number, or a function of the number of steps; it is asked when it is set and at each ``step``."""
+        """The factor of the penalty: a number, or a function of the number of steps that is called at each ``step``."""
         return self._strength
 
     @strength.setter
@@ -175,7 +174,7 @@ class HGSR:
         self.load_state_dict({"steps": self.steps + 1})
 
     def state_dict(self) -> dict[str, int]:
-        """How far the schedule is."""
+        """The step that the schedule has come to."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -188,9 +187,9 @@ class HGSR:
             raise InputError(f"HGSR: a strength of {now!r} at step {steps}: expected a number of at least 0")
         self._strength, self.steps, self.now = strength, steps, float(now)
         factors = [self.now * (1 - self.l1_ratio), self.now * self.l1_ratio]
-        self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # there what was compiled or captured reads it
+        self._factors.copy_(torch.tensor(factors, dtype=torch.float64))  # compiled code reads them there
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_placed": None}  # what is kept for the weights is of no use to a copy
 
     def __str__(self) -> str:
@@ -208,7 +207,7 @@ class HGSR:
         return columns([("weight", "shape", "role", "outer groups"), *rows], right=(3,))
 
     def _weights(self) -> list[Tensor]:
-        """The parameters as they are now; what is kept beside them goes to their device and type."""
+        """The parameters as they are now; buffers of the penalty follow them to their device and type."""
         weights = self._parameters()
         if torch.compiler.is_compiling() or not all(type(one) in PLAIN for one in weights):
             self._check_shapes(weights)
@@ -238,7 +237,7 @@ class HGSR:
             self._set(self._strength, self.steps)
 
     def _check_parameters(self, weights: Sequence[Tensor]) -> None:
-        """What is added to the gradient of a tensor that the optimizer does not hold would be lost."""
+        """Make sure that weights are parameters that an optimizer holds: what is added to other gradients is lost."""
         if torch.is_inference_mode_enabled():
             raise InputError("HGSR.add_gradient: gradients made in inference mode are of no use: call it outside")
         computed = [i for i, weight in enumerate(weights) if not weight.is_leaf]

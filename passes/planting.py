@@ -31,10 +31,10 @@ __all__ = ["Planting"]
 class Planting:
     """Add new units to a model and train these alone: every old entry stays bitwise as it is until ``finish``.
 
-    The model itself grows, and no output changes at that moment. From then on its parameters are the new entries: what
-    makes new units, what reads them, their biases, scales and shifts. Everything else is in buffers: no optimizer,
-    weight decay, momentum or gradient scaler can reach it, whatever it does to the parameters that it holds. The
-    model's own code reads ``module.weight`` as ever, which is put together of both at each access.
+    The model itself grows, and no output changes at that moment. From then on its parameters are the new entries: the
+    weights that make new units or read them, their biases, scales and shifts. Everything else is in buffers: no
+    optimizer, weight decay, momentum or gradient scaler can reach it, whatever it does to the parameters that it holds.
+    The model's own code reads ``module.weight`` as ever, which is assembled from both at each access.
 
     ======================  ======================================  ========================================
     tensor ``conv.weight``  parameters                              in ``state_dict`` until ``finish``
@@ -59,7 +59,7 @@ class Planting:
         model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew. Losses computed
             before must be gone (``del loss``): their graphs remember the old shapes.
         example_inputs: as for ``trace``, for ``amount``.
-        amount: what is added: new channels of each layer, as ``PlantChannels`` counts them; or by modules.
+        amount: new channels of each layer, as ``PlantChannels`` counts them; or by modules.
         include: the modules that get them, as for ``PlantChannels``; by default all that can grow.
         edit: in place of an amount any Edit of ``New`` units. Copies and removals are refused: they change old entries.
         optimizer: the optimizer of the model, or several. Each goes on with the new entries, in the same groups with
@@ -101,7 +101,7 @@ class Planting:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Any = None,
+        example_inputs: object = None,
         *,
         amount: int | Mapping[Any, int] | None = None,
         include: Modules = (),
@@ -208,7 +208,7 @@ def _check_edit(edit: Edit) -> None:
 
 
 def _check_model(model: nn.Module, new: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
-    """Raise InputError where old entries could not be held, or where new ones would not be trained."""
+    """Raise InputError where old entries could not be held, or new ones would not be trained."""
     for path, key in _trained_outside(model):
         raise InputError(
             f"Planting: attribute '{key}' of module '{path}' holds tensors that are trained, which is found for "

@@ -1,4 +1,4 @@
-"""Removals one after the other, the units of a group in order of the norm of their weights, within a tolerance."""
+"""Removals one after the other within a tolerance: the units of a group in order of the norms of their weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def per_group(ablation: Ablation, checkpoint: ScoreCheckpoint, tolerance: float)
 
 
 def _up_to(checkpoint: ScoreCheckpoint, name: str, tolerance: float) -> list[float]:
-    """The highest rise up to each prefix, as far as it is within the tolerance."""
+    """The highest rise up to each prefix, for the prefixes within the tolerance."""
     if name not in checkpoint.entries:  # one unit, which stays
         return []
     heights = checkpoint.means(name).nan_to_num(math.inf).cummax(0).values
@@ -63,7 +63,7 @@ def cumulative(
     """The highest rise of the loss up to each unit, where all that was accepted before it is gone.
 
     Args:
-        removal: what may go: its limits hold.
+        removal: the removal whose limits hold.
     """
     network, orders = ablation.network, _by_norm(ablation.network)
     ranks = {name: torch.tensor(order).argsort().double() for name, order in orders.items()}
@@ -79,7 +79,7 @@ def cumulative(
 
 @dataclass
 class _Way:
-    """Units that go, group after group, from the network that is left.
+    """Choose units of one group after the other, in the network that the choices before have left.
 
     Attributes:
         heights: for each unit of a bundle that was accepted, the highest rise of the loss so far.
@@ -98,7 +98,7 @@ class _Way:
         self.heights = [[] for _ in self.bundles]
 
     def go(self, tolerance: float) -> None:
-        """Rounds in which the tolerance is dealt out by and by, in proportion to units, and one for what is left."""
+        """Rounds that deal out the tolerance step by step, in proportion to units, and a last one for the rest."""
         whole, sizes = _ROUNDS * sum(bundle.size for bundle in self.bundles), 0
         for _ in range(_ROUNDS):
             for index, bundle in enumerate(self.bundles):
@@ -127,7 +127,7 @@ class _Way:
                 heights.extend([self.highest] * (k - len(heights)))
 
     def open(self, index: int) -> str:
-        """Make the series of a bundle known, where the units of others are gone; its name in the checkpoint."""
+        """Register the series of a bundle where the units of others are gone; return its name in the checkpoint."""
         bundle, before = self.bundles[index], dict[str, tuple[int, ...]]()
         for other, heights in zip(self.bundles, self.heights, strict=True):
             if heights and other is not self.bundles[index]:
@@ -147,7 +147,7 @@ def _digest(removal: Removal) -> str:
 
 
 def _widening(counts: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Ever more numbers at a time."""
+    """Numbers in portions that grow."""
     first, width = 0, _WIDTH
     while first < len(counts):
         yield counts[first : first + width]
@@ -160,7 +160,7 @@ def _by_norm(network: Network) -> dict[str, list[int]]:
 
 
 def _laid_out(order: Sequence[int], heights: Sequence[float], tolerance: float) -> Tensor:
-    """Scores of units: of the first in the order some heights, of the others the order, above any threshold."""
+    """Scores of units: heights for the first in the order; for the others their rank, above any threshold."""
     left = len(order) - len(heights)
     steps = torch.arange(1, left + 1, dtype=torch.float64) / len(order)
     scores = torch.empty(len(order), dtype=torch.float64)

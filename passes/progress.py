@@ -1,4 +1,4 @@
-"""How far work is and how long it will take still: a bar on a terminal, lines on the logger elsewhere."""
+"""Progress of long work and the time that is left: a bar on a terminal, lines on the logger elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["Report", "span", "waiting"]
+__all__ = ["Report", "span", "waiting", "without_log"]
 
 _log = logging.getLogger("netsurgery")
 _EVERY = 30.0  # seconds between two lines
@@ -22,8 +22,19 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+@contextlib.contextmanager
+def without_log() -> Iterator[None]:
+    """Log no warnings for a while: a cut that only serves a trial has nothing to say."""
+    level = _log.level
+    _log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _log.setLevel(level)
+
+
 class Report:
-    """Says how far work is.
+    """Reports the progress of work.
 
     Args:
         shown: whether anything is said.
@@ -38,25 +49,25 @@ class Report:
     def begin(
         self, what: str, rows: Mapping[str, int] | None = None, rate: Callable[[str], float] | None = None
     ) -> None:
-        """A part of the work begins.
+        """Begin a part of the work.
 
         Args:
             what: its name.
             rows: how many rows are to go through, by series; None where it is not known.
-            rate: what a row of a trial of each series costs, in any unit; None where it is not known: all alike.
+            rate: the cost of a row of a trial of each series, in any unit; None where it is not known: all alike.
         """
         self.what, self.rate, self.tried, self.done = what, rate or (lambda name: 1.0), 0, 0.0
         self.total = None if rows is None else sum(n * self.rate(name) for name, n in rows.items())
         self.started = self.said = time.monotonic()
 
     def advance(self, name: str, units: int, rows: int) -> None:
-        """Some units were tried on some rows."""
+        """Count units that were tried on some rows."""
         self.tried += units
         self.done += units * rows * self.rate(name)
         self.draw()
 
     def line(self) -> None:
-        """Say how far the work is, if that was last said a while ago."""
+        """Log the progress, if the last line is a while ago."""
         now = time.monotonic()
         if not self.shown or now - self.said < _EVERY:
             return
@@ -70,7 +81,7 @@ class Report:
 
     @property
     def name(self) -> str:
-        """The work, and the part of it that goes on."""
+        """The names of the work and of its present part."""
         return ", ".join(filter(None, (self.who, self.what)))
 
     @contextlib.contextmanager
@@ -89,7 +100,7 @@ class Report:
 
 @contextlib.contextmanager
 def waiting(who: str, total: int) -> Iterator[Callable[[], None]]:
-    """Say how far some work of equal steps is; what is given is called after each of them."""
+    """Report the progress of work of equal steps: the context gives a function to call after each step."""
     report = Report(True, who)
     report.begin("", {"": total})
     with report.running():

@@ -39,7 +39,7 @@ def race(
         reading: whether units are scored by the rise or the effect.
         share: the share of each group that is to be removed.
         confidence: the share of the selection that must be expected to be right.
-        seed: of the units that are drawn at random.
+        seed: the seed of the random draw of units.
     """
     runner = _Race(ablation, checkpoint, reading, share, confidence, seed)
     runner.forecast_time()
@@ -90,7 +90,7 @@ class _Race:
         }
 
     def forecast_time(self) -> None:
-        """Say how long all trials would take."""
+        """Forecast the time of all trials."""
         ablation = self.ablation
         rows = ablation.rows_left(self.checkpoint, ablation.everything())
         self.forecast = time_trials(ablation, rows) if ablation.settings.progress else None
@@ -116,7 +116,7 @@ class _Race:
         )
 
     def say(self, sieve: Sieve) -> None:
-        """Say what slopes decide, and how long the rest will take or, at the end, how much may be wrong."""
+        """Log what slopes decide, and the time of the rest or, at the end, the share that may be wrong."""
         sizes = [group.size for group in self.ablation.network.prunable]
         left = self.ablation.rows_left(self.checkpoint, sieve.tried)
         if sieve.missed <= 1 - sieve.confidence:
@@ -181,7 +181,7 @@ class _Race:
             means[units] = (sums[0, units] + left * (y + ((overall[units] - centre) * weights).sum(1))) / count
             variances[units] = squares.clamp_min(0) / max(1, n - 3)
         n = (seen - self.head).double()
-        variances = (variances * n + variances[known].mean()) / (n + 1)  # a unit that was never needed yet may be
+        variances = (variances * n + variances[known].mean()) / (n + 1)  # no effect so far may change
         errors = (variances / n * (1 - n / left)).clamp_min(0).sqrt() * left / count
         return means, torch.where(known, errors, 0.0)  # where slopes have decided, nothing is open
 

@@ -1,11 +1,10 @@
-"""The layers that read removed units, and what of each may be changed."""
+"""The layers that read removed units, and the tensors of each that may change."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,7 +29,7 @@ class Reader:
     """A layer that reads removed units.
 
     Attributes:
-        path: of its module.
+        path: the path of its module.
         axis: the dimension of its inputs that is summed over.
         inputs: which of its inputs stay, or None for all.
         kept: which of its outputs stay, or None for all.
@@ -64,7 +63,7 @@ class Reader:
 
 
 def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
-    """The layers that read removed units, in the order in which they run; and what is left as it is, and why.
+    """The layers that read removed units, in the order in which they run; and the reasons for those that are left out.
 
     Args:
         refit: whether weights may change, not constants alone.
@@ -102,11 +101,11 @@ def readers_of(edit: Edit, refit: bool) -> tuple[list[Reader], dict[str, str]]:
 def hooked(
     network: nn.Module, readers: Sequence[Reader], callback: Callable[[Reader, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call back with the inputs and outputs of layers whenever they run; what is returned replaces the outputs."""
+    """Call a function with the inputs and outputs of layers whenever they run; its result replaces the outputs."""
 
-    def hook_of(reader: Reader) -> Any:
+    def hook_of(reader: Reader) -> Callable[..., Tensor | None]:
         @torch.no_grad()  # also where the code turns gradients on
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor | None:
             return callback(reader, args[0] if args else kwargs["input"], out)
 
         return hook
@@ -127,7 +126,7 @@ def _reader(network: Network, path: str, nodes: list[fx.Node], places: Positions
 
 
 def _uses(network: Network, name: str) -> list[fx.Node]:
-    """The operations that bring activations together with a parameter, or with what is computed from it alone."""
+    """The operations that combine activations with a parameter, or with a tensor that is computed from it alone."""
     found: dict[fx.Node, None] = {}
     for program in network.programs:
         left = [node for node in program.graph.nodes if node.op == "get_attr" and node.target == name]
@@ -141,7 +140,7 @@ def _uses(network: Network, name: str) -> list[fx.Node]:
 
 
 def _shift(network: Network, path: str, nodes: list[fx.Node]) -> tuple[str, int] | None:
-    """What takes a constant that is added to the outputs of a layer, and with which sign."""
+    """The tensor that takes a constant which is added to the outputs of a layer, and the sign with which it does."""
     bias = named_modules(network.model)[path]._parameters.get("bias")
     if bias is not None:
         name = next((name for name, tensor in network.tensors.items() if tensor is bias), "")

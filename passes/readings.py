@@ -1,4 +1,4 @@
-"""Two readings of what a removal does to the loss: how much it rises, and how much it changes."""
+"""Two readings of the change of the loss by a removal: its rise, and its absolute change."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ROUNDING = 1e-6  # of the largest rise of a group
 
 
 def warn_of_falls(who: str, loss_deltas: Mapping[str, Tensor], said: set[str]) -> None:
-    """Say, in one line, when the loss falls without many units of a group: ranked by the rise they go first.
+    """Warn, in one line, where the loss falls without many units of a group: ranked by the rise they go first.
 
     Args:
         who: the pass that scores by the rise.
         loss_deltas: the rise of the loss without each unit, ``(units,)`` for each group.
-        said: what was said before and is not repeated: a plan may run its passes several times.
+        said: lines that were logged before and are not repeated: a plan may run its passes several times.
     """
     falls = {name: int((one < -_ROUNDING * one.abs().max()).sum()) for name, one in loss_deltas.items() if len(one)}
     many = [name for name, count in falls.items() if count > _MANY * len(loss_deltas[name])]

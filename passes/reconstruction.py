@@ -1,4 +1,4 @@
-"""How well layers do without units of their inputs, once their weights are refitted; and how much that matters."""
+"""Scores by the error that layers are left with when they lose inputs and their weights are refitted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from netsurgery.analysis.groups import Group
 from netsurgery.analysis.network import Network
 from netsurgery.arguments import require_counts
 from netsurgery.axes import leaves
-from netsurgery.capture.copies import named_modules
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.agreement import answers, reported
+from netsurgery.passes.agreement import outputs_by_batch, reported
 from netsurgery.passes.calibration import HELD_BACK, Samples, draw_inputs
 from netsurgery.passes.layers import positions_of
-from netsurgery.passes.least_squares import POSITIONS, spatial
+from netsurgery.passes.least_squares import POSITIONS, Layer, layer_at, spatial
 from netsurgery.passes.portions import portions
 from netsurgery.passes.progress import waiting
 from netsurgery.passes.readers import Reader, hooked, readers_of
@@ -38,7 +37,7 @@ _STEPS = 64  # a step of the elimination takes this part of the units that are l
 
 @dataclass(frozen=True)
 class ReconstructionScore(DataPass):
-    """How far outputs move when units go and the layers that read them are refitted: of all scores here the one to try.
+    """The change of outputs when units go and the layers that read them are refitted: the score to try first.
 
     Units are eliminated from each group one after the other (a 64th of what is left at a time), always those without
     which its readers, least squares refitted, lack least: with inputs X, ``H = cov(X) + ridge * mean(var(X)) * I`` and
@@ -72,7 +71,7 @@ class ReconstructionScore(DataPass):
 
     For each layer that reads a group two float64 matrices ``(units, units)`` are held. Units that no linear layer or
     convolution reads (as where attention is a function, or the convolution a transposed one) go in the order of their
-    weights' norms. Of a convolution larger than one position the inputs are taken position by position.
+    weights' norms. The inputs of a convolution larger than one position are taken position by position.
 
     Source: the elimination is Optimal Brain Surgeon's (Hassibi and Stork, 1993) on the least squares of each layer, as
     in Frantar and Alistarh, "Optimal Brain Compression", arXiv 2208.11580, and for structures in Kurtic et al.,
@@ -89,8 +88,8 @@ class ReconstructionScore(DataPass):
         True
     """
 
-    data: Any = field(repr=False, compare=False)
-    held_back: Any = field(default=None, repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
+    held_back: object = field(default=None, repr=False, compare=False)
     samples: int = 256
     ridge: float = 1e-2
     probes: Sequence[float] = (0.3, 0.6, 0.9)
@@ -121,7 +120,7 @@ class ReconstructionScore(DataPass):
         norms: Mapping[str, Tensor] = {}
         orders = {}
         for portion in portions([*self._sized(sections)], self.memory):
-            _listen(network, {name: sections[name] for name in portion}, fitted)
+            _add_inputs(network, {name: sections[name] for name in portion}, fitted)
             for name in portion:
                 counts = _counts(network[name].size, self.probes)
                 some = [section for section in sections.pop(name) if section.rows]  # others do not run as modules
@@ -146,11 +145,7 @@ def _apart(drawn: Samples) -> tuple[Samples, Samples]:
     if drawn.count < 2:
         raise InputError("ReconstructionScore: one sample is not enough, as some are held back: pass more data")
     order, held = torch.arange(drawn.count), max(1, drawn.count // HELD_BACK)
-    parts = (drawn.rows(some, torch.device("cpu"))[0] for some in (order[held:], order[:held]))
-    fitted, rest = (
-        Samples(inputs, None, count) for inputs, count in zip(parts, (drawn.count - held, held), strict=True)
-    )
-    return fitted, rest
+    return drawn.of(order[held:]), drawn.of(order[:held])
 
 
 # What layers are given ---------------------------------------------------------------------------------------------
@@ -158,20 +153,20 @@ def _apart(drawn: Samples) -> tuple[Samples, Samples]:
 
 @dataclass
 class _Section:
-    """The part of a layer's inputs that a group is.
+    """The units of a group among the inputs of a layer.
 
     Attributes:
         reader: the layer.
         module: likewise.
         at: the channels of the inputs that each unit is, ``(units, r)``.
         gram: ``X'X`` over rows, each of the r channels of a unit a row of its own, ``(units, units)`` float64.
-        sums: of each of these channels, ``(units, r)``.
+        sums: the sum of each of these channels, ``(units, r)``.
         rows: how many positions of samples there are.
         spread: how many outputs, their sums and those of their squares, ``(3, outputs)``.
     """
 
     reader: Reader
-    module: Any
+    module: Layer
     at: Tensor
     gram: Tensor = field(default_factory=lambda: torch.zeros(()))
     sums: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -179,7 +174,7 @@ class _Section:
     spread: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: Tensor, out: Tensor) -> None:
-        """Inputs ``(n, channels)`` and outputs ``(n, outputs)`` of the layer."""
+        """Add inputs ``(n, channels)`` and outputs ``(n, outputs)`` of the layer to the sums."""
         rows = x[:, self.at]  # (n, units, r)
         self.sums = self.sums + rows.sum(0, dtype=torch.float64).cpu()
         flat = rows.movedim(2, 1).flatten(0, 1)
@@ -190,16 +185,16 @@ class _Section:
 
     @property
     def bytes(self) -> int:
-        """What the sums, and their inverse, take."""
+        """Bytes of the sums and of their inverse."""
         return 2 * 8 * len(self.at) ** 2
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution."""
+        """The number of groups of a convolution; 1 for a linear layer."""
         return getattr(self.module, "groups", 1)
 
     def place(self) -> tuple[Tensor, Tensor]:
-        """For each of the channels ``(units, r)`` its group in the layer, and its number in that."""
+        """The group of the layer that each channel ``(units, r)`` belongs to, and its number there."""
         width = self.module.weight.shape[1]
         return self.at // width, self.at % width
 
@@ -220,7 +215,7 @@ class _Section:
         return self.weight()[self.place()].flatten(1).mT / self.deviation
 
     def curvature(self, ridge: float) -> Tensor:
-        """How the inputs go together, ``(units, units)``: their covariance, where the layer takes a constant."""
+        """Second moments of the inputs, ``(units, units)``: their covariance, where the layer takes a constant."""
         count = self.rows * self.at.shape[1]
         found = self.gram / count
         if self.reader.shift is not None:
@@ -232,7 +227,7 @@ class _Section:
         return found + ridge * scale * torch.eye(len(found), dtype=torch.float64)
 
     def changes(self, columns: Tensor, gone: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What is added to the model's tensors, by name, so that the layer does without units.
+        """Changes of the model's tensors, by name, with which the layer does without units.
 
         Args:
             columns: those that an elimination has left, as ``columns`` gives them.
@@ -255,23 +250,22 @@ class _Section:
 def _sections(network: Network, groups: Sequence[Group]) -> dict[str, list[_Section]]:
     """For each group the layers that read it."""
     some = Edit(network, {group.name: tuple(range(1, group.size)) for group in groups})
-    readers, _ = readers_of(some, refit=True)  # whatever goes
-    modules = named_modules(network.model)
+    readers, _ = readers_of(some, refit=True)  # whichever units go
     found: dict[str, list[_Section]] = {group.name: [] for group in groups}
     by_channel = {network[name].channel: name for name in found}
     for reader in readers:
         for channel in dict.fromkeys(leaf for leaf in leaves(reader.axis) if leaf in by_channel):
             at = torch.cat(positions_of(reader.axis, channel), 1)
-            found[by_channel[channel]].append(_Section(reader, modules[reader.path], at))
+            found[by_channel[channel]].append(_Section(reader, layer_at(network.model, reader.path), at))
     return found
 
 
-def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Samples) -> None:
-    """Run the network on samples and add up what layers are given."""
+def _add_inputs(network: Network, sections: Mapping[str, list[_Section]], drawn: Samples) -> None:
+    """Run the network on samples and add up the sums of each section."""
     by_path: dict[str, list[_Section]] = {}
     for section in [section for some in sections.values() for section in some]:
         by_path.setdefault(section.reader.path, []).append(section)
-    generators = {path: torch.Generator().manual_seed(0) for path in by_path}  # whatever runs beside it
+    generators = {path: torch.Generator().manual_seed(0) for path in by_path}  # whatever layers run beside
     if not by_path:
         return
 
@@ -284,11 +278,11 @@ def _listen(network: Network, sections: Mapping[str, list[_Section]], drawn: Sam
             section.add(x, out)
 
     with hooked(network.model, [some[0].reader for some in by_path.values()], add):
-        for _ in answers(network.model, drawn):
+        for _ in outputs_by_batch(network.model, drawn):
             pass
 
 
-def _rows(module: Any, t: Tensor, generator: torch.Generator) -> Tensor:
+def _rows(module: Layer, t: Tensor, generator: torch.Generator) -> Tensor:
     """Inputs or outputs of a layer at some places, ``(n, channels)``, 32 bits or more."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     if not spatial(module):
@@ -304,13 +298,13 @@ def _rows(module: Any, t: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass
 class _Eliminated:
-    """Units of a group in the order in which they go, and what their readers lack after each.
+    """The units of a group in the order in which they go, and the error of their readers after each.
 
     Attributes:
         order: units.
-        costs: of each, in this order.
+        costs: the cost of each unit, in this order.
         counts: how many are gone where the group is measured.
-        changes: what is then added to tensors of the model, by name, for each of these.
+        changes: for each of these counts the changes of the model's tensors, by name.
     """
 
     order: Tensor
@@ -319,7 +313,7 @@ class _Eliminated:
     changes: list[list[tuple[str, Tensor]]]
 
     def scores(self, effects: Sequence[float]) -> Tensor:
-        """Each unit's part of how far the network's outputs move, given that at the counts.
+        """Each unit's part of the change of the network's outputs, given the changes at the counts.
 
         Parts grow along the order: stretches on which they would fall are taken together.
         """
@@ -346,18 +340,18 @@ class _Eliminated:
 
 
 def _counts(size: int, shares: Sequence[float]) -> list[int]:
-    """How many of a group's units shares of it are, at least one, and not all."""
+    """The numbers of units that shares of a group are: at least one, and not all."""
     return sorted({min(max(1, round(share * size)), size - 1) for share in shares})
 
 
 def _by_norm(norms: Tensor, counts: list[int]) -> _Eliminated:
-    """The order in which units go that no layer reads."""
+    """The order of elimination of units that no layer reads."""
     squares = norms.double().square().sort(stable=True)
     return _Eliminated(squares.indices, squares.values, counts, [[] for _ in counts])
 
 
 def _eliminated(sections: list[_Section], ridge: float, counts: list[int]) -> _Eliminated:
-    """The order in which the units go that some layers read."""
+    """The order of elimination of units that some layers read."""
     size = len(sections[0].at)
     inverses = [torch.linalg.inv(section.curvature(ridge)) for section in sections]
     columns = [section.columns() for section in sections]
@@ -385,7 +379,7 @@ def _eliminated(sections: list[_Section], ridge: float, counts: list[int]) -> _E
 
 
 def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
-    """Let weights ``(rows, units)`` and an inverse ``(units, units)`` be those without some units."""
+    """Update weights ``(rows, units)`` and an inverse ``(units, units)``, in place, to those without some units."""
     rows = inverse[some]
     share = torch.linalg.solve(rows[:, some], rows)
     weights -= weights[:, some] @ share
@@ -398,8 +392,8 @@ def _eliminate(inverse: Tensor, weights: Tensor, some: Tensor) -> None:
 
 
 def _weighed(network: Network, found: Mapping[str, _Eliminated], held: Samples, classes: bool) -> Network:
-    """Scores: how far parts of each group move the network's outputs, dealt to units in proportion to their costs."""
-    before = list(answers(network.model, held))
+    """Scores: the change of outputs without parts of each group, dealt to units in proportion to their errors."""
+    before = list(outputs_by_batch(network.model, held))
     measure = partial(_effect, ModelCode(network.model), network, held=held, before=before, classes=classes)
     bundles = {network.equal_to(name): {o: found[o] for o in network.equal_to(name) if o in found} for name in found}
     effects: dict[tuple[str, ...], list[float]] = {}
@@ -429,10 +423,10 @@ def _effect(
     place: int,
     *,
     held: Samples,
-    before: Sequence[Any],
+    before: Sequence[object],
     classes: bool,
 ) -> tuple[float, dict[str, str]]:
-    """How far the network's outputs move without some units; or groups whose sizes its code does not follow."""
+    """The change of the network's outputs without some units; or groups whose sizes its code does not follow."""
     keep = {name: tuple(sorted(one.order[one.counts[place] :].tolist())) for name, one in gone.items()}
     edit = Edit(network, keep)
     adaptation, refused = fit_code(code, network, edit.counts)

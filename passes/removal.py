@@ -1,4 +1,4 @@
-"""Which units to remove, given scores: by ratio, or until a budget of parameters or MACs is met."""
+"""Remove units of the lowest scores: by ratio, or until a budget of parameters or MACs is met."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from netsurgery.analysis.network import Network
 from netsurgery.arguments import is_count, is_real, require_counts
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
-from netsurgery.passes.bundles import Bundle, Choice, call_of
+from netsurgery.passes.bundles import Bundle, Choice, RemovalSettings, call_of
 from netsurgery.passes.compensation import Compensate, Method, check_ridge
 from netsurgery.passes.patterns import Modules, as_patterns
-from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.selection import sorts_of
 
 __all__ = ["PruneChannels"]
@@ -23,7 +22,7 @@ Event = tuple[float, int, int]  # score of the unit, its bundle, and how many of
 
 
 @dataclass(frozen=True, repr=False)
-class PruneChannels(DataPass):
+class PruneChannels(RemovalSettings):
     """Remove the units with the lowest scores.
 
     Args:
@@ -39,8 +38,8 @@ class PruneChannels(DataPass):
             network as it is, so that what matters least for what it saves goes first. "auto" is "cost" where the budget
             is one of all layers and scores are comparable amounts; LAMP's, which only rank, go by the "unit".
         of: the original that ratio, budget and limits are shares of, where this is one of several rounds: the Edit that
-            began with it (``first``, or ``first.then(second)``), or its Network. What rounding leaves in one round, the
-            next removes. By default the network as it is.
+            began with it (``first``, or ``first.then(second)``), or its Network. The next round removes units that
+            rounding has left in one. By default the network as it is.
         multiple_of: the number of channels that stay in a layer is a multiple of this, or the group stays whole.
         min_channels: at least so many channels stay in each layer.
         max_ratio: at most this share of each group is removed. By default 0.9, so that no layer is emptied because its
@@ -51,16 +50,17 @@ class PruneChannels(DataPass):
             product, "any" cuts one factor: dimensions within heads rather than heads.
         include: modules, by name patterns (``layer3.*``), classes or themselves. Only units go that matching modules
             alone produce, or whose group is named: a residual stream that others write to stays.
-        exclude: likewise; no unit goes that a matching module produces or carries. What is inside of a module that
-            matches, matches too.
+        exclude: likewise; no unit goes that a matching module produces or carries. Modules inside one that matches,
+            match too.
         protect: likewise; nor does a unit that a matching module consumes or is given.
         normalize: how scores of different groups are made comparable when the scope is global: divided by the "mean",
             "max" or "sum" of their sizes in the group, or "none"; "auto" is "none" for scores that are comparable as
             they are (rises of the loss, Taylor, Fisher, LAMP), else "sum" where they are ranked for their cost (a share
             of the group's importance for a share of its cost), else "mean".
         compensate: make up for what the removal loses in the layers that read it: "bias" by a constant for each output;
-            "least-squares" also refits their weights so that the outputs stay as near as they can. What does not help
-            on samples that are held back is left alone. This is the pass ``Compensate``, run right after the removal.
+            "least-squares" also refits their weights so that the outputs stay as near as they can. A change that does
+            not help on samples that are held back is not made. This is the pass ``Compensate``, run right after the
+            removal.
         data: as for ``Compensate``.
         samples: likewise.
         ridge: likewise.
@@ -103,7 +103,7 @@ class PruneChannels(DataPass):
     protect: Modules = ()
     normalize: Literal["auto", "mean", "max", "sum", "none"] = "auto"
     compensate: Method | None = None
-    data: Any = field(default=None, repr=False, compare=False)
+    data: object = field(default=None, repr=False, compare=False)
     samples: int = 512
     ridge: float = 1e-2
     memory: int = 1 << 30
@@ -179,20 +179,15 @@ class PruneChannels(DataPass):
         check_ridge("PruneChannels", self.ridge)
 
     def run(self, network: Network) -> Edit:
-        """Choose the units that stay, and make up for what goes if that is asked for."""
+        """Choose the units that stay, and compensate for the others if that is asked for."""
         choice = Choice(self, network)
         edit = choice.edit(self._removed(choice))
         if self.compensate is None:
             return edit
         return Compensate(self.compensate, self.data, self.samples, self.ridge, self.memory).run(edit)
 
-    def by_cost(self, network: Network) -> bool:
-        """Whether units are ranked by score for what they cost."""
-        budget = self.scope == "global" and (self.params is not None or self.macs is not None)
-        return self.per == "cost" or (self.per == "auto" and budget and network.comparable and not network.ordinal)
-
     def _removed(self, choice: Choice) -> list[int]:
-        """Units to remove from each bundle."""
+        """The number of units to remove from each bundle."""
         bundles = choice.bundles
         if self.threshold is not None:
             return [bundle.allowed(int((bundle.scores <= self.threshold).sum())) for bundle in bundles]
@@ -224,7 +219,7 @@ class PruneChannels(DataPass):
 
 
 def _ranked(bundles: list[Bundle], prices: list[float]) -> list[Event]:
-    """Removals in reach, by score for what they save; those that save nothing come last."""
+    """The removals in reach, by score relative to what they save; those that save nothing come last."""
     return sorted(
         (float(bundle.scores[k - 1]) / price if price else inf, index, k)
         for index, (bundle, price) in enumerate(zip(bundles, prices, strict=True))
@@ -233,7 +228,7 @@ def _ranked(bundles: list[Bundle], prices: list[float]) -> list[Event]:
 
 
 def _prices(choice: Choice, what: str) -> list[float]:
-    """For each bundle what goes, per unit, with one unit of each of its groups from the network as it is."""
+    """For each bundle the cost that goes, per unit, when each of its groups loses one unit."""
     network = choice.network
     whole = getattr(network.cost(), what)
     fewer = [{group.name: group.size - 1 for group in bundle.groups} for bundle in choice.bundles]
@@ -241,7 +236,7 @@ def _prices(choice: Choice, what: str) -> list[float]:
 
 
 def _after(bundles: list[Bundle], ranked: list[Event], n: int) -> list[int]:
-    """Units removed from each bundle by the first ``n`` removals."""
+    """The number of units that the first ``n`` removals take from each bundle."""
     removed = [0] * len(bundles)
     for _, index, k in ranked[:n]:
         removed[index] = k

@@ -19,7 +19,7 @@ __all__ = ["RemoveBlocks"]
 
 @dataclass(frozen=True)
 class RemoveBlocks(Pass):
-    """Drops residual blocks: those with the lowest scores, or some by name. What goes into one goes past it.
+    """Drop residual blocks: those with the lowest scores, or some by name. The input of a block becomes its output.
 
     ``network.blocks`` lists those that can go. They are found on the recorded graph: modules whose output is their
     input plus branches that they compute from it, such as a decoder layer; ``rewrite`` says what becomes of names.

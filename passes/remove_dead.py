@@ -15,7 +15,7 @@ __all__ = ["RemoveDead"]
 
 @dataclass(frozen=True)
 class RemoveDead(Pass):
-    """Removes dead units of the groups that may lose them; of groups of equal sizes equally many.
+    """Remove dead units of the groups that may lose them; groups of equal sizes lose equally many.
 
     Args:
         dead: for some groups which units are dead, ``(units,)``.
@@ -26,7 +26,7 @@ class RemoveDead(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
 
     def run(self, network: Network) -> Edit:
-        """Keep what is not dead."""
+        """Keep the units that are not dead."""
         gone = {g.name: [i for i, dead in enumerate(self.dead.get(g.name, ())) if dead] for g in network.prunable}
         for tied in network.equal_sizes:
             count = min(len(gone.get(name, ())) for name in tied)

@@ -1,4 +1,4 @@
-"""Units that are gone from parts of a batch: where they lie in the tensors of a graph, and these without them."""
+"""Units that are gone from parts of a batch: their positions in tensors of a graph, and these without them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RemovedUnits:
         return left
 
     def stays(self, axis: Axis) -> Tensor:
-        """Which positions along an axis stay in each block: ``(blocks, size)``, ``(1, size)`` if in all the same."""
+        """True at positions of an axis that stay in each block: ``(blocks, size)``, ``(1, size)`` if all are alike."""
         axis = find(axis)
         if axis not in self.memo:
             self.memo[axis] = multiplied(axis, self._stays)
@@ -80,7 +80,7 @@ class RemovedUnits:
         return left
 
     def stay(self, axis: Axis, index: int) -> Tensor:
-        """Which positions along an axis stay in one block."""
+        """True at the positions along an axis that stay in one block."""
         stays = self.stays(axis)
         return stays[index if len(stays) > 1 else 0]
 
@@ -128,14 +128,14 @@ class RemovedUnits:
         aten.index_put_(blocks, places, tensor.new_zeros(()))
 
     def in_blocks(self, axis: Axis) -> Tensor:
-        """Positions along an axis that holds the batch, too: of each block those that go in it."""
+        """The positions that go, along an axis that holds the batch too: in each block its own."""
         size, found = axis.size // len(self.units), []
         for index in range(len(self.units)):
             positions = self.positions(axis, index)
             found.append(positions[positions // size == index])
         return torch.cat(found)
 
-    def statistics(self, step: Step, special: Callable[..., Any], args: Sequence[Any]) -> Any:
+    def statistics(self, step: Step, special: Callable[..., Any], args: Sequence[Tensor]) -> object:
         """The result of an operation that takes statistics, over what stays."""
         target: Any = step.node.target
         names = [argument.name for argument in target._schema.arguments]

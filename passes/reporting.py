@@ -1,8 +1,8 @@
-"""Passes that hold data: how it is drawn, and what a plan reports on it."""
+"""Passes that hold data: they draw samples from it, and plans are measured on these."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,7 +22,7 @@ class DataPass(Pass):
     """A pass that holds data, which plans are measured on. Derive a frozen dataclass with these fields.
 
     Attributes:
-        data: what samples are drawn from, several times; None: nothing is measured.
+        data: the source of samples, read several times; None: nothing is measured.
         samples: how many are drawn.
         seed: fixes the samples.
         loss: as for ``netsurgery.passes.measure``.
@@ -30,7 +30,7 @@ class DataPass(Pass):
         labelled: whether samples are drawn with their labels, class-balanced.
     """
 
-    data: Any
+    data: object
     samples: int
     seed: int = 0
     loss: Loss | None = None
@@ -42,7 +42,7 @@ class DataPass(Pass):
         self.check_rereadable("data")
 
     def check_rereadable(self, name: str) -> None:
-        """Make sure that what a field holds gives the same samples whenever it is read.
+        """Make sure that the data in a field gives the same samples whenever it is read.
 
         Raises:
             InputError: it is an iterator, or what gives the same one each time.
@@ -54,14 +54,14 @@ class DataPass(Pass):
             )
 
     def drawn(self, most: int | None = None) -> Samples:
-        """The samples, or the first of as many as are drawn at most."""
+        """Draw the samples, at most so many."""
         count = self.samples if most is None else min(self.samples, most)
         if self.labelled:
             return draw_samples(self.data, count, self.seed, ignored_by(self.loss))
         return draw_inputs(self.data, count, self.seed)
 
     def measure(self, model: nn.Module, edit: Edit) -> Measured | None:
-        """How far what an edit leaves is from the model on the samples."""
+        """Measure on the samples how far the smaller network is from the model."""
         if self.data is None:
             return None
         return reported(model, edit, self.drawn(MOST), self.loss, classes=self.classes)

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import Samples, in_eval_mode, outputs_of
 from netsurgery.passes.draws import drawn_at
-from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, twice_over
+from netsurgery.passes.losses import Loss, check_mean, check_targets, cross_entropy, loss_of, twice_over
 
 __all__ = ["SampleLosses", "calls_are_dear", "finite", "nearly_equal"]
 
@@ -29,7 +29,7 @@ _log = logging.getLogger("netsurgery")
 
 
 def calls_are_dear(device: torch.device) -> bool:
-    """Whether a call of an operation costs more than its arithmetic, as on a GPU."""
+    """True if a call of an operation costs more than its arithmetic, as on a GPU."""
     return device.type == "cuda"
 
 
@@ -40,14 +40,31 @@ def _fitting(device: torch.device) -> int:
     return max(256 << 20, torch.cuda.get_device_properties(device).total_memory // 32)
 
 
-class SampleLosses:
-    """Runs a model on samples, and takes its loss.
+@dataclass(frozen=True)
+class AblationSettings:
+    """Settings of the runs without units.
 
-    Args:
+    Attributes:
         loss: of outputs and targets: their mean, or one number for each sample; None for the cross-entropy.
-        rows: how many go through the model at once; None for as many as suit the device.
+        rows: how many go through the network at once; None for as many as suit the device.
+        memory: bytes of results that may be kept of a run.
+        autocast: the type in which convolutions and matrix products are computed; None for the model's own.
+        progress: whether to report how far the work is.
         each: whether the loss of each sample is needed: where the loss is a mean, samples go through one at a time.
         compared: whether samples are compared, so that a loss that is a mean is refused.
+    """
+
+    loss: Loss | None = None
+    rows: int | None = None
+    memory: int = 2 << 30
+    autocast: torch.dtype | None = None
+    progress: bool = True
+    each: bool = False
+    compared: bool = False
+
+
+class SampleLosses:
+    """Runs a model on samples, and takes its loss.
 
     Attributes:
         random: whether the model draws random numbers.
@@ -56,18 +73,8 @@ class SampleLosses:
         block: the number of samples that go through at most, several times over where more rows may.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        samples: Samples,
-        loss: Loss | None = None,
-        rows: int | None = None,
-        *,
-        each: bool = False,
-        compared: bool = False,
-    ):
-        self.network, self.samples, self.given_loss, self.rows = network, samples, loss, rows
-        self.each, self.compared = each, compared
+    def __init__(self, settings: AblationSettings, network: Network, samples: Samples):
+        self.settings, self.network, self.samples = settings, network, samples
         self.model = network.model
         self.device = home(self.model)
         self.random = self.random_loss = False
@@ -80,8 +87,8 @@ class SampleLosses:
 
     def chunk(self) -> int:
         """Rows that go through at once."""
-        if self.rows is not None:
-            return self.rows
+        if self.settings.rows is not None:
+            return self.settings.rows
         program = self.network.programs[0]
         given = next(n.meta["shape"] for n in program.graph.nodes if n.op == "placeholder")
         shapes = [n.meta["shape"] for n in program.operations if isinstance(n.meta["shape"], torch.Size)]
@@ -89,28 +96,28 @@ class SampleLosses:
         most = 15 if self.dear else 12
         return 1 << max(4, min(most, math.floor(math.log2(_fitting(self.device) / (4 * largest)) + 0.5)))
 
-    def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, Any]:
+    def batch(self, start: int, stop: int, copies: int) -> tuple[Inputs, object]:
         """Some samples, several times over; the targets once."""
         which = torch.arange(start, stop)
         inputs, _ = self.samples.rows(which.repeat(copies), self.device)
         return inputs, self.samples.rows(which, self.device)[1]
 
     @functools.cached_property
-    def template(self) -> Any:
+    def template(self) -> object:
         """An output of the model, to put other tensors into."""
         inputs, _ = self.batch(0, min(self.chunk(), self.samples.count), 1)
         return self.outputs(self.model, inputs)
 
-    def filled(self, outputs: Sequence[Tensor]) -> Any:
+    def filled(self, outputs: Sequence[Tensor]) -> object:
         """An output of the model that holds other tensors."""
         return _filled(self.template, outputs)
 
-    def outputs(self, model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
+    def outputs(self, model: nn.Module, inputs: Inputs, seed: int = 0) -> object:
         """The outputs of a model in eval mode."""
         with in_eval_mode(model), torch.no_grad():
             return outputs_of(model, inputs, self.device, seed)
 
-    def losses_together(self, outputs: list[Tensor], targets: Any, copies: int) -> Tensor | None:
+    def losses_together(self, outputs: list[Tensor], targets: object, copies: int) -> Tensor | None:
         """Losses ``(copies, rows)`` by one call; None where the loss is a mean, or draws random numbers."""
         if copies == 1 or self.random_loss:
             return None
@@ -120,26 +127,23 @@ class SampleLosses:
             found = self.own_loss(self.filled(outputs), several)
         return found.double().unflatten(0, (copies, rows)) if found.shape == (copies * rows,) else None
 
-    def own_loss(self, outputs: Any, targets: Any) -> Any:
+    def own_loss(self, outputs: object, targets: object) -> Tensor:
         """The loss as the user's function returns it; by default the cross-entropy."""
-        own = self.given_loss
-        return cross_entropy(outputs, targets) if own is None else own(outputs, targets)
+        loss: Loss = cross_entropy if self.settings.loss is None else self.settings.loss
+        return loss(outputs, targets)
 
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
+    def loss(self, outputs: object, targets: object) -> Tensor:
         """The loss of each row in float64, ``(rows,)``; all alike where the loss is the mean."""
         rows = len(pytree.tree_leaves(targets)[0])
         with seeded(0, self.device) if self.random_loss else contextlib.nullcontext():
-            found = self.own_loss(outputs, targets)
-        if not isinstance(found, Tensor) or found.shape not in ((), (rows,)):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"the loss of {rows} samples is {shape}: return the mean, or one number for each")
-        if self.compared and found.dim() == 0 and rows > 1:
+            found = loss_of(outputs, targets, self.settings.loss)
+        if self.settings.compared and found.dim() == 0 and rows > 1:
             raise InputError("racing compares samples: let the loss return one number for each, (n,), not the mean")
         return found.double().expand(rows)
 
     def is_mean(self) -> bool:
-        """Whether the loss returns one number for several samples."""
-        if self.given_loss is None or self.samples.count < 2:
+        """True if the loss returns one number for several samples."""
+        if self.settings.loss is None or self.samples.count < 2:
             return False
         inputs, targets = self.batch(0, 2, 1)
         found = self.own_loss(self.outputs(self.model, inputs), targets)
@@ -151,10 +155,10 @@ class SampleLosses:
         Raises:
             InputError: see ``netsurgery.passes.losses``.
         """
-        if self.each and self.is_mean():
+        if self.settings.each and self.is_mean():
             self.block = 1
         count = min(16, self.samples.count)
-        (inputs, targets), own = self.batch(0, count, 1), self.given_loss
+        (inputs, targets), own = self.batch(0, count, 1), self.settings.loss
         once = self.outputs(self.model, inputs)
         if not _same(once, self.outputs(self.model, inputs, seed=1)):
             self.random = True
@@ -179,7 +183,7 @@ class SampleLosses:
             "each unit", who, "".join(f", {place}" for place in places),
         )  # fmt: skip
 
-    def check_loss(self, own: Loss, once: Any, targets: Any) -> None:
+    def check_loss(self, own: Loss, once: object, targets: object) -> None:
         """Make sure that a loss of the user's is a mean over samples, or one number for each."""
         count = min(16, self.samples.count)
         which = torch.arange(count).repeat(2)
@@ -216,14 +220,14 @@ def _scaled(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
     return [tensor * factor if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two results of a model are the same but for rounding."""
+def _same(one: object, other: object) -> bool:
+    """True if two results of a model are the same but for rounding."""
     pairs = [*zip(tensors_in(one), tensors_in(other), strict=True)]
     return all(a.shape == b.shape and nearly_equal(torch.stack([a, b])) for a, b in pairs)
 
 
 def nearly_equal(parts: Tensor) -> bool:
-    """Whether parts ``(parts, ...)`` are the same but for rounding."""
+    """True if all parts ``(parts, ...)`` are the same but for rounding."""
     if not parts.is_floating_point():
         return torch.equal(parts, parts[:1].expand_as(parts))
     eps = torch.finfo(parts.dtype).eps
@@ -231,11 +235,11 @@ def nearly_equal(parts: Tensor) -> bool:
     return torch.allclose(parts, parts[:1], min(1e3 * eps, 0.05), 1e2 * eps * largest, equal_nan=True)
 
 
-def _filled(template: Any, tensors: Sequence[Tensor]) -> Any:
+def _filled(template: object, tensors: Sequence[Tensor]) -> object:
     """An output of a model that holds other tensors."""
     left = iter(tensors)
 
-    def fill(value: Any) -> Any:
+    def fill(value: object) -> object:
         leaves, form = pytree.tree_flatten(value)
         new = []
         for leaf in leaves:

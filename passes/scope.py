@@ -1,8 +1,6 @@
-"""Which groups are scored: those of named modules, and those that the removal to come may cut."""
+"""The groups that are scored: those of named modules, and those that a later removal may cut."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,10 +8,8 @@ from netsurgery.analysis.network import Network
 from netsurgery.errors import InputError
 from netsurgery.passes.bundles import Choice
 from netsurgery.passes.patterns import Chosen, Pattern
+from netsurgery.passes.removal import PruneChannels
 from netsurgery.passes.selection import belongs, is_touched
-
-if TYPE_CHECKING:
-    from netsurgery.passes.removal import PruneChannels
 
 __all__ = ["scoped"]
 
@@ -21,7 +17,7 @@ __all__ = ["scoped"]
 def scoped(
     network: Network, include: tuple[Pattern, ...], exclude: tuple[Pattern, ...], removal: PruneChannels | None
 ) -> Network:
-    """The network with all groups locked but those that are to be scored.
+    """The network with locks on all groups that are not to be scored.
 
     Args:
         include: as for ``PruneChannels``: only groups that matching modules alone produce; all, where there are none.

@@ -1,4 +1,4 @@
-"""What is known of each removal, kept in a file so that long work can be interrupted and gone on with."""
+"""Results of removals so far, kept in a file so that long work can be interrupted and continued."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECONDS = 5.0  # between two writes
 
 @dataclass
 class ScoreCheckpoint:
-    """What is known of each removal: sums over the rises of the loss, and over how many rows."""
+    """Results of removals so far: sums over changes of the loss, and the number of rows that these are of."""
 
     key: str
     file: Path | None
@@ -36,7 +36,7 @@ class ScoreCheckpoint:
         self.entries.setdefault(name, empty)
 
     def add(self, name: str, units: Sequence[int], terms: Tensor, rows: int) -> None:
-        """Add ``(sums, units)`` over some rows; all at once, so that an interruption falls before or after."""
+        """Add ``(sums, units)`` over some rows in one step, so that an interruption falls before or after it."""
         sums, seen = (tensor.clone() for tensor in self.entries[name])
         sums[:, list(units)] += terms
         seen[list(units)] += rows
@@ -91,7 +91,7 @@ class ScoreCheckpoint:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Write the file at the end, whatever ends the work."""
+        """Write the file at the end, also after an error or an interruption."""
         try:
             yield
         finally:

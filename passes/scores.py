@@ -142,7 +142,7 @@ class MagnitudeScore(Pass):
 
 
 def _layer_adaptive(powers: Tensor) -> Tensor:
-    """Each number over the sum of those that are not smaller."""
+    """Each number divided by the sum of those that are not smaller."""
     ordered, order = powers.sort(stable=True)
     above = ordered.flip(0).cumsum(0).flip(0)
     scores = torch.empty_like(powers)
@@ -232,7 +232,7 @@ class GeometricMedianScore(Pass):
 
 
 def _distances(vectors: Tensor) -> Tensor:
-    """Between all rows, ``(n, d)`` to ``(n, n)``. By matrix products, near rows would cancel to nothing."""
+    """Distances between all rows, ``(n, d)`` to ``(n, n)``; by matrix products those of near rows would cancel."""
     pairs = torch.triu_indices(len(vectors), len(vectors), 1, device=vectors.device)
     found = vectors.new_zeros(len(vectors), len(vectors))
     found[pairs[0], pairs[1]] = torch.pdist(vectors)

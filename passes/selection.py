@@ -1,4 +1,4 @@
-"""Which groups a pass works on: those of named modules, and of the factors of one dimension only one.
+"""The groups that a pass works on: those of named modules, and only one of the factors of a dimension.
 
 A ratio is a share of a layer's channels. Where these are a product (heads and dimensions within heads, groups of a
 convolution and channels within them), the same share of both factors would take it twice.
@@ -22,17 +22,9 @@ from netsurgery.passes.patterns import Chosen, Pattern
 from netsurgery.tables import first_of
 
 __all__ = [
-    "ANY",
-    "belongs",
-    "channels_beside",
-    "channels_per_unit",
-    "is_touched",
-    "one_of_each_product",
-    "others_made_by",
-    "protected",
-    "sorts_of",
-    "stands_still",
-]
+    "ANY", "belongs", "channels_beside", "channels_per_unit", "is_touched", "one_of_each_product", "others_made_by",
+    "protected", "sorts_of", "stands_still",
+]  # fmt: skip
 
 ANY: tuple[Unit, ...] = ("channel", "head", "head_dim")
 FINER_FIRST: tuple[Unit, ...] = ("head_dim", "channel", "head", "group", "rank")  # they meet a share more closely
@@ -55,12 +47,12 @@ def sorts_of(caller: str, unit: str | Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def is_touched(group: Group, modules: Chosen) -> bool:
-    """Whether some modules produce or carry a group's units."""
+    """True if some modules produce or carry a group's units."""
     return any(modules.holds(member.parameter) for member in group.members if member.role != "consumes")
 
 
 def belongs(group: Group, modules: Chosen, patterns: Sequence[Pattern]) -> bool:
-    """Whether only some modules produce a group's units, or these are but all that carries them, as norms do.
+    """True if some modules alone produce a group's units, or produce none of them but alone carry them, as norms do.
 
     Or the group is asked for by name.
     """
@@ -73,13 +65,13 @@ def belongs(group: Group, modules: Chosen, patterns: Sequence[Pattern]) -> bool:
 
 
 def others_made_by(group: Group, modules: Chosen) -> str:
-    """The modules that produce a group's units beside some modules."""
+    """The other modules that produce a group's units beside some modules."""
     makers = dict.fromkeys(m.module for m in group.members if m.role == "produces" and not modules.holds(m.parameter))
     return first_of(makers, 2)
 
 
 def protected(network: Network, modules: Chosen) -> set[str]:
-    """The groups whose units some modules produce, carry, consume or are given."""
+    """The groups whose units some modules produce, carry, consume or get as inputs."""
     found = {g.name for g in network.groups if any(modules.holds(member.parameter) for member in g.members)}
     for call in [call for program in network.programs for call in program.calls if call.path in modules]:
         given = [node for node in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(node, fx.Node)]
@@ -115,7 +107,7 @@ def one_of_each_product(
 
 
 def _factors(network: Network) -> dict[Axis, set[Axis]]:
-    """For each channel those that it is multiplied with in a dimension of a parameter."""
+    """For each channel the others that stand beside it as factors of a dimension of a parameter."""
     found: dict[Axis, set[Axis]] = {}
     for axis in dict.fromkeys(axis for axes in network.axes.values() for axis in axes if axis.op):
         for leaf in dict.fromkeys(leaves(axis)):
@@ -135,7 +127,7 @@ def _beside(axis: Axis, leaf: Axis) -> Iterator[tuple[Axis, ...]]:
 
 
 def _outerness(network: Network, group: Group) -> int:
-    """How many factors follow a group's channel in a dimension, at most."""
+    """The largest number of factors that follow a group's channel in a dimension."""
     axes = [network.axes[member.parameter][member.axis] for member in group.members]
     after = [
         len(axis.terms) - i
@@ -147,7 +139,7 @@ def _outerness(network: Network, group: Group) -> int:
 
 
 def channels_per_unit(network: Network, group: Group, cut: Iterable[Axis] = ()) -> int:
-    """How many channels of a layer a unit is: dimensions within a head, or groups of a normalisation.
+    """The number of channels of a layer that a unit has: dimensions within a head, or channels of a norm's group.
 
     Args:
         cut: channels that are cut too; nothing can be said of how many of them stay.

@@ -1,4 +1,4 @@
-"""Removals that are tried one after the other: a unit each, or ever more of them."""
+"""Removals that are tried one after the other: single units, or growing sets of them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Series:
 
     @property
     def size(self) -> int:
-        """How many removals there are."""
+        """The number of removals."""
         return min(map(len, self.orders.values()))
 
     def removal(self, index: int) -> Removal:
-        """The units that go, those before not counted."""
+        """The units that go in a removal, without those of ``before``."""
         first = 0 if self.prefixes else index
         return {name: tuple(sorted(order[first : index + 1])) for name, order in self.orders.items()}
 

@@ -1,4 +1,4 @@
-"""A sieve: slopes of gates say of most units on which side of the border they are, and only the others are tried.
+"""A sieve: slopes of gates decide on which side of the border most units are, and only the others are tried.
 
 Some units of each group, drawn at random, are tried. A regression on them turns what slopes predict into rises, and its
 errors at units that it was not fitted to say how far it can be trusted. The same units measure what the sieve misses:
@@ -54,7 +54,7 @@ def drawn(sizes: Mapping[str, int], confidence: float, seed: int) -> Draw | None
 
 
 def at_most(wrong: int, tried: int, level: float = _LEVEL) -> float:
-    """The share that is wrong of all, at most, where so many of some tried at random are: Clopper and Pearson's bound.
+    """An upper bound of the share of wrong units, from those that were tried at random (Clopper and Pearson).
 
     Args:
         level: the chance that the bound does not hold.
@@ -78,18 +78,18 @@ def at_most(wrong: int, tried: int, level: float = _LEVEL) -> float:
 
 
 class Regression:
-    """Loss deltas of a group's units as a regression on predictions has them, on a scale that tames the largest.
+    """A regression of the loss deltas of a group's units on predictions, on a scale that tames the largest.
 
     Args:
-        predictions: of the loss delta, first and second order, ``(units, 2)``.
+        predictions: the loss deltas that slopes predict, first and second order, ``(units, 2)``.
         units: those that were tried at random.
-        loss_deltas: what came out.
+        loss_deltas: their measured loss deltas.
 
     Attributes:
-        means: of all units, on that scale; of those tried at random as the regression fitted to the others has them.
-        error: standard deviation of what comes out around it.
-        known: what came out, on that scale; NaN of units that were not tried.
-        estimates: loss deltas as the regression has them.
+        means: predicted means of all units, on that scale; for units tried at random by a fit to the others.
+        error: standard deviation of measured loss deltas around the regression.
+        known: measured loss deltas, on that scale; NaN for units that were not tried.
+        estimates: loss deltas that the regression predicts.
     """
 
     def __init__(self, predictions: Tensor, units: list[int], loss_deltas: Tensor):
@@ -109,7 +109,7 @@ class Regression:
         self.known[units] = y
 
     def learn(self, units: list[int], loss_deltas: Tensor) -> None:
-        """More units were tried."""
+        """Take in units that were tried."""
         self.known[units] = (loss_deltas / self.scale).asinh()
 
     def untried(self) -> list[int]:
@@ -118,7 +118,7 @@ class Regression:
         return found
 
     def border(self, selected: int, width: float) -> float:
-        """The border below which so many units are expected."""
+        """The border below which the selected number of units is expected."""
         ends = torch.cat([self.means, self.known[~self.known.isnan()]])
         low, high = float(ends.min() - 1), float(ends.max() + 1)
         for _ in range(60):
@@ -129,7 +129,7 @@ class Regression:
         return border
 
     def decided(self, border: float, allowed: float, width: float) -> Tensor:
-        """Of which units predictions say on which side they are, so many that as many errors are expected."""
+        """True for units whose side the predictions decide: as many as keep the expected errors within the allowed."""
         doubt = torch.special.ndtr(-(self.means - border).abs() / (width * self.error))
         order = doubt.argsort(stable=True)
         decided = torch.zeros(len(order), dtype=torch.bool)
@@ -142,7 +142,7 @@ class Sieve:
     """Decides which units to try, so many that the share of the selection that is wrong is small enough, by a bound.
 
     Attributes:
-        regressions: what predictions say, by group.
+        regressions: loss deltas from predictions, by group.
         draw: the units that were tried at random.
         selected: how many units of each group are to be removed.
         tried: those that were tried.
@@ -161,7 +161,7 @@ class Sieve:
         self.tried = {name: sorted(units) for name, units in self.draw.units.items()}
 
     def more(self) -> dict[str, list[int]]:
-        """Units to try now; none where what is known is enough."""
+        """The units to try now; none where enough is known."""
         while self.looks < len(_WIDTHS):
             found, wrong = self._look(_WIDTHS[self.looks])
             if found:
@@ -179,7 +179,7 @@ class Sieve:
         return units
 
     def _look(self, width: float) -> tuple[dict[str, list[int]], tuple[int, int]]:
-        """Units that are open and were not tried; of an equal share, how many would be wrong above and below."""
+        """The undecided units that were not tried; and how many of the equal share would be wrong above and below."""
         found, above, below = {}, 0, 0
         for name, one in self.regressions.items():
             selected, equal = self.selected[name], self.draw.units[name][: self.draw.equal[name]]
@@ -195,7 +195,7 @@ class Sieve:
         return found, (above, below)
 
     def _bound(self, wrong: tuple[int, int]) -> float:
-        """The share of the selection that is wrong: no more than lie above the border, or than are left below it."""
+        """A bound of the share of the selection that is wrong, by the worse of errors above and below the border."""
         units, number = sum(len(one.means) for one in self.regressions.values()), sum(self.draw.equal.values())
         if all(len(self.tried[name]) == len(one.means) for name, one in self.regressions.items()):
             return 0.0

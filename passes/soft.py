@@ -1,4 +1,4 @@
-"""Soft filter pruning in a training loop: filters are set to zero after an epoch, and may come back in the next."""
+"""Soft filter pruning in a training loop: filters are set to zero after an epoch, and may return in the next."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.filter_positions import (
     Filters,
+    Place,
     computed_norms,
     dead_units,
     filters_of_group,
@@ -52,7 +53,7 @@ class SoftPruning:
     After epoch t the filters with the smallest L2 norms are multiplied by a factor, and go on being trained:
 
     ======  =====================  ===================  =======================
-    method  pruned share           factor               of these for good
+    method  pruned share           factor               share pruned for good
     ======  =====================  ===================  =======================
     sfp     ratio                  0                    none
     asfp    ``pruned_share``       0                    none
@@ -62,16 +63,16 @@ class SoftPruning:
     ghfp    ratio                  ``soft_factor``      ``hard_share``
     ======  =====================  ===================  =======================
 
-    What is pruned for good has no gradient, no momentum and nothing that comes after it until it meets others: its
-    bias, and the scale and shift of its norm, are 0 too. After the last epoch's step this holds of all that is pruned,
-    so that ``finish`` changes nothing any more.
+    A filter that is pruned for good has no gradient and no momentum, and is silent until it meets others: its bias, and
+    the scale and shift of its norm, are 0 too. After the last epoch's step this holds for all pruned filters, so that
+    ``finish`` changes nothing any more.
 
     Args:
         model: any module, also in DistributedDataParallel or torch.compile; it is traced once.
         example_inputs: as for ``netsurgery.trace``.
         method: see above.
         ratio: the share of the filters of each layer or group that goes, in [0, 1): ``floor(filters * ratio)``.
-            Of groups that are factors of one dimension, one is cut, as by ``PruneChannels``.
+            One of the groups that are factors of one dimension is cut, as by ``PruneChannels``.
         epochs: the length of the schedule, in calls of ``step``.
         grouping: "layer", the filters of each layer are ranked by themselves; in a residual stream those that not
             all layers have pruned stay, as zeros. "coupled", a filter is a unit of the dependency graph with all
@@ -80,13 +81,14 @@ class SoftPruning:
             otherwise momentum would bring them back.
         asymptotic: "hfp" and "ghfp" only: let the pruned share grow as with "asfp".
         settle: a share of the epochs, at the end, in which the whole ratio is pruned, and for good, so that the
-            network gets used to it. 0 is the source, where the last step alone takes away what came back: on the digits
-            (15 epochs, half of the filters) that costs up to 6 points of accuracy, and with 0.2 nothing.
+            network gets used to it. 0 is as in the source: only the last step removes filters that came back. On the
+            digits (15 epochs, half of the filters) that costs up to 6 points of accuracy, and 0.2 costs nothing.
         before_training: ``step(-1)`` prunes before the first epoch, as the authors of SFP do; "sfp" and "hfp" only, as
             the others prune nothing then.
         roles: "layer" only: which layers take part: "convolution", "linear", "shortcut".
-        include: modules, by name patterns (``layer3.*``), classes or themselves; what they alone produce is pruned.
-        exclude: likewise; what these produce is not.
+        include: modules, by name patterns (``layer3.*``), classes or themselves; filters that they alone make are
+            pruned.
+        exclude: likewise; filters that these make are not.
 
     Raises:
         InputError: an argument out of range, a pattern that matches nothing, nothing to prune, weights on the meta
@@ -108,17 +110,16 @@ class SoftPruning:
         Conv2d(6, 12, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False)
 
     Source: SFP and ASFP: He et al., arXiv 1808.06866 and 1808.07471; SRFP and ASRFP: Cai et al., arXiv 2010.09498; HFP
-    and GHFP: arXiv 2011.03170: per layer, on the kernels of convolutions. Ours: "coupled"; ``settle``; that biases and
-    norms are set to 0 with what is pruned for good. While a filter is soft these stay as they are, as in the source:
-    with scale and shift at 0 before a ReLU no gradient would ever bring it back. So it still passes a constant on,
-    and the source's small networks lose that at the very end, unseen. ``silenced`` shows the network without it at any
-    time.
+    and GHFP: arXiv 2011.03170: per layer, on the kernels of convolutions. Ours: "coupled"; ``settle``; zeros in biases
+    and norms of filters that are pruned for good. A soft filter keeps these, as in the source: with scale and shift at
+    0 before a ReLU no gradient would ever bring it back. So it still passes a constant on, which the source's small
+    networks lose at the very end, without notice. ``silenced`` shows the network without it at any time.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Any = None,
+        example_inputs: object = None,
         *,
         method: Method = "asfp",
         ratio: float,
@@ -144,7 +145,7 @@ class SoftPruning:
                 f"SoftPruning(before_training=True): for 'sfp' and 'hfp'; '{method}'{growing} prunes nothing before "
                 "the first epoch"
             )
-        self.epoch = self._first - 1  # the last that is done
+        self.epoch = self._first - 1  # the last epoch done
         self._model = _unwrapped(model)
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         with torch.inference_mode(False):
@@ -164,7 +165,7 @@ class SoftPruning:
 
     @property
     def schedule(self) -> tuple[float, float, float]:
-        """After the last epoch done: the pruned share, the factor of soft filters, the share pruned for good."""
+        """The pruned share, the factor of soft filters and the share pruned for good after the last epoch done."""
         return (
             self._schedule.at(self.epoch, self.epochs, self.ratio, self.settle)
             if self.epoch >= self._first
@@ -173,7 +174,7 @@ class SoftPruning:
 
     @property
     def _first(self) -> int:
-        """The first epoch of ``step``: -1 is before training."""
+        """The first epoch that ``step`` takes; -1 stands for the time before training."""
         return -1 if self.before_training else 0
 
     def step(self, epoch: int) -> None:
@@ -238,7 +239,7 @@ class SoftPruning:
     def plan(self) -> Edit:
         """The removal that ``finish`` would make now: an Edit to look at, or to carry out with ``netsurgery.rewrite``.
 
-        Of what is pruned, that which stays: in "layer", units of a residual stream that not all its layers have pruned.
+        Some pruned filters stay: in "layer", units of a residual stream that not all its layers have pruned.
         """
         gone = self._places(self.pruned)
         dead = {group.name: dead_units(self._network, group, gone) for group in self._removable()}
@@ -252,7 +253,7 @@ class SoftPruning:
     def finish(self, **options: Any) -> nn.Module:
         """The physically smaller network: it computes what the model computes after the last step.
 
-        What was pruned is set to zero once more, should training have gone on; the optimizer is released.
+        Pruned filters are set to zero once more, should training have gone on; the optimizer is released.
 
         Args:
             options: as for ``netsurgery.rewrite``.
@@ -274,7 +275,7 @@ class SoftPruning:
         """Let go of the parameters and the optimizer: what is pruned for good may be trained again."""
         self._zeros.release()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The last epoch done, and what is pruned."""
         return {
             "settings": self._settings,
@@ -284,7 +285,7 @@ class SoftPruning:
         }
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         names = ("method", "ratio", "epochs", "grouping", "asymptotic", "settle", "before_training")
         return {name: getattr(self, name) for name in names}
 
@@ -296,7 +297,7 @@ class SoftPruning:
         """
         if missing := [name for name in ("settings", "epoch", "pruned", "hard") if name not in state]:
             raise InputError(f"SoftPruning.load_state_dict: the state has no '{missing[0]}': pass one of state_dict()")
-        settings = {"before_training": False, **state["settings"]}  # states of before know nothing of it
+        settings = {"before_training": False, **state["settings"]}  # older states lack it
         for name, own in self._settings.items():
             if (there := settings.get(name)) != own:
                 raise InputError(f"SoftPruning.load_state_dict: the state is of {name}={there!r}, here it is {own!r}")
@@ -327,7 +328,7 @@ class SoftPruning:
         )
 
     def _ranked(self, filters: Filters, sizes: Tensor, share: float, hard: float) -> tuple[Tensor, Tensor]:
-        """The filters that are pruned, and those of them that are pruned for good: bool, (filters,).
+        """True for the filters that are pruned, and for those of them that are pruned for good: ``(filters,)``.
 
         Args:
             sizes: the norms of their weights; written to.
@@ -373,17 +374,17 @@ class SoftPruning:
         return f"Units of these would not be nothing if their weights were zero: {listed}. " if listed else ""
 
     def _places(self, chosen: Masks) -> dict[tuple[str, int], Tensor]:
-        """The positions along axes of parameters at which zeros make filters nothing: bool."""
+        """True at the positions along axes of parameters where zeros silence the chosen filters."""
         found: dict[tuple[str, int], Tensor] = {}
 
-        def add(places: Sequence[Any], units: Tensor) -> None:
+        def add(places: Sequence[Place], units: Tensor) -> None:
             for place in places:
                 key, positions = (place.parameter, place.axis), place.positions(units)
                 found[key] = found[key] | positions if key in found else positions
 
         for name, filters in self._filters.items():
             add((*filters.weights, *filters.carriers), chosen[name])
-        for group in self._removable():  # what comes after several layers goes once none of them produces a unit
+        for group in self._removable():  # carriers behind several layers go once none of these produces the unit
             add(filters_of_group(self._network, group).carriers, dead_units(self._network, group, found))
         return {key: positions for key, positions in found.items() if bool(positions.any())}
 

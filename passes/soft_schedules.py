@@ -1,4 +1,4 @@
-"""Schedules of soft filter pruning: how much is pruned after an epoch, how far, and how much of it for good."""
+"""Schedules of soft filter pruning: the pruned share after an epoch, the factor of weights, the final share."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _is_last(epoch: int, epochs: int, share: float) -> bool:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a method of soft filter pruning proceeds from epoch to epoch.
+    """The schedule of a method of soft filter pruning.
 
     Attributes:
         asymptotic: whether the pruned share grows, by ``pruned_share``; else it is the ratio from the beginning.
@@ -88,7 +88,7 @@ class Schedule:
     hard: Callable[[int, int], float] | None = None
 
     def at(self, epoch: int, epochs: int, ratio: float, settle: float) -> tuple[float, float, float]:
-        """After an epoch: the pruned share, the factor of soft filters, the share pruned for good.
+        """The pruned share, the factor of soft filters and the share pruned for good after an epoch.
 
         Args:
             settle: the share of the epochs, at the end, in which the whole ratio is pruned for good.

@@ -1,4 +1,4 @@
-"""Parameters in two: old entries are a buffer, which nothing trains, new ones a parameter of their own."""
+"""Split parameters: old entries are a buffer, which nothing trains, new ones a parameter of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RECORD = "_split"  # attribute of a module whose parameters are split
 
 @dataclass
 class _Record:
-    """How a module was before."""
+    """The class and the parameters that a module had before."""
 
     kind: type[nn.Module]
     parameters: dict[str, nn.Parameter]  # in order; those that are held are empty meanwhile
@@ -39,7 +39,7 @@ def assembled(old: Tensor, places: Tensor, new: Tensor) -> Tensor:
 
 
 def split(model: nn.Module, new: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Leave a model no parameters but new entries: flat, the same objects as before, as ``{name}_new`` of the module.
+    """Make new entries a model's only parameters: flat, the same objects as before, as ``{name}_new`` of the module.
 
     Its own code reads ``module.weight`` as ever, and gets a tensor made of both. Old entries are the buffer
     ``{name}_old``; a parameter without new entries is a buffer of its own name.
@@ -77,7 +77,7 @@ def _split_module(
 ) -> None:
     kind = type(module)
     record = _Record(kind, own, {key: one.requires_grad for key, one in own.items()})
-    properties: dict[str, Any] = {}
+    properties: dict[str, property] = {}
     for key, one in own.items():
         del module._parameters[key]
         if id(one) not in places:
@@ -102,13 +102,13 @@ def _reader(key: str) -> Callable[[nn.Module], Tensor]:
     return read
 
 
-def _flat_weights(module: Any) -> list[Any]:
+def _flat_weights(module: nn.RNNBase) -> list[Any]:
     """The list of weights that a recurrent network keeps for itself."""
     return [getattr(module, name) for name in module._flat_weights_names]
 
 
 def is_split(module: nn.Module) -> bool:
-    """Whether a module's parameters are split."""
+    """True if a module's parameters are split."""
     return _RECORD in module.__dict__
 
 

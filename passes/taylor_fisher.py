@@ -1,10 +1,10 @@
-"""Scores from one backward pass: how the loss changes when a gate on each unit begins to close."""
+"""Scores from one backward pass: the change of the loss when a gate on each unit begins to close."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ __all__ = ["FisherScore", "TaylorScore"]
 
 @dataclass(frozen=True)
 class _GateScore(DataPass):
-    data: Any = field(repr=False, compare=False)
+    data: object = field(repr=False, compare=False)
     loss: Loss | None = None
     samples: int = 1000
     seed: int = 0
@@ -58,7 +58,7 @@ class _GateScore(DataPass):
         raise NotImplementedError
 
     def report(self, scores: Mapping[str, Tensor]) -> None:
-        """Say what is to be known of some scores."""
+        """Warn of scores that may mislead."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TaylorScore(_GateScore):
         by: "effect": how much the loss of each sample changes, up or down. "rise", of second order: mean_n (a_n²/2 -
             a_n), in which the changes of samples cancel: units of large effect may have a small or negative rise and go
             first (see ``LossIncreaseScore``). The logger ``netsurgery`` warns where more than a tenth of a group's are
-            negative. Of first order there is no rise: its mean vanishes where the loss is at a minimum.
+            negative. The first order has no rise: its mean vanishes where the loss is at a minimum.
 
     Raises:
         InputError: as ``LossIncreaseScore`` does; the first order by the rise; or a network that cannot be run in

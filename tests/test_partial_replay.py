@@ -49,7 +49,7 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], seed: int, most: in
 
     def wanted(removal: Removal) -> list[Tensor]:
         kept = {network[name].channel: stay(network[name].size, units) for name, units in removal.items()}
-        return silenced(network, network.programs[0], tensors, given, kept)
+        return silenced(network.programs[0], tensors, given, kept)
 
     order = torch.randperm(len(network.prunable), generator=generator).tolist()
     groups = [network.prunable[index] for index in order]
@@ -139,7 +139,7 @@ def replayed(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> float:
         for name in dict.fromkeys(tied for group in groups for tied in network.equal_to(group.name)):
             size = network[name].size
             keep[network[name].channel] = torch.randperm(size, generator=generator)[size // 3 :].sort().values
-        want = silenced(network, network.programs[0], tensors, given, keep)
+        want = silenced(network.programs[0], tensors, given, keep)
         lists = {channel: units.tolist() for channel, units in keep.items()}
         pairs = zip(replay_without(network.programs[0], tensors, given, lists), want, strict=True)
         worst = max([worst, *(relative(found, one) for found, one in pairs)])

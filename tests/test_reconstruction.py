@@ -117,7 +117,7 @@ def test_what_is_changed_to_measure_a_group_is_the_least_squares(make: Callable[
     model, x = seeded(make)
     network = netsurgery.trace(model, x[:2])
     sections = reconstruction._sections(network, network.prunable)
-    reconstruction._listen(network, sections, draw_inputs(x, len(x), 0))
+    reconstruction._add_inputs(network, sections, draw_inputs(x, len(x), 0))
     name = "b" if isinstance(model, Joined) else "0"
     one = next(section for section in sections[name] if section.groups == 1)
     found = reconstruction._eliminated([one], 1e-9, reconstruction._counts(network[name].size, [0.5]))
@@ -249,8 +249,8 @@ def test_little_memory_means_several_runs(make: Callable[[], Pair], monkeypatch:
     monkeypatch.setattr(reconstruction, "POSITIONS", 20)
     whole = score(model, x)
     largest = max(2 * 8 * group.size**2 * (2 if group.name == "b" else 1) for group in whole.prunable)
-    runs, run = [], reconstruction.answers
-    monkeypatch.setattr(reconstruction, "answers", lambda *given: runs.append(1) or run(*given))
+    runs, run = [], reconstruction.outputs_by_batch
+    monkeypatch.setattr(reconstruction, "outputs_by_batch", lambda *given: runs.append(1) or run(*given))
     parts = score(model, x, memory=largest)
     assert len(runs) == 1 + len(whole.prunable)  # one more for what the outputs are
     assert whole.scores.keys() == parts.scores.keys()

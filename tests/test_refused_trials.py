@@ -87,7 +87,7 @@ def effects(model: nn.Module, network: netsurgery.Network, samples: Any) -> dict
     tensors = dict(named_tensors(model))
 
     def losses(keep: dict[Any, Tensor]) -> Tensor:
-        logits = silenced(network, network.programs[0], tensors, inputs, keep)[0]
+        logits = silenced(network.programs[0], tensors, inputs, keep)[0]
         return of_logits(logits, targets)
 
     base = losses({})

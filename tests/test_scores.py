@@ -73,7 +73,7 @@ def test_degree_of_homogeneity(criterion: Name) -> None:
     one, two = (
         HGSRScore(criterion).run(netsurgery.trace(two_convs(w).double(), x)).scores["0"] for w in (weight, -3 * weight)
     )
-    torch.testing.assert_close(two, 3 ** CRITERIA[criterion].degree * one)
+    torch.testing.assert_close(two, 3 ** (CRITERIA[criterion].inner * CRITERIA[criterion].outer) * one)
 
 
 def test_unknown_criterion() -> None:

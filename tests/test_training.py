@@ -537,7 +537,9 @@ def test_what_is_drawn_in_an_epoch_differs_by_seed_and_epoch() -> None:
         started = Run(Worker(Engine()), model, Fit(stage, images, Data("digits", 4), seed, Path("none")))
         for epoch in (0, 1):
             model.drawn.clear()
+            before = torch.random.get_rng_state()
             started.epoch(epoch)
+            assert torch.equal(torch.random.get_rng_state(), before)  # the caller goes on as if nothing had been drawn
             seen.append(model.drawn[0])
     assert len(set(seen)) == 4
 

@@ -11,7 +11,7 @@ import yaml
 from netsurgery.errors import InputError
 from netsurgery.training import read
 from netsurgery.training.options import Place, check, fits, spell
-from netsurgery.training.recipe import PASSES, laid, shipped
+from netsurgery.training.recipe import PASSES, merged_tables, shipped
 from netsurgery.training.schedules import Constant, Cosine, OneCycle, Steps
 
 BASE = """
@@ -131,7 +131,7 @@ def test_the_place_of_the_data_and_the_seeds_are_no_part_of_what_is_fixed(tmp_pa
 
 def test_tables_below_stay_as_they_are() -> None:
     below = {"a": {"b": 1}, "c": {"name": "x", "y": 1}}
-    assert laid(below, {"a": {"d": 2}, "c": {"name": "z"}}) == {"a": {"b": 1, "d": 2}, "c": {"name": "z"}}
+    assert merged_tables(below, {"a": {"d": 2}, "c": {"name": "z"}}) == {"a": {"b": 1, "d": 2}, "c": {"name": "z"}}
     assert below == {"a": {"b": 1}, "c": {"name": "x", "y": 1}}
 
 

@@ -27,8 +27,8 @@ def main(folder: Path) -> None:
     ranks: list[int] = []
     fit, step = Worker.fit, Run.step
 
-    def watched(worker: Worker, model: nn.Module, settings: Fit, tell: Any) -> Any:
-        history = fit(worker, model, settings, tell)
+    def watched(worker: Worker, model: nn.Module, settings: Fit, on_epoch: Any) -> Any:
+        history = fit(worker, model, settings, on_epoch)
         weights.append(digest(list(model.state_dict().values())))
         ranks[:] = [worker.accelerator.process_index, worker.accelerator.num_processes]
         return history

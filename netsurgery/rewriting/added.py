@@ -1,4 +1,4 @@
-"""Values of the weights of added units, so that no output changes: shares of copies, zeros to readers of new units."""
+"""Values of the weights of added units that change no output: shares of copies, zeros for readers of new units."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["filled", "gradient"]
 
 
 def filled(new: Tensor, old: Tensor, name: str, edit: Edit) -> Tensor:
-    """A tensor whose units have been copied, with the values that it needs where units were added; it is changed.
+    """Give a tensor whose units have been copied, in place, the values that added units need.
 
     Args:
         new: at its new size, zero at new units.
@@ -62,7 +62,7 @@ def _shares(edit: Edit, name: str, dim: int, reads: bool) -> Tensor | None:
 
 
 def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
-    """The gradient of a tensor after an edit: copies share that of what makes a unit, and have that of what reads it.
+    """The gradient of a tensor after an edit: copies share the gradient of a producer, and each has that of a consumer.
 
     That of new units is zero, though it need not be where they are read.
     """
@@ -76,17 +76,17 @@ def gradient(grad: Tensor, name: str, edit: Edit) -> Tensor:
 
 
 def _reads(edit: Edit, name: str, dim: int) -> Callable[[Axis], bool]:
-    """Whether a tensor reads the units of a channel in one of its dimensions."""
+    """True if a tensor reads the units of a channel in one of its dimensions."""
     return lambda channel: (name, dim, channel) in edit.readers
 
 
 def _makes(edit: Edit, name: str, dim: int) -> Callable[[Axis], bool]:
-    """Whether it makes or carries them."""
+    """True if a tensor makes or carries the units of a channel in one of its dimensions."""
     return lambda channel: (name, dim, channel) not in edit.readers
 
 
 def _begin(new: Tensor, old: Tensor, name: str, dim: int, units: Tensor, edit: Edit) -> None:
-    """Let new units begin: by He where several inputs make one, else so that they change nothing."""
+    """Initialise new units: by He's method where several inputs make one, else so that they change nothing."""
     network = edit.network
     makes = {axis for parameter, axis, _ in edit.makers if parameter == name}
     real = new.is_floating_point() or new.is_complex()

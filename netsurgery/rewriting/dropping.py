@@ -1,4 +1,4 @@
-"""Residual blocks leave a model: lists of modules close the gap where the code allows it, else the block is skipped.
+"""Removal of residual blocks: lists of modules close the gap where the code allows it, else the block is skipped.
 
 Which of the two is found by trial: a copy of the model that shares its weights is recorded without data, and must run
 the operations of the original but those of the blocks, on the same tensors.
@@ -32,38 +32,39 @@ __all__ = ["Dropping", "Skipped", "dropping_for"]
 
 @dataclass(frozen=True)
 class _Argument:
-    """An argument that is returned."""
+    """The place of an argument that a block returns."""
 
     place: Place
 
 
 class Skipped(nn.Module):
-    """Stands where a residual block was, and returns its input as the block returned its output.
+    """Replaces a residual block, and returns its input in the form of the block's output.
 
     It has the numbers and texts that the block had as attributes, since code around it may read them.
 
     Args:
-        returns: what it returns: a result as the block gave it, where an ``_Argument`` says which argument to take.
+        returns: a result of the block, in which an ``_Argument`` stands for an argument that is returned.
         block: the module that it stands for.
     """
 
-    def __init__(self, returns: Any, block: nn.Module):
+    def __init__(self, returns: object, block: nn.Module):
         super().__init__()
         own = {name: value for name, value in vars(block).items() if _is_plain(name, value)}
         self.__dict__.update(own)
         self.__dict__["returns"] = returns
         self.training = block.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Pick the arguments to return."""
         return _filled(self.returns, (args, kwargs))
 
 
-def _is_plain(name: str, value: Any) -> bool:
+def _is_plain(name: str, value: object) -> bool:
     return not name.startswith("_") and name != "training" and isinstance(value, int | float | str | None)
 
 
-def _filled(value: Any, given: Any) -> Any:
+def _filled(value: Any, given: object) -> object:
+    """The result that a block returned, with the arguments of this call in it."""
     if isinstance(value, _Argument):
         return at(value.place, given)
     if isinstance(value, tuple) and hasattr(value, "_make"):
@@ -73,11 +74,11 @@ def _filled(value: Any, given: Any) -> Any:
     return {key: _filled(item, given) for key, item in value.items()} if type(value) is dict else value
 
 
-def _returns(block: Block) -> Any:
-    """What stands for the result of a block: its input; arguments that it passed on; None for other tensors."""
+def _returns(block: Block) -> object:
+    """A stand-in for the result of a block: its input; arguments that it passed on; None for other tensors."""
     found = places((block.call.args, block.call.kwargs))
 
-    def stand_in(value: Any) -> Any:
+    def stand_in(value: object) -> object:
         if isinstance(value, fx.Node):
             place = found.get(block.source if value is block.result else value)
             return None if place is None else _Argument(place)
@@ -88,7 +89,7 @@ def _returns(block: Block) -> Any:
 
 @dataclass(frozen=True)
 class Dropping:
-    """How blocks leave a model.
+    """The way in which blocks leave a model.
 
     Attributes:
         blocks: those that go.
@@ -99,7 +100,7 @@ class Dropping:
     lists: frozenset[str] = frozenset()
 
     def renamed(self, name: str) -> str | None:
-        """The name of a tensor afterwards; None where it goes."""
+        """The name of a tensor after the removal; None where it goes."""
         return renumbered(name, [block.path for block in self.blocks], self.lists)
 
     def carry_out(self, model: nn.Module) -> None:
@@ -122,11 +123,11 @@ def _close(container: nn.Module, gone: Collection[str]) -> None:
     container._modules.update({str(i) if name.isdigit() else name: m for i, (name, m) in enumerate(left.items())})
 
 
-_INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx")  # the place of its layer, which a cache goes by
+_INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx")  # a layer's index, which caches use
 
 
 def _follow(model: nn.Module, path: str, container: nn.Module, gone: Collection[str]) -> None:
-    """Let layers that know their place in a list, and a configuration that has its length, follow."""
+    """Update layers that hold their place in a list, and configurations that hold its length."""
     names = list(container._modules)
     left = [name for name in names if name not in gone]
     for new, name in enumerate(left):
@@ -139,7 +140,7 @@ def _follow(model: nn.Module, path: str, container: nn.Module, gone: Collection[
 
 
 def _follow_config(model: nn.Module, path: str, names: Sequence[str], left: Sequence[int]) -> None:
-    """Give modules a configuration with as many layers as a list has, where it is about this list alone."""
+    """Give modules a configuration with as many layers as a list has, where it describes this list alone."""
     modules = named_modules(model)
     parts = path.split(".")
     around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]
@@ -158,12 +159,12 @@ def _follow_config(model: nn.Module, path: str, names: Sequence[str], left: Sequ
             module.__dict__["config"] = new[id(module.__dict__["config"])]
 
 
-def _layers(config: Any) -> Any:
+def _layers(config: object) -> object:
     return getattr(config, "num_hidden_layers", None)
 
 
-def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, config: Any) -> bool:
-    """Whether another list of the length is in a module with the same configuration: a decoder beside an encoder."""
+def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, config: object) -> bool:
+    """True if a module with the same configuration has another list of this length: a decoder beside an encoder."""
     return any(
         isinstance(child, nn.ModuleList) and len(child) == length and child is not modules[path]
         for module in modules.values()
@@ -172,8 +173,8 @@ def _other_lists(modules: Mapping[str, nn.Module], path: str, length: int, confi
     )
 
 
-def _fewer(config: Any, length: int, left: Sequence[int]) -> Any:
-    """A copy of a configuration for fewer layers: their number, and what lists say of each."""
+def _fewer(config: Any, length: int, left: Sequence[int]) -> object:
+    """A copy of a configuration for fewer layers: their number, and lists with an item for each."""
     new = copy.copy(config)
     for key, value in vars(config).items():
         if "layer" in key and isinstance(value, list | tuple) and len(value) == length:
@@ -183,7 +184,7 @@ def _fewer(config: Any, length: int, left: Sequence[int]) -> Any:
 
 
 def dropping_for(model: nn.Module, edit: Edit, close: bool = True) -> Dropping:
-    """How the blocks that an edit drops leave a model: as many lists as its code allows close the gaps.
+    """The way in which the dropped blocks leave a model: as many lists as its code allows close the gaps.
 
     Args:
         close: whether lists may; else all names stay.
@@ -217,7 +218,7 @@ class _Trial:
         self.programs = [shortened(program, dropped) for program in network.programs]
 
     def fails(self, dropping: Dropping) -> str | None:
-        """Why the model does not work that way; None if it does."""
+        """The reason why the model does not work that way; None if it does."""
         small = copy_with(self.model, {id(tensor): tensor for _, tensor in named_tensors(self.model)})
         names = {new: name for name in self.network.tensors if (new := dropping.renamed(name)) is not None}
         try:
@@ -243,15 +244,15 @@ def _compare(found: Program, wanted: Program, names: Mapping[str, str]) -> None:
     """
     lockstep = Lockstep(wanted)
     inputs = ([node for node in program.graph.nodes if node.op == "placeholder"] for program in (found, wanted))
-    known: dict[fx.Node, Any] = dict(zip(*inputs, strict=True))
+    known: dict[fx.Node, object] = dict(zip(*inputs, strict=True))
 
-    def source(node: fx.Node) -> Any:
+    def source(node: fx.Node) -> object:
         of = source_of(node)
         if isinstance(of, str):
             return names.get(of, "constant")
         return (known[of[0]], of[1]) if isinstance(of, tuple) else known[of]
 
-    def wanted_source(node: fx.Node) -> Any:
+    def wanted_source(node: fx.Node) -> object:
         of = lockstep.origin(node)
         return "constant" if isinstance(of, str) and of in wanted.constants else of
 

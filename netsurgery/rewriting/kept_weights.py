@@ -18,7 +18,7 @@ __all__ = ["rescaled"]
 
 
 def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """New values, at full size, of the parameters that keep what stays of computed weights as it is.
+    """New values, at full size, of parameters, with which the entries that stay of computed weights keep their values.
 
     Args:
         tensors: of a model of the network, by name.
@@ -51,7 +51,7 @@ def rescaled(network: Network, tensors: Mapping[str, Tensor], keep: Mapping[str,
 
 
 def _kept(node: fx.Node, wanted: Tensor, left: Tensor, places: Positions) -> tuple[Tensor, Tensor]:
-    """A weight as it is and as the code makes it of what stays, in float64 and without what goes.
+    """A computed weight before, and as the code computes it from what stays: both in float64, without what goes.
 
     Raises:
         RewriteError: the code makes no numbers of what stays.

@@ -1,4 +1,4 @@
-"""Cut what a training loop keeps beside a model: the state of optimizers, and averages of the weights.
+"""Cut the state of optimizers, and averages of the weights, with a model.
 
 An optimizer stays the same object (schedulers, hooks and gradient scalers hold it): its groups point to the smaller
 model's parameters, and its state tensors are cut as the parameters are. All is prepared before anything changes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,16 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, RewriteError
 from netsurgery.rewriting.added import filled
 
-__all__ = ["OF_ELEMENTS", "OF_WEIGHTS", "OptimizerStates", "as_list", "averaged", "within"]
+__all__ = ["OF_ELEMENTS", "OF_WEIGHTS", "OptimizerStates", "State", "as_list", "averaged", "within"]
 
 Axes = tuple[Axis, ...]
+State = MutableMapping[str, Any]  # of one parameter, or the settings of a group of them
+Kind = TypeVar("Kind")
 _BASE = frozenset(["state", "param_groups", "defaults"])
 _QUANTISED = (torch.uint8, torch.int8)
 
 
-def as_list(given: Any, kind: type, name: str) -> list[Any]:
+def as_list(given: object, kind: type[Kind], name: str) -> list[Kind]:
     """An argument as a list: it is None, one object of a kind, or several.
 
     Raises:
@@ -39,7 +41,7 @@ def as_list(given: Any, kind: type, name: str) -> list[Any]:
         if not isinstance(one, kind):
             found = type(one).__name__ if isinstance(one, nn.Module | Optimizer) else repr(one)
             raise InputError(f"{name}=... takes a torch {kind.__name__} or a list of them, got {found}")
-    return listed
+    return [one for one in listed if isinstance(one, kind)]
 
 
 def averaged(ema: nn.Module, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
@@ -75,7 +77,7 @@ class OptimizerStates:
     Args:
         optimizers: any; parameters in them that are not the model's stay.
         tensors: of the model, by name.
-        edit: what stays; its new values go into the copies of the weights that a state may hold ("master").
+        edit: the edit; its new values go into the copies of the weights that a state may hold ("master").
         moved: whether the parameters become other objects.
         renamed: the name of a tensor afterwards; None where it goes with a block: then its state does.
 
@@ -95,10 +97,10 @@ class OptimizerStates:
         self.renamed = renamed
         self.edit, self.axes, self.positions, self.values = edit, edit.network.axes, edit.positions, edit.values
         self.names = {id(tensor): name for name, tensor in tensors.items()}
-        self.groups: list[dict[str, Any]] = []
+        self.groups: list[State] = []
         self.lists: list[list[Tensor]] = []
-        self.states: list[MutableMapping[Any, Any]] = []
-        self.entries: list[tuple[MutableMapping[str, Any], dict[str, Tensor]]] = []
+        self.states: list[MutableMapping[Tensor, State]] = []
+        self.entries: list[tuple[State, dict[str, Tensor]]] = []
         for optimizer in optimizers:
             inside = [one for one in within(optimizer) if any(map(self._is_ours, _params(one)))]
             if not inside:
@@ -128,12 +130,12 @@ class OptimizerStates:
             state.clear()
             state.update((new.get(id(key), key), entry) for key, entry in items if self._stays(key))
 
-    def _stays(self, param: Any) -> bool:
+    def _stays(self, param: object) -> bool:
         name = self.names.get(id(param))
         return name is None or self.renamed(name) is not None
 
     def _named(self, given: str, param: Tensor) -> str:
-        """What an optimizer calls a parameter, where that is the model's own name for it."""
+        """The name of a parameter after the removal, where the given one is the model's own."""
         return str(self.renamed(given)) if given == self.names.get(id(param)) else given
 
     def _add(self, optimizer: Optimizer, moved: bool) -> None:
@@ -154,7 +156,7 @@ class OptimizerStates:
         return id(param) in self.names
 
     def _check_attributes(self, optimizer: Optimizer, lists: list[list[Tensor]]) -> None:
-        """Parameters that it holds elsewhere would stay the old ones."""
+        """Refuse an optimizer that holds parameters outside its groups: they would stay the old ones."""
         known = {id(one) for one in lists}
         for attribute, value in vars(optimizer).items():
             if attribute not in _BASE and any(map(self._is_ours, _held(value, known))):
@@ -163,12 +165,12 @@ class OptimizerStates:
                     "rewrite with inplace=True, which keeps them, or make a new optimizer for the smaller model"
                 )
 
-    def _prepare(self, optimizer: Optimizer, key: Any, entry: Any) -> None:
-        name = self.names.get(id(key))
-        if name is None:  # a parameter of something else, or not of one parameter
+    def _prepare(self, optimizer: Optimizer, key: object, entry: State) -> None:
+        if not isinstance(key, Tensor) or id(key) not in self.names:  # of another model, or of no parameter
             if not isinstance(key, Tensor) and any(tensor.dim() for tensor in tensors_in(entry)):
                 raise self._refusal(optimizer, f"'{key}'", "belongs to no parameter")
             return
+        name = self.names[id(key)]
         cut: dict[str, Tensor] = {}
         for what, value in entry.items():
             where = f"'{what}' of {name}"
@@ -197,7 +199,7 @@ class OptimizerStates:
         self.entries.append((entry, cut))
 
     def _start(self, optimizer: Optimizer, what: str, state: Tensor, name: str, param: Tensor) -> None:
-        """Let the state of new units be what this optimizer begins with, where that is not zero."""
+        """Set the state of new units to the value that the optimizer begins with, where that is not zero."""
         group = next(group for group in optimizer.param_groups if any(one is param for one in group["params"]))
         start = group.get(_STARTS[what], 0.0)
         for dim, axis in enumerate(self.axes[name]):
@@ -221,12 +223,12 @@ class OptimizerStates:
         return choices[0] if choices and alike else None
 
     def _unambiguous(self, value: Tensor, axes: tuple[Axis | None, ...]) -> bool:
-        """Whether dimensions of equal size lose the same; else a matrix may be of the rows alone (a preconditioner)."""
+        """True if dimensions of equal size lose the same; else a matrix may be of the rows alone (a preconditioner)."""
         pairs = itertools.combinations(zip(value.shape, axes, strict=True), 2)
         return all(n != m or self._same_positions((one,), (other,)) for (n, one), (m, other) in pairs)
 
     def _is_usual(self, optimizer: Optimizer, what: str, value: Tensor, param: Tensor) -> bool:
-        """Whether state is known to be of each element: by its name, or since that of a parameter not square is."""
+        """True if a state surely has a number for each element: by its name, or as for a parameter not square."""
         if value.shape == param.shape and (what in OF_ELEMENTS or "master" in what):
             return True
         return any(
@@ -240,7 +242,7 @@ class OptimizerStates:
         )
 
     def _same_positions(self, one: tuple[Axis | None, ...], other: tuple[Axis | None, ...]) -> bool:
-        """Whether the same positions stay."""
+        """True if the same positions stay."""
         found = ([None if axis is None else self.positions(axis) for axis in axes] for axes in (one, other))
         pairs = zip(*found, strict=True)
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
@@ -257,7 +259,7 @@ OF_ELEMENTS = frozenset((
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
     "sum", "ax", "prev", "step_size", "slow_buffer", "z",
 ))  # fmt: skip
-#: Of these, those that are weights: averages, and copies that are trained.
+#: The names among these whose values are weights: averages, and copies that are trained.
 OF_WEIGHTS = frozenset(("ax", "slow_buffer", "z"))
 #: And those that do not begin with zeros: the setting that they begin with (Adagrad, Rprop).
 _STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
@@ -283,7 +285,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _held(value: Any, known: set[int]) -> Iterator[Tensor]:
+def _held(value: object, known: set[int]) -> Iterator[Tensor]:
     """Tensors in an attribute: nested lists and dictionaries, but for the lists that are known."""
     if isinstance(value, Tensor):
         yield value

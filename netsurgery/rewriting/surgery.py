@@ -52,8 +52,8 @@ def rewrite(
         optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
             groups then hold the smaller model's parameters, in the same order with the same settings, and its state is
             cut with the weights: what it keeps of each element (momentum, moments), or averaged over some dimensions of
-            a parameter. Copies of units take their state along, that of new ones begins. Without ``inplace`` it moves
-            from ``model``, which then has no optimizer. A gradient scaler needs nothing.
+            a parameter. Copies of units get copies of state; that of new units begins anew. Without ``inplace`` it
+            moves from ``model``, which then has no optimizer. A gradient scaler needs nothing.
         ema: averages of the model's weights, one or several: modules of the same names and shapes, or wrapped as
             ``torch.optim.swa_utils.AveragedModel`` does. They are cut in place, and go on with the smaller model;
             where the edit has new values, they are moved by as much as the weights are.
@@ -93,7 +93,7 @@ def rewrite(
 
 
 def with_same_names(model: Model, edit: Edit) -> Model:
-    """As ``rewrite``, on a copy whose names all stay: no list closes the gap that a block leaves."""
+    """Rewrite a copy whose names all stay: no list closes the gap that a block leaves."""
     return _carried_out(model, edit, close=False)
 
 
@@ -154,7 +154,7 @@ def _tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 def _check_weights(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
-    """Raise RewriteError for a model with other weights than those that new values were worked out for."""
+    """Raise RewriteError for a model with other weights than those that new values were computed for."""
     for name, was in known.items():
         if tensors[name] is not was and not torch.equal(tensors[name], was.to(tensors[name])):
             raise RewriteError(
@@ -176,7 +176,7 @@ def _adaptation(model: nn.Module, edit: Edit) -> Adaptation:
 
 
 def check_blocks(model: nn.Module, edit: Edit, adaptations: Sequence[Adaptation], close: bool = True) -> Dropping:
-    """Make sure that the model's code does without the blocks that go, and find how they leave.
+    """Make sure that the model's code works without the blocks that go, and find the way in which they leave.
 
     Raises:
         RewriteError: it does not, or a forward that is rewritten for new sizes calls one of them.
@@ -220,7 +220,7 @@ def _cut_all(tensors: Mapping[str, Tensor], edit: Edit, positions: Positions, va
 
 
 def _moved(average: nn.Module, edit: Edit) -> dict[str, Tensor]:
-    """New values of an average of the weights: it is moved by as much as the weights are."""
+    """New values of an average of the weights: it changes by as much as the weights do."""
     own = dict(named_tensors(average))
     moved = {
         name: own[name].detach() + (v - edit.network.tensors[name].detach()).to(own[name])
@@ -230,12 +230,12 @@ def _moved(average: nn.Module, edit: Edit) -> dict[str, Tensor]:
 
 
 def _valued(tensors: Mapping[str, Tensor], edit: Edit, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New values, and those of the parameters that keep the rest of computed weights as it is."""
+    """The edit's new values, and those of parameters with which computed weights keep their entries."""
     return {**values, **rescaled(edit.network, {**tensors, **values}, {n: edit.sources(n) for n in edit.keep})}
 
 
 def _replace(cut: Cut) -> None:
-    """Let tensors hold what they have been cut to; they stay the same objects."""
+    """Put the new values into tensors, which stay the same objects."""
     for old, new, grad in cut:
         old.grad = None  # it must have the shape of the tensor at any time
         old.data = new

@@ -20,8 +20,8 @@ __all__ = ["read", "replace", "write"]
 ADVICE = "what was written before is kept; put that right, and the same command goes on"
 
 
-def write(path: Path, state: Any) -> None:
-    """Write nested dictionaries, lists, numbers, texts and tensors; whoever reads meets all of it, or what was before.
+def write(path: Path, state: object) -> None:
+    """Write nested dictionaries, lists, numbers, texts and tensors in one step: readers find all or the old file.
 
     Raises:
         InputError: the state holds something else.
@@ -53,12 +53,12 @@ def settle(new: Path, path: Path) -> None:
 
 
 def read(path: Path) -> Any:
-    """What was written; tensors are on the CPU."""
+    """Read a file that ``write`` wrote; tensors are on the CPU."""
     with safe_open(path, "pt") as file:
         return decode(json.loads(file.metadata()["state"]), file)
 
 
-def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+def encode(value: object, place: str, tensors: dict[str, Tensor]) -> object:
     """JSON for a value, in which dictionaries are lists of pairs and tensors are names."""
     if isinstance(value, Tensor):
         while place in tensors:  # 0 and "0", or "a/b" and "b" inside of "a"
@@ -76,7 +76,7 @@ def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def inside(place: str, key: object) -> str:
-    """Where a part is."""
+    """The place of a part."""
     return f"{place}/{key}" if place else str(key)
 
 
@@ -87,7 +87,7 @@ def encode_key(key: object, place: str) -> object:
     raise InputError(f"a checkpoint cannot hold the key {key!r} of {place or 'the state'}")
 
 
-def decode(value: Any, file: Any) -> Any:
+def decode(value: object, file: Any) -> Any:
     """The value that was encoded."""
     if not isinstance(value, dict):
         return value

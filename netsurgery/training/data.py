@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from netsurgery.training.recipe import Data
 __all__ = ["Images", "load"]
 
 Pairs = Dataset[tuple[Tensor, int]]
-Split = Callable[[str, bool, bool, Any], Any]  # (folder, train, download, transform) -> dataset
+Transform = Callable[[object], Tensor]  # of an image
+Split = Callable[[str, bool, bool, Transform], Pairs]  # (folder, train, download, transform) -> dataset
 TINY = "tiny-imagenet-200"
 
 
@@ -76,7 +76,7 @@ def digits(seed: int) -> Images:
 
 
 def published(data: Data, download: bool) -> Images:
-    """One of torchvision's, augmented by shifts and mirror images as is usual, and normalised."""
+    """A data set of torchvision, augmented by shifts and mirror images as is usual, and normalised."""
     split, classes, side, mean, std = SETS[data.name]
     plain = transform(mean, std)
     augmented = transform(mean, std, side) if data.augment else plain
@@ -92,33 +92,37 @@ def published(data: Data, download: bool) -> Images:
         ) from error
 
 
-def transform(mean: tuple[float, ...], std: tuple[float, ...], side: int | None = None) -> Any:
-    """Images to normalised tensors; with a side, after a random mirror image and a shift of up to an eighth."""
+def transform(mean: tuple[float, ...], std: tuple[float, ...], side: int | None = None) -> Transform:
+    """A transform to normalised tensors; with a side, after a random mirror image and a shift of up to an eighth."""
     from torchvision.transforms import v2
 
     moved = [v2.RandomCrop(side, padding=side // 8), v2.RandomHorizontalFlip()] if side else []
-    return v2.Compose([v2.ToImage(), *moved, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    steps = [v2.ToImage(), *moved, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    composed: Transform = v2.Compose(steps)
+    return composed
 
 
 def cifar(name: str) -> Split:
     """CIFAR-10 or CIFAR-100."""
 
-    def split(folder: str, train: bool, download: bool, transform: Any) -> Any:
+    def split(folder: str, train: bool, download: bool, transform: Transform) -> Pairs:
         from torchvision import datasets
 
-        return getattr(datasets, name)(folder, train=train, download=download, transform=transform)
+        pairs: Pairs = getattr(datasets, name)(folder, train=train, download=download, transform=transform)
+        return pairs
 
     return split
 
 
-def stl10(folder: str, train: bool, download: bool, transform: Any) -> Any:
+def stl10(folder: str, train: bool, download: bool, transform: Transform) -> Pairs:
     """The labelled images of STL-10."""
     from torchvision.datasets import STL10
 
-    return STL10(folder, split="train" if train else "test", download=download, transform=transform)
+    pairs: Pairs = STL10(folder, split="train" if train else "test", download=download, transform=transform)
+    return pairs
 
 
-def tinyimagenet(folder: str, train: bool, download: bool, transform: Any) -> Any:
+def tinyimagenet(folder: str, train: bool, download: bool, transform: Transform) -> Pairs:
     """TinyImageNet, which torchvision does not know: folders of classes to learn from, a list for the other images.
 
     The labels of its test images are not published, so accuracy is measured on the validation images, as is usual.
@@ -131,8 +135,9 @@ def tinyimagenet(folder: str, train: bool, download: bool, transform: Any) -> An
         url, md5 = f"http://cs231n.stanford.edu/{TINY}.zip", "90528d7ca1a48142e341f4ef8d21d0de"
         download_and_extract_archive(url, folder, filename=f"{TINY}.zip", md5=md5)
     images = ImageFolder(str(root / "train"), transform)
+    pairs: Pairs = images
     if train:
-        return images
+        return pairs
     lines = (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if line.strip()]
     if wrong := next((row for row in rows if len(row) < 2 or row[1] not in images.class_to_idx), None):
@@ -143,7 +148,7 @@ def tinyimagenet(folder: str, train: bool, download: bool, transform: Any) -> An
         raise FileNotFoundError(f"{missing} is missing")
     images.samples = images.imgs = samples
     images.targets = [label for _, label in samples]
-    return images
+    return pairs
 
 
 # The loader, the number of classes, the side of the images, mean and standard deviation of the colours of the training

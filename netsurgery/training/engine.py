@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from netsurgery.capture.meta_run import RAISED_BY_MODELS
+from netsurgery.capture.randomness import torch_seeded
 from netsurgery.errors import InputError
 from netsurgery.passes import HGSR, SoftPruning
 from netsurgery.training import checkpoints
@@ -32,7 +33,9 @@ from netsurgery.training.schedules import SCHEDULES
 
 __all__ = ["Fit", "Worker", "derived", "optimizer_for", "schedule_of"]
 
-Figures = dict[str, Any]
+Figures = dict[str, Any]  # of an epoch
+OnEpoch = Callable[[Figures], None]
+State = dict[str, Any]  # of all that is trained
 EVALUATED = 512  # images in a step without gradients
 PATIENCE = timedelta(hours=24)  # of processes that wait while one scores
 
@@ -43,7 +46,7 @@ def derived(*parts: object) -> int:
 
 
 def optimizer_for(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """The optimizer of a stage; what it does not take is an InputError."""
+    """The optimizer of a stage; settings that it does not take raise an InputError."""
     options = {key: value for key, value in stage.optimizer.items() if key != "name"}
     try:
         return OPTIMIZERS[stage.optimizer["name"]](model.parameters(), **options)
@@ -65,7 +68,7 @@ class Fit:
 
     Attributes:
         stage: epochs, optimizer, schedule.
-        images: what to learn from and what to measure on.
+        images: the images to learn from and to measure on.
         data: batch and workers.
         seed: of all that is random.
         checkpoint: where the state is kept after each epoch.
@@ -130,7 +133,7 @@ class Worker:
 
         ours = threading.current_thread() is threading.main_thread()
         if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield  # somebody else decides what it does
+            yield  # another handler is installed
             return
         signal.signal(signal.SIGINT, note)
         try:
@@ -145,16 +148,16 @@ class Worker:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes."""
+        """True in the process that writes."""
         return bool(self.accelerator.is_main_process)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         device: torch.device = self.accelerator.device
         return device
 
@@ -179,12 +182,12 @@ class Worker:
                 "processes"
             )
 
-    def fit(self, model: nn.Module, fit: Fit, tell: Callable[[Figures], None]) -> list[Figures]:
+    def fit(self, model: nn.Module, fit: Fit, on_epoch: OnEpoch) -> list[Figures]:
         """Train a model in place, from its checkpoint on if there is one.
 
         Args:
             model: as it is before the stage.
-            tell: called with the figures of each epoch.
+            on_epoch: called with the figures of each epoch.
 
         Returns:
             Loss, penalty, learning rate and accuracy of each epoch of the stage.
@@ -199,7 +202,7 @@ class Worker:
         try:
             for epoch in range(len(history), fit.stage.epochs):
                 history.append(run.epoch(epoch))
-                tell(history[-1])
+                on_epoch(history[-1])
                 if self.leads:
                     checkpoints.write(fit.checkpoint, run.state(history))
                 self.wait()
@@ -211,7 +214,7 @@ class Worker:
 
 
 def not_interrupted(_: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the one that ends the workers."""
+    """Ignore Ctrl-C, which a terminal sends to every process: the main one ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -236,8 +239,8 @@ class Run:
             model, self.optimizer, self.batches(), self.scheduler
         )
 
-    def batches(self) -> DataLoader[Any]:
-        """The training images in a new order in every epoch; what does not fill a batch waits for another epoch."""
+    def batches(self) -> DataLoader[tuple[Tensor, int]]:
+        """The training images in a new order in every epoch; an incomplete batch is left out."""
         from accelerate.data_loader import SeedableRandomSampler
 
         data, images = self.of.data, self.of.images.train
@@ -254,8 +257,11 @@ class Run:
         return lambda step: schedule(min(step / max(steps, 1), 1.0))
 
     def epoch(self, epoch: int) -> Figures:
-        """Train for an epoch and measure."""
-        torch.manual_seed(derived(self.of.seed, epoch, self.accelerator.process_index))
+        """Train for an epoch and measure, with random numbers from the seed; the caller's random state stays."""
+        with torch_seeded(derived(self.of.seed, epoch, self.accelerator.process_index), self.worker.device):
+            return self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> Figures:
         self.loader.set_epoch(epoch)
         rate = self.scheduler.get_last_lr()[0]
         self.prepared.train()
@@ -292,7 +298,7 @@ class Run:
         return loss.detach(), penalty
 
     def agree(self) -> None:
-        """Each process has seen other images, and their statistics: those of the main process count."""
+        """Copy the buffers of the main process to all: each has seen other images, and so other statistics."""
         from accelerate.utils import broadcast
 
         if self.accelerator.num_processes == 1:
@@ -300,12 +306,12 @@ class Run:
         for buffer in self.model.buffers():
             buffer.copy_(broadcast(buffer))
 
-    def state(self, history: list[Figures]) -> dict[str, Any]:
+    def state(self, history: list[Figures]) -> State:
         """All that the next epoch depends on."""
         return {"history": history, **{name: part.state_dict() for name, part in self.parts.items()}}
 
-    def restore(self, state: dict[str, Any]) -> list[Figures]:
-        """Go back to a state; the figures of the epochs so far."""
+    def restore(self, state: State) -> list[Figures]:
+        """Go back to a state, and return the figures of the epochs so far."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         history: list[Figures] = state["history"]

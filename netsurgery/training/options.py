@@ -10,13 +10,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from netsurgery.errors import InputError
 
-__all__ = ["Place", "check", "near"]
+__all__ = ["Arguments", "Place", "Table", "check", "near"]
 
-Table = Mapping[str, Any]
+Table = Mapping[str, Any]  # of a file
+Arguments = dict[str, Any]  # by name
 
 
 class Place:
-    """Where in which file a table stands, for messages."""
+    """The place of a table in a file, for messages."""
 
     def __init__(self, file: str, *path: str):
         self.file, self.path = file, path
@@ -26,11 +27,11 @@ class Place:
         return Place(self.file, *self.path, key)
 
     def error(self, text: str) -> InputError:
-        """What to raise about this table."""
+        """An error about this table, to be raised."""
         return InputError(f"{self.file}, [{'.'.join(self.path)}]: {text}" if self.path else f"{self.file}: {text}")
 
 
-def check(target: Callable[..., Any], table: object, place: Place, given: Collection[str] = ()) -> dict[str, Any]:
+def check(target: Callable[..., object], table: object, place: Place, given: Collection[str] = ()) -> Arguments:
     """The table, if it holds arguments that the target takes.
 
     Args:
@@ -57,7 +58,7 @@ def check(target: Callable[..., Any], table: object, place: Place, given: Collec
     return dict(table)
 
 
-def parameters(target: Callable[..., Any]) -> dict[str, Any]:
+def parameters(target: Callable[..., object]) -> Arguments:
     """The parameters of a class or function by name, and their annotations."""
     hints = get_type_hints(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -65,7 +66,7 @@ def parameters(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value of a TOML or YAML file is of the annotated type; a whole number is a float too."""
+    """True if a value of a TOML or YAML file is of the annotated type; a whole number is a float too."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
@@ -81,7 +82,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def spell(hint: Any) -> str:
-    """The type in words; empty where no value of a file is of it."""
+    """The type in words; empty for a type that no value in a file can have."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(filter(None, map(spell, inner))))
@@ -95,13 +96,13 @@ def spell(hint: Any) -> str:
 
 
 def is_sequence(hint: Any) -> bool:
-    """Lists and tuples of something."""
+    """True for types of lists and tuples."""
     kind = get_origin(hint)
     return isinstance(kind, type) and issubclass(kind, Sequence) and bool(get_args(hint))
 
 
 def item_of(hint: Any) -> Any:
-    """What a list holds."""
+    """The type of a list's items."""
     return get_args(hint)[0]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from netsurgery.training.summary import COLUMNS
+from netsurgery.training.summary import COLUMNS, Result, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["draw"]
 
-Results = dict[str, list[dict[str, Any]]]
 COLOURS = (
     "#333333", "#1f77b4", "#d62728", "#2ca02c", "#e68a00", "#7b4fb0", "#12a5b5", "#d457a6", "#8c564b", "#00574b",
 )  # fmt: skip
@@ -26,7 +28,7 @@ def draw(results: Results, out: Path) -> None:
     figure(out / "losses.png", (12, 5), 2, lambda axes: losses(results, axes))
 
 
-def figure(path: Path, size: tuple[float, float], count: int, paint: Callable[[Any], None]) -> None:
+def figure(path: Path, size: tuple[float, float], count: int, paint: Callable[[Sequence[Axes]], None]) -> None:
     """Axes side by side with one legend under them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,30 +52,31 @@ def style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)]}
 
 
-def final(run: dict[str, Any]) -> float:
+def final(run: Result) -> float:
     """The accuracy at the end, in percent."""
     value: float = run["removed"] if run["finetuned"] is None else run["finetuned"]
     return value
 
 
-def tradeoff(results: Results, axes: Any) -> None:
+def tradeoff(results: Results, axes: Sequence[Axes]) -> None:
     """A point for each seed and a larger one for the mean, against parameters and against MACs."""
     for one, cost in zip(axes, ("params", "MACs"), strict=True):
         for index, (name, runs) in enumerate(results.items()):
-            x, y = [COLUMNS[cost](run) for run in runs], [final(run) for run in runs]
+            x = [share for run in runs if (share := COLUMNS[cost](run)) is not None]
+            y = [final(run) for run in runs]
             one.scatter(x, y, s=14, alpha=0.5, linewidths=0, **style(index))
-            one.scatter(mean(v for v in x if v is not None), mean(y), s=80, alpha=0.8, label=name, **style(index))
+            one.scatter(mean(x), mean(y), s=80, alpha=0.8, label=name, **style(index))
         one.set(
             xlabel=f"{'parameters' if cost == 'params' else cost} that stay, %", ylabel="test accuracy at the end, %"
         )
 
 
 def layers(results: Results) -> list[str]:
-    """Of the whole networks, each once."""
+    """The layers of the whole networks, each once."""
     return list(dict.fromkeys(k for runs in results.values() for k in runs[0]["widths"][0]))
 
 
-def widths(results: Results, axes: Any) -> None:
+def widths(results: Results, axes: Axes) -> None:
     """Output channels that stay in each layer, the mean over seeds; a grey line for the whole network."""
     names = layers(results)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
@@ -86,7 +89,7 @@ def widths(results: Results, axes: Any) -> None:
     axes.set(ylabel="output channels", title="Output channels of each layer after the removal")
 
 
-def losses(results: Results, axes: Any) -> None:
+def losses(results: Results, axes: Sequence[Axes]) -> None:
     """Loss and accuracy over the epochs, fine-tuning behind training; the mean over seeds."""
     for index, (name, runs) in enumerate(results.items()):
         epochs = list(zip(*(run["training"] + run["finetuning"] for run in runs), strict=True))

@@ -1,4 +1,4 @@
-"""A recipe: what is trained, penalised, removed and trained again; a table of variants makes it a comparison.
+"""A recipe: settings of training, penalty, removal and fine-tuning; a table of variants makes it a comparison.
 
 Tables of a file are laid over each other, `[variants.NAME]` over the rest; where both say `name` and differ, the later
 table replaces the whole; `false` takes a table away. Every table is checked before anything runs.
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import yaml
@@ -21,12 +21,11 @@ import yaml
 import netsurgery.passes
 from netsurgery.errors import InputError
 from netsurgery.pipeline import Pass
-from netsurgery.training.options import Place, check, near, parameters
+from netsurgery.training.options import Arguments, Place, Table, check, near, parameters
 from netsurgery.training.schedules import SCHEDULES
 
 __all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Variant", "read", "shipped"]
 
-Table = dict[str, Any]
 NAMES = re.compile(r"\w[\w +.-]*")
 SUPPLIED = ("data", "model", "example_inputs", "inputs", "optimizer", "epochs", "file")  # by the run, not the recipe
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam")  # LBFGS wants a closure, SparseAdam sparse gradients
@@ -55,7 +54,7 @@ class Model:
     """A name as for `netsurgery inspect`, and the arguments it is called with."""
 
     name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Table = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,13 @@ class Stage:
     """Some epochs of training: a torch.optim optimizer, and a schedule of the learning rate."""
 
     epochs: int = 0
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
-    schedule: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Table = field(default_factory=dict)
+    schedule: Table = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What accelerate does; what is not said here, `accelerate config` and `accelerate launch` say."""
+    """Settings of accelerate; those that are not given are those of `accelerate config` and `accelerate launch`."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     accumulate: int = 1
@@ -83,21 +82,21 @@ class Variant:
     model: Model
     train: Stage
     finetune: Stage
-    penalty: Mapping[str, Any]
-    soft: Mapping[str, Any]
-    selection: Mapping[str, Any]
-    removal: Mapping[str, Any]
+    penalty: Table
+    soft: Table
+    selection: Table
+    removal: Table
 
     @property
     def training(self) -> str:
-        """What variants that can share a trained network have in common."""
+        """A key that variants share if they can share a trained network."""
         shared = ("data", "model", "train", "penalty", "soft")
         return json.dumps({key: value for key, value in asdict(self).items() if key in shared}, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `read` makes of a file."""
+    """A recipe, as `read` makes it of a file."""
 
     name: str
     seeds: Sequence[int]
@@ -105,9 +104,9 @@ class Recipe:
     variants: Mapping[str, Variant]
 
     @property
-    def fixed(self) -> Table:
+    def fixed(self) -> Arguments:
         """All that the result of a run depends on: not the seeds, of which there may be more, nor where data lies."""
-        found = cast(Table, json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != "seeds"})))
+        found = cast(Arguments, json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != "seeds"})))
         for variant in found["variants"].values():
             del variant["data"]["folder"], variant["data"]["workers"]
         return found
@@ -130,7 +129,7 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
     """
     file, raw = parse(source)
     for change in changes:
-        raw = laid(raw, setting(change))
+        raw = merged_tables(raw, setting(change))
     place = Place(file)
     there = {**parameters(_top), **parameters(_tables)}
     if unknown := next((key for key in raw if key not in there), None):
@@ -151,7 +150,7 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
         inside = place.at("variants").at(key)
         if not isinstance(table, Mapping) or not NAMES.fullmatch(key):
             raise inside.error("expected a table whose name has letters, digits, spaces and +-. only")
-        made[key] = variant(laid(raw, table), inside, table)
+        made[key] = variant(merged_tables(raw, table), inside, table)
     engine = Engine(**check(Engine, top.get("engine", {}), place.at("engine")))
     return Recipe(name, seeds, engine, made)
 
@@ -159,14 +158,14 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
 def _top(
     name: str = "",
     seeds: Sequence[int] = (0,),
-    engine: Mapping[str, Any] | None = None,
-    variants: Mapping[str, Any] | None = None,
+    engine: Table | None = None,
+    variants: Table | None = None,
 ) -> None:
-    """What may stand at the top of a recipe beside the tables of a variant."""
+    """The keys at the top of a recipe beside the tables of a variant."""
 
 
-def parse(source: str) -> tuple[str, Table]:
-    """The file's name and what it says."""
+def parse(source: str) -> tuple[str, Arguments]:
+    """The name of a file and its tables."""
     path = Path(source)
     if source in shipped():
         path = Path(str(files("netsurgery") / "recipes" / f"{source}.toml"))
@@ -202,35 +201,35 @@ def odd_keys(value: object) -> Iterator[object]:
         yield from odd_keys(one)
 
 
-def setting(change: str) -> Table:
+def setting(change: str) -> Arguments:
     """`a.b=1` as nested tables."""
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise InputError(f"--set {change}: write key.path=value, such as train.epochs=3")
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
+        value: object = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
     for part in reversed(key.split(".")):
         value = {part: value}
-    return cast(Table, value)
+    return cast(Arguments, value)
 
 
-def laid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
+def merged_tables(below: Table, above: Table) -> Arguments:
     """One table over another, and so on inside."""
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
         both = isinstance(value, Mapping) and isinstance(old, Mapping)
         if both and value.get("name", old.get("name")) == old.get("name"):  # type: ignore[union-attr]
-            merged[key] = laid(old, value)  # type: ignore[arg-type]
+            merged[key] = merged_tables(old, value)  # type: ignore[arg-type]
         else:
-            merged[key] = laid({}, value) if isinstance(value, Mapping) else value
+            merged[key] = merged_tables({}, value) if isinstance(value, Mapping) else value
     return merged
 
 
-def variant(raw: Mapping[str, Any], place: Place, own: Mapping[str, Any] | None = None) -> Variant:
-    """Check the tables of a variant; the place of those that are not its own is outside."""
+def variant(raw: Table, place: Place, own: Table | None = None) -> Variant:
+    """Check the tables of a variant; errors in tables that it shares name the place outside of it."""
     tables = {key: value for key, value in raw.items() if value is not False}
     check(_tables, tables, place)
     places = {key: (place if own is None or key in own else Place(place.file)).at(key) for key in parameters(_tables)}
@@ -254,19 +253,19 @@ def variant(raw: Mapping[str, Any], place: Place, own: Mapping[str, Any] | None 
 
 
 def _tables(
-    data: Mapping[str, Any],
-    model: Mapping[str, Any],
-    train: Mapping[str, Any],
-    finetune: Mapping[str, Any] | None = None,
-    penalty: Mapping[str, Any] | None = None,
-    soft: Mapping[str, Any] | None = None,
-    selection: Mapping[str, Any] | None = None,
-    removal: Mapping[str, Any] | None = None,
+    data: Table,
+    model: Table,
+    train: Table,
+    finetune: Table | None = None,
+    penalty: Table | None = None,
+    soft: Table | None = None,
+    selection: Table | None = None,
+    removal: Table | None = None,
 ) -> None:
     """The tables of a variant."""
 
 
-def stage(table: Mapping[str, Any], place: Place) -> Stage:
+def stage(table: Table, place: Place) -> Stage:
     """Check a stage, its optimizer and its schedule."""
     found = Stage(**check(Stage, table, place))
     if found.epochs < 0:
@@ -278,17 +277,17 @@ def stage(table: Mapping[str, Any], place: Place) -> Stage:
     return Stage(found.epochs, optimizer, schedule)
 
 
-def named(tables: Mapping[str, Any], key: str, places: Mapping[str, Place], default: str | None = None) -> Table:
+def named(tables: Table, key: str, places: Mapping[str, Place], default: str | None = None) -> Arguments:
     """Check the table of a pass, of the penalty or of soft pruning, if it is there."""
     if key not in tables:
         return {}
     there = PASSES if key in ("selection", "removal") else {default: getattr(netsurgery.passes, str(default), None)}
     table = {"name": default, **tables[key]} if default else dict(tables[key])
-    among(cast(Mapping[str, Any], there), table, places[key], SUPPLIED)
+    among(cast(Table, there), table, places[key], SUPPLIED)
     return table
 
 
-def among(there: Mapping[str, Any], table: Mapping[str, Any], place: Place, given: Sequence[str] = ()) -> None:
+def among(there: Table, table: Table, place: Place, given: Sequence[str] = ()) -> None:
     """Check that a table names one of these, and holds what it takes."""
     name = table.get("name")
     if not isinstance(name, str) or there.get(name) is None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +17,15 @@ from netsurgery.model_lookup import build
 from netsurgery.passes import HGSR, MagnitudeScore, SoftPruning
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images
-from netsurgery.training.engine import Figures, Fit, Worker, derived, optimizer_for, schedule_of
-from netsurgery.training.options import parameters
+from netsurgery.training.engine import Fit, OnEpoch, Worker, derived, optimizer_for, schedule_of
+from netsurgery.training.options import Arguments, Table, parameters
 from netsurgery.training.recipe import PASSES, Model, Variant
+from netsurgery.training.summary import Result
 
 __all__ = ["Job", "fresh", "smaller"]
 
 TOLERANCE = 1e-3  # float32 rounding stays far below, a wrong unit far above
-Tell = Callable[[str], Callable[[Figures], None]]
+Begin = Callable[[str], OnEpoch]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
     Attributes:
         folder: of this variant and seed.
         trained: the checkpoint of the training, which variants may share.
-        tell: given a stage, a function that is called with the figures of each epoch.
+        begin: called with the name of a stage; returns a function to call with the figures of each epoch.
     """
 
     variant: Variant
@@ -43,22 +43,24 @@ class Job:
     images: Images
     folder: Path
     trained: Path
-    tell: Tell
+    begin: Begin
 
-    def run(self, worker: Worker) -> dict[str, Any]:
-        """All stages; those that are done already are read from their files.
+    def run(self, worker: Worker) -> Result:
+        """Run all stages; those that are done already are read from their files.
 
         Returns:
             Accuracies in percent, costs, widths, and the figures of each epoch.
         """
-        training = worker.fit(fresh(self.variant.model, self.seed), self.fit("train", self.trained), self.tell("train"))
+        training = worker.fit(
+            fresh(self.variant.model, self.seed), self.fit("train", self.trained), self.begin("train")
+        )
         if worker.leads and not self.small.exists():
             self.remove(worker.device)
         worker.wait()
         model, figures = smaller(self.variant.model, self.images.example, self.small)
         removed = worker.accuracy(model, self.images.test)
-        self.tell("remove")({"accuracy": removed, **{k: figures[k] for k in ("parameters", "macs", "verify")}})
-        tuning = worker.fit(model, self.fit("finetune", self.folder / "finetune.safetensors"), self.tell("finetune"))
+        self.begin("remove")({"accuracy": removed, **{k: figures[k] for k in ("parameters", "macs", "verify")}})
+        tuning = worker.fit(model, self.fit("finetune", self.folder / "finetune.safetensors"), self.begin("finetune"))
         return {
             "seed": self.seed,
             "trained": training[-1]["accuracy"] if training else None,
@@ -71,7 +73,7 @@ class Job:
 
     @property
     def small(self) -> Path:
-        """Where the smaller network is kept."""
+        """The file of the smaller network."""
         return self.folder / "small.safetensors"
 
     def fit(self, name: str, checkpoint: Path) -> Fit:
@@ -97,7 +99,7 @@ class Job:
         return SoftPruning(model, self.images.example, **given)
 
     def check(self, worker: Worker) -> None:
-        """Make everything once, so that what cannot be made is known before anything runs."""
+        """Make everything once, so that errors come before anything runs."""
         worker.check(self.variant.data, self.images)
         model = fresh(self.variant.model, self.seed)
         self.check_outputs(model)
@@ -172,10 +174,10 @@ class Job:
         text = edit.to_json() if edit is not None else None
         checkpoints.write(self.small, {"edit": text, "figures": figures, "model": small.state_dict()})
 
-    def cut(self, model: nn.Module, state: dict[str, Any]) -> tuple[Edit | None, nn.Module]:
+    def cut(self, model: nn.Module, state: Table) -> tuple[Edit | None, nn.Module]:
         """The edit and what it leaves; no edit where nothing is to go."""
         if self.variant.soft:
-            soft = self.soft(model, torch.optim.SGD(model.parameters()))  # what some methods ask for; it does nothing
+            soft = self.soft(model, torch.optim.SGD(model.parameters()))  # some methods ask for one; it does nothing
             soft.load_state_dict(state["soft"])
             edit = soft.plan()
         elif self.variant.selection:
@@ -185,8 +187,8 @@ class Job:
         return edit, netsurgery.rewrite(model, edit)
 
 
-def options(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments in a table that names a class; lists as tuples, which can be hashed."""
+def options(table: Table) -> Arguments:
+    """The arguments in a table that names a class, with lists as tuples, which can be hashed."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key != "name"}
 
 
@@ -197,8 +199,8 @@ def fresh(model: Model, seed: int) -> nn.Module:
         return build(model.name, **model.arguments)
 
 
-def smaller(model: Model, example: Any, path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The smaller network that was kept, and its figures: the edit is made again, then the weights are read.
+def smaller(model: Model, example: object, path: Path) -> tuple[nn.Module, Result]:
+    """Read the smaller network and its figures: the edit is carried out again, then the weights are loaded.
 
     Args:
         example: one image `(1, channels, height, width)`.

@@ -1,4 +1,4 @@
-"""A recipe carried out: every variant with every seed, resumed where it was left, and what came out."""
+"""A recipe carried out: every variant with every seed, resumed where it was left, and the results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,13 +20,15 @@ from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.training import checkpoints, summary
 from netsurgery.training.data import Images, load
-from netsurgery.training.engine import Figures, Worker
+from netsurgery.training.engine import Figures, OnEpoch, Worker
 from netsurgery.training.recipe import Recipe
 from netsurgery.training.stages import Job
+from netsurgery.training.summary import Results
 
 __all__ = ["run"]
 
-Results = dict[str, list[dict[str, Any]]]  # by variant, of each seed
+Advance = Callable[[], None]  # after each run
+Begin = Callable[[str, int, str], OnEpoch]  # by variant, seed and stage, for each epoch
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Study:
     out: Path
     download: bool
 
-    def jobs(self, tell: Callable[[str, int, str], Callable[[Figures], None]]) -> Iterator[tuple[str, Job]]:
-        """A run for each variant and seed. Variants with equal training share it: the first one's."""
+    def jobs(self, begin: Begin) -> Iterator[tuple[str, Job]]:
+        """A run for each variant and seed. Variants with equal training share that of the first."""
         for name, variant in self.recipe.variants.items():
             owner = next(one for one, other in self.recipe.variants.items() if other.training == variant.training)
             for seed in self.recipe.seeds:
@@ -51,12 +52,12 @@ class Study:
                         images=self.images(name, seed),
                         folder=self.folder(name, seed),
                         trained=self.folder(owner, seed) / "train.safetensors",
-                        tell=functools.partial(tell, name, seed),
+                        begin=functools.partial(begin, name, seed),
                     ),
                 )
 
     def folder(self, name: str, seed: int) -> Path:
-        """Of a variant and a seed."""
+        """The folder of a variant and a seed."""
         return self.out / name / f"seed-{seed}"
 
     def images(self, name: str, seed: int) -> Images:
@@ -70,7 +71,7 @@ class Study:
         return self.out / "recipe.json"
 
     def claim(self) -> None:
-        """See that the folder is empty, or holds this recipe.
+        """Make sure that the folder is empty, or holds this recipe.
 
         Raises:
             InputError: it holds the results of another recipe, or other things.
@@ -87,14 +88,14 @@ class Study:
 
     @property
     def left(self) -> str:
-        """What an interruption leaves, in words."""
+        """The results that an interruption leaves, in words."""
         if not self.kept.exists():
             return "nothing had been done yet"
         return f"{self.out} keeps all runs and epochs that were finished; the same command goes on from there"
 
 
 def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> Results:
-    """Carry a recipe out, or go on with it, and write what comes out to a folder.
+    """Carry a recipe out, or go on with it, and write the results to a folder.
 
     Args:
         recipe: as `read` makes it.
@@ -118,7 +119,7 @@ def run(recipe: Recipe, out: Path, console: Console, download: bool = False) -> 
 
 
 def carry_out(study: Study, worker: Worker, console: Console) -> Results:
-    """Carry out what is not done yet."""
+    """Carry out the runs that are not done yet."""
     recipe = study.recipe
     if worker.leads:
         study.claim()
@@ -126,8 +127,8 @@ def carry_out(study: Study, worker: Worker, console: Console) -> Results:
         checkpoints.replace(study.kept, json.dumps(recipe.fixed, indent=1) + "\n")
     worker.wait()
     results: Results = {name: [] for name in recipe.variants}
-    with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (tell, advance):
-        for name, job in study.jobs(tell):
+    with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (begin, advance):
+        for name, job in study.jobs(begin):
             results[name].append(job.run(worker))
             advance()
     if worker.leads:
@@ -137,7 +138,7 @@ def carry_out(study: Study, worker: Worker, console: Console) -> Results:
 
 
 def fetch(study: Study, worker: Worker) -> None:
-    """See that all data are there and everything can be made, before anything runs."""
+    """Make sure that all data are there and everything can be made, before anything runs."""
     for name, job in study.jobs(lambda *_: lambda _: None):
         if job.seed == study.recipe.seeds[0]:
             try:
@@ -147,7 +148,7 @@ def fetch(study: Study, worker: Worker) -> None:
 
 
 @contextmanager
-def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Any, Callable[[], None]]]:
+def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Begin, Advance]]:
     """A bar for all runs and one for the stage; the functions that log an epoch and a finished run."""
     if not worker.leads:
         yield (lambda *_: lambda _: None), (lambda: None)
@@ -156,7 +157,7 @@ def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Any,
     versions = {"torch": torch.__version__, "netsurgery": netsurgery.__version__}
     log.add(event="start", **versions, device=str(worker.device), processes=worker.accelerator.num_processes)
     with progress_bar(console) as progress:
-        yield log.telling(study, progress)
+        yield log.functions(study, progress)
     log.add(event="end")
 
 
@@ -170,18 +171,18 @@ class Log:
             with path.open("rb+") as file:
                 file.truncate(whole)
 
-    def add(self, **entry: Any) -> None:
+    def add(self, **entry: object) -> None:
         """Write a line."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def telling(self, study: Study, progress: Progress) -> tuple[Any, Callable[[], None]]:
-        """What to call for each epoch, and after each run."""
+    def functions(self, study: Study, progress: Progress) -> tuple[Begin, Advance]:
+        """Functions to call for each epoch, and after each run."""
         whole = progress.add_task("runs", total=len(study.recipe.variants) * len(study.recipe.seeds))
         bar = progress.add_task("", total=1)
 
-        def tell(variant: str, seed: int, stage: str) -> Callable[[Figures], None]:
+        def begin(variant: str, seed: int, stage: str) -> OnEpoch:
             settings = study.recipe.variants[variant]
             epochs = {"train": settings.train.epochs, "finetune": settings.finetune.epochs}.get(stage)
             progress.update(bar, description=f"{variant}, seed {seed}: {stage}", completed=0, total=epochs)
@@ -195,7 +196,7 @@ class Log:
         def advance() -> None:
             progress.advance(whole)
 
-        return tell, advance
+        return begin, advance
 
 
 def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None:
@@ -216,8 +217,8 @@ def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None
     )
 
 
-def differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
-    """Where two nested tables differ."""
+def differences(old: object, new: object, place: str = "") -> Iterator[str]:
+    """The places where two nested tables differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)

@@ -1,4 +1,4 @@
-"""What came out of a study, as a table: the mean over seeds, and the spread."""
+"""The results of a study as a table: the mean over seeds, and the spread."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-__all__ = ["COLUMNS", "lines", "markdown", "table"]
+__all__ = ["COLUMNS", "Result", "Results", "lines", "markdown", "table"]
 
-Result = dict[str, Any]
-Line = dict[str, Any]
+Result = dict[str, Any]  # of a variant and a seed
+Results = dict[str, list[Result]]  # by variant
+Line = dict[str, Any]  # of the table
 COLUMNS: dict[str, Callable[[Result], float | None]] = {  # percentages
     "trained": lambda r: r["trained"],
     "removed": lambda r: r["removed"],
@@ -26,7 +27,7 @@ CAPTION = (
 )
 
 
-def lines(results: dict[str, list[Result]]) -> list[Line]:
+def lines(results: Results) -> list[Line]:
     """For each variant and column: mean, standard deviation, lowest and highest over the seeds, or None."""
     return [
         {"variant": name, "seeds": len(runs), **{key: spread(list(map(get, runs))) for key, get in COLUMNS.items()}}
@@ -54,7 +55,7 @@ def cells(line: Line) -> list[str]:
 
 
 def table(name: str, found: list[Line], width: int) -> Table:
-    """For a terminal of so many columns. Where that is narrow spreads stand below their means, and names are broken."""
+    """A table for a terminal of some width. In a narrow one, spreads stand below their means and names are broken."""
     view = Table(title=f"{name}, {found[0]['seeds']} seed(s)", box=SIMPLE_HEAD, caption=CAPTION)
     view.collapse_padding, view.pad_edge, view.show_edge, view.padding = True, False, False, (0, 1, 0, 0)
     longest = max(len(line["variant"]) for line in found)
@@ -79,6 +80,6 @@ def numbers(found: list[Line], before_spread: str) -> tuple[list[list[str]], int
 
 
 def markdown(found: list[Line]) -> str:
-    """For a page."""
+    """The table in Markdown."""
     rows = [["variant", *COLUMNS], ["---", *["---:"] * len(COLUMNS)], *map(cells, found)]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows) + f"\n{CAPTION}.\n"

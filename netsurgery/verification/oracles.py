@@ -11,7 +11,7 @@ like outputs.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ __all__ = ["permuted_difference", "verify"]
 
 
 @undisturbed()
-def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any = None) -> float:
+def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: object = None) -> float:
     """Compare a rewritten model with the original in which the removed units are silenced, given the edit's values.
 
     Residual blocks that the edit drops are left out of the recorded run: their input stands for their output.
@@ -90,7 +90,7 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
         numbers: Numbers = []
         drawn: Drawn = {}
         with seeded(0, home(model)):
-            want = silenced(network, program, tensors, inputs, keep, numbers, drawn)
+            want = silenced(program, tensors, inputs, keep, numbers, drawn)
         if program.values == "all" or drawn:
             found, read = run_with_decisions(small, program, inputs, units, drawn)
             worst = max(worst, _difference(read, _chosen(numbers, units)))
@@ -103,8 +103,8 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: Any =
     return worst
 
 
-def _check_arguments(model: Any, small: Any, edit: Any) -> None:
-    """Make sure of three arguments in their order, as far as they can be told apart."""
+def _check_arguments(model: object, small: object, edit: object) -> None:
+    """Make sure that three arguments are in their order, as far as their types tell."""
     if not (isinstance(model, nn.Module) and isinstance(small, nn.Module) and isinstance(edit, Edit)):
         kinds = ", ".join(type(value).__name__ for value in (model, small, edit))
         raise InputError(f"verify(model, small, edit) takes the original, the small model and the edit, got {kinds}")
@@ -119,13 +119,13 @@ def _check_arguments(model: Any, small: Any, edit: Any) -> None:
 
 
 def _fits(model: nn.Module, network: Network, sizes: Sizes) -> bool:
-    """Whether a model's tensors have the shapes that they have in a network at some sizes."""
+    """True if a model's tensors have the shapes that they have in a network at some sizes."""
     found = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
     return all(found.get(name) == tuple(map(sizes, axes)) for name, axes in network.axes.items())
 
 
-def _given(example_inputs: Any, model: nn.Module, network: Network) -> Inputs:
-    """The inputs to compare on: those that are given, of the shapes of the trace, or some drawn at random."""
+def _given(example_inputs: object, model: nn.Module, network: Network) -> Inputs:
+    """The inputs to compare on: the given ones, with the shapes of the trace, or random ones."""
     if example_inputs is None:
         return _random_like(network, model)
     inputs = _in_order(as_inputs(example_inputs), network)
@@ -142,7 +142,7 @@ def _in_order(inputs: Inputs, network: Network) -> Inputs:
 
 
 def _alike(network: Network, inputs: Inputs) -> bool:
-    """Whether inputs surely take the way through the code that was recorded."""
+    """True if inputs surely take the path through the code that was recorded."""
     (given, form), (traced, form_traced) = pytree.tree_flatten(inputs), pytree.tree_flatten(network.inputs)
     looks = any(program.values != "none" for program in network.programs)
     return (
@@ -152,14 +152,14 @@ def _alike(network: Network, inputs: Inputs) -> bool:
     )
 
 
-def _first_places(values: list[Any]) -> list[int]:
-    """For each tensor where it is given first: one that is given twice was recorded as one."""
+def _first_places(values: Sequence[object]) -> list[int]:
+    """For each tensor the place where it is given first: one that is given twice was recorded as one."""
     tensors = [id(value) for value in values if isinstance(value, Tensor)]
     return [tensors.index(one) for one in tensors]
 
 
-def _stands_for(given: Any, traced: Any, looks: bool) -> bool:
-    """Whether one input decides what another does, when the code looks at values or not; numbers decide nothing."""
+def _stands_for(given: object, traced: object, looks: bool) -> bool:
+    """True if an input leads the code the way that another does: by its value where the code looks at values."""
     if not isinstance(given, Tensor) or not isinstance(traced, Tensor):
         plain = type(given) is type(traced) and isinstance(given, int | float | str)
         return given is traced or (plain and given == traced)
@@ -226,7 +226,7 @@ def _check_shapes(network: Network, inputs: Inputs) -> None:
         raise InputError(f"the network was traced with inputs of shapes {wanted}, got {found}: pass such inputs")
 
 
-def permuted_difference(model: nn.Module, network: Network, example_inputs: Any = None, seed: int = 0) -> float:
+def permuted_difference(model: nn.Module, network: Network, example_inputs: object = None, seed: int = 0) -> float:
     """Permute the units of every prunable group wherever it occurs; return the relative change of the output."""
     inputs = _given(example_inputs, model, network)
     network = with_constants(model, network, inputs)

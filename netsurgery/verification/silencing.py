@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay import Drawn, Numbers, draws, replay, units_in
 from netsurgery.axes import Axis, find, leaves
 from netsurgery.capture.inputs import Inputs
@@ -22,20 +22,25 @@ __all__ = ["STATISTICS", "entries", "is_view", "silenced"]
 
 aten = torch.ops.aten
 
+Arguments = dict[str, Any]  # of an operation, by name
+Results = Mapping[Node, Any]  # of operations
+Several = Tensor | Sequence[Tensor]
+Normalised = Sequence[Tensor | None]  # what a norm returns: its output, and statistics where anything reads them
 
-def _copied(value: Any) -> Any:
+
+def _copied(value: object) -> object:
+    """A result of an operation that later ones do not write to."""
     parts = [part.clone() if isinstance(part, Tensor) else part for part in flat(value)]
     return parts if isinstance(value, list | tuple) else parts[0]
 
 
 def entries(masks: Sequence[Tensor]) -> Tensor:
-    """Which entries of a tensor stay, from masks of the positions that stay along each dimension; to be broadcast."""
+    """True at the entries of a tensor that stay, from masks along each dimension; to be broadcast."""
     shaped = [one.reshape([-1 if i == dim else 1 for i in range(len(masks))]) for dim, one in enumerate(masks)]
     return functools.reduce(torch.logical_and, shaped)
 
 
 def silenced(
-    network: Network,
     program: Program,
     tensors: Mapping[str, Tensor],
     inputs: Inputs,
@@ -66,25 +71,25 @@ def silenced(
             return torch.cat(parts)
         return functools.reduce(lambda a, b: torch.kron(a.to(torch.uint8), b.to(torch.uint8)).bool(), parts)
 
-    def stays(node: Any, dims: tuple[Axis, ...], device: torch.device) -> Tensor | None:
-        """Which entries of a tensor that a node gives or takes stay, or None where all do."""
+    def stays(node: Node, dims: tuple[Axis, ...], device: torch.device) -> Tensor | None:
+        """True at the entries that stay of a tensor which a node gives or takes; None where all do."""
         whole = frozenset(leaf for axis in node.meta.get("whole", ()) for leaf in leaves(axis))
         masks = [mask(axis, whole).to(device) for axis in dims]
         if all(bool(one.all()) for one in masks):
             return None
         return entries(masks)
 
-    def silence(node: Any, values: Mapping[Any, Any], out: Any) -> Any:
+    def silence(node: Node, values: Results, out: object) -> object:
         if drawn is not None and node.op == "call_function" and draws(node):
             drawn[node] = _copied(out)
         special = STATISTICS.get(getattr(node.target, "overloadpacket", None))
         if special is not None and "decided" not in node.meta:
             op = Operation(node)
             dims = op.dims(op["self"] if "self" in op.arguments else op["input"])
-            kept = stays(node, dims, _first_input(values, op).device)
+            kept = stays(node, dims, values[op.inputs[0]].device)
             if kept is not None:
                 out = special(
-                    {k: values.get(v, v) if isinstance(v, torch.fx.Node) else v for k, v in op.arguments.items()},
+                    {k: values.get(v, v) if isinstance(v, Node) else v for k, v in op.arguments.items()},
                     kept,
                 )
         if isinstance(out, Tensor) and out.dim() and out.numel():
@@ -96,25 +101,22 @@ def silenced(
     return replay(program, tensors, inputs, silence, numbers=numbers)
 
 
-def _first_input(values: Mapping[Any, Any], op: Operation) -> Tensor:
-    return values[op.inputs[0]]  # type: ignore[no-any-return]
-
-
-def _aliases(node: Any) -> list[bool]:
-    """For each argument that the result shares memory with: whether it is written to."""
+def _aliases(node: Node) -> list[bool]:
+    """For each argument that the result shares memory with: True if it is written to."""
     schema = getattr(node.target, "_schema", None)
     return [argument.alias_info.is_write for argument in schema.arguments if argument.alias_info] if schema else []
 
 
-def _is_inplace(node: Any) -> bool:
+def _is_inplace(node: Node) -> bool:
     return any(_aliases(node))
 
 
-def is_view(node: Any) -> bool:
+def is_view(node: Node) -> bool:
     """A view of silenced memory is silenced; only expand makes units of its own."""
     if node.target is operator.getitem:
-        return is_view(node.args[0])
-    return bool(_aliases(node)) and not _is_inplace(node) and node.target.overloadpacket is not aten.expand
+        return is_view(node.all_input_nodes[0])
+    expands = getattr(node.target, "overloadpacket", None) is aten.expand
+    return bool(_aliases(node)) and not _is_inplace(node) and not expands
 
 
 def _masked_mean(x: Tensor, stays: Tensor, dims: list[int]) -> Tensor:
@@ -127,12 +129,12 @@ def _normalise(x: Tensor, stays: Tensor, dims: list[int], eps: float) -> Tensor:
     return centred * torch.rsqrt(_masked_mean(centred**2, stays, dims) + eps)
 
 
-def _dims(arguments: dict[str, Any]) -> list[int]:
+def _dims(arguments: Arguments) -> list[int]:
     ndim, dim = arguments["self"].dim(), arguments.get("dim")
     return list(range(ndim)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
 
 
-def _over_what_stays(operation: Any, vanish: bool, a: dict[str, Any], stays: Tensor) -> Any:
+def _over_what_stays(operation: Callable[..., Several], vanish: bool, a: Arguments, stays: Tensor) -> Several:
     """Run an operation on the entries that stay alone; put its results where they belong, and zeros elsewhere.
 
     Args:
@@ -146,38 +148,39 @@ def _over_what_stays(operation: Any, vanish: bool, a: dict[str, Any], stays: Ten
     return results[0] if isinstance(found, Tensor) else results
 
 
-def _listed(found: Any) -> list[Tensor]:
+def _listed(found: Several) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else list(found)
 
 
-def _batch_norm(a: dict[str, Any], stays: Tensor) -> Any:
+def _batch_norm(a: Arguments, stays: Tensor) -> Normalised:
     """In eval mode the statistics are given; otherwise they are taken here, as weight standardisation does."""
     x = a["input"]
     if not a["training"]:
-        return aten.native_batch_norm(*a.values())
+        found: Normalised = aten.native_batch_norm(*a.values())
+        return found
     out = torch.nan_to_num(_normalise(x, stays, [d for d in range(x.dim()) if d != 1], a["eps"]))
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    out = out if a["weight"] is None else out * a["weight"].reshape(shape)
-    return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
+    return _scaled(out, a, [1, -1] + [1] * (x.dim() - 2))
 
 
-def _layer_norm(a: dict[str, Any], stays: Tensor) -> Any:
+def _layer_norm(a: Arguments, stays: Tensor) -> Normalised:
     x = a["input"]
     out = _normalise(x, stays, list(range(x.dim() - len(a["normalized_shape"]), x.dim())), a["eps"])
-    out = out if a["weight"] is None else out * a["weight"]
-    return [out if a["bias"] is None else out + a["bias"], None, None]
+    return _scaled(out, a, a["normalized_shape"])
 
 
-def _group_norm(a: dict[str, Any], stays: Tensor) -> Any:
+def _group_norm(a: Arguments, stays: Tensor) -> Normalised:
     x, blocks = a["input"], (a["N"], a["group"], -1)
     out = _normalise(x.reshape(blocks), stays.expand_as(x).reshape(blocks), [2], a["eps"])
-    out = torch.nan_to_num(out).reshape(x.shape)
-    shape = [1, -1] + [1] * (x.dim() - 2)
+    return _scaled(torch.nan_to_num(out).reshape(x.shape), a, [1, -1] + [1] * (x.dim() - 2))
+
+
+def _scaled(out: Tensor, a: Arguments, shape: Sequence[int]) -> Normalised:
+    """The outputs of a norm, from normalised entries and a scale and shift of a shape."""
     out = out if a["weight"] is None else out * a["weight"].reshape(shape)
     return [out if a["bias"] is None else out + a["bias"].reshape(shape), None, None]
 
 
-STATISTICS: dict[Any, Callable[[dict[str, Any], Tensor], Any]] = {
+STATISTICS: dict[object, Callable[[Arguments, Tensor], object]] = {
     **{
         one: functools.partial(_over_what_stays, one, True)
         for one in (
