@@ -71,7 +71,10 @@ class New:
         if not isinstance(self.seed, int):
             raise InputError(f"New(seed={self.seed!r}): a whole number")
         if self.init != "he":
-            raise InputError(f"New(init={self.init!r}): 'he' is the only initialisation")
+            raise InputError(
+                f"New(init={self.init!r}): 'he' is the only initialisation, and what reads new units always begins at "
+                "zero; the pass GradMax(data) behind PlantChannels chooses among draws by gradients"
+            )
 
 
 Planned = int | Copy | New  # an integer is a unit that is kept

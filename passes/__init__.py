@@ -7,6 +7,7 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.distillation import Distillation as Distillation
     from netsurgery.passes.entries import unit_scores as unit_scores
     from netsurgery.passes.gradients import GradientScore as GradientScore
+    from netsurgery.passes.gradmax import GradMax as GradMax
     from netsurgery.passes.growing import PlantChannels as PlantChannels
     from netsurgery.passes.growing import WidenChannels as WidenChannels
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore

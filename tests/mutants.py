@@ -47,6 +47,8 @@ TESTS_OF = {
     "netsurgery/rewriting/optimizers.py": ("test_optimizers.py",),
     "netsurgery/rewriting/dropping.py": ("test_blocks.py",),
     "netsurgery/analysis/blocks.py": ("test_blocks.py",),
+    "passes/gradmax.py": ("test_gradmax.py",),
+    "netsurgery/rewriting/added.py": ("test_growth.py", "test_gradmax.py"),
     "netsurgery/analysis/inner_products.py": ("test_inner_products.py",),
     "netsurgery/capture/paths.py": ("test_blocks.py",),
     "passes/block_influence.py": ("test_blocks.py",),
@@ -1703,6 +1705,18 @@ MUTANTS = (
         "netsurgery/analysis/inner_products.py",
         "if not all(user in products and ids == own for user, _, ids in theirs):",
         "if False:",
+    ),
+    Mutant(
+        "draws are judged by those of other groups",
+        "passes/gradmax.py",
+        "parameters[name].movedim((one, other), (0, 1))[mine[:, None], theirs] = 0",
+        "pass",
+    ),
+    Mutant(
+        "a new unit's weights depend on the others that are new",
+        "netsurgery/rewriting/added.py",
+        "drawn = torch.stack([draw(rest, key) for key in keys], dim)",
+        "drawn = torch.stack([draw(rest, key, keys) for key in keys], dim)",
     ),
     Mutant(
         "what was asked is not said",

@@ -16,6 +16,7 @@ from netsurgery.passes import (
     FisherScore,
     GeometricMedianScore,
     GradientScore,
+    GradMax,
     HGSRScore,
     LossIncreaseScore,
     MagnitudeScore,
@@ -387,6 +388,19 @@ MACs 5,280 -> 1,656 (31.4%)""",
         planned(PlantChannels({"0": 2})),
         """\
 0 keeps 0, 1, 2, 3, 4, 5, New('he', seed=0), New('he', seed=0)
+0.weight 6x2x3x3 -> 8x2x3x3
+1.weight 6 -> 8
+1.bias 6 -> 8
+1.running_mean 6 -> 8
+1.running_var 6 -> 8
+3.weight 4x6x3x3 -> 4x8x3x3
+parameters 391 -> 503 (128.6%)
+MACs 5,280 -> 7,008 (132.7%)""",
+    ),
+    "GradMax": (
+        planned(PlantChannels({"0": 2}), GradMax((X, Y))),
+        """\
+0 keeps 0, 1, 2, 3, 4, 5, New('he', seed=5), New('he', seed=7)
 0.weight 6x2x3x3 -> 8x2x3x3
 1.weight 6 -> 8
 1.bias 6 -> 8
