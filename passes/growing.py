@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar
@@ -68,7 +68,8 @@ class _Growth(Pass):
             if not any(network[one].channel in others for one in network.equal_to(name))
         }
         locked = [group for group in network.groups if group.locked is not None]
-        for group in stands_still(network, self._meant(network, locked), keep):
+        still = stands_still(network, self._meant(network, locked), keep)
+        for group in (*still, *self._named_in_vain(network, keep)):
             short[group.name] = f"0 of {group.size} (locked: {group.locked})"
         if not keep:
             listed = "; ".join(f"{name}: {why}" for name, why in short.items())[:500]
@@ -78,6 +79,17 @@ class _Growth(Pass):
         added = sum(map(len, keep.values())) - before
         got = f"{added:,} to the {before:,} of {len(keep)} groups"
         return Edit(network, keep, outcomes=(Outcome(self.asked(), got, short, does="add"),))
+
+    def _named(self) -> list[Modules]:
+        """The patterns that are to match something that grows, each."""
+        return [*as_patterns(self.include)]
+
+    def _named_in_vain(self, network: Network, keep: Iterable[str]) -> Iterator[Group]:
+        """The locked groups, such as the network's outputs, that a pattern names which matches nothing that grows."""
+        for patterns in map(as_patterns, self._named()):
+            chosen = Chosen(network, patterns)
+            if not any(belongs(network[name], chosen, patterns) for name in keep):
+                yield from (one for one in network.groups if one.locked and belongs(one, chosen, patterns))
 
     def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
         sorts = {one for together in sorts_of(type(self).__name__, self.unit) for one in together}
@@ -223,6 +235,9 @@ class PlantChannels(_Growth):
         if isinstance(self.amount, Mapping):
             as_patterns(tuple(self.amount))
         New(self.init)
+
+    def _named(self) -> list[Modules]:
+        return [*super()._named(), *(self.amount if isinstance(self.amount, Mapping) else ())]
 
     def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
         amounts = self._amounts(network)

@@ -14,6 +14,7 @@ from netsurgery.positions import laid_out_as
 
 __all__ = ["assembled", "is_split", "join", "split"]
 
+_REFUSED = "is being planted: call finish() of its Planting first"
 _RECORD = "_split"  # attribute of a module whose parameters are split
 
 
@@ -90,7 +91,9 @@ def _split_module(
     if isinstance(module, nn.RNNBase):
         properties["_flat_weights"] = property(_flat_weights, lambda *_: None)
     module.__dict__[_RECORD] = record
-    module.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **properties})
+    module.__class__ = type(
+        kind.__name__, (kind,), {"__module__": kind.__module__, "surgery_refused": _REFUSED, **properties}
+    )
 
 
 def _reader(key: str) -> Callable[[nn.Module], Tensor]:

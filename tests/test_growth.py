@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -737,6 +738,18 @@ def test_a_new_unit_depends_on_its_seed_alone() -> None:
     assert torch.equal(one[0].weight[7], other[0].weight[0]) and not torch.equal(*one[0].weight[7:])
     ratios = other[2].weight[5, 1:] / alone[2].weight[5]  # there are more inputs to share the variance
     torch.testing.assert_close(ratios, torch.full((6,), (6 / 7) ** 0.5).double())
+
+
+@pytest.mark.parametrize(
+    "growth", [PlantChannels({"4": 2}), PlantChannels(2, include="4"), WidenChannels(2, include="4")]
+)
+def test_a_locked_layer_that_is_named_is_named(growth: netsurgery.Pass) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(2, 4)
+    why = "4: 0 of 2 (locked: the network output has this dimension)"
+    with pytest.raises(InputError, match=re.escape(why)):
+        netsurgery.plan(model, [growth], x)
+    assert why in str(netsurgery.plan(model, [PlantChannels({"0": 1, "4": 2})], x).outcomes[0])
+    assert not netsurgery.plan(model, [PlantChannels(2, include=["[0-9]*"])], x).outcomes[0].short
 
 
 def test_planting_again_makes_no_twins() -> None:

@@ -16,7 +16,7 @@ import netsurgery
 import random_networks
 from netsurgery import Copy, Edit, Network, New
 from netsurgery.capture.inputs import tensors_in
-from netsurgery.errors import InputError, RewriteError
+from netsurgery.errors import InputError, RewriteError, TraceError
 from netsurgery.models import resnet20
 from netsurgery.passes import Planting
 from random_networks import THEMES, Program, programs
@@ -657,6 +657,8 @@ def test_finish_is_called_once_and_planting_is_not_nested() -> None:
     plant = Planting(model, edit=edit)
     with pytest.raises(InputError, match="is being planted already: call finish"):
         Planting(model, edit=edit)
+    with pytest.raises(TraceError, match=r"module '.*' is being planted: call finish\(\) of its Planting first"):
+        netsurgery.trace(model, x)
     with pytest.raises(InputError, match="it is no copy of the planted model"):
         plant.finish(ema=MLP())
     loss = model(x).sum()

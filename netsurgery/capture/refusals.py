@@ -37,6 +37,8 @@ def refuse_unsupported(model: nn.Module) -> None:
 def _of_module(module: nn.Module) -> str:
     """Why a module is refused, if so."""
     kind = type(module)
+    if refused := getattr(kind, "surgery_refused", ""):  # a class says so itself, in the words that follow its path
+        return str(refused)
     if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
         return f"is wrapped in {kind.__name__}: pass the module inside (model.module), and wrap the smaller model anew"
     if "_orig_mod" in module._modules:
