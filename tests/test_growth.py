@@ -702,7 +702,11 @@ def test_widening_and_pruning_in_one_pipeline() -> None:
         (lambda: netsurgery.plan(net(), [PlantChannels(2, include="nothing.*")], X), "matches no module"),
         (
             lambda: netsurgery.plan(net(), [PlantChannels(2, include="head")], X),
-            r"nothing of Net can grow with these settings\. They leave no group with open units: network\.prunable",
+            r"head: 0 of 3 \(locked: the network ou",
+        ),
+        (
+            lambda: netsurgery.plan(net(), [PlantChannels(2, exclude="*")], X),
+            "They leave no group with open units: netw",
         ),
         (lambda: netsurgery.plan(net(), [PlantChannels({"wide": 2, "nothing": 1})], X), "'nothing' matches no module"),
         (lambda: netsurgery.plan(net(), [WidenChannels(1)], X), "The factor adds less than one unit to each group"),
