@@ -7,7 +7,7 @@ not share a mistake.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import accumulate
 
 import torch
@@ -101,7 +101,7 @@ class Positions:
     def __init__(self, units: Mapping[Axis, Sequence[Planned]]):
         self.memo: dict[Axis, Tensor | None] = {}
         self.planted: dict[Axis, Tensor] = {}  # by channel with new units, which are new: bool
-        self.keys = {channel: keyed(own) for channel, own in units.items()}  # what tells units apart
+        self.planned = units
         self.copied: dict[Axis, Tensor] = {}  # by channel with copies, the share that is taken of each unit: float64
         for channel, own in units.items():
             found = torch.tensor(sources(own))
@@ -111,6 +111,11 @@ class Positions:
             if any(isinstance(unit, Copy) for unit in own):
                 shares = [unit.share if isinstance(unit, Copy) else 1.0 for unit in own]
                 self.copied[channel] = torch.tensor(shares, dtype=torch.float64)
+
+    @cached_property
+    def keys(self) -> dict[Axis, list[object]]:
+        """By changed channel a key for each of its units, as ``keyed`` makes them."""
+        return {channel: keyed(own) for channel, own in self.planned.items()}
 
     def __call__(self, axis: Axis) -> Tensor | None:
         if axis not in self.memo:

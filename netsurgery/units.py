@@ -128,7 +128,10 @@ def _shares(name: str, units: Sequence[Planned], whole: bool) -> dict[int, int |
         equal = left / max(1, len(own) - len(given))
         for place in own:
             share = given.get(place, equal)
-            found[place] = unit if share == 1.0 and len(own) == 1 else Copy(unit, share)
+            if share == 1.0 and len(own) == 1:
+                found[place] = unit
+            elif place not in given:
+                found[place] = Copy(unit, share)
     return found
 
 

@@ -29,7 +29,7 @@ from netsurgery.passes.selection import (
     stands_still,
 )
 from netsurgery.pipeline import Pass
-from netsurgery.units import Copy, New, Planned
+from netsurgery.units import Copy, New, Planned, listed
 
 __all__ = ["PlantChannels", "WidenChannels"]
 
@@ -114,7 +114,8 @@ class _Growth(Pass):
                 )
             else:
                 names.update(dict.fromkeys(together))
-        units = {name: own for name, own in self.units(network, names).items() if len(own) > network[name].size}
+        wanted = {name: own for name, own in self.units(network, names).items() if len(own) > network[name].size}
+        units = {name: listed(name, own, network[name].size) for name, own in wanted.items()}
         while True:
             chosen = one_of_each_product(network, [network[name] for name in units], _WHOLE_FIRST)
             keep = {name: units[name] for name in chosen if all(one in chosen for one in network.equal_to(name))}

@@ -11,6 +11,7 @@ import netsurgery
 from netsurgery import Copy, Edit, Network, New
 from netsurgery.analysis.growth import obstacles
 from netsurgery.capture.inputs import tensors_in
+from netsurgery.units import listed
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,12 @@ class RandomGrowth(netsurgery.Pass):
                 self.left.update(dict.fromkeys(names, f"keeps as many units as {locked[0]}"))
                 continue
             more = draw.randint(1, 3)
-            keep.update({name: self._some(network[name].size, more, draw) for name in names})
+            for name in names:
+                keep[name] = listed(name, self._some(size := network[name].size, more, draw), size)
         twice = {name for one in obstacles(network, keep) for name in network.equal_to(one)}
-        keep.update({n: tuple(u for unit in range(network[n].size) for u in (unit, Copy(unit))) for n in twice})
+        for name in twice:
+            units = [one for unit in range(network[name].size) for one in (unit, Copy(unit))]
+            keep[name] = listed(name, units, network[name].size)
         while found := obstacles(network, keep):
             for one, why in found.items():
                 self.left.update({name: why for name in network.equal_to(one) if keep.pop(name, None)})

@@ -7,7 +7,7 @@ copies; sums change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import fx
@@ -22,7 +22,7 @@ from netsurgery.analysis.weights import is_computed
 from netsurgery.axes import Axis, axes_in, leaves
 from netsurgery.notation import Operation
 from netsurgery.positions import Positions
-from netsurgery.units import Planned, listed
+from netsurgery.units import Planned
 
 __all__ = ["obstacles", "start"]
 
@@ -45,17 +45,17 @@ _SCALES = {aten.mul, aten.mul_, aten.div, aten.div_}
 _SHIFTS = {aten.add, aten.add_, aten.sub, aten.sub_, aten.addmm, aten.addmv, aten.baddbmm}
 
 
-def obstacles(network: Network, keep: Mapping[str, Sequence[Planned]]) -> dict[str, str]:
+def obstacles(network: Network, keep: Mapping[str, tuple[Planned, ...]]) -> dict[str, str]:
     """The groups that cannot get these units without a change of outputs, and why.
 
     Args:
-        keep: by name the units that groups will have; groups that only lose units are no obstacle.
+        keep: by name the units that groups will have, as ``listed`` gives them; groups that only lose units are no
+            obstacle.
     """
     names = {network[n].channel: n for n, own in keep.items() if not all(isinstance(unit, int) for unit in own)}
     if not names:
         return {}
-    groups = [(network[name], own) for name, own in keep.items()]
-    at = Positions({group.channel: listed(group.name, own, group.size, False) for group, own in groups})
+    at = Positions({network[name].channel: own for name, own in keep.items()})
     readers: dict[str, dict[Axis, None]] = {}  # by parameter: the channels that it reads
     for parameter, _, leaf in places_of(map(network.__getitem__, names.values()), "consumes"):
         readers.setdefault(parameter, {})[leaf] = None
