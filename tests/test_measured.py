@@ -332,6 +332,27 @@ def test_dictionaries() -> None:
     assert rest.agreement is None and rest.error is not None and str(rest).startswith("on 100 samples: outputs differ")
 
 
+def test_outputs_by_name_whose_shapes_differ_are_left_out() -> None:
+    class Cached(nn.Module):
+        def __init__(self, layers: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            cache = [x := layer(x).relu() for layer in self.layers]
+            return {"logits": x, "cache": cache, "last": cache[-1].sum(1)}
+
+    torch.manual_seed(0)
+    model, small, data = Cached(3), Cached(2), torch.randn(32, 4)
+    found = measure(model, small, data, classes=False)
+    one, other = model(data), small(data)
+    names = ("logits", "last")
+    off = sum((one[name] - other[name]).square().sum() for name in names) / sum(one[n].square().sum() for n in names)
+    assert not found.why and found.error == pytest.approx(float(off.detach() ** 0.5), rel=1e-5)
+    nothing = measure(model, nn.Linear(4, 4), data)
+    assert nothing.error is None and "other shapes" in nothing.why
+
+
 def test_boxes() -> None:
     class Boxes(nn.Module):
         def __init__(self) -> None:
