@@ -33,12 +33,16 @@ from netsurgery.models import resnet20
 from netsurgery.passes import (
     HGSR,
     FisherScore,
+    GradMax,
     LossIncreaseScore,
     MagnitudeScore,
+    PlantChannels,
+    Planting,
     PruneChannels,
     ReconstructionScore,
     SoftPruning,
     TaylorScore,
+    WidenChannels,
     measure,
 )
 from netsurgery.passes.calibration import draw_samples
@@ -272,13 +276,17 @@ def captured(step: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[
 # Surgery -------------------------------------------------------------------------------------------------------------
 
 
-def surgery(device: str, name: str) -> float:
-    """Half of everything goes by `apply`, and `verify` compares the rest with the silenced original."""
-    model = built(NETWORKS[name], device)
+def sample(name: str, device: str) -> Tensor:
     side = 32 if name == "a small ViT" else 64
     torch.manual_seed(2)
     x = torch.randn(2, 3, side, side).double() if name != "a small transformer" else torch.randint(50, (2, 12))
-    x = x.to(device)
+    return x.to(device)
+
+
+def surgery(device: str, name: str) -> float:
+    """Half of everything goes by `apply`, and `verify` compares the rest with the silenced original."""
+    model = built(NETWORKS[name], device)
+    x = sample(name, device)
     edit = netsurgery.plan(model, HALF, (x,))
     small = netsurgery.apply(model, HALF, (x,))
     before, after = (sum(p.numel() for p in one.parameters()) for one in (model, small))
@@ -356,6 +364,58 @@ DATA_SCORES: dict[str, Callable[[Any], netsurgery.Pass]] = {
     "FisherScore": FisherScore,
     "ReconstructionScore": ReconstructionScore,
 }
+
+
+# Growth --------------------------------------------------------------------------------------------------------------
+
+
+def growth(device: str, name: str) -> float:
+    """More units, by copies and new ones, and the same outputs."""
+    model = built(NETWORKS[name], device)
+    x = sample(name, device)
+    errors = []
+    for passes in ([WidenChannels(2, noise=0.3)], [PlantChannels(4)]):
+        grown = netsurgery.apply(model, passes, (x,))
+        before, after = (sum(p.numel() for p in one.parameters()) for one in (model, grown))
+        assert after > 1.02 * before and all(p.device.type == device for p in grown.parameters())
+        with torch.no_grad():
+            errors.append(relative(grown(x), model(x)))
+    return worst(errors)
+
+
+def planting(device: str, make: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype | None) -> float:
+    """The share of old entries that training changed, with momentum, decay, a scaled loss and batch norms; none may."""
+    model = built(lambda: resnet20(widths=(4, 8, 16)), device, torch.float32).train()
+    x, y = images(device, dtype=torch.float32), targets().to(device)
+    optimizer = make(model.parameters())
+
+    def train(steps: int) -> None:
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=dtype is not None)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                loss = F.cross_entropy(model(x).float(), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    train(2)
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    edit = netsurgery.plan(model, [PlantChannels(2), GradMax((x, y), candidates=3)], (x,))
+    plant = Planting(model, x, edit=edit, optimizer=optimizer)
+    train(4)
+    model = plant.finish()
+    changed, moved = 0, 0
+    for name, value in model.state_dict().items():
+        there, grown = edit.positions, value
+        for dim, axis in enumerate(edit.network.axes.get(name, ())):
+            if (new := there.new(axis)) is not None:
+                grown = grown.index_select(dim, (~new).nonzero().flatten().to(device))
+        changed += int((grown != old[name]).sum())
+        moved += value.numel() - grown.numel()
+    assert moved > 100, "nothing has grown"
+    train(2)
+    return float(changed)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -442,6 +502,12 @@ CHECKS = [
     Check("penalty under torch.compile", partial(compiled, mode="default"), 1e-5),
     Check("penalty under torch.compile, reduce-overhead", partial(compiled, mode="reduce-overhead"), 1e-5),
     *(Check(f"apply and verify, {one}", partial(surgery, name=one), 1e-9) for one in NETWORKS),
+    *(Check(f"growth, {one}", partial(growth, name=one), 1e-10) for one in ("mobilenet_v2", "a small transformer")),
+    Check("planting, AdamW", partial(planting, make=partial(torch.optim.AdamW, lr=0.01), dtype=None), 0),
+    *(
+        Check(f"planting, {one}, AMP", partial(planting, make=make, dtype=torch.float16), 0, cuda=True)
+        for one, make in OPTIMIZERS.items()
+    ),
     Check("LossIncreaseScore", loss_increase, 1e-4),
     *(Check(f"compensation, {one}", partial(compensation, method=one), 1e-9) for one in ("bias", "least-squares")),
     *(Check(name, partial(scores, kind=kind), 1e-6) for name, kind in DATA_SCORES.items()),
