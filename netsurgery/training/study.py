@@ -28,7 +28,7 @@ from netsurgery.training.summary import Results
 __all__ = ["run"]
 
 Advance = Callable[[], None]  # after each run
-Begin = Callable[[str, int, str], OnEpoch]  # by variant, seed and stage, for each epoch
+Tell = Callable[[str, int, str], OnEpoch]  # by variant, seed and stage, for each epoch
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Study:
     out: Path
     download: bool
 
-    def jobs(self, begin: Begin) -> Iterator[tuple[str, Job]]:
+    def jobs(self, tell: Tell) -> Iterator[tuple[str, Job]]:
         """A run for each variant and seed. Variants with equal training share that of the first."""
         for name, variant in self.recipe.variants.items():
             owner = next(one for one, other in self.recipe.variants.items() if other.training == variant.training)
@@ -52,7 +52,7 @@ class Study:
                         images=self.images(name, seed),
                         folder=self.folder(name, seed),
                         trained=self.folder(owner, seed) / "train.safetensors",
-                        begin=functools.partial(begin, name, seed),
+                        tell=functools.partial(tell, name, seed),
                     ),
                 )
 
@@ -127,8 +127,8 @@ def carry_out(study: Study, worker: Worker, console: Console) -> Results:
         checkpoints.replace(study.kept, json.dumps(recipe.fixed, indent=1) + "\n")
     worker.wait()
     results: Results = {name: [] for name in recipe.variants}
-    with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (begin, advance):
-        for name, job in study.jobs(begin):
+    with torch.random.fork_rng(devices=[]), shown(study, worker, console) as (tell, advance):
+        for name, job in study.jobs(tell):
             results[name].append(job.run(worker))
             advance()
     if worker.leads:
@@ -148,7 +148,7 @@ def fetch(study: Study, worker: Worker) -> None:
 
 
 @contextmanager
-def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Begin, Advance]]:
+def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Tell, Advance]]:
     """A bar for all runs and one for the stage; the functions that log an epoch and a finished run."""
     if not worker.leads:
         yield (lambda *_: lambda _: None), (lambda: None)
@@ -157,7 +157,7 @@ def shown(study: Study, worker: Worker, console: Console) -> Iterator[tuple[Begi
     versions = {"torch": torch.__version__, "netsurgery": netsurgery.__version__}
     log.add(event="start", **versions, device=str(worker.device), processes=worker.accelerator.num_processes)
     with progress_bar(console) as progress:
-        yield log.functions(study, progress)
+        yield log.telling(study, progress)
     log.add(event="end")
 
 
@@ -177,12 +177,12 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def functions(self, study: Study, progress: Progress) -> tuple[Begin, Advance]:
+    def telling(self, study: Study, progress: Progress) -> tuple[Tell, Advance]:
         """Functions to call for each epoch, and after each run."""
         whole = progress.add_task("runs", total=len(study.recipe.variants) * len(study.recipe.seeds))
         bar = progress.add_task("", total=1)
 
-        def begin(variant: str, seed: int, stage: str) -> OnEpoch:
+        def tell(variant: str, seed: int, stage: str) -> OnEpoch:
             settings = study.recipe.variants[variant]
             epochs = {"train": settings.train.epochs, "finetune": settings.finetune.epochs}.get(stage)
             progress.update(bar, description=f"{variant}, seed {seed}: {stage}", completed=0, total=epochs)
@@ -196,7 +196,7 @@ class Log:
         def advance() -> None:
             progress.advance(whole)
 
-        return begin, advance
+        return tell, advance
 
 
 def write(recipe: Recipe, results: Results, out: Path, console: Console) -> None:
