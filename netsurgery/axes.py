@@ -5,7 +5,7 @@
     Concat(a, b, ...)     ordered concatenation, as cat makes and split reads
 
 ``unify`` states that two axes index the same units. A channel that meets an expression becomes that expression;
-two expressions are aligned factor by factor or part by part; what cannot be aligned is locked with a reason.
+two expressions are aligned factor by factor or part by part; channels that cannot be aligned are locked with a reason.
 All of it is exact: a channel is only ever refined, coupled or locked, never guessed.
 """
 
@@ -295,7 +295,7 @@ def _renamed(axis: Axis, names: dict[Axis, Axis]) -> Axis:
 
 
 def resolve(axis: Axis, memo: dict[Axis, Axis]) -> Axis:
-    """The axis with every channel replaced by what it stands for; equal channels are the same object."""
+    """The axis with every channel replaced by the axis that it has become; equal channels are the same object."""
     axis = find(axis)
     if axis not in memo:
         if axis.op:

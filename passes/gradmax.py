@@ -1,4 +1,4 @@
-"""Which new units would learn fastest: of several draws those whose readers get the largest gradients."""
+"""New units that learn fastest: of several draws those whose readers get the largest gradients."""
 
 from __future__ import annotations
 

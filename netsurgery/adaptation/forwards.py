@@ -249,7 +249,7 @@ def generate_forward(
     units: Container[Axis],
     written_only: bool = False,
 ) -> str:
-    """The source of a ``forward`` that does what a graph does, at other sizes and with these attributes of the module.
+    """The source of a ``forward`` that does the same as a graph, at other sizes and with new attributes of the module.
 
     Dimensions of channels that are not among ``units`` (batch, space, time) may be of any size.
 

@@ -476,9 +476,9 @@ def _refuse_values(tensor: Tensor) -> Tensor:
     raise Untraceable(_with_location("looks at values"))
 
 
-def _with_location(what: str) -> str:
+def _with_location(action: str) -> str:
     """The text for an action of the code, with its file and line."""
-    return f"{what} {format_where(location())}".rstrip()
+    return f"{action} {format_where(location())}".rstrip()
 
 
 def _called_by_torch() -> bool:

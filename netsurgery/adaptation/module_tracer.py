@@ -59,7 +59,7 @@ class ModuleTrace:
 
     @functools.cached_property
     def graph(self) -> fx.Graph:
-        """The graph that does what the code does in the mode in which it was recorded.
+        """The graph that does the same as the code, in the mode in which it was recorded.
 
         Raises:
             Untraceable: there is none; the message says why.
@@ -80,7 +80,7 @@ class ModuleTrace:
             return False
 
     def try_other_inputs(self) -> None:
-        """Make sure that the graph does what the code does for inputs of other sizes, where these run at all.
+        """Make sure that the graph does the same as the code for inputs of other sizes, where the code takes these.
 
         Raises:
             Untraceable: it acts otherwise: a loop runs once for each position, say.

@@ -89,7 +89,7 @@ def _count(node: fx.Node) -> int:
 
 
 def peeled(node: fx.Node) -> fx.Node:
-    """A node without the views around it: a parameter, or what is computed, in dimensions of its own."""
+    """A node without the views around it: a parameter, or a computed weight, in dimensions of its own."""
     core, arranged = node, True
     while is_moved(core):
         arranged = arranged and packet_of(core) in _ARRANGED
@@ -109,7 +109,7 @@ def writers(node: fx.Node) -> list[fx.Node]:
 
 
 def ancestors(node: fx.Node) -> dict[fx.Node, None]:
-    """A node and all that its value comes from, operations that write into these included.
+    """A node and all nodes that its value comes from, with the operations that write into these.
 
     The indices of a lookup that normalises rows first are left out: they change nothing in other rows.
     """
@@ -240,7 +240,7 @@ class _Computed:
         self.met = [weight for weight in met if self.mixed(weight)]
 
     def _mixed(self, node: fx.Node) -> Mixed:
-        """The channels across which a node depends on what it comes from."""
+        """The channels across which a node depends on the nodes that it comes from."""
         found: Mixed = {}
         for one in ancestors(node):
             found = _join(found, self.own.get(one, {}))

@@ -326,7 +326,7 @@ class Analysis:
         return [members for members in {id(c): c for c in classes.values()}.values() if len(members) > 1]
 
     def resolve(self) -> dict[Axis, Axis]:
-        """Replace every dimension of a tensor by what it has become."""
+        """Replace every dimension of a tensor by the axis that it has become."""
         memo: dict[Axis, Axis] = {}
         self.axes = {name: tuple(resolve(axis, memo) for axis in dims) for name, dims in self.axes.items()}
         return memo

@@ -491,7 +491,7 @@ def _pick(op: Op, index: Dims) -> None:
 
 
 def _align_first(op: Op, dims: Dims, index: Dims, without: set[int]) -> None:
-    """An index may be shorter than what it indexes, along any dimension: it then concerns the first positions."""
+    """Align an index with the first positions of a tensor: along any dimension it may be shorter."""
     for i, (axis, part) in enumerate(zip(dims, index, strict=True)):
         if i not in without:
             op.unify(cut(axis, part.size, op.reason("a cut goes through a unit"))[0], part)

@@ -60,7 +60,7 @@ def network_of(model: nn.Module, example_inputs: object) -> Network:
 
 
 def _record_training(model: nn.Module, inputs: Inputs) -> Program:
-    """The run in training mode, for what only runs there, such as auxiliary heads."""
+    """The run in training mode, for code that only runs there, such as auxiliary heads."""
     try:
         return record(model, inputs, "train")
     except TraceError as error:

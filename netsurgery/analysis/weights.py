@@ -148,7 +148,7 @@ def computed_weights(network: Network, tensors: Mapping[str, Tensor]) -> list[We
 
 
 def _adapted(network: Network, tensors: Mapping[str, Tensor]) -> tuple[list[Weight], set[fx.Node]]:
-    """The weights of layers with the low-rank updates that are added to their outputs, and what multiplies these."""
+    """The weights of layers with low-rank updates beside them, and the vectors that multiply the updates."""
     program = network.programs[0]
     layers = adapted_layers(program)
     nodes = [node for one in layers for node in (one.weight, *one.parts, *one.vectors)]

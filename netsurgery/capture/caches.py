@@ -26,7 +26,7 @@ Box = dict[Any, object] | list[object] | deque[object]
 
 @contextlib.contextmanager
 def caches_kept(model: nn.Module) -> Iterator[None]:
-    """Undo afterwards what a run without data leaves in the caches of a model's code.
+    """Take tensors that a run without data leaves in the caches of a model's code out of them afterwards.
 
     Such caches are functions with ``functools.lru_cache``, globals, class attributes, and dictionaries, lists and
     deques in these. A tensor without data that stayed there would break the user's next run.

@@ -75,7 +75,7 @@ class TensorMap(Generic[T]):
 
 def needs_values(target: Target, error: Exception) -> bool:
     """True if an operation failed because it has no kernel for tensors without data, or has to see values."""
-    foreign = not target._schema.name.startswith("aten::")  # torch's own say by their tags what they need
+    foreign = not target._schema.name.startswith("aten::")  # operations of torch have tags that tell it
     return foreign or target is _PACK or isinstance(error, NotImplementedError) or not _BY_DATA.isdisjoint(target.tags)
 
 

@@ -1,4 +1,4 @@
-"""Calls of ATen operations, and what the schema of an operation says of its arguments."""
+"""Calls of ATen operations, and the facts that schemas of operations have about arguments."""
 
 from __future__ import annotations
 

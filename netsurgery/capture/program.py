@@ -50,7 +50,7 @@ class NodeMeta(TypedDict, total=False):
 Operand = tuple[fx.Node, list[tuple[Axis, Axis, str]]]
 
 
-@dataclass(eq=False)  # a key of what is known of it
+@dataclass(eq=False)  # compared by identity: it is a key
 class Program:
     """One recorded run.
 

@@ -60,7 +60,7 @@ def _values(tensor: Tensor) -> dict[str, Json]:
 
 
 def made(description: Json) -> Tree:
-    """Example inputs from what ``described`` wrote: a tuple, or a dictionary of keyword inputs.
+    """Example inputs from the result of ``described``: a tuple, or a dictionary of keyword inputs.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError, RuntimeError: this is something else.
