@@ -71,7 +71,7 @@ def _named(what: str, groups: Mapping[str, str]) -> str:
 
 
 class _Checked(dict[str, tuple[Planned, ...]]):
-    """What the units of groups will be, checked for a network: as often as an edit is copied, once is enough."""
+    """Planned units of groups that were checked for a network: copies of an edit need no second check."""
 
     def __init__(self, network: Network, dropped: tuple[str, ...], keep: Mapping[str, tuple[Planned, ...]]):
         super().__init__(keep)
@@ -80,7 +80,7 @@ class _Checked(dict[str, tuple[Planned, ...]]):
 
 @dataclass(frozen=True)
 class Edit:
-    """What the units of each group will be, by group name and in order; groups not named stay as they are.
+    """The planned units of each group, by group name and in order; groups not named stay as they are.
 
     Args:
         network: the network the edit is for.
@@ -165,7 +165,7 @@ class Edit:
         return tuple(path for path in paths if path in given)
 
     def _goes(self, group: Group) -> bool:
-        """Whether all that a group occurs in is dropped."""
+        """True if every tensor that has a group's units is dropped."""
         return all(any(is_within(one.parameter, path) for path in self.dropped) for one in group.members)
 
     @functools.cached_property

@@ -33,7 +33,7 @@ _MAKERS = {
     aten.native_layer_norm: ("weight", "bias"), aten.native_batch_norm: ("weight", "bias"),
     aten.native_group_norm: ("weight", "bias"), aten.mul: ("self", "other"),
 }  # fmt: skip
-#: What passes every number on to one place or to several, besides views.
+#: Operations that pass every number on to one place or to several, besides views.
 _PASSES_ON = {aten.expand, aten.clone, aten.contiguous, aten._to_copy, aten._unsafe_view}
 _SCALES = {aten.mul, aten.div}
 _MOST = 6  # products over the same units, of which each may have two sides to choose from
