@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -106,7 +107,7 @@ def test_units_are_added_up_to_the_budget_and_old_entries_stay() -> None:
     assert last.widths == {name: result.edit.counts.get(name, size) for name, size in first.widths.items()} or (
         result.best is not last
     )
-    for before, after in zip(result.history, result.history[1:], strict=False):
+    for before, after in itertools.pairwise(result.history):
         grown = [name for name in first.widths if after.widths[name] != before.widths[name]]
         assert grown == [after.group] and after.widths[after.group] == before.widths[after.group] + 1
         assert after.params > before.params and after.number == before.number + 1
@@ -159,7 +160,7 @@ def test_the_best_candidate_stays(by: str, tmp_path: Path) -> None:
     log = tmp_path / "growth.jsonl"
     result = grow(by=by, log=log, net=seeded(lambda: Net(2, 6), 3), budget={"params": 90})
     assert len(result.history) > 2
-    for before, after in zip(result.history, result.history[1:], strict=False):
+    for before, after in itertools.pairwise(result.history):
         found = [one for one in entries(log, "candidate") if one["round"] == after.number]
         assert len(found) == after.tried and (after.tried == 2 or after.number > 2)
 

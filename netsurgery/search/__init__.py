@@ -14,3 +14,6 @@ outcome      the rounds as a table and as a picture
 from netsurgery.search.growing import grow as grow
 from netsurgery.search.outcome import Growth as Growth
 from netsurgery.search.outcome import Round as Round
+from netsurgery.search.widths import Trained as Trained
+from netsurgery.search.widths import Widths as Widths
+from netsurgery.search.widths import WidthSearch as WidthSearch

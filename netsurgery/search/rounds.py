@@ -26,7 +26,7 @@ from netsurgery.search.journal import Entry, Journal
 from netsurgery.search.outcome import Growth, Round
 from netsurgery.search.trials import Parcel, Setting, State, Trial
 
-__all__ = ["Rounds", "Search", "check_settings"]
+__all__ = ["Rounds", "Search", "check_settings", "parcel", "trial_seed"]
 
 
 @dataclass(frozen=True)
