@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Literal
@@ -40,8 +40,8 @@ def grow(
     teacher: nn.Module | None = None,
     example_inputs: Any = None,
     *,
-    budget: Any,
-    amount: int | dict[Any, int] = 8,
+    budget: Mapping[str, int],
+    amount: int | Mapping[Any, int] = 8,
     epochs: int = 3,
     patience: int = 3,
     by: Literal["loss", "gain"] = "loss",
@@ -149,7 +149,7 @@ def grow(
 
 def _plants(amount: Any, include: Modules, exclude: Modules, net: nn.Module) -> Callable[[int], PlantChannels]:
     """The pass that plants in every group, by its seed; modules are named, so that it holds for copies."""
-    if isinstance(amount, dict):
+    if isinstance(amount, Mapping):
         amount = {(as_names(net, key) if isinstance(key, nn.Module) else key): count for key, count in amount.items()}
     elif not is_count(amount) or amount < 1:
         raise InputError(f"amount={amount!r}: a whole number of at least 1, or one by modules")

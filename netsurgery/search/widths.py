@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,7 +148,7 @@ class WidthSearch:
         data: Any,
         example_inputs: Any = None,
         *,
-        budget: Any,
+        budget: Mapping[str, int],
         factor: float = 1.25,
         multiple_of: int = 8,
         noise: float = 0.3,
