@@ -150,6 +150,14 @@ def test_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not trials._opened
 
 
+def test_in_inference_mode_it_is_the_same() -> None:
+    expected = grow(teacher=TEACHER)
+    with torch.inference_mode():
+        assert same(grow(copy.deepcopy(NET), samples(), teacher=TEACHER), expected)
+    with torch.no_grad():
+        assert same(grow(teacher=TEACHER), expected)
+
+
 def entries(path: Path, event: str) -> list[dict[str, Any]]:
     return [one for one in map(json.loads, path.read_text().splitlines()) if one["event"] == event]
 
@@ -303,7 +311,9 @@ def test_the_log_names_settings_candidates_and_rounds(finished: tuple[Path, Grow
     log, result = finished
     (settings,) = entries(log, "settings")
     assert settings["settings"]["budget"] == {"params": 55} and settings["torch"] == torch.__version__
-    assert settings["settings"]["distillation"] == "Distillation(temperature=4, alpha=0.5, hint_weight=1)"
+    assert settings["settings"]["distillation"] == (
+        "Distillation(temperature=4, alpha=0.5, hint_weight=1) of None, dim=None"
+    )
     assert [one["number"] for one in entries(log, "round")] == [one.number for one in result.history]
     for one in entries(log, "candidate"):
         assert one["loss"] > 0 and one["params"] <= 55 and one["seconds"] >= one["surgery"] > 0 and not one["refused"]

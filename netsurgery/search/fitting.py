@@ -23,7 +23,7 @@ from netsurgery.passes.distillation import Distillation
 from netsurgery.passes.losses import Loss, cross_entropy, logits_in
 from netsurgery.search.split import Split
 
-__all__ = ["Fitting", "Measured"]
+__all__ = ["Fitting", "Measured", "name_of"]
 
 _ROWS = 256
 
@@ -73,14 +73,14 @@ class Fitting:
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on, for JSON."""
-        distillation = None if self.distillation is None else repr(self.distillation)
+        towards = self.distillation
         return {
             "epochs": int(self.epochs),
             "batch_size": int(self.batch_size),
             "optimizer": name_of(self.optimizer),
             "lr": float(self.lr),
             "loss": None if self.loss is None else name_of(self.loss),
-            "distillation": distillation,
+            "distillation": None if towards is None else f"{towards!r} of {name_of(towards.loss)}, dim={towards.dim}",
         }
 
     def fit(self, model: nn.Module, split: Split, seed: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from netsurgery.search.rounds import Rounds, Search, check_settings, parcel
 from netsurgery.search.split import Split, digest, logits_of, read
 from netsurgery.search.trials import Setting, copied
 
-__all__ = ["carried_out", "grow", "prepared"]
+__all__ = ["carried_out", "grow", "outside_inference_mode", "prepared"]
 
 
 def grow(
@@ -160,6 +161,14 @@ def _planting(amount: Any, include: Modules, exclude: Modules, seed: int) -> Pla
     return PlantChannels(amount, include=include, exclude=exclude, seed=seed)
 
 
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """In inference mode nothing can be trained."""
+    with torch.inference_mode(False):
+        yield
+
+
+@outside_inference_mode()
 def prepared(
     caller: str,
     net: nn.Module,
@@ -234,6 +243,7 @@ def _taught(net: nn.Module, split: Split, teacher: nn.Module) -> Split:
     return split.taught(teacher)
 
 
+@outside_inference_mode()
 def carried_out(
     search: Search, identity: dict[str, str], log: str | Path | None, executor: Executor | None, report: Report
 ) -> Growth:

@@ -29,7 +29,7 @@ from netsurgery.report import columns
 from netsurgery.rewriting.surgery import rewrite
 from netsurgery.search.candidates import as_names
 from netsurgery.search.fitting import Fitting
-from netsurgery.search.growing import carried_out, prepared
+from netsurgery.search.growing import carried_out, outside_inference_mode, prepared
 from netsurgery.search.outcome import Growth
 from netsurgery.search.rounds import trial_seed
 from netsurgery.search.trials import copied, threads_of_torch
@@ -196,6 +196,7 @@ class WidthSearch:
         self._log, self._executor, self._progress = log, executor, progress
         self._renewed(own_module(net))  # whether it can be is known before any work
 
+    @outside_inference_mode()
     def run(self) -> Widths:
         """Search, or go on with it, and train what was found.
 
@@ -209,6 +210,7 @@ class WidthSearch:
         uniform = rewrite(self._search.setting.net, self._uniform(network, growth.best.params))
         return Widths(growth, self._trained(growth.model), self._trained(uniform))
 
+    @outside_inference_mode()
     def _renewed(self, model: nn.Module) -> nn.Module:
         """A copy with new weights."""
         fresh = copied(model)
