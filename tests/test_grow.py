@@ -229,6 +229,27 @@ def test_of_equal_candidates_the_first_stays_whoever_is_done_first(monkeypatch: 
         assert (first.group, first.tried) == ("one", 2)
 
 
+@pytest.mark.parametrize("candidates", [None, 1])
+def test_what_cannot_be_made_is_left_out(
+    candidates: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, refused = trials.tried, ["one"]
+
+    def refuses(*task: Any) -> trials.Trial:
+        asked = [name for name in refused if f'"{name}": {{"size"' in task[2]]
+        return trials.Trial(refused=f"{asked[0]} cannot") if asked else original(*task)
+
+    monkeypatch.setattr(trials, "tried", refuses)
+    log = tmp_path / "growth.jsonl"
+    result = grow(candidates=candidates, patience=9, log=log)
+    assert {one.group for one in result.history} == {"", "two"}
+    assert [one["group"] for one in entries(log, "candidate") if one["refused"]] == ["one"]  # and never again
+    assert same(grow(candidates=candidates, patience=9, log=log), result)
+    refused.append("two")
+    with pytest.raises(InputError, match=r"^no candidate can be made: .*one: one cannot"):
+        grow(candidates=candidates)
+
+
 # Interruptions -----------------------------------------------------------------------------------------------------
 
 
@@ -249,10 +270,10 @@ def cut(log: Path, folder: Path, size: int) -> Path:
 
 
 def places(log: Path) -> list[int]:
-    """After each line, and in the middle of each."""
+    """After each line, and in the middle of some."""
     sizes = [len(line) for line in log.read_bytes().splitlines(keepends=True)]
     ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
-    return [0, *ends, *(end - size // 2 for end, size in zip(ends, sizes, strict=True))]
+    return [0, *ends, *(end - size // 2 for end, size in zip(ends, sizes, strict=True))][: len(ends) + 5]
 
 
 def test_a_log_that_ends_anywhere_is_gone_on_with(finished: tuple[Path, Growth], tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_networks_grow_and_are_trained_on(ran: tuple[dict[str, Any], Path]) -> N
         assert [line["number"] for line in lines if line["event"] == "round"] == [r["number"] for r in one["rounds"]]
     assert found["widths"][0]["uniform"]["parameters"] <= found["widths"][0]["parameters"][1]
     stages = [json.loads(line).get("stage") for line in (out / "log.jsonl").read_text().splitlines()]
+    assert stages.count("growth") == sum(len(found[name][0]["rounds"]) for name in ("planted", "widths"))
     assert stages.count("teacher") == 2 and stages.count("train") == 2  # the two that grow share a training
     assert not (out / "widths" / "seed-0" / "teacher.safetensors").exists()
     grown = netsurgery.load(out / "planted" / "seed-0", DigitsResNet((4, 4)))

@@ -168,9 +168,10 @@ class Rounds:
             begin = time.perf_counter()
             number = len(self.history)
             model = trials.rebuilt(self.search.setting, self._state(), self.network)
-            offers = [one for one in self.search.offers(model, number) if one.name not in self.refused]
+            within = self.search.offers(model, number)
+            offers = [one for one in within if one.name not in self.refused]
             if not offers:
-                why = "every further growth is over the budget"
+                why = self._none_is_left(number) if within else "every further growth is over the budget"
                 break
             if self.executor is None:
                 trials.keep(self.setting, self._sent(number), model, offers[0].edit.network)
@@ -237,9 +238,7 @@ class Rounds:
         """
         found, trial = self._tried(number, offers)
         if not found:
-            if number == 1:
-                raise InputError(f"no candidate can be made: {next(iter(self._reasons(number)), '')}")
-            return "no candidate can be made any more"
+            return ""  # all of these were refused: others are drawn
         cost = {one.name: one.cost for one in offers}
         name = min(found, key=lambda one: (self._score(found[one], cost[one]), list(cost).index(one)))
         if math.isinf(self._score(found[name], cost[name])):
@@ -313,8 +312,12 @@ class Rounds:
     def _note_refused(self, entries: Iterable[Mapping[str, Any]]) -> None:
         self.refused.update(one["group"] for one in entries if one["refused"])
 
-    def _reasons(self, number: int) -> list[str]:
-        return [f"{name}: {one['refused']}" for name, one in self.journal.candidates(number).items() if one["refused"]]
+    def _none_is_left(self, number: int) -> str:
+        """Why the search ends where all groups were refused."""
+        if number > 1:
+            return "no candidate can be made any more"
+        reasons = [f"{name}: {one['refused']}" for name, one in self.journal.candidates(1).items()]
+        raise InputError(f"no candidate can be made: {'; '.join(reasons)[:500]}")
 
     def _say(self, number: int, done: int, offers: list[Candidate]) -> None:
         """How far the search is, taken from what may still be added."""

@@ -219,7 +219,12 @@ class Job:
             error = netsurgery.verify(model, netsurgery.rewrite(model, edit) if grown else small, edit, x)
             checkpoints.replace(self.folder / "edit.json", edit.to_json())
         if not error < TOLERANCE:
-            raise NetsurgeryError(f"the smaller network differs from the silenced one by {error:.1e} (relative)")
+            which = (
+                "network with new units differs from the one before"
+                if grown
+                else "smaller network differs from the silenced one"
+            )
+            raise NetsurgeryError(f"the {which} by {error:.1e} (relative)")
         before, after = netsurgery.cost(model, x), netsurgery.cost(small, x)
         figures = {
             "parameters": [before.params, after.params],
@@ -235,7 +240,7 @@ class Job:
         """Grow the trained network, and keep what comes out."""
         model = fresh(self.variant.model, self.seed).to(device)
         model.load_state_dict(checkpoints.read(self.trained)["model"] if self.trained.exists() else model.state_dict())
-        learnt, held = self.parts
+        (learnt, held), say = self.parts, self.tell("growth")
         given: dict[str, Any] = {
             "validation": held,
             "log": self.folder / "growth.jsonl",  # an interrupted search goes on from there
@@ -251,6 +256,8 @@ class Job:
             found, grown = search.growth, search.found.model
             more = {"uniform": {"parameters": search.uniform.params, "held_out": search.uniform.accuracy}}
         rounds = [one.entry() for one in found.history]
+        for one in rounds:
+            say({key: one[key] for key in ("number", "group", "loss", "accuracy", "params")})
         self.keep(model.cpu(), grown.cpu(), found.edit, {"rounds": rounds, "why": found.why, **more}, grown=True)
 
     def cut(self, model: nn.Module, state: dict[str, Any]) -> tuple[Edit | None, nn.Module]:
