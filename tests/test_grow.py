@@ -304,6 +304,19 @@ def test_what_is_known_is_not_computed_again(
     assert len(tried) in (later - 1, later)  # the known one is trained again only if it stays
 
 
+def test_the_best_may_have_been_tried_before_an_interruption(tmp_path: Path) -> None:
+    """Its weights are gone then: it is trained again, and no other takes its place."""
+    given: dict[str, Any] = {"net": seeded(lambda: Net(2, 6), 3), "budget": {"params": 75}, "patience": 9}
+    log = tmp_path / "growth.jsonl"
+    expected = grow(**given, log=log)
+    assert [one["group"] for one in entries(log, "candidate")][:2] == ["one", "two"]
+    assert expected.history[1].group == "one"
+    lines = log.read_bytes().splitlines(keepends=True)
+    first = next(index for index, line in enumerate(lines) if b'"candidate"' in line)
+    log.write_bytes(b"".join(lines[: first + 1]))
+    assert same(grow(**given, log=log), expected)
+
+
 @pytest.mark.parametrize("gone", [0, 1, 2])
 def test_a_round_whose_weights_are_gone_is_worked_out_again(
     gone: int, finished: tuple[Path, Growth], tmp_path: Path

