@@ -412,10 +412,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no labels": ({"data": (X, None)}, "the data has no labels"),
     "a dataset without labels": ({"data": TensorDataset(X)}, r"expected \(inputs, targets\), or a dictionary with"),
     "other labels": ({"data": (X, Y + 1)}, "labels go from 1 to 3 where there are 3 classes"),
-    "nothing to grow": ({"net": nn.Linear(4, 3)}, "nothing of Linear can grow with these settings"),
+    "nothing to grow": ({"net": nn.Linear(4, 3)}, "nothing of Linear can grow: '.*' is locked: .*output"),
     "a locked group": (
-        {"net": nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), "include": ["0"]},
-        "nothing of Sequential can grow with these settings",
+        {"net": nn.Sequential(nn.Linear(4, 6), nn.Softmax(1), nn.Linear(6, 3))},
+        "nothing of Sequential can grow with these settings. 0: 0 of 6 .*it works across these units without weights",
     ),
     "amount": ({"amount": 0}, "amount=0: a whole number of at least 1"),
     "amount that is a share": ({"amount": 0.5}, "amount=0.5: a whole number of at least 1"),

@@ -138,7 +138,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "retrain": ({"retrain": 0}, "retrain=0: a whole number of at least 1"),
     "budget": ({"budget": {"params": 3}}, "is under the present size"),
     "no labels": ({"data": samples()[0]}, "the data has no labels"),
-    "nothing to widen": ({"net": nn.Linear(4, 3)}, "nothing of Linear can grow"),
+    "nothing to widen": ({"net": nn.Linear(4, 3)}, "nothing of Linear can grow: '.*' is locked: .*output"),
 }
 
 

@@ -20,6 +20,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.passes.progress import Report
 from netsurgery.pipeline import Pass, trace
+from netsurgery.report import first_of
 from netsurgery.search import trials
 from netsurgery.search.candidates import Budget, Candidate, offered
 from netsurgery.search.journal import Entry, Journal
@@ -90,6 +91,9 @@ class Search:
         network = trace(self.setting.net, self.inputs, try_sizes=False)
         if over := self.budget.over(network.cost()):
             raise InputError(f"budget={dict(self.budget.most)} is under the present size: the network has {over}")
+        if not network.prunable:
+            reasons = first_of((f"'{group.name}' is locked: {group.locked}" for group in network.groups), 5)
+            raise InputError(f"nothing of {network.model_name} can grow: {reasons}")
         every = offered(self.setting.net, self.inputs, self.growth(0))
         if all(self.budget.over(one.cost) for one in every):
             least = min(every, key=lambda one: one.cost.params)
