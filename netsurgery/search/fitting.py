@@ -83,6 +83,30 @@ class Fitting:
             "distillation": None if towards is None else f"{towards!r} of {name_of(towards.loss)}, dim={towards.dim}",
         }
 
+    def check(self, model: nn.Module, split: Split) -> None:
+        """Try the loss on some samples, and the optimizer on a vector.
+
+        Raises:
+            InputError: as ``fit``; or a loss that is neither the mean nor one number for each sample.
+        """
+        rows = torch.arange(min(16, split.train.count))
+        with torch.no_grad(), in_eval_mode(model), seeded(0, home(model)):
+            found: Any = self._trained_by(model, split, rows, copy.deepcopy(self.distillation))
+        if not isinstance(found, Tensor) or found.shape not in ((), (len(rows),)):
+            form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"the loss of {len(rows)} samples is {form}: return the mean, or one number for each")
+        self._optimizer([nn.Parameter(torch.zeros(3))])
+
+    def _trained_by(self, model: nn.Module, split: Split, rows: Tensor, distillation: Distillation | None) -> Tensor:
+        """The loss of some samples."""
+        device = home(model)
+        inputs, targets = split.train.rows(rows, device)
+        outputs = model(*inputs[0], **inputs[1])
+        if distillation is None or split.teacher is None:
+            return self._of(outputs, targets)
+        found: Tensor = distillation(outputs, split.teacher[rows].to(device), targets)
+        return found
+
     def fit(self, model: nn.Module, split: Split, seed: int) -> None:
         """Train what a model has of parameters that need gradients, in place; global random numbers stay as they were.
 
@@ -98,14 +122,8 @@ class Fitting:
         with seeded(seed, device), torch.enable_grad():
             for _ in range(self.epochs):
                 for rows in torch.randperm(count, generator=order).tensor_split(steps):
-                    inputs, targets = split.train.rows(rows, device)
                     optimizer.zero_grad()
-                    outputs = model(*inputs[0], **inputs[1])
-                    if distillation is None or split.teacher is None:
-                        loss = self._of(outputs, targets)
-                    else:
-                        loss = distillation(outputs, split.teacher[rows].to(device), targets)
-                    loss.mean().backward()
+                    self._trained_by(model, split, rows, distillation).mean().backward()
                     optimizer.step()
                     schedule.step()
 

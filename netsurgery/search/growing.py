@@ -209,6 +209,7 @@ def prepared(
     if teacher is not None:
         split = _taught(own, split, own_module(teacher))
         fitting = fitting if fitting.distillation is not None else fitting.towards(Distillation(loss=fitting.loss))
+    fitting.check(own, split)
     if example_inputs is None:
         example_inputs = split.train.rows(slice(0, 1), torch.device("cpu"))[0]
         example_inputs = example_inputs[0] or example_inputs[1]
