@@ -24,6 +24,7 @@ import netsurgery
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.passes import Distillation
 from netsurgery.search import Growth, trials
+from test_planting import NETS
 
 FORK = multiprocessing.get_context("fork")  # as quick as tests should be
 
@@ -549,6 +550,30 @@ def test_code_with_sizes_in_it_is_rewritten_in_workers_too() -> None:
     assert expected.history[-1].params > 51
     with ProcessPoolExecutor(1, FORK) as executor:
         assert same(grow(net=net, budget={"params": 100}, amount=3, executor=executor), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETS)
+def test_networks_of_all_kinds_grow_and_keep_their_old_entries(name: str) -> None:
+    make, shape = NETS[name]
+    net = seeded(make)
+    x = torch.randn(48, *shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        net.train()(x)
+        classes = net.eval()(x).shape[1]
+    given: dict[str, Any] = {"amount": 2, "candidates": 2, "batch_size": 16, "patience": 2}
+    params = 2 * sum(one.numel() for one in net.parameters())
+    result = grow(net, (x, torch.arange(48) % classes), budget={"params": params}, **given)
+    last = result.history[-1]
+    assert last.number > 1 and result.history[0].params < last.params <= params
+    assert same(grow(net, (x, torch.arange(48) % classes), budget={"params": params}, **given), result)
+    before, after = net.state_dict(), result.model.state_dict()
+    network = result.edit.network
+    for key, old in before.items():
+        if key in network.axes:
+            added = result.edit.positions.new_entries(network.axes[key])
+            kept = after[key] if added is None else after[key][~added].view(old.shape)
+            assert torch.equal(kept, old), key
 
 
 def test_modules_say_what_may_grow() -> None:

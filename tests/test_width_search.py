@@ -121,7 +121,9 @@ class Own(nn.Module):
 
 
 def test_weights_that_nobody_knows_how_to_draw() -> None:
-    with pytest.raises(InputError, match=r"'' \(Own\) has no reset_parameters.*: pass reset=f\(model\)"):
+    with pytest.raises(
+        InputError, match=r"'the network itself' \(Own\) has no reset_parameters.*: pass reset=f\(model\)"
+    ):
         search(seeded(Own))
 
     def reset(model: nn.Module) -> None:

@@ -285,6 +285,7 @@ def reset_all(model: nn.Module) -> None:
             reset()
         elif module._parameters or module._buffers:
             raise InputError(
-                f"'{path}' ({type(module).__name__}) has no reset_parameters, which is how weights are drawn anew: "
+                f"'{path or 'the network itself'}' ({type(module).__name__}) has no reset_parameters, by which weights "
+                "are drawn anew: "
                 "pass reset=f(model)"
             )
