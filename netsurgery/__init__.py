@@ -1,6 +1,7 @@
 """netsurgery: structural surgery on PyTorch networks, as compiler passes over an exact dependency graph."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from netsurgery.analysis.costs import Cost as Cost
 from netsurgery.analysis.custom_rules import rule as rule
@@ -20,6 +21,19 @@ from netsurgery.rewriting.surgery import rewrite as rewrite
 from netsurgery.units import Copy as Copy
 from netsurgery.units import New as New
 from netsurgery.verification.oracles import verify as verify
+
+if TYPE_CHECKING:
+    from netsurgery.search.growing import grow as grow
+
+
+def __getattr__(name: str) -> Any:
+    """``grow`` on first use: it trains, and loads all passes."""
+    if name == "grow":
+        from netsurgery.search.growing import grow
+
+        return grow
+    raise AttributeError(f"module 'netsurgery' has no attribute {name!r}")
+
 
 try:
     __version__ = version("netsurgery")

@@ -418,6 +418,21 @@ def planting(device: str, make: Callable[[Any], torch.optim.Optimizer], dtype: t
     return float(changed)
 
 
+def searched(device: str) -> float:
+    """A search by planting is the same twice; the data is on the CPU."""
+    model = built(lambda: nn.Sequential(*Plain()), device, torch.float32)
+    x = images("cpu", 96, torch.float32)
+    given: dict[str, Any] = {"budget": {"params": 1200}, "amount": 2, "epochs": 4, "lr": 0.01, "progress": False}
+    one, other = (
+        netsurgery.grow(model, (x, (x[:, 0].mean((1, 2)) > 0).long()), example_inputs=x[:2].to(device), **given)
+        for _ in range(2)
+    )
+    grown, again = one.model.state_dict(), other.model.state_dict()
+    assert sum(value.numel() for value in grown.values()) > sum(value.numel() for value in model.state_dict().values())
+    assert all(value.device.type == device for value in grown.values())
+    return worst([relative(again[name], value) for name, value in grown.items()])
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -508,6 +523,7 @@ CHECKS = [
         Check(f"planting, {one}, AMP", partial(planting, make=make, dtype=torch.float16), 0, cuda=True)
         for one, make in OPTIMIZERS.items()
     ),
+    Check("grow", searched, 1e-6),
     Check("LossIncreaseScore", loss_increase, 1e-4),
     *(Check(f"compensation, {one}", partial(compensation, method=one), 1e-9) for one in ("bias", "least-squares")),
     *(Check(name, partial(scores, kind=kind), 1e-6) for name, kind in DATA_SCORES.items()),

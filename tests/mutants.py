@@ -54,6 +54,12 @@ TESTS_OF = {
     "passes/block_influence.py": ("test_blocks.py",),
     "passes/remove_blocks.py": ("test_blocks.py",),
     "netsurgery/outputs.py": ("test_cli.py",),
+    "netsurgery/search/growing.py": ("test_grow.py",),
+    "netsurgery/search/journal.py": ("test_grow.py",),
+    "netsurgery/search/rounds.py": ("test_grow.py", "test_width_search.py"),
+    "netsurgery/search/split.py": ("test_grow.py",),
+    "netsurgery/search/trials.py": ("test_grow.py",),
+    "netsurgery/search/widths.py": ("test_width_search.py",),
     "netsurgery/training/data.py": ("test_training_data.py",),
     "netsurgery/training/engine.py": ("test_training.py",),
     "netsurgery/training/schedules.py": ("test_training_recipe.py",),
@@ -112,6 +118,67 @@ class Mutant:
 
 
 MUTANTS = (
+    # searches that grow a network in rounds
+    Mutant(
+        "of the candidates of a round the worst stays",
+        "netsurgery/search/rounds.py",
+        "name = min(found, key=",
+        "name = max(found, key=",
+    ),
+    Mutant(
+        "a search that goes on takes what it tried before for what it tries now",
+        "netsurgery/search/rounds.py",
+        "if trial is None or trial[0] != name:",
+        "if trial is None:",
+    ),
+    Mutant(
+        "gain is the loss that is left, not how much lower it is",
+        "netsurgery/search/rounds.py",
+        "return (loss - last.loss) / max(1,",
+        "return loss / max(1,",
+    ),
+    Mutant(
+        "a worker keeps the network of the round before",
+        "netsurgery/search/trials.py",
+        "if not _opened or _opened[0].keys != keys:",
+        "if not _opened:",
+    ),
+    Mutant(
+        "old entries are trained in a search, too",
+        "netsurgery/search/trials.py",
+        "plant = Planting(model, edit=edit) if setting.only_new else None",
+        "plant = None",
+    ),
+    Mutant(
+        "the last network is given back, not the best",
+        "netsurgery/search/rounds.py",
+        "if not self.history or done.loss < min(one.loss for one in self.history): self.best_weights = weights",
+        "self.best_weights = weights",
+    ),
+    Mutant(
+        "seeds of candidates do not differ by round",
+        "netsurgery/search/rounds.py",
+        "trial_seed(self.search.seed, number, one.name)",
+        "trial_seed(self.search.seed, one.name)",
+    ),
+    Mutant(
+        "a line that a kill cut short stays in the log of a search",
+        "netsurgery/search/journal.py",
+        "self._cut(whole)",
+        "self._cut(len(text))",
+    ),
+    Mutant(
+        "samples that are held out are learnt from",
+        "netsurgery/search/split.py",
+        "return Split(samples.of((~held).nonzero().flatten()), samples.of(held.nonzero().flatten()))",
+        "return Split(samples, samples.of(held.nonzero().flatten()))",
+    ),
+    Mutant(
+        "uniform widths take no account of the parameters that were found",
+        "netsurgery/search/widths.py",
+        "low, high = (middle, high) if priced(middle) <= most else (low, middle)",
+        "low, high = (middle, high) if priced(middle) <= 2 * most else (low, middle)",
+    ),
     # planting: old entries stay, new ones live
     Mutant(
         "planting leaves parameters without new entries in reach of optimizers that nobody speaks of",

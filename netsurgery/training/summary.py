@@ -22,8 +22,8 @@ COLUMNS: dict[str, Callable[[Result], float | None]] = {  # percentages
     "MACs": lambda r: 100 * r["macs"][1] / r["macs"][0],
 }
 CAPTION = (
-    "Test accuracy of the trained network, after the removal, and after fine-tuning; parameters and MACs that stay; "
-    "all in percent, mean ± standard deviation over seeds"
+    "Test accuracy of the trained network, after the removal (or the growth), and after fine-tuning; parameters and "
+    "MACs that stay (above 100: grown); all in percent, mean ± standard deviation over seeds"
 )
 
 
