@@ -9,6 +9,7 @@ from netsurgery.analysis.network import Member as Member
 from netsurgery.analysis.network import Network as Network
 from netsurgery.edit import Edit as Edit
 from netsurgery.errors import NetsurgeryError as NetsurgeryError
+from netsurgery.module_rewrites import ModuleRewrite as ModuleRewrite
 from netsurgery.persistence import load as load
 from netsurgery.persistence import save as save
 from netsurgery.pipeline import Pass as Pass

@@ -19,6 +19,7 @@ from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.pipeline import trace
 from netsurgery.report import first_of
+from netsurgery.rewriting.stages import read
 from netsurgery.rewriting.surgery import rewrite
 
 __all__ = ["load", "save"]
@@ -63,7 +64,10 @@ def save(folder: str | Path, small: nn.Module, edit: Edit) -> None:
 
 def _check_sizes(small: nn.Module, edit: Edit) -> None:
     sizes, own = edit.network.sizes(edit.counts), dict(named_tensors(small))
-    axes_of = {new: edit.network.axes[name] for name, new in edit.names_after(own).items()}
+    if edit.rewritten is not None:
+        axes_of = dict(edit.rewritten.network.axes)
+    else:
+        axes_of = {new: edit.network.axes[name] for name, new in edit.names_after(own).items()}
     foreign = sorted(own.keys() ^ axes_of.keys())
     if foreign:
         raise InputError(
@@ -99,7 +103,7 @@ def load(folder: str | Path, model: Model, example_inputs: Any = None) -> Model:
     else:
         if example_inputs is None:
             example_inputs = Edit.inputs_in(text)
-        edit = Edit.from_json(text, trace(model, example_inputs, try_sizes=False))  # rewrite tries these
+        edit = read(text, trace(model, example_inputs, try_sizes=False))  # rewrite tries these
         small = rewrite(model, edit)
     try:
         small.load_state_dict(weights)

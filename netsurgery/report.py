@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from html import escape
 from math import prod
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from netsurgery.axes import Axis, find, inner, leaves
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from netsurgery.analysis.costs import Cost
     from netsurgery.analysis.network import Group, Network
     from netsurgery.edit import Edit
+    from netsurgery.module_rewrites import ModuleRewrite, Rewritten
 
 __all__ = [
     *("columns", "cost_html", "cost_table", "edit_html", "edit_line", "entries", "first_of", "network_html"),
-    *("network_line", "network_table", "prunable_share"),
+    *("network_line", "network_table", "prunable_share", "rewrite_lines"),
 ]
 
 Rows = Sequence[Sequence[str]]
@@ -150,16 +151,42 @@ def network_html(network: Network) -> str:
 def edit_line(edit: Edit) -> str:
     """The edit in one line."""
     before, after, network = edit.before, edit.after, edit.network
-    if not edit.keep and not edit.values and not edit.dropped:
+    if not edit.keep and not edit.values and not edit.dropped and not edit.modules and edit.first is None:
         return f"{network.model_name}: nothing goes"
+    if edit.modules:
+        return f"{network.model_name}: {len(edit.modules)} modules rewritten, {_costs(before, after)}"
     changed = "changed" if edit.grown else "cut"
     dropped = f", {len(edit.dropped)} of {len(network.blocks)} blocks removed" if edit.dropped else ""
     valued = f", {len(edit.values)} tensors with new values" if edit.values else ""
     return (
         f"{network.model_name}: {len(edit.keep)} of {len(network.groups)} groups {changed}{valued}{dropped}, "
+        f"{_costs(before, after)}"
+    )
+
+
+def _costs(before: Cost, after: Cost) -> str:
+    return (
         f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)}), "
         f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})"
     )
+
+
+def rewrite_lines(modules: Mapping[str, ModuleRewrite], before: Network, after: Rewritten) -> list[str]:
+    """What becomes of modules, and of tensors: those that go, that have another name, and that are new."""
+
+    def shape(tensor: Tensor) -> str:
+        return "x".join(map(str, tensor.shape)) or "scalar"
+
+    lines = [f"{path} becomes {rewrite!r}" for path, rewrite in modules.items()]
+    for name, tensor in before.tensors.items():
+        new = after.names.get(name)
+        if new is None:
+            lines.append(f"{name} {shape(tensor)} goes")
+        elif new != name:
+            lines.append(f"{name} is {new}")
+    stay = set(after.names.values())
+    fresh = [(name, tensor) for name, tensor in after.network.tensors.items() if name not in stay]
+    return lines + [f"{name} {shape(tensor)} is new" for name, tensor in fresh]
 
 
 def edit_html(edit: Edit) -> str:

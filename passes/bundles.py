@@ -72,6 +72,8 @@ class Choice:
     def __init__(self, settings: PruneChannels, network: Network):
         self.settings, self.network = settings, network
         self.original: Network = network
+        if isinstance(settings.of, Edit) and any(stage.modules for stage in settings.of.stages):
+            raise InputError("PruneChannels(of=...): the edit rewrites modules: pass the Network that it leads to")
         if settings.of is not None:
             self.original = settings.of.network if isinstance(settings.of, Edit) else settings.of
         left = settings.of.names_after(network.tensors) if isinstance(settings.of, Edit) else None

@@ -51,6 +51,9 @@ TESTS_OF = {
     "passes/block_influence.py": ("test_blocks.py",),
     "passes/remove_blocks.py": ("test_blocks.py",),
     "netsurgery/outputs.py": ("test_cli.py",),
+    "netsurgery/module_rewrites.py": ("test_module_rewrites.py",),
+    "netsurgery/rewriting/modules.py": ("test_module_rewrites.py",),
+    "netsurgery/rewriting/undo.py": ("test_module_rewrites.py",),
     "netsurgery/training/data.py": ("test_training_data.py",),
     "netsurgery/training/engine.py": ("test_training.py",),
     "netsurgery/training/schedules.py": ("test_training_recipe.py",),
@@ -109,6 +112,62 @@ class Mutant:
 
 
 MUTANTS = (
+    # modules that are rewritten
+    Mutant(
+        "hooks of replaced modules are forgotten",
+        "netsurgery/module_rewrites.py",
+        "            _take_hooks(old, new)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "new modules train whatever mode the old one is in",
+        "netsurgery/module_rewrites.py",
+        "        module.training = old.training\n",
+        "",
+    ),
+    Mutant(
+        "rewrites of modules get the weights themselves to try on",
+        "netsurgery/module_rewrites.py",
+        "like(tensor, tensor.detach().clone()) if any(",
+        "tensor if any(",
+    ),
+    Mutant(
+        "an old module that code holds elsewhere is not missed",
+        "netsurgery/module_rewrites.py",
+        "    _check_calls(network, found, modules)\n",
+        "",
+    ),
+    Mutant(
+        "new parameters join any param group",
+        "netsurgery/rewriting/modules.py",
+        "for alike in ([one for one in old if (one.dim() <= 1) == vector], old):",
+        "for alike in (old,):",
+    ),
+    Mutant(
+        "new parameters join behind all others",
+        "netsurgery/rewriting/modules.py",
+        "    return sum(number < order[id(parameter)] for number in numbers)\n",
+        "    return len(params)\n",
+    ),
+    Mutant(
+        "optimizers stay as a failed later stage found them",
+        "netsurgery/rewriting/undo.py",
+        "        for one in held:\n            one.put_back()\n        raise",
+        "        raise",
+    ),
+    Mutant(
+        "models stay as a failed later stage found them",
+        "netsurgery/rewriting/undo.py",
+        "        for module in modules:\n            module.put_back()\n",
+        "",
+    ),
+    Mutant(
+        "rewrites that change outputs are verified by themselves",
+        "netsurgery/verification/oracles.py",
+        "model if edit.exact else rewrite(model, edit)",
+        "rewrite(model, edit)",
+        ("test_module_rewrites.py",),
+    ),
     # planting: old entries stay, new ones live
     Mutant(
         "planting leaves parameters without new entries in reach of optimizers that nobody speaks of",
@@ -966,7 +1025,7 @@ MUTANTS = (
     Mutant(
         "locks are forgotten after a removal",
         "netsurgery/pipeline.py",
-        "network.with_locked(locks).with_scores(",
+        "network.with_locked(locked).with_scores(",
         "network.with_scores(",
         ("test_targets.py",),
     ),

@@ -16,6 +16,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.model_lookup import build
 from netsurgery.passes import HGSR, MagnitudeScore, SoftPruning
+from netsurgery.rewriting.stages import read
 from netsurgery.training import checkpoints
 from netsurgery.training.data import Images
 from netsurgery.training.engine import Figures, Fit, Worker, derived, optimizer_for, schedule_of
@@ -206,6 +207,6 @@ def smaller(model: Model, example: Any, path: Path) -> tuple[nn.Module, dict[str
     """
     state, whole = checkpoints.read(path), fresh(model, 0)
     if state["edit"] is not None:
-        whole = netsurgery.rewrite(whole, Edit.from_json(state["edit"], netsurgery.trace(whole, example)))
+        whole = netsurgery.rewrite(whole, read(state["edit"], netsurgery.trace(whole, example)))
     whole.load_state_dict(state["model"])
     return whole, state["figures"]
