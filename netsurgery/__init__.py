@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from netsurgery.analysis.costs import Cost as Cost
 from netsurgery.analysis.custom_rules import rule as rule
+from netsurgery.analysis.graph_patterns import Pattern as Pattern
 from netsurgery.analysis.network import Group as Group
 from netsurgery.analysis.network import Member as Member
 from netsurgery.analysis.network import Network as Network

@@ -178,14 +178,18 @@ def rewrite_lines(modules: Mapping[str, ModuleRewrite], before: Network, after: 
         return "x".join(map(str, tensor.shape)) or "scalar"
 
     lines = [f"{path} becomes {rewrite!r}" for path, rewrite in modules.items()]
+    tensors, stay = after.network.tensors, set(after.names.values())
     for name, tensor in before.tensors.items():
         new = after.names.get(name)
-        if new is None:
+        if new is not None:
+            lines.extend([f"{name} is {new}"] if new != name else [])
+        elif name not in tensors or name in stay:
             lines.append(f"{name} {shape(tensor)} goes")
-        elif new != name:
-            lines.append(f"{name} is {new}")
-    stay = set(after.names.values())
-    fresh = [(name, tensor) for name, tensor in after.network.tensors.items() if name not in stay]
+        else:
+            sizes = shape(tensor), shape(tensors[name])
+            lines.append(f"{name} {' -> '.join(dict.fromkeys(sizes))} has new values")
+            stay.add(name)
+    fresh = [(name, tensor) for name, tensor in tensors.items() if name not in stay]
     return lines + [f"{name} {shape(tensor)} is new" for name, tensor in fresh]
 
 

@@ -6,6 +6,7 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.compensation import Compensate as Compensate
     from netsurgery.passes.distillation import Distillation as Distillation
     from netsurgery.passes.entries import unit_scores as unit_scores
+    from netsurgery.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from netsurgery.passes.gradients import GradientScore as GradientScore
     from netsurgery.passes.growing import PlantChannels as PlantChannels
     from netsurgery.passes.growing import WidenChannels as WidenChannels

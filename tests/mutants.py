@@ -51,6 +51,9 @@ TESTS_OF = {
     "passes/block_influence.py": ("test_blocks.py",),
     "passes/remove_blocks.py": ("test_blocks.py",),
     "netsurgery/outputs.py": ("test_cli.py",),
+    "netsurgery/analysis/graph_patterns.py": ("test_graph_patterns.py",),
+    "passes/fold_batch_norm.py": ("test_graph_rewrites.py",),
+    "passes/whole_layers.py": ("test_graph_rewrites.py",),
     "netsurgery/module_rewrites.py": ("test_module_rewrites.py",),
     "netsurgery/rewriting/modules.py": ("test_module_rewrites.py",),
     "netsurgery/rewriting/undo.py": ("test_module_rewrites.py",),
@@ -113,6 +116,48 @@ class Mutant:
 
 MUTANTS = (
     # modules that are rewritten
+    Mutant(
+        "a batch norm folds though something else reads the layer",
+        "netsurgery/analysis/graph_patterns.py",
+        "if step.alone and len(readers) > 1:",
+        "if False:",
+    ),
+    Mutant(
+        "what is computed as a weight counts as read",
+        "netsurgery/analysis/graph_patterns.py",
+        """_INPUTS.get(_name(user), (0,)) if place""",
+        """_INPUTS.get(_name(user), (0, 1)) if place""",
+    ),
+    Mutant(
+        "a folded batch norm forgets the layer's bias",
+        "passes/fold_batch_norm.py",
+        "if module.bias is None else module.bias.detach() - norm",
+        "if True else module.bias.detach() - norm",
+    ),
+    Mutant(
+        "filters of grouped transposed convolutions are scaled as if there were one group",
+        "passes/fold_batch_norm.py",
+        "parts * scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))",
+        "parts * scale.reshape(-1, groups, 1, *[1] * (weight.dim() - 2)).transpose(0, 1).transpose(1, 2)",
+    ),
+    Mutant(
+        "a batch norm that another run reads otherwise is folded",
+        "passes/fold_batch_norm.py",
+        "path not in found or found[path]",
+        "path in found and found[path]",
+    ),
+    Mutant(
+        "layers with hooks are replaced",
+        "passes/whole_layers.py",
+        'which would see something else" if has_hooks(module) else None',
+        'which would see something else" if False else None',
+    ),
+    Mutant(
+        "layers that share their weight are replaced",
+        "passes/whole_layers.py",
+        "_readers(nodes[name]) <= self.ran(path) for name",
+        "True for name",
+    ),
     Mutant(
         "hooks of replaced modules are forgotten",
         "netsurgery/module_rewrites.py",

@@ -14,6 +14,7 @@ from netsurgery.passes import (
     BlockInfluenceScore,
     Compensate,
     FisherScore,
+    FoldBatchNorm,
     GeometricMedianScore,
     GradientScore,
     HGSRScore,
@@ -183,6 +184,21 @@ MACs 5,280 -> 1,656 (31.4%)""",
 6.weight 3x16 -> 3x8
 parameters 391 -> 143 (36.6%)
 MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "FoldBatchNorm": (
+        planned(FoldBatchNorm()),
+        """\
+0 becomes Folded(norm='1')
+1 becomes WithoutNorm(keep=())
+0.weight 6x2x3x3 has new values
+1.weight 6 goes
+1.bias 6 goes
+1.running_mean 6 goes
+1.running_var 6 goes
+1.num_batches_tracked scalar goes
+0.bias 6 is new
+parameters 391 -> 385 (98.5%)
+MACs 5,280 -> 5,280 (100.0%)""",
     ),
     "HGSRScore": (
         ranked(HGSRScore()),
