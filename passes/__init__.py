@@ -10,6 +10,9 @@ if __name__ == "netsurgery.passes":
     from netsurgery.passes.gradients import GradientScore as GradientScore
     from netsurgery.passes.growing import PlantChannels as PlantChannels
     from netsurgery.passes.growing import WidenChannels as WidenChannels
+    from netsurgery.passes.insert_layer import Dense as Dense
+    from netsurgery.passes.insert_layer import InsertLayer as InsertLayer
+    from netsurgery.passes.insert_layer import Shortcut as Shortcut
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore
     from netsurgery.passes.penalty import HGSR as HGSR
     from netsurgery.passes.planting import Planting as Planting

@@ -43,7 +43,7 @@ class Layers:
             return f"'{path}' does not run"
         runs = [weights for weights, count in zip(self.weights, self.counts, strict=True) if path in count]
         if not all(self._is_own(weights, path) for weights in runs):
-            return f"the weight of '{path}', a {type(module).__name__}, is shared, or computed from others"
+            return f"a weight of '{path}', a {type(module).__name__}, is shared, or computed from others"
         return f"'{path}' has hooks, which would see something else" if has_hooks(module) else None
 
     def _is_own(self, weights: Sequence[fx.Node], path: str) -> bool:

@@ -53,6 +53,7 @@ TESTS_OF = {
     "netsurgery/outputs.py": ("test_cli.py",),
     "netsurgery/analysis/graph_patterns.py": ("test_graph_patterns.py",),
     "passes/fold_batch_norm.py": ("test_graph_rewrites.py",),
+    "passes/insert_layer.py": ("test_graph_rewrites.py",),
     "passes/whole_layers.py": ("test_graph_rewrites.py",),
     "netsurgery/module_rewrites.py": ("test_module_rewrites.py",),
     "netsurgery/rewriting/modules.py": ("test_module_rewrites.py",),
@@ -117,6 +118,30 @@ class Mutant:
 MUTANTS = (
     # modules that are rewritten
     Mutant(
+        "an inserted batch norm does not undo itself",
+        "passes/insert_layer.py",
+        "nn.init.constant_(new.weight, (1 + norm.eps) ** 0.5)",
+        "nn.init.constant_(new.weight, 1 + norm.eps)",
+    ),
+    Mutant(
+        "an identity gets an activation though something else reads what it passes on",
+        "passes/insert_layer.py",
+        "_limits(readers[0]) if len(readers) == 1 else None",
+        "next(filter(None, map(_limits, readers)), None)",
+    ),
+    Mutant(
+        "the branch of a new shortcut is not zero",
+        "passes/insert_layer.py",
+        "_new(like, zero=True)]",
+        "_new(like, draw)]",
+    ),
+    Mutant(
+        "new channels stand in front of the old ones",
+        "passes/insert_layer.py",
+        "torch.cat([y, self.new(y)], self.dim)",
+        "torch.cat([self.new(y), y], self.dim)",
+    ),
+    Mutant(
         "a batch norm folds though something else reads the layer",
         "netsurgery/analysis/graph_patterns.py",
         "if step.alone and len(readers) > 1:",
@@ -153,7 +178,7 @@ MUTANTS = (
         'which would see something else" if False else None',
     ),
     Mutant(
-        "layers that share their weight are replaced",
+        "layers whose bias something else reads are replaced",
         "passes/whole_layers.py",
         "_readers(nodes[name]) <= self.ran(path) for name",
         "True for name",

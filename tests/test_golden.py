@@ -18,6 +18,7 @@ from netsurgery.passes import (
     GeometricMedianScore,
     GradientScore,
     HGSRScore,
+    InsertLayer,
     LossIncreaseScore,
     MagnitudeScore,
     PlantChannels,
@@ -215,6 +216,40 @@ MACs 5,280 -> 5,280 (100.0%)""",
 6.weight 3x16 -> 3x8
 parameters 391 -> 143 (36.6%)
 MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "InsertLayer": (
+        planned(InsertLayer("0")),
+        """\
+1 becomes Inserted(kind='identity', layer='0', clamp=(0.0, None), first=True, seed=0)
+1.weight is 1.0.weight
+1.bias is 1.0.bias
+1.running_mean is 1.0.running_mean
+1.running_var is 1.0.running_var
+1.num_batches_tracked is 1.0.num_batches_tracked
+1.2.weight 6x6x3x3 is new
+1.3.weight 6 is new
+1.3.bias 6 is new
+1.3.running_mean 6 is new
+1.3.running_var 6 is new
+1.3.num_batches_tracked scalar is new
+parameters 391 -> 727 (185.9%)
+MACs 5,280 -> 15,648 (296.4%)""",
+    ),
+    "InsertLayer: dense": (
+        planned(InsertLayer("3", "dense", channels=1)),
+        """\
+3.weight 4x6x3x3 -> 5x6x3x3
+3.bias 4 -> 5
+6.weight 3x16 -> 3x20
+3 becomes DenselyInserted(channels=1, seed=4051597622)
+3.weight 5x6x3x3 goes
+3.bias 5 goes
+3.layer.weight 4x6x3x3 is new
+3.layer.bias 4 is new
+3.new.weight 1x4x3x3 is new
+3.new.bias 1 is new
+parameters 391 -> 440 (112.5%)
+MACs 5,280 -> 5,592 (105.9%)""",
     ),
     "LossIncreaseScore": (
         ranked(LossIncreaseScore((X, Y), progress=False)),

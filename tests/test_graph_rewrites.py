@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import netsurgery
 from netsurgery.errors import InputError
-from netsurgery.passes import FoldBatchNorm, MagnitudeScore, PlantChannels, PruneChannels
+from netsurgery.passes import FoldBatchNorm, InsertLayer, MagnitudeScore, PlantChannels, PruneChannels
 from netsurgery.rewriting.stages import read
 
 
@@ -130,15 +130,18 @@ class Own(nn.Module):
             x = self.norm(self.conv(x.relu()))
         if self.what == "norm called twice":
             x = self.norm(x)
+        if self.what == "bias":
+            x = x * self.conv.bias[:, None, None]
         if self.what == "tied":
             x = self.other(x.relu())
         return x.flatten(1)
 
 
 LEFT = {
-    "weight norm": "the weight of 'conv', a ParametrizedConv2d, is shared, or computed from others",
+    "weight norm": "a weight of 'conv', a ParametrizedConv2d, is shared, or computed from others",
     "statistics": "it takes the statistics of each batch",
-    "tied": "the weight of 'conv', a Conv2d, is shared, or computed from others",
+    "tied": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "bias": "a weight of 'conv', a Conv2d, is shared, or computed from others",
     "hook": "'conv' has hooks, which would see something else",
     "hook of the norm": "'norm' has hooks, which would see something else",
     "features": "it does not normalise the features of 'conv'",
@@ -228,6 +231,146 @@ def test_folded_weights_train_where_the_old_ones_did() -> None:
     assert [p.requires_grad for p in new.parameters()] == [True, True, False, False]
 
 
+# InsertLayer
+
+
+class Small(nn.Module):
+    """A residual block, a grouped and a depthwise convolution, a dense connection, functional layers, an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6, eps=1e-3)
+        self.inner, self.inner_norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.outer, self.outer_norm = nn.Conv2d(6, 6, 5, padding=2), nn.BatchNorm2d(6)
+        self.act = nn.ReLU6()
+        self.mix = nn.Conv2d(6, 6, 1)
+        self.grouped, self.depthwise = nn.Conv2d(6, 8, 2, groups=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.dense = nn.Conv2d(8, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(12, 5, 2, stride=2)
+        self.norm = nn.LayerNorm(5)
+        self.hidden, self.back = nn.Linear(5, 9), nn.Linear(9, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.stem_norm(self.stem(x)), inplace=True)
+        x = x + self.outer_norm(self.outer(self.act(self.inner_norm(self.inner(x)))))
+        y = self.mix(x)
+        x = self.act(self.depthwise(self.grouped(self.act(y) + y)))
+        x = self.up(torch.cat([x, self.dense(x)], 1)).flatten(2).transpose(1, 2)
+        x = x + self.back(nn.functional.gelu(self.hidden(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+NEW: dict[tuple[str, str], str] = {
+    ("stem", "identity"): "BatchNorm2d ReLU Conv2d BatchNorm2d",
+    ("inner", "identity"): "BatchNorm2d ReLU6 Conv2d BatchNorm2d",
+    ("outer", "identity"): "BatchNorm2d Conv2d BatchNorm2d",
+    ("grouped", "identity"): "Conv2d Conv2d",
+    ("depthwise", "identity"): "Conv2d ReLU6 Conv2d",
+    ("mix", "identity"): "Conv2d Conv2d",  # not only a ReLU reads it
+    ("up", "identity"): "ConvTranspose2d Conv2d",
+    ("hidden", "identity"): "Linear Linear",
+    ("head", "identity"): "Linear Linear",
+    ("stem", "shortcut"): "BatchNorm2d Shortcut",
+    ("depthwise", "shortcut"): "Conv2d Shortcut",
+    ("up", "shortcut"): "ConvTranspose2d Shortcut",
+    ("back", "shortcut"): "Linear Shortcut",
+}
+
+
+@pytest.mark.parametrize(("path", "kind"), NEW)
+def test_layers_are_inserted(path: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    new = check(model, x, InsertLayer(path, kind), tolerance=1e-13)
+    place = f"{path}_norm" if hasattr(model, f"{path}_norm") else path
+    series = new.get_submodule(place)
+    assert " ".join(type(module).__name__ for module in series) == NEW[path, kind]
+    assert type(series) is nn.Sequential and type(series[0]) is type(model.get_submodule(place))
+    single = copy.deepcopy(model).float()
+    found = netsurgery.apply(single, [InsertLayer(path, kind)], x.float(), verify=1e-6)(x.float())
+    assert (found - single(x.float())).abs().max() <= 1e-6 * found.abs().max()
+
+
+@pytest.mark.parametrize("path", ["stem", "inner", "outer", "dense", "up", "hidden"])
+def test_new_channels_are_made_of_the_old_ones(path: str) -> None:
+    torch.manual_seed(0)
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    if path == "up":
+        with pytest.raises(InputError, match=r"\('up', 'dense'\): new channels would change outputs: .*norm"):
+            netsurgery.plan(model, [InsertLayer(path, "dense")], x)
+        return
+    new = check(model, x, InsertLayer(path, "dense", channels=2, seed=3), tolerance=1e-13)
+    layer = new.get_submodule(path)
+    assert torch.equal(layer.layer.weight, model.get_submodule(path).weight) and layer.new.weight.std() > 0
+    width = len(model.get_submodule(path).weight)
+    assert layer.new.weight.shape[:2] == (2, width)
+    readers = {"stem": "inner", "outer": "mix", "inner": "outer", "dense": "up", "hidden": "back"}
+    before, after = (net.get_submodule(readers[path]).weight for net in (model, new))
+    assert after.numel() > before.numel() and after.count_nonzero() == before.count_nonzero()
+
+
+def test_inserted_layers_learn() -> None:
+    for kind in ("identity", "shortcut", "dense"):
+        torch.manual_seed(0)
+        model, x = lived_in(Small()), inputs(4, 3, 8, 8)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        new = netsurgery.apply(model, [InsertLayer("inner", kind)], x, optimizer=optimizer)
+        before = {name: parameter.detach().clone() for name, parameter in new.named_parameters()}
+        for _ in range(2):
+            optimizer.zero_grad()
+            new(x).square().sum().backward()
+            optimizer.step()
+        assert all(not torch.equal(parameter, before[name]) for name, parameter in new.named_parameters())
+
+
+def test_several_layers_and_equal_ones() -> None:
+    torch.manual_seed(0)
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    series = [InsertLayer("inner", "shortcut"), InsertLayer("outer", "shortcut"), InsertLayer("inner"), FoldBatchNorm()]
+    new = check(model, x, *series, tolerance=1e-12)
+    weights = [new.get_submodule(f"{path}_norm") for path in ("inner", "outer")]
+    assert not torch.equal(weights[0][1].branch[0].weight, weights[1][1].branch[0].weight[:, :, 1:4, 1:4])
+    again = netsurgery.apply(model, series, x)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in new.state_dict().items())
+
+
+def test_a_layer_that_runs_twice_gets_one_layer_more() -> None:
+    torch.manual_seed(0)
+    layer, act = nn.Linear(4, 4), nn.ReLU()
+    model = lived_in(nn.Sequential(layer, act, layer, act, nn.Linear(4, 2)))
+    new = netsurgery.apply(model, [InsertLayer("0")], inputs(2, 4), verify=1e-13)
+    assert new[0] is new[2] and len(new[0]) == 2
+
+
+def test_layers_that_cannot_be_inserted() -> None:
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    model.dense.register_forward_hook(lambda *_: None)
+    refused: list[tuple[Callable[[], netsurgery.Pass], str]] = [
+        (lambda: InsertLayer("stem", "copy"), r"InsertLayer\(kind='copy'\): one of 'identity', 'shortcut', 'dense'"),
+        (
+            lambda: InsertLayer("stem", channels=3),
+            "InsertLayer.channels=3.: of kind 'dense', a whole",
+        ),
+        (lambda: InsertLayer("stem", "dense", channels=0), "of kind 'dense', a whole number of at least 1"),
+        (lambda: InsertLayer("sten"), "that runs; this one is none of Small; did you mean stem?"),
+        (
+            lambda: InsertLayer("norm"),
+            "of a convolution or a linear layer that runs; this one is a LayerNorm",
+        ),
+        (lambda: InsertLayer("head", "dense"), r"\('head', 'dense'\): its channels are locked: the network output"),
+        (lambda: InsertLayer("grouped", "dense"), "a grouped convolution keeps its groups"),
+        (lambda: InsertLayer("mix", "dense"), "its channels are in groups, or grow with others"),
+        (lambda: InsertLayer("dense", "dense"), r"\('dense', 'dense'\): 'dense' has hooks, which would see something"),
+    ]
+    for made, why in refused:
+        with pytest.raises(InputError, match=why):
+            netsurgery.plan(model, [made()], x)
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="that runs; this one does not run"):
+        netsurgery.plan(model, [InsertLayer("unused")], x)
+
+
 # Known networks, last since they take long
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
@@ -239,7 +382,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "net_" in n else n for n in ZOO])
 def test_norms_fold_in_known_networks(name: str) -> None:
     torch.manual_seed(0)
     model = lived_in(ZOO[name]())
@@ -250,3 +393,42 @@ def test_norms_fold_in_known_networks(name: str) -> None:
     x = inputs(2, 3, 64, 64).float()
     folded = netsurgery.apply(single, [FoldBatchNorm()], x, verify=True)
     assert (folded(x) - single(x)).abs().max() <= 2e-5 * single(x).abs().max()
+
+
+PLACES: dict[str, tuple[Callable[[], nn.Module], int, list[tuple[str, str]]]] = {
+    "resnet18": (
+        lambda: torchvision.models.resnet18(num_classes=5),
+        32,
+        [("conv1", "identity"), ("layer1.0.conv2", "shortcut"), ("layer2.0.downsample.0", "dense")],
+    ),
+    "mobilenet_v2": (
+        lambda: torchvision.models.mobilenet_v2(num_classes=5),
+        32,
+        [("features.2.conv.1.0", "identity"), ("features.3.conv.0.0", "shortcut"), ("features.4.conv.2", "dense")],
+    ),
+    "densenet": (
+        ZOO["densenet"],
+        32,
+        [("features.conv0", "identity"), ("features.denseblock1.denselayer1.conv2", "dense")],
+    ),
+    "vit": (
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3
+        ),
+        32,
+        [("blocks.0.mlp.fc1", "shortcut"), ("blocks.1.mlp.fc2", "identity"), ("blocks.1.mlp.fc1", "dense")],
+    ),
+    "efficientnet_lite0": (
+        lambda: timm.create_model("tf_efficientnet_lite0", num_classes=4),
+        32,
+        [("blocks.1.0.conv_pw", "identity"), ("conv_stem", "shortcut")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "net_" in n else n for n in PLACES])
+def test_layers_are_inserted_in_known_networks(name: str) -> None:
+    torch.manual_seed(0)
+    make, size, places = PLACES[name]
+    model = lived_in(make())
+    check(model, inputs(2, 3, size, size), *[InsertLayer(path, kind) for path, kind in places], tolerance=1e-12)
