@@ -44,6 +44,7 @@ class Outcome:
         short: groups that change less than asked, or not at all because they are locked, and why.
         few: groups that keep few units after all units were ranked together, and how many: a tenth or less, or as few
             as ``max_ratio`` allows.
+        notes: what ``edit.summary()`` says of single groups or modules besides.
         does: "remove", "add", or another verb, such as "fold".
     """
 
@@ -52,6 +53,7 @@ class Outcome:
     short: Mapping[str, str] = field(default_factory=dict)
     few: Mapping[str, str] = field(default_factory=dict)
     does: str = "remove"
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         line = f"asked to {self.does} {self.asked}, {self.does.removesuffix('e')}ed {self.got}"
@@ -323,7 +325,7 @@ class Edit:
         """The lines of ``summary`` behind the first, of this stage."""
         lines: list[str] = []
         for outcome in self.outcomes:
-            lines.extend(f"  {name}: {why}" for name, why in outcome.short.items())
+            lines.extend(f"  {name}: {why}" for name, why in {**outcome.short, **outcome.notes}.items())
             lines.extend(f"  {name}: few units stay, {count}" for name, count in outcome.few.items())
         lines.extend(f"  {one}" for one in self.compensations)
         if stays := dict(self.adaptation.stays) if self.adaptation else {}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ class ModuleRewrite:
         Hardswish()
     """
 
-    exact: ClassVar[bool] = True
-    averages: ClassVar[bool] = True
+    exact: bool = True
+    averages: bool = True
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from netsurgery.errors import InputError
 from netsurgery.module_rewrites import ModuleRewrite, register_rewrite
 from netsurgery.passes.bundles import call_of
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
-from netsurgery.passes.whole_layers import Layer, Layers, has_hooks
+from netsurgery.passes.whole_layers import Layer, Layers, has_hooks, shell
 from netsurgery.pipeline import Pass
 
 __all__ = ["FoldBatchNorm", "Folded", "WithoutNorm"]
@@ -53,8 +52,7 @@ class Folded(ModuleRewrite):
         scale = scale if norm.weight is None else scale * norm.weight.detach().double()
         bias = -norm.running_mean.double() if module.bias is None else module.bias.detach() - norm.running_mean.double()
         bias = bias * scale if norm.bias is None else bias * scale + norm.bias.detach().double()
-        new = copy.copy(module)
-        new._parameters = dict(module._parameters)
+        new = shell(module)
         weight = _scaled(module, scale).to(module.weight.dtype)
         new._parameters["weight"] = nn.Parameter(weight, module.weight.requires_grad)
         trained = any(one is not None and one.requires_grad for one in (module.bias, norm.bias))

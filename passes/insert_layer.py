@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import zlib
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from netsurgery.errors import InputError
 from netsurgery.module_rewrites import ModuleRewrite, register_rewrite
 from netsurgery.notation import Operation
 from netsurgery.passes.bundles import call_of
-from netsurgery.passes.whole_layers import Layer, Layers
+from netsurgery.passes.whole_layers import Layer, Layers, shell
 from netsurgery.pipeline import Pass
 from netsurgery.rewriting.stages import left
 from netsurgery.units import New
@@ -128,7 +127,7 @@ class DenselyInserted(ModuleRewrite):
         """Both, concatenated."""
         dim = 1 if isinstance(module, _ConvTransposeNd) else 0
         stay = module.weight.shape[dim] - self.channels
-        first = copy.copy(module)
+        first = shell(module)
         first._parameters = {
             key: None if one is None else nn.Parameter(one.detach().narrow(axis, 0, stay).clone(), one.requires_grad)
             for (key, one), axis in zip(module._parameters.items(), (dim, 0), strict=True)

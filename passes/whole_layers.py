@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -11,9 +13,10 @@ from netsurgery.analysis.network import Network
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.program import Program
 
-__all__ = ["Layer", "Layers", "has_hooks"]
+__all__ = ["Layer", "Layers", "has_hooks", "shell"]
 
 Layer = _ConvNd | nn.Linear
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class Layers:
@@ -78,6 +81,16 @@ def _count(program: Program) -> dict[str, int]:
     for call in program.calls:
         found[call.path] = found.get(call.path, 0) + 1
     return found
+
+
+def shell(module: Kind) -> Kind:
+    """A module of the class and settings of another, without its parameters and hooks."""
+    new = copy.copy(module)
+    for key, value in vars(module).items():
+        if isinstance(value, dict):
+            new.__dict__[key] = copy.copy(value)  # else hooks of one would be those of both
+    new._parameters = dict.fromkeys(module._parameters)
+    return new
 
 
 def has_hooks(module: nn.Module) -> bool:

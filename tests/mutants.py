@@ -54,6 +54,8 @@ TESTS_OF = {
     "netsurgery/analysis/graph_patterns.py": ("test_graph_patterns.py",),
     "passes/fold_batch_norm.py": ("test_graph_rewrites.py",),
     "passes/insert_layer.py": ("test_graph_rewrites.py",),
+    "passes/branch_conv.py": ("test_graph_rewrites.py",),
+    "passes/factorise.py": ("test_graph_rewrites.py",),
     "passes/whole_layers.py": ("test_graph_rewrites.py",),
     "netsurgery/module_rewrites.py": ("test_module_rewrites.py",),
     "netsurgery/rewriting/modules.py": ("test_module_rewrites.py",),
@@ -117,6 +119,30 @@ class Mutant:
 
 MUTANTS = (
     # modules that are rewritten
+    Mutant(
+        "branches share their hooks",
+        "passes/whole_layers.py",
+        "            new.__dict__[key] = copy.copy(value)",
+        "            new.__dict__[key] = value",
+    ),
+    Mutant(
+        "branches give fewer filters than there were",
+        "passes/branch_conv.py",
+        "each + (index < more) for index",
+        "each for index",
+    ),
+    Mutant(
+        "products keep the smallest singular values",
+        "passes/factorise.py",
+        "full_matrices=False)\n        root",
+        "full_matrices=False)\n        left, values, right = left.flip(1), values.flip(0), right.flip(0)\n        root",
+    ),
+    Mutant(
+        "products lose the bias",
+        "passes/factorise.py",
+        "        if own.bias is not None:\n            second.bias",
+        "        if False:\n            second.bias",
+    ),
     Mutant(
         "an inserted batch norm does not undo itself",
         "passes/insert_layer.py",

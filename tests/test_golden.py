@@ -12,7 +12,9 @@ from netsurgery import passes
 from netsurgery.passes import (
     BatchNormScore,
     BlockInfluenceScore,
+    BranchConv,
     Compensate,
+    Factorise,
     FisherScore,
     FoldBatchNorm,
     GeometricMedianScore,
@@ -185,6 +187,28 @@ MACs 5,280 -> 1,656 (31.4%)""",
 6.weight 3x16 -> 3x8
 parameters 391 -> 143 (36.6%)
 MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "BranchConv": (
+        planned(BranchConv("0")),
+        """\
+0 becomes Branched(filters=(3, 3))
+0.weight 6x2x3x3 goes
+0.0.weight 3x2x3x3 is new
+0.1.weight 3x2x3x3 is new
+parameters 391 -> 391 (100.0%)
+MACs 5,280 -> 5,280 (100.0%)""",
+    ),
+    "Factorise": (
+        planned(Factorise(2)),
+        """\
+6 becomes Factored(rank=2, exact=False)
+6.weight 3x16 goes
+6.bias 3 goes
+6.0.weight 2x16 is new
+6.1.weight 3x2 is new
+6.1.bias 3 is new
+parameters 391 -> 381 (97.4%)
+MACs 5,280 -> 5,260 (99.6%)""",
     ),
     "FoldBatchNorm": (
         planned(FoldBatchNorm()),

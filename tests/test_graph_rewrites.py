@@ -13,7 +13,15 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import netsurgery
 from netsurgery.errors import InputError
-from netsurgery.passes import FoldBatchNorm, InsertLayer, MagnitudeScore, PlantChannels, PruneChannels
+from netsurgery.passes import (
+    BranchConv,
+    Factorise,
+    FoldBatchNorm,
+    InsertLayer,
+    MagnitudeScore,
+    PlantChannels,
+    PruneChannels,
+)
 from netsurgery.rewriting.stages import read
 
 
@@ -369,6 +377,129 @@ def test_layers_that_cannot_be_inserted() -> None:
     model.unused = nn.Linear(2, 2)
     with pytest.raises(InputError, match="that runs; this one does not run"):
         netsurgery.plan(model, [InsertLayer("unused")], x)
+
+
+# BranchConv
+
+BRANCHED: dict[str, tuple[nn.Module, tuple[int, ...], int, list[int]]] = {
+    "1d": (nn.Conv1d(4, 7, 3), (2, 4, 9), 2, [4, 3]),
+    "2d, strided": (nn.Conv2d(4, 9, 3, stride=2, padding=1, bias=False), (2, 4, 9, 9), 3, [3, 3, 3]),
+    "2d, reflected": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9, 9), 2, [3, 3]),
+    "3d, dilated": (nn.Conv3d(4, 10, 2, dilation=2), (2, 4, 5, 5, 5), 3, [4, 3, 3]),
+    "transposed": (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 3, 3), 2, [3, 3]),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_convolutions_branch(name: str) -> None:
+    torch.manual_seed(0)
+    layer, shape, parts, filters = BRANCHED[name]
+    kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+    model = lived_in(nn.Sequential(copy.deepcopy(layer), nn.ReLU(), kind(layer.out_channels, 3, 1), nn.Flatten()))
+    x = inputs(*shape)
+    new = check(model, x, BranchConv("0", parts=parts), tolerance=1e-13)
+    assert [branch.out_channels for branch in new[0]] == filters and {type(one) for one in new[0]} == {type(layer)}
+    new[0][0].register_forward_hook(lambda *_: None)
+    assert not new[0][1]._forward_hooks
+    alone = netsurgery.apply(model, [BranchConv("0"), MagnitudeScore(), PruneChannels({"0.1": 0.5})], x, verify=1e-13)
+    assert alone[0][0].out_channels > alone[0][1].out_channels  # a group of the concatenation
+
+
+def test_branches_in_a_known_network() -> None:
+    torch.manual_seed(0)
+    model = lived_in(torchvision.models.resnet18(num_classes=5))
+    passes = [
+        BranchConv("layer1.0.conv1"),
+        InsertLayer("layer1.0.conv1.1"),
+        BranchConv("conv1", parts=3),
+        FoldBatchNorm(),
+    ]
+    new = check(model, inputs(2, 3, 32, 32), *passes)
+    assert [one.out_channels for one in new.conv1] == [22, 21, 21]
+
+
+# Factorise
+
+
+def net_of_matrices() -> nn.Module:
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 1, stride=2, padding=1), nn.ReLU()
+    return lived_in(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(12 * 16, 20), nn.ReLU(), nn.Linear(20, 4)))
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    return lived_in(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=48))
+
+
+@pytest.mark.parametrize("made", [net_of_matrices, transformer])
+def test_full_rank_is_exact(made: Callable[[], nn.Module]) -> None:
+    model, x = made(), inputs(2, 3, 8, 8) if made is net_of_matrices else inputs(2, 3, 32, 32)
+    passes = [Factorise(ratio=0, always=True)]
+    edit = netsurgery.plan(model, passes, x)
+    assert edit.exact and len(edit.modules) >= 3
+    check(model, x, *passes)
+
+
+def test_errors_are_stated_and_right() -> None:
+    model, x = net_of_matrices(), inputs(2, 3, 8, 8)
+    edit = netsurgery.plan(model, [Factorise(rank=4)], x)
+    assert not edit.exact and [*edit.modules] == ["2", "5"]
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, x) == 0 and edit.after.params < edit.before.params
+    lines = edit.summary().splitlines()
+    assert lines[0] == "asked to factorise 3 layers, factorised 2; short: 7: at rank 4 it has no fewer parameters"
+    for path, line in zip(edit.modules, lines[2:], strict=True):
+        old, (first, second) = model.get_submodule(path).weight.detach().flatten(1), small.get_submodule(path)
+        product = second.weight.detach().flatten(1) @ first.weight.detach().flatten(1)
+        error = float((product - old).norm() / old.norm())
+        nearest = float(torch.linalg.svdvals(old)[4:].norm() / old.norm())
+        assert (
+            abs(error - nearest) < 1e-9 and line == f"  {path}: rank 4 of {min(old.shape)}, relative error {error:.2g}"
+        )
+        assert second.bias.equal(model.get_submodule(path).bias) and first.bias is None
+        assert torch.allclose(first.weight.norm(), second.weight.norm())
+    wide = nn.Linear(6, 6).double()
+    wide.weight.data = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 6, dtype=torch.float64)
+    low = nn.Sequential(wide, nn.Linear(6, 2).double())
+    found = netsurgery.apply(low, [Factorise(rank=2, include="0")], inputs(3, 6))  # a matrix of that rank
+    assert torch.allclose(found(inputs(3, 6)), low(inputs(3, 6)), rtol=1e-10)
+
+
+def test_what_is_factorised() -> None:
+    model, x = net_of_matrices(), inputs(2, 3, 8, 8)
+    assert [*netsurgery.plan(model, [Factorise(ratio=0.5, include="5")], x).modules] == ["5"]
+    assert [*netsurgery.plan(model, [Factorise(ratio=0.75, exclude=nn.Linear)], x).modules] == ["2"]
+    edit = netsurgery.plan(model, [Factorise(ratio=0.75), MagnitudeScore(), PruneChannels({"5.0": 0.5})], x)
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, x) < 1e-12 and small[5][0].out_features < 5
+    model[5].weight.data[0, 0] = float("nan")
+    model[2].register_forward_hook(lambda *_: None)
+    refused: list[tuple[Callable[[], netsurgery.Pass], str]] = [
+        (lambda: Factorise(), "Factorise takes a rank or a ratio, one of both"),
+        (lambda: Factorise(3, 0.5), "Factorise takes a rank or a ratio, one of both"),
+        (lambda: Factorise(0), r"Factorise\(rank=0\): a whole number of at least 1"),
+        (lambda: Factorise(-2), r"Factorise\(rank=-2\): a whole number of at least 1"),
+        (lambda: Factorise(ratio=1), r"Factorise\(ratio=1\): the share of the rank that goes is in \[0, 1\)"),
+        (lambda: Factorise(2, include="9"), "pattern '9' matches no module"),
+        (
+            lambda: Factorise(2, exclude="7"),
+            "can be factorised: 2: '2' has hooks.*; 5: its weight has entries that are no",
+        ),
+        (lambda: Factorise(9, include="7"), r"can be factorised: 7: its full rank is 4"),
+        (lambda: Factorise(2, include="0"), "can be factorised: there is none"),
+        (lambda: BranchConv("0", parts=1), r"BranchConv\(parts=1\): a whole number of at least 2"),
+        (lambda: BranchConv("5"), "takes the path of a convolution; this one is a Linear"),
+        (lambda: BranchConv("12"), "takes the path of a convolution; this one is none of Sequential; did you mean 2?"),
+        (lambda: BranchConv("0", parts=17), "it has 16 filters for 17 parts"),
+        (lambda: BranchConv("2"), "'2' has hooks, which would see something else"),
+    ]
+    for made, why in refused:
+        with pytest.raises(InputError, match=why):
+            netsurgery.plan(model, [made()], x)
+    grouped = lived_in(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1)))
+    with pytest.raises(InputError, match="it has 2 groups, whose filters read different inputs"):
+        netsurgery.plan(grouped, [BranchConv("0")], inputs(1, 4, 2, 2))
 
 
 # Known networks, last since they take long
