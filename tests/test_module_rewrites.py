@@ -35,12 +35,12 @@ class Followed(ModuleRewrite):
 
 @register_rewrite
 @dataclass(frozen=True)
-class Leaky(ModuleRewrite):
-    slope: float
+class Smooth(ModuleRewrite):
+    beta: float
     exact = False
 
     def build(self, module: nn.Module) -> nn.Module:
-        return nn.LeakyReLU(self.slope)
+        return nn.Softplus(self.beta)
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,15 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-FOLLOWED, LEAKY = Rewrite(nn.Linear, Followed()), Rewrite(nn.ReLU, Leaky(0.3))
+FOLLOWED, SMOOTH = Rewrite(nn.Linear, Followed()), Rewrite(nn.ReLU, Smooth(0.3))
 SERIES: dict[str, list[netsurgery.Pass]] = {
     "rewritten": [FOLLOWED],
     "rewritten twice": [FOLLOWED, FOLLOWED],
     "rewritten, pruned": [FOLLOWED, *HALF],
     "pruned, rewritten": [*HALF, FOLLOWED],
     "pruned twice, rewritten, grown and pruned": [*HALF, *HALF, FOLLOWED, PlantChannels(3), *HALF],
-    "scored, in other ways, pruned": [MagnitudeScore(), LEAKY, PruneChannels(0.25)],
-    "in other ways, pruned": [*HALF, LEAKY, FOLLOWED, *HALF],
+    "scored, in other ways, pruned": [MagnitudeScore(), SMOOTH, PruneChannels(0.25)],
+    "in other ways, pruned": [*HALF, SMOOTH, FOLLOWED, *HALF],
 }
 
 
@@ -128,7 +128,7 @@ def test_passes_compose(name: str, tmp_path: Any) -> None:
 def test_scores_stay_with_their_units() -> None:
     model = net()
     model[0].weight.data[3].mul_(0.01)
-    edit = netsurgery.plan(model, [MagnitudeScore(), LEAKY, PruneChannels({"0": 0.125})], X)
+    edit = netsurgery.plan(model, [MagnitudeScore(), SMOOTH, PruneChannels({"0": 0.125})], X)
     assert edit.keep == {"0": (0, 1, 2, 4, 5, 6, 7)}
     with pytest.raises(InputError, match=r"group '0.1' has no scores, which other groups have"):
         netsurgery.plan(model, [MagnitudeScore(), FOLLOWED, PruneChannels(0.25)], X)
@@ -155,11 +155,11 @@ def test_edits_made_by_hand_follow_one_another() -> None:
 
 
 def test_the_text_of_an_edit() -> None:
-    assert edit_of(net(), **{"2": Followed(), "1": Leaky(0.3)}).diff() == (
-        "1 becomes Leaky(slope=0.3)\n2 becomes Followed(scale=1.0)\n2.weight is 2.0.weight\n2.bias is 2.0.bias\n"
+    assert edit_of(net(), **{"2": Followed(), "1": Smooth(0.3)}).diff() == (
+        "1 becomes Smooth(beta=0.3)\n2 becomes Followed(scale=1.0)\n2.weight is 2.0.weight\n2.bias is 2.0.bias\n"
         "2.1.weight 6x6 is new\n2.1.bias 6 is new\nparameters 108 -> 150 (138.9%)\nMACs 276 -> 384 (139.1%)"
     )
-    edit = edit_of(net(), **{"1": Leaky(0.3)})
+    edit = edit_of(net(), **{"1": Smooth(0.3)})
     assert "1 modules rewritten" in repr(edit) and edit.summary() == "rewrote 1 modules" and not edit.exact
 
 
@@ -173,7 +173,7 @@ def test_what_the_old_module_had_stays() -> None:
     model[0].register_forward_hook(lambda *_: seen.append("linear"))
     model(X).sum().backward()
     grad = model[0].weight.grad.clone()
-    edit = edit_of(model, **{"0": Followed(), "1": Leaky(0.3), "2": Followed(), "4": Followed()})
+    edit = edit_of(model, **{"0": Followed(), "1": Smooth(0.3), "2": Followed(), "4": Followed()})
     for inplace in (False, True):
         seen.clear()
         small = netsurgery.rewrite(model, edit, inplace=inplace)
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[type[NetsurgeryError], nn.Module, dict[str, Any], str]]
     "nested": (
         InputError,
         nn.Sequential(net()),
-        {"0": Of(lambda m: m), "0.1": Leaky(0.1)},
+        {"0": Of(lambda m: m), "0.1": Smooth(0.1)},
         "'0.1' is in '0', which is rewritten, too: carry one out after the other",
     ),
     "reads": (InputError, net(), {"0": Of(lambda *m: m[0], ("9",))}, "'9' is no module of Sequential"),
@@ -318,7 +318,7 @@ def test_outputs_that_change_are_found() -> None:
         netsurgery.apply(model, [*HALF, wrong, *HALF], X, inplace=True, verify=1e-6)
     assert [*map(id, optimizer.param_groups[0]["params"])] == [*map(id, held)] and model[0].weight.shape == (8, 4)
     netsurgery.apply(model, [wrong], X, verify=0.1)
-    lossy = edit_of(model, **{"1": Leaky(0.3)})
+    lossy = edit_of(model, **{"1": Smooth(0.3)})
     small = netsurgery.rewrite(model, lossy)
     assert not torch.allclose(small(X), model(X)) and netsurgery.verify(model, small, lossy, X) == 0
     assert netsurgery.verify(model, model, lossy, X) > 1e-3  # it is not what the rewrite makes
@@ -332,15 +332,15 @@ def test_json_says_what_it_cannot_keep() -> None:
         edit_of(model, **{"1": Unregistered()}).to_json()
     with pytest.raises(InputError, match="its field 'function' is a function, neither a number, a text nor a list"):
         edit_of(model, **{"1": Of(lambda m: m)}).to_json()
-    text, network = edit_of(model, **{"1": Leaky(0.3)}).to_json(), netsurgery.trace(model, X)
-    with pytest.raises(InputError, match=r"by 'Leakey', which is not registered here; did you mean Leaky\?: import"):
-        Edit.from_json(text.replace("Leaky", "Leakey"), network)
-    with pytest.raises(InputError, match=r"the edit is of another version of 'Leaky': .*'slop'"):
-        Edit.from_json(text.replace("slope", "slop"), network)
+    text, network = edit_of(model, **{"1": Smooth(0.3)}).to_json(), netsurgery.trace(model, X)
+    with pytest.raises(InputError, match=r"by 'Smoothe', which is not registered here; did you mean Smooth\?: import"):
+        Edit.from_json(text.replace("Smooth", "Smoothe"), network)
+    with pytest.raises(InputError, match=r"the edit is of another version of 'Smooth': .*'bet'"):
+        Edit.from_json(text.replace("beta", "bet"), network)
     with pytest.raises(InputError, match="the text is no edit"):
         Edit.from_json(text.replace('"kind"', '"king"'), network)
-    with pytest.raises(InputError, match="another 'Leaky': choose another name"):
-        register_rewrite(dataclass(frozen=True)(type("Leaky", (ModuleRewrite,), {"__module__": "elsewhere"})))
+    with pytest.raises(InputError, match="another 'Smooth': choose another name"):
+        register_rewrite(dataclass(frozen=True)(type("Smooth", (ModuleRewrite,), {"__module__": "elsewhere"})))
     with pytest.raises(InputError, match="takes a frozen dataclass that derives ModuleRewrite"):
         register_rewrite(nn.ReLU)  # type: ignore[type-var]
 
