@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from netsurgery.analysis.costs import Cost as Cost
 from netsurgery.analysis.custom_rules import rule as rule
+from netsurgery.analysis.graph_patterns import Pattern as Pattern
 from netsurgery.analysis.groups import Group as Group
 from netsurgery.analysis.groups import Member as Member
 from netsurgery.analysis.network import Network as Network
 from netsurgery.edit import Edit as Edit
 from netsurgery.errors import NetsurgeryError as NetsurgeryError
+from netsurgery.module_rewrites import ModuleRewrite as ModuleRewrite
 from netsurgery.persistence import load as load
 from netsurgery.persistence import save as save
 from netsurgery.pipeline import Pass as Pass

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from netsurgery.adaptation.forwards import Adaptation
 from netsurgery.analysis.computed_weights import scaled
 from netsurgery.analysis.costs import Cost
-from netsurgery.analysis.counterparts import counterparts
+from netsurgery.analysis.counterparts import counterparts, met
 from netsurgery.analysis.groups import Group, places_of
 from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.inner_products import hiding
@@ -23,51 +22,20 @@ from netsurgery.arguments import expect
 from netsurgery.axes import Axis
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.paths import is_within, renumbered, renumbered_lists
-from netsurgery.capture.saved_inputs import described, made
+from netsurgery.capture.saved_inputs import described
 from netsurgery.compensated import Compensation
+from netsurgery.edit_json import FORMAT, stages_in
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
+from netsurgery.module_rewrites import ModuleRewrite, Rewritten, checked, rewrite_lines, rewritten
+from netsurgery.module_rewrites import read as read_rewrite
+from netsurgery.module_rewrites import written as written_rewrite
+from netsurgery.outcome import LISTED, Outcome
 from netsurgery.positions import Positions
 from netsurgery.tables import html, share
 from netsurgery.units import Planned, listed, read, sources, then, written
 
-__all__ = ["Edit", "Outcome"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The removal or growth that a pass was asked for, and the one that it made.
-
-    Attributes:
-        asked: such as ``50.0% of the channels of each layer``.
-        got: likewise.
-        short: groups that change less than asked, or not at all because they are locked, and why.
-        few: groups that keep few units after all units were ranked together, and how many: a tenth or less, or as few
-            as ``max_ratio`` allows.
-        does: "remove" or "add".
-    """
-
-    asked: str
-    got: str
-    short: Mapping[str, str] = field(default_factory=dict)
-    few: Mapping[str, str] = field(default_factory=dict)
-    does: Literal["remove", "add"] = "remove"
-
-    def __str__(self) -> str:
-        line = f"asked to {self.does} {self.asked}, {self.does.removesuffix('e')}ed {self.got}"
-        return line + _named("short", self.short) + _named("few units stay", self.few)
-
-
-_LISTED = 3  # groups in one line
-
-
-def _named(what: str, groups: Mapping[str, str]) -> str:
-    """The first of some groups, and how many more there are."""
-    if not groups:
-        return ""
-    first = [f"{name}: {why}" for name, why in list(groups.items())[:_LISTED]]
-    more = len(groups) - len(first)
-    return f"; {what}: {'; '.join(first)}" + (f"; and {more} more groups" if more else "")
+__all__ = ["Edit"]
 
 
 class _Checked(dict[str, tuple[Planned, ...]]):
@@ -87,17 +55,23 @@ class Edit:
         keep: for each changed group its units: the index of one that stays, a ``Copy`` of one, or a ``New`` one.
             Removing some changes nothing but what they did; copies and new ones change no output.
         dropped: paths of residual blocks that go, of ``network.blocks``; their input takes the place of their output.
+        modules: by path, how modules are replaced or wrapped. An edit does this, or changes units and blocks; ``then``
+            puts one after the other.
         values: new values of tensors of the model by name, at full size; these are cut in place of the old ones. They
             compensate for a removal. They fit the weights of this model only, and are no part of the JSON.
         uncompensated: weights (or groups) that could not be compensated, and why.
         compensations: for each compensated removal, how far outputs are from the original's before and after.
         outcomes: what each pass was asked to remove, and what it has removed.
         measured: how far the smaller network is from the original on samples, where passes of ``plan`` hold data.
+        first: the edit that is carried out before this one, which is for the network that the first one leaves: where
+            modules are rewritten before units or after them. ``stages`` lists all; costs, ``diff`` and ``summary`` are
+            of all.
 
     Raises:
-        InputError: a path that is no residual block, a name that is no group, a locked group, indices out of range or
-            repeated, a group left without units, groups of equal sizes left with different numbers of units, units
-            added where outputs would change, or values of another shape.
+        InputError: a path that is no residual block or no module, a name that is no group, a locked group, indices out
+            of range or repeated, a group left without units, groups of equal sizes left with different numbers of
+            units, units added where outputs would change, or values of another shape.
+        RewriteError: a module cannot be built anew, or the model's code does not work with the new one.
 
     Example:
         >>> import torch, netsurgery
@@ -122,6 +96,9 @@ class Edit:
     composed: bool = field(
         default=False, repr=False, compare=False
     )  # of several, which may remove copies that one made
+    modules: Mapping[str, ModuleRewrite] = field(default_factory=dict)
+    first: Edit | None = field(default=None, repr=False)
+    rewritten: Rewritten | None = field(default=None, repr=False, compare=False)  # what the modules lead to
 
     def __post_init__(self) -> None:
         kinds = (self.network, Network), (self.keep, Mapping)
@@ -131,6 +108,7 @@ class Edit:
             if name not in self.network.axes or shape != tuple(value.shape):
                 found = f"the tensor has {shape}" if name in self.network.axes else "the model has no such tensor"
                 raise InputError(f"the new value of '{name}' has shape {tuple(value.shape)}, but {found}")
+        self._rewrite_modules()
         if isinstance(self.keep, _Checked) and self.keep.network is self.network and self.keep.dropped == self.dropped:
             return  # of another edit of this network
         order = {group.name: index for index, group in enumerate(self.network.groups)}
@@ -155,6 +133,20 @@ class Edit:
         for name, why in obstacles(self.network, kept).items():
             raise InputError(f"group '{name}' cannot have more units without a change of outputs: {why}")
 
+    def _rewrite_modules(self) -> None:
+        """Make sure that modules can be rewritten, and see what that leads to."""
+        expect("Edit(modules=...)", "a dictionary of rewrites by path", (self.modules, Mapping))
+        if self.modules and (self.keep or self.dropped or self.values):
+            raise InputError(
+                "an edit rewrites modules, or changes units and blocks: make two edits, one.then(the other), of which "
+                "the later is for the network that the earlier leaves"
+            )
+        known = self.rewritten
+        if self.modules and (known is None or known.of[0] is not self.network or known.of[1] is not self.modules):
+            modules = checked(self.network.model, self.network.model_name, self.modules)
+            object.__setattr__(self, "modules", modules)
+            object.__setattr__(self, "rewritten", rewritten(self.network, modules))
+
     def _blocks_dropped(self) -> tuple[str, ...]:
         """The paths of the blocks that go, in the order in which they run."""
         given = (self.dropped,) if isinstance(self.dropped, str) else tuple(self.dropped)
@@ -167,6 +159,18 @@ class Edit:
     def _goes(self, group: Group) -> bool:
         """True if every tensor that has a group's units is dropped."""
         return all(any(is_within(one.parameter, path) for path in self.dropped) for one in group.members)
+
+    @property
+    def stages(self) -> tuple[Edit, ...]:
+        """The edits that are carried out one after the other, this one last."""
+        if self.first is None:
+            return (self,)
+        return (*self.first.stages, replace(self, first=None))
+
+    @property
+    def exact(self) -> bool:
+        """True if modules are rewritten so that no output changes in eval mode, as far as their classes say."""
+        return all(rewrite.exact for rewrite in self.modules.values())
 
     @functools.cached_property
     def grown(self) -> tuple[str, ...]:
@@ -189,7 +193,8 @@ class Edit:
         Known once ``plan`` has tried the model's code; an edit made by hand is tried by ``rewrite``.
         """
         reasons = self.adaptation.reasons if self.adaptation else {}
-        return {path: why for path, why in reasons.items() if not any(is_within(path, one) for one in self.dropped)}
+        own = {path: why for path, why in reasons.items() if not any(is_within(path, one) for one in self.dropped)}
+        return own if self.first is None else {**self.first.replaced, **own}
 
     def adaptation_for(self, model: nn.Module) -> Adaptation | None:
         """The changes that the code of this very model needs, if it has been tried at the sizes of this edit."""
@@ -226,15 +231,28 @@ class Edit:
     @property
     def before(self) -> Cost:
         """Cost of the network as it is."""
-        return self.network.cost()
+        return self.network.cost() if self.first is None else self.first.before
 
     @property
     def after(self) -> Cost:
         """Cost of the network after the edit."""
+        if self.rewritten is not None:
+            return self.rewritten.network.cost()
         return self.network.cost(self.counts, self.dropped)
 
     def diff(self) -> str:
         """Every tensor whose shape or values change, every module whose code must, and the cost before and after."""
+        return "\n".join([*(line for stage in self.stages for line in stage._changes()), *self._costs])
+
+    @property
+    def _costs(self) -> list[str]:
+        pairs = ("parameters", self.before.params, self.after.params), ("MACs", self.before.macs, self.after.macs)
+        return [f"{what} {old:,} -> {new:,} ({share(new, old)})" for what, old, new in pairs]
+
+    def _changes(self) -> list[str]:
+        """The lines of ``diff`` but for costs, of this stage."""
+        if self.rewritten is not None:
+            return rewrite_lines(self.modules, self.network, self.rewritten)
         sizes = self.network.sizes(self.counts)
         lines = []
         for name, axes in self.network.axes.items():
@@ -250,10 +268,7 @@ class Edit:
         valued = {*self.values, *self._scaled}
         lines.extend(f"{name} has new values" for name in self.network.tensors if name in valued)
         lines.extend(f"{name} not compensated: {why}" for name, why in self.uncompensated.items())
-        before, after = self.before, self.after
-        lines.append(f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)})")
-        lines.append(f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})")
-        return "\n".join(lines)
+        return lines
 
     def __repr__(self) -> str:
         return f"Edit({self._line})"
@@ -265,17 +280,16 @@ class Edit:
 
     @property
     def _line(self) -> str:
-        before, after, network = self.before, self.after, self.network
-        if not self.keep and not self.values and not self.dropped:
+        network, costs = self.network, ", ".join(self._costs)
+        if self.modules:
+            return f"{network.model_name}: {len(self.modules)} modules rewritten, {costs}"
+        if not self.keep and not self.values and not self.dropped and self.first is None:
             return f"{network.model_name}: nothing goes"
         changed = "changed" if self.grown else "cut"
         dropped = f", {len(self.dropped)} of {len(network.blocks)} blocks removed" if self.dropped else ""
         valued = f", {len(self.values)} tensors with new values" if self.values else ""
-        return (
-            f"{network.model_name}: {len(self.keep)} of {len(network.groups)} groups {changed}{valued}{dropped}, "
-            f"parameters {before.params:,} -> {after.params:,} ({share(after.params, before.params)}), "
-            f"MACs {before.macs:,} -> {after.macs:,} ({share(after.macs, before.macs)})"
-        )
+        groups = f"{len(self.keep)} of {len(network.groups)} groups {changed}"
+        return f"{network.model_name}: {groups}{valued}{dropped}, {costs}"
 
     @property
     def _scaled(self) -> list[str]:
@@ -291,19 +305,28 @@ class Edit:
         line names integers on modules (``block.width=16``) that no forward needs and whose meaning is not clear: they
         stay as they are, though dimensions of that size change.
         """
-        outcomes = self.outcomes or (self._changed(),)
-        lines = ["; ".join(map(str, (*outcomes, *filter(None, [self.measured]))))]
+        heads = [head for stage in self.stages for head in (stage.outcomes or (stage._changed(),))]
+        lines = ["; ".join(map(str, (*heads, *filter(None, [self.measured]))))]
+        for stage in self.stages:
+            lines.extend(stage._details())
+        return "\n".join(lines)
+
+    def _details(self) -> list[str]:
+        """The lines of ``summary`` behind the first, of this stage."""
+        lines: list[str] = []
         for outcome in self.outcomes:
-            lines.extend(f"  {name}: {why}" for name, why in outcome.short.items())
+            lines.extend(f"  {name}: {why}" for name, why in {**outcome.short, **outcome.notes}.items())
             lines.extend(f"  {name}: few units stay, {count}" for name, count in outcome.few.items())
         lines.extend(f"  {one}" for one in self.compensations)
         if stays := dict(self.adaptation.stays) if self.adaptation else {}:
-            first, more = list(stays.items())[:_LISTED], len(stays) - _LISTED
+            first, more = list(stays.items())[:LISTED], len(stays) - LISTED
             listed = "; ".join(f"{name} ({why})" for name, why in first) + (f"; and {more} more" if more > 0 else "")
             lines.append(f"  numbers that stay, though sizes like them change: {listed}")
-        return "\n".join(lines)
+        return lines
 
     def _changed(self) -> str:
+        if self.modules:
+            return f"rewrote {len(self.modules)} modules"
         gone = {n: lost for n in self.keep if (lost := self.network[n].size - len(self.sources(n)))}
         more = {n: len(self.keep[n]) - len(self.sources(n)) for n in self.grown}
         said = [
@@ -317,10 +340,19 @@ class Edit:
     def then(self, later: Edit) -> Edit:
         """This edit followed by one made for the network it leads to. Weights of new units may be drawn anew.
 
+        Where one of both rewrites modules, they stay two stages, carried out one after the other.
+
         Raises:
-            InputError: the later edit names a group, units or a block that this edit does not leave.
+            InputError: the later edit names a group, units or a block that this edit does not leave, or is for another
+                network than the one that the rewrites of modules lead to.
         """
         expect("edit.then(later)", "an Edit", (later, Edit))
+        if later.first is not None:
+            begin, *more = later.stages
+            return functools.reduce(Edit.then, more, self.then(begin))
+        if self.modules or later.modules:
+            self._check_follows(later)
+            return replace(later, first=self)
         keep = dict(self.keep)
         names = self.names_in(later.network)
         dropped = [*self.dropped, *self._blocks_in(later)]
@@ -348,10 +380,29 @@ class Edit:
             outcomes=outcomes,
             compensations=gains,
             composed=True,
+            first=self.first,
         )
+
+    def _check_follows(self, later: Edit) -> None:
+        """Raise InputError where a later edit is for another network than the one that this one leads to."""
+        found = {name: tuple(axis.size for axis in axes) for name, axes in later.network.axes.items()}
+        if self.rewritten is not None:
+            axes = self.rewritten.network.axes
+            wanted = {name: tuple(axis.size for axis in axes[name]) for name in axes}
+        else:
+            sizes = self.network.sizes(self.counts)
+            names = self.names_after(found)
+            wanted = {new: tuple(map(sizes, self.network.axes[name])) for name, new in names.items()}
+        if differs := next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None):
+            raise InputError(
+                f"the later edit is for another network than the one that this edit leads to: '{differs}' has shape "
+                f"{wanted.get(differs, 'none')} after this edit, {found.get(differs, 'none')} in the later one's"
+            )
 
     def names_in(self, later: Network) -> dict[str, str]:
         """The names here of the groups of the smaller network: they occur in the same places."""
+        if self.rewritten is not None:
+            return met(self.network, later, self.rewritten.names)
         left = {
             group.name: self.counts.get(group.name, group.size)
             for group in self.network.groups
@@ -360,6 +411,10 @@ class Edit:
         among = [name for name, count in left.items() if count > 1]
         found = counterparts(self.network, later, among, self.names_after(later.tensors))
         return {new: old for new, old in found.items() if later[new].size == left[old]}
+
+    def closes_for(self, later: Edit) -> bool:
+        """True if a later stage is for a network whose lists have closed the gaps that blocks leave."""
+        return bool(renumbered_lists(self.network.tensors, self.dropped, later.network.tensors))
 
     def names_after(self, left: Collection[str]) -> dict[str, str]:
         """The names of the tensors that stay in the model that this edit leads to, by their names here.
@@ -370,6 +425,8 @@ class Edit:
         Raises:
             InputError: they are names of another model.
         """
+        if self.rewritten is not None:
+            return dict(self.rewritten.names)
         lists = renumbered_lists(self.network.tensors, self.dropped, left)
         pairs = ((name, renumbered(name, self.dropped, lists)) for name in self.network.tensors)
         return {name: new for name, new in pairs if new is not None}
@@ -381,24 +438,56 @@ class Edit:
         return [names[path] for path in later.dropped]
 
     def to_json(self) -> str:
-        """The edit as JSON: group sizes and what their units will be, and the inputs the network was traced with."""
+        """The edit as JSON: group sizes and what their units will be, and the inputs the network was traced with.
+
+        Raises:
+            InputError: it rewrites modules by a class that is not registered (``netsurgery.module_rewrites``).
+        """
+        head, *more = self.stages
+        found = {"model": head.network.model_name, "inputs": described(head.network.inputs), **head._written()}
+        plain = not (more or head.grown or head.dropped or head.modules)
+        if more:
+            found["then"] = [stage._written() for stage in more]
+            for one, stage, later in zip((found, *found["then"]), self.stages, more, strict=False):
+                if stage.dropped:
+                    one["closed"] = stage.closes_for(later)
+        number = 2 if plain else FORMAT if more or head.modules else 3
+        return json.dumps({"format": number, **found})
+
+    def _written(self) -> dict[str, Any]:
+        """This stage for JSON."""
         groups = {n: {"size": self.network[n].size, "keep": [*map(written, own)]} for n, own in self.keep.items()}
-        inputs = described(self.network.inputs)
-        found = {"model": self.network.model_name, "inputs": inputs, "groups": groups}
+        found: dict[str, Any] = {"groups": groups}
         if self.dropped:
             found["dropped"] = [*self.dropped]
-        return json.dumps({"format": FORMAT if self.grown or self.dropped else 2, **found})
+        if self.modules:
+            found["modules"] = {path: written_rewrite(rewrite) for path, rewrite in self.modules.items()}
+        return found
 
     @classmethod
     def from_json(cls, text: str, network: Network) -> Edit:
         """Read an edit back for the same model.
 
         Raises:
-            InputError: it was made for a model with other groups; or the text holds no edit, or one of a newer version.
+            InputError: it was made for a model with other groups; or the text holds no edit, or one of a newer version;
+                or it rewrites modules after units, and so is for a network that only ``netsurgery.load`` makes.
         """
         kinds = (text, str), (network, Network)
         expect("Edit.from_json(text, network)", "the JSON of an edit and the Network of its model", *kinds)
-        found = _read(text)
+        edit, *more = stages_in(text)
+        found = cls._read_stage(edit, network)
+        for stage in more:
+            if found.rewritten is None:
+                raise InputError(
+                    "the edit rewrites modules after it changes units, and is read stage by stage: pass the text and "
+                    "the network to netsurgery.rewriting.stages.read, or the folder to netsurgery.load"
+                )
+            found = found.then(cls._read_stage(stage, found.rewritten.network))
+        return found
+
+    @classmethod
+    def _read_stage(cls, found: Mapping[str, Any], network: Network) -> Edit:
+        """One stage of an edit, from its part of the JSON."""
         groups = found["groups"]
         for name, entry in groups.items():
             if name not in network.by_name or network[name].size != entry["size"]:
@@ -407,50 +496,5 @@ class Edit:
                     f"the edit is for another model: group '{name}' has {entry['size']} units there, {here} here"
                 )
         keep = {name: tuple(map(read, entry["keep"])) for name, entry in groups.items()}
-        return cls(network, keep, dropped=tuple(found.get("dropped", ())), composed=True)
-
-    @staticmethod
-    def inputs_in(text: str) -> Any:
-        """Inputs like those that an edit was made with, from its JSON: as ``trace`` takes them, None if it has none.
-
-        Raises:
-            InputError: the text holds no edit, or one of a newer version.
-        """
-        inputs = _read(text)["inputs"]
-        try:
-            if isinstance(inputs, list):  # shapes and types alone, as they were written at first
-                return tuple(torch.zeros(shape, dtype=getattr(torch, kind)) for shape, kind in inputs)
-            return made(inputs)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(f"the inputs of the edit cannot be read ({error}): pass example_inputs") from error
-
-
-FORMAT = 3  # of the JSON; the first had no number, and inputs of positional tensors only; the second removes alone
-
-
-def _read(text: str) -> dict[str, Any]:
-    """Read the JSON of an edit and make sure that nothing is missing."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"the text is no edit: {error}; pass what edit.to_json() gave") from error
-    if isinstance(found, dict) and isinstance(number := found.get("format", 1), int) and number > FORMAT:
-        raise InputError(
-            f"the edit was written by a newer netsurgery (format {number}; this one reads up to {FORMAT}): "
-            "update netsurgery"
-        )
-    groups = found.get("groups") if isinstance(found, dict) and "inputs" in found else None
-    if not isinstance(groups, dict) or not all(map(_is_entry, groups.values())) or not _are_paths(found):
-        raise InputError(
-            "the text is no edit: it has no groups with units, or no inputs; pass what edit.to_json() gave"
-        )
-    return dict(found)
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and "size" in entry and isinstance(entry.get("keep"), list)
-
-
-def _are_paths(found: dict[str, Any]) -> bool:
-    dropped = found.get("dropped", [])
-    return isinstance(dropped, list) and all(isinstance(path, str) for path in dropped)
+        modules = {path: read_rewrite(value) for path, value in found.get("modules", {}).items()}
+        return cls(network, keep, dropped=tuple(found.get("dropped", ())), composed=True, modules=modules)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from netsurgery.arguments import expect
 from netsurgery.capture.copies import named_tensors
 from netsurgery.edit import Edit
+from netsurgery.edit_json import inputs_in
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.outputs import check_writable, writing
 from netsurgery.pipeline import trace
+from netsurgery.rewriting.stages import read
 from netsurgery.rewriting.surgery import rewrite
 from netsurgery.tables import first_of
 
@@ -63,7 +65,10 @@ def save(folder: str | Path, small: nn.Module, edit: Edit) -> None:
 
 def _check_sizes(small: nn.Module, edit: Edit) -> None:
     sizes, own = edit.network.sizes(edit.counts), dict(named_tensors(small))
-    axes_of = {new: edit.network.axes[name] for name, new in edit.names_after(own).items()}
+    if edit.rewritten is not None:
+        axes_of = dict(edit.rewritten.network.axes)
+    else:
+        axes_of = {new: edit.network.axes[name] for name, new in edit.names_after(own).items()}
     foreign = sorted(own.keys() ^ axes_of.keys())
     if foreign:
         raise InputError(
@@ -98,8 +103,8 @@ def load(folder: str | Path, model: Model, example_inputs: object = None) -> Mod
         small = copy.deepcopy(model)
     else:
         if example_inputs is None:
-            example_inputs = Edit.inputs_in(text)
-        edit = Edit.from_json(text, trace(model, example_inputs, try_sizes=False))  # rewrite tries these
+            example_inputs = inputs_in(text)
+        edit = read(text, trace(model, example_inputs, try_sizes=False))  # rewrite tries these
         small = rewrite(model, edit)
     try:
         small.load_state_dict(weights)

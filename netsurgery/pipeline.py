@@ -25,14 +25,16 @@ from netsurgery.analysis.costs import Cost
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.tracing import network_of, undisturbed
 from netsurgery.edit import Edit
-from netsurgery.errors import NetsurgeryError, PassError
+from netsurgery.errors import NetsurgeryError, PassError, RewriteError
 from netsurgery.fidelity import Measured
 from netsurgery.rewriting.surgery import check_blocks, rewrite, with_same_names
 from netsurgery.units import sources
+from netsurgery.verification import oracles
 
 __all__ = ["Pass", "apply", "cost", "plan", "trace"]
 
 Model = TypeVar("Model", bound=nn.Module)
+Locks = dict[int, dict[str, str]]  # by the number of a stage: reasons by group
 _log = logging.getLogger("netsurgery")
 
 
@@ -130,11 +132,12 @@ def plan(model: nn.Module, passes: Sequence[Pass], example_inputs: object = None
     check_order(passes)
     network, code = trace(model, example_inputs, try_sizes=False), ModelCode(model)
     known: dict[Any, Network] = {}
+    locks: Locks = {}
     while True:
-        edit, found = _run(passes, code, network, known)
+        edit, found, stage = _run(passes, code, network.with_locked(locks.get(0, {})), known, locks)
         if not found:
             return dataclasses.replace(edit, measured=_measured(passes, model, edit))
-        network = network.with_locked(found)
+        locks[stage] = {**locks.get(stage, {}), **found}
 
 
 def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured | None:
@@ -145,51 +148,99 @@ def _measured(passes: Sequence[Pass], model: nn.Module, edit: Edit) -> Measured 
         return Measured(0, why=str(error))
 
 
+@dataclasses.dataclass
+class _Progress:
+    """The edits of the passes so far. Where modules are rewritten a new stage begins, of another model.
+
+    Attributes:
+        code: of the model that the stage is of.
+        begun: the edits of the stages before.
+        stage: what is carried out at once after these; None where nothing is yet.
+        earlier: that without the last edit, which passes may still change.
+        last: the last edit, for the network that all before it leave.
+        index: the number of the stage.
+    """
+
+    code: ModelCode
+    begun: Edit | None = None
+    stage: Edit | None = None
+    earlier: Edit | None = None
+    last: Edit | None = None
+    index: int = 0
+
+    @property
+    def edit(self) -> Edit | None:
+        """All of it."""
+        return self.begun if self.stage is None else dataclasses.replace(self.stage, first=self.begun)
+
+    def add(self, given: Edit, changed: bool) -> dict[str, str]:
+        """Go on with an edit; returns the groups whose new sizes the model's code does not follow, if any.
+
+        Args:
+            changed: whether it is the last one, which a pass has changed.
+        """
+        if given.rewritten is not None:
+            self.begun = given if self.edit is None else self.edit.then(given)
+            self.code, self.index = ModelCode(given.rewritten.network.model), self.index + 1
+            self.stage, self.earlier, self.last = None, None, given
+            return {}
+        if not changed:
+            self.earlier = self.stage
+        stage = given if self.earlier is None else self.earlier.then(given)
+        if changed and self.stage is not None and stage.counts == self.stage.counts:
+            adaptation = self.stage.adaptation
+        else:
+            adaptation, found = fit_code(self.code, stage.network, stage.counts)
+            if found:
+                return found
+            adaptation = with_repeats(self.code, stage.network, stage.counts, adaptation, stage.dropped)
+        self.stage = dataclasses.replace(stage, adaptation=adaptation)
+        self.last = self.stage if self.earlier is None else given
+        check_blocks(self.code.model, self.stage, [adaptation] if adaptation is not None else [])
+        return {}
+
+
 def _run(
-    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Any, Network]
-) -> tuple[Edit, dict[str, str]]:
+    passes: Sequence[Pass], code: ModelCode, network: Network, known: dict[Any, Network], locks: Locks
+) -> tuple[Edit, dict[str, str], int]:
     """The edit that passes lead to, and the groups whose new sizes the model's code does not follow, if any.
 
     Args:
         known: results of groupwise passes, by their place and the units that removals before them keep; gets more.
+        locks: the groups that must stay as they are in later stages.
+
+    Returns:
+        The edit, the groups, and the number of the stage that these are of.
     """
-    earlier: Edit | None = None  # all but the last, which passes may still change
-    last: Edit | None = None
-    edit: Edit | None = None
+    done = _Progress(code)
     kept: tuple[Any, ...] = ()
     for index, one in enumerate(passes):
-        if "edit" in one.needs and last is not None and last.dropped:
-            raise PassError(f"{one!r} changes the units that an edit keeps, but the edit before it drops blocks")
+        if "edit" in one.needs and done.last is not None and (done.last.dropped or done.last.modules):
+            does = "rewrites modules" if done.last.modules else "drops blocks"
+            raise PassError(f"{one!r} changes the units that an edit keeps, but the edit before it {does}")
         if (before := known.get((index, kept))) is not None and any(g.name in before.scores for g in network.prunable):
             result: Network | Edit = _again(network, before)
         else:
-            result = one.run(last if "edit" in one.needs else network)
+            result = one.run(done.last if "edit" in one.needs else network)
         if isinstance(result, Network) and "edit" not in one.gives:
             network = result
             if one.groupwise:
                 known[index, kept] = network
         elif isinstance(result, Edit) and "edit" in one.gives:
-            if "edit" not in one.needs:
-                earlier = edit
-            previous, last = edit, result
-            edit = last if earlier is None else earlier.then(last)
-            if "edit" in one.needs and previous is not None and edit.counts == previous.counts:
-                adaptation = previous.adaptation
-            else:
-                adaptation, found = fit_code(code, edit.network, edit.counts)
-                if found:
-                    return edit, found
-                adaptation = with_repeats(code, edit.network, edit.counts, adaptation, edit.dropped)
-            edit = dataclasses.replace(edit, adaptation=adaptation)
-            last = edit if earlier is None else last
-            check_blocks(code.model, edit, [adaptation] if adaptation is not None else [])
+            for stage in result.stages:
+                if found := done.add(stage, "edit" in one.needs):
+                    return stage, found, done.index
             if index + 1 < len(passes) and "edit" not in passes[index + 1].needs:  # it looks at what this edit leaves
-                network, kept = _left(code.model, last, edit), (*kept, tuple(edit.keep.items()))
+                network, kept = _left(code.model, done, locks), (*kept, *map(_content, result.stages))
         else:
             raise PassError(f"{one!r} declares that it gives {sorted(one.gives)} but returned {type(result).__name__}")
-    if edit is None:
+    if done.edit is None:
         raise PassError("no pass returned an Edit: add a removal such as PruneChannels(0.5)")
-    return edit, {}
+    return done.edit, {}, done.index
+
+
+def _content(edit: Edit) -> tuple[Any, ...]:
+    return tuple(edit.keep.items()), tuple(map(repr, edit.modules.items()))
 
 
 def _again(network: Network, before: Network) -> Network:
@@ -199,12 +250,24 @@ def _again(network: Network, before: Network) -> Network:
     return locked.with_scores(scores, before.comparable, before.ordinal)
 
 
-def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
-    """The network that an edit leaves, with the scores and locks that passes have laid on the one before."""
-    inputs = last.network.inputs
-    network = trace(with_same_names(model, edit), inputs[0] or inputs[1], try_sizes=False)
+def _left(model: nn.Module, done: _Progress, locks: Locks) -> Network:
+    """The network that edits leave, with the scores and locks that passes have laid on the one before.
+
+    Args:
+        model: the one that was given.
+    """
+    last, stage, dropped = done.last, done.stage, tuple[str, ...]()
+    assert last is not None
+    if last.rewritten is not None:
+        network = last.rewritten.network
+    else:
+        assert stage is not None
+        inputs, dropped = last.network.inputs, stage.dropped
+        network = trace(with_same_names(done.code.model, stage), inputs[0] or inputs[1], try_sizes=False)
     names, before = last.names_in(network), last.network
-    locks = {new: reason for new, old in names.items() if (reason := before[old].locked) is not None}
+    locked = {new: reason for new, old in names.items() if (reason := before[old].locked) is not None}
+    if last.rewritten is not None:
+        locked |= locks.get(done.index, {})
     units = {new: sources(last.keep.get(old, range(before[old].size))) for new, old in names.items()}
     scores = {
         new: before.scores[old][units[new]]
@@ -212,10 +275,9 @@ def _left(model: nn.Module, last: Edit, edit: Edit) -> Network:
         if isinstance(before.scores.get(old), Tensor) and len(before.scores[old]) == before[old].size
         if -1 not in units[new]  # a new unit has no score
     }
-    scored = network.with_locked(locks).with_scores(scores, before.comparable, before.ordinal)
-    gone = {*edit.dropped}
-    blocks = {path: score for path, score in before.block_scores.items() if path not in gone}
-    return dataclasses.replace(scored, original=model, block_scores=blocks)
+    scored = network.with_locked(locked).with_scores(scores, before.comparable, before.ordinal)
+    blocks = {path: score for path, score in before.block_scores.items() if path not in dropped}
+    return dataclasses.replace(scored, original=done.code.model, given=model, block_scores=blocks)
 
 
 _ADVICE = {
@@ -267,6 +329,7 @@ def apply(
     inplace: bool = False,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ema: nn.Module | Sequence[nn.Module] | None = None,
+    verify: bool | float = False,
 ) -> Model:
     """Run passes on a model and return it smaller: the user's own class, module names and state_dict keys.
 
@@ -281,9 +344,13 @@ def apply(
         inplace: change ``model`` itself instead of a copy.
         optimizer: one or several, as for ``rewrite``: they go on with the smaller model, their state cut.
         ema: averages of the weights, as for ``rewrite``: they are cut in place.
+        verify: carry the edit out on a copy first, and hold it to ``netsurgery.verify``: what removes units to the
+            silenced original, what only adds or rewrites to the same outputs. A number is the largest difference; by
+            default the square root of the rounding error of the model's numbers, 3e-4 in float32.
 
     Raises:
-        NetsurgeryError: as ``plan`` and ``rewrite`` do; the model, optimizers and averages are then as they were.
+        NetsurgeryError: as ``plan`` and ``rewrite`` do, and where outputs differ by more; the model, optimizers and
+            averages are then as they were.
 
     Example:
         >>> import torch, netsurgery
@@ -297,9 +364,24 @@ def apply(
         )
     """
     edit = plan(model, passes, example_inputs)
-    short = any(outcome.short or outcome.few for outcome in edit.outcomes)
+    if verify is not False:
+        _hold(model, edit, example_inputs, None if verify is True else verify)
+    short = any(outcome.short or outcome.few for stage in edit.stages for outcome in stage.outcomes)
     _log.log(logging.WARNING if short else logging.INFO, "%s", edit.summary().partition("\n")[0])
     return rewrite(model, edit, inplace=inplace, optimizer=optimizer, ema=ema)
+
+
+def _hold(model: nn.Module, edit: Edit, example_inputs: Any, most: float | None) -> None:
+    """Raise RewriteError where what an edit leads to, on a copy, is not what it claims to be."""
+    if most is None:
+        real = next((t.dtype for t in edit.network.tensors.values() if t.is_floating_point()), torch.float32)
+        most = torch.finfo(real).eps ** 0.5
+    found = oracles.verify(model, rewrite(model, edit), edit, example_inputs)
+    if not found <= most:
+        raise RewriteError(
+            f"the result is not what the edit claims: outputs differ by {found:.1g} of the largest, and at most "
+            f"{most:.1g} is allowed. A rewrite of modules that is to change outputs says so (exact = False)"
+        )
 
 
 def cost(model: nn.Module, example_inputs: Any = None) -> Cost:

@@ -3,13 +3,20 @@
 if __name__ == "netsurgery.passes":
     from netsurgery.passes.agreement import measure as measure
     from netsurgery.passes.block_influence import BlockInfluenceScore as BlockInfluenceScore
+    from netsurgery.passes.branch_conv import BranchConv as BranchConv
+    from netsurgery.passes.branch_conv import Branches as Branches
     from netsurgery.passes.compensation import Compensate as Compensate
     from netsurgery.passes.distillation import Distillation as Distillation
     from netsurgery.passes.entries import unit_scores as unit_scores
+    from netsurgery.passes.factorise import Factorise as Factorise
+    from netsurgery.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from netsurgery.passes.gradients import GradientScore as GradientScore
     from netsurgery.passes.gradmax import GradMax as GradMax
     from netsurgery.passes.growing import PlantChannels as PlantChannels
     from netsurgery.passes.growing import WidenChannels as WidenChannels
+    from netsurgery.passes.insert_layer import Dense as Dense
+    from netsurgery.passes.insert_layer import InsertLayer as InsertLayer
+    from netsurgery.passes.insert_layer import Shortcut as Shortcut
     from netsurgery.passes.loss_increase import LossIncreaseScore as LossIncreaseScore
     from netsurgery.passes.penalty import HGSR as HGSR
     from netsurgery.passes.planting import Planting as Planting

@@ -14,8 +14,9 @@ from netsurgery.analysis.counterparts import counterparts
 from netsurgery.analysis.groups import Group
 from netsurgery.analysis.network import Network
 from netsurgery.arguments import is_count, is_real
-from netsurgery.edit import Edit, Outcome
+from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.outcome import Outcome
 from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
 from netsurgery.passes.reporting import DataPass
 from netsurgery.passes.selection import (
@@ -99,6 +100,8 @@ class Choice:
     def __init__(self, settings: RemovalSettings, network: Network):
         self.settings, self.network = settings, network
         self.original: Network = network
+        if isinstance(settings.of, Edit) and any(stage.modules for stage in settings.of.stages):
+            raise InputError("PruneChannels(of=...): the edit rewrites modules: pass the Network that it leads to")
         if settings.of is not None:
             self.original = settings.of.network if isinstance(settings.of, Edit) else settings.of
         left = settings.of.names_after(network.tensors) if isinstance(settings.of, Edit) else None

@@ -15,8 +15,9 @@ from netsurgery.analysis.growth import obstacles
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.units import Unit
 from netsurgery.arguments import is_count, is_real, require_counts
-from netsurgery.edit import Edit, Outcome
+from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.outcome import Outcome
 from netsurgery.passes.bundles import brief, call_of
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
 from netsurgery.passes.selection import (

@@ -48,6 +48,7 @@ class Chosen:
 
     def __init__(self, network: Network, patterns: Iterable[Pattern], empty: bool = False):
         model = network.model if network.original is None else network.original
+        self.given = {} if network.given is None else {id(m): path for path, m in named_modules(network.given).items()}
         self.first = {id(module): path for path, module in named_modules(model).items()}
         self.places = list(model.named_modules(remove_duplicate=False))
         found = [module for one in patterns for module in self.matched(network.model_name, one, empty)]
@@ -66,6 +67,8 @@ class Chosen:
                 f"pattern '{pattern}' matches no module{'' if empty else ' with parameters'} in {model_name}"
             )
         kind = pattern if isinstance(pattern, type) else None
+        if kind is None and id(pattern) in self.given:
+            return [dict(self.places)[self.given[id(pattern)]]]
         fits = [m for _, m in self.places if (m is pattern if kind is None else isinstance(m, kind))]
         if not fits:
             what = f"the {type(pattern).__name__} that is given is" if kind is None else f"{kind.__name__} matches"

@@ -189,6 +189,8 @@ def _own(model: nn.Module) -> nn.Module:
 
 def _check_edit(edit: Edit) -> None:
     expect("Planting(model, edit=...)", "an Edit that adds units", (edit, Edit))
+    if any(stage.modules for stage in edit.stages):
+        raise InputError("Planting: the edit rewrites modules: carry it out with netsurgery.rewrite first")
     for name, units in edit.keep.items():
         if any(isinstance(unit, Copy) for unit in units):
             raise InputError(

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from netsurgery.analysis.network import Network
 from netsurgery.arguments import is_real, require_counts
-from netsurgery.edit import Edit, Outcome
+from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.outcome import Outcome
 from netsurgery.passes.bundles import call_of
 from netsurgery.pipeline import Pass
 

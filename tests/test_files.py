@@ -248,7 +248,7 @@ def test_weights_that_are_no_state_dict(folder: Path) -> None:
         ('{"groups": {"0": {"size": 8, "keep": [9]}}, "inputs": null}', "in 0..7, got [9]"),
         ('{"groups": {}, "inputs": [[3, 4]]}', "the inputs of the edit cannot be read"),
         ('{"groups": {}, "inputs": {"tuple": [{"shape": [1], "dtype": "float99"}]}}', "cannot be read"),
-        ('{"format": 4, "groups": {}}', "was written by a newer netsurgery (format 4; this one reads up to 3): update"),
+        ('{"format": 5, "groups": {}}', "was written by a newer netsurgery (format 5; this one reads up to 4): update"),
     ],
 )
 def test_texts_that_are_no_edit_or_of_another_version(folder: Path, text: str, said: str) -> None:

@@ -12,12 +12,16 @@ from netsurgery import passes
 from netsurgery.passes import (
     BatchNormScore,
     BlockInfluenceScore,
+    BranchConv,
     Compensate,
+    Factorise,
     FisherScore,
+    FoldBatchNorm,
     GeometricMedianScore,
     GradientScore,
     GradMax,
     HGSRScore,
+    InsertLayer,
     LossIncreaseScore,
     MagnitudeScore,
     PlantChannels,
@@ -185,6 +189,43 @@ MACs 5,280 -> 1,656 (31.4%)""",
 parameters 391 -> 143 (36.6%)
 MACs 5,280 -> 2,208 (41.8%)""",
     ),
+    "BranchConv": (
+        planned(BranchConv("0")),
+        """\
+0 becomes Branched(filters=(3, 3))
+0.weight 6x2x3x3 goes
+0.0.weight 3x2x3x3 is new
+0.1.weight 3x2x3x3 is new
+parameters 391 -> 391 (100.0%)
+MACs 5,280 -> 5,280 (100.0%)""",
+    ),
+    "Factorise": (
+        planned(Factorise(2)),
+        """\
+6 becomes Factored(rank=2, exact=False)
+6.weight 3x16 goes
+6.bias 3 goes
+6.0.weight 2x16 is new
+6.1.weight 3x2 is new
+6.1.bias 3 is new
+parameters 391 -> 381 (97.4%)
+MACs 5,280 -> 5,260 (99.6%)""",
+    ),
+    "FoldBatchNorm": (
+        planned(FoldBatchNorm()),
+        """\
+0 becomes Folded(norm='1')
+1 becomes WithoutNorm(keep=())
+0.weight 6x2x3x3 has new values
+1.weight 6 goes
+1.bias 6 goes
+1.running_mean 6 goes
+1.running_var 6 goes
+1.num_batches_tracked scalar goes
+0.bias 6 is new
+parameters 391 -> 385 (98.5%)
+MACs 5,280 -> 5,280 (100.0%)""",
+    ),
     "HGSRScore": (
         ranked(HGSRScore()),
         """\
@@ -200,6 +241,40 @@ MACs 5,280 -> 2,208 (41.8%)""",
 6.weight 3x16 -> 3x8
 parameters 391 -> 143 (36.6%)
 MACs 5,280 -> 2,208 (41.8%)""",
+    ),
+    "InsertLayer": (
+        planned(InsertLayer("0")),
+        """\
+1 becomes Inserted(kind='identity', layer='0', clamp=(0.0, None), first=True, seed=0)
+1.weight is 1.0.weight
+1.bias is 1.0.bias
+1.running_mean is 1.0.running_mean
+1.running_var is 1.0.running_var
+1.num_batches_tracked is 1.0.num_batches_tracked
+1.2.weight 6x6x3x3 is new
+1.3.weight 6 is new
+1.3.bias 6 is new
+1.3.running_mean 6 is new
+1.3.running_var 6 is new
+1.3.num_batches_tracked scalar is new
+parameters 391 -> 727 (185.9%)
+MACs 5,280 -> 15,648 (296.4%)""",
+    ),
+    "InsertLayer: dense": (
+        planned(InsertLayer("3", "dense", channels=1)),
+        """\
+3.weight 4x6x3x3 -> 5x6x3x3
+3.bias 4 -> 5
+6.weight 3x16 -> 3x20
+3 becomes DenselyInserted(channels=1, seed=4051597622)
+3.weight 5x6x3x3 goes
+3.bias 5 goes
+3.layer.weight 4x6x3x3 is new
+3.layer.bias 4 is new
+3.new.weight 1x4x3x3 is new
+3.new.bias 1 is new
+parameters 391 -> 440 (112.5%)
+MACs 5,280 -> 5,592 (105.9%)""",
     ),
     "LossIncreaseScore": (
         ranked(LossIncreaseScore((X, Y), progress=False)),

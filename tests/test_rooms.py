@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: From the ground up: a room imports from itself and from rooms before it.
 ROOMS = (
     "errors", "arguments", "outputs", "axes", "units", "positions", "tables", "fidelity", "compensated",  # values
-    "kernels", "capture", "notation", "analysis", "adaptation", "edit", "rewriting", "verification", "pipeline",
-    "models", "passes", "search", "model_lookup", "demo", "training", "weight_sources", "persistence", "cli",
+    "kernels", "capture", "notation", "analysis", "adaptation", "module_rewrites", "outcome", "edit_json", "edit",
+    "rewriting", "verification", "pipeline", "models", "passes", "search", "model_lookup", "demo", "training",
+    "weight_sources", "persistence", "cli",
 )  # fmt: skip
 
 #: On first use, inside of a function: the file that checkpoints are read from stands above.

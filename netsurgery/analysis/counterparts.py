@@ -9,7 +9,7 @@ from typing import Any
 from netsurgery.analysis.groups import Group
 from netsurgery.analysis.network import Network
 
-__all__ = ["counterparts"]
+__all__ = ["counterparts", "met"]
 
 
 def counterparts(
@@ -29,6 +29,17 @@ def counterparts(
     # A single head that is left is no group: the dimensions within it stand alone in its places.
     apart = _matched(mine, theirs, lambda group: (_occurrences(group), group.unit))
     return {**apart, **_matched(there, later.groups, _occurrences)}
+
+
+def met(original: Network, later: Network, tensors: Mapping[str, str]) -> dict[str, str]:
+    """The names in an original network of the groups of a later one that share a place with them, and are as large."""
+    places = {place: g for g in original.groups for place in _occurrences(_renamed(g, tensors))}
+    found: dict[str, str] = {}
+    for group in later.groups:
+        met = next((places[place] for place in _occurrences(group) if place in places), None)
+        if met is not None and met.size == group.size and met.name not in found.values():
+            found[group.name] = met.name
+    return found
 
 
 def _renamed(group: Group, tensors: Mapping[str, str] | None) -> Group:

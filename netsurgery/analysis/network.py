@@ -55,6 +55,8 @@ class Network:
         ordinal: True if scores only rank units, as LAMP's do; such scores must not be divided by costs.
         block_scores: importance of residual blocks, by path, laid on by passes that score them.
         original: the model that earlier passes have made this one from; modules are named as in it.
+        given: the model that the first of them was run on, where modules have been rewritten since; their paths are the
+            same.
     """
 
     model_name: str
@@ -70,6 +72,7 @@ class Network:
     ordinal: bool = False
     block_scores: Mapping[str, float] = field(default_factory=dict)
     original: nn.Module | None = field(default=None, repr=False, compare=False)
+    given: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Group:
         if name not in self.by_name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -24,10 +25,12 @@ from netsurgery.positions import Positions
 from netsurgery.rewriting.added import filled, gradient
 from netsurgery.rewriting.dropping import Dropping, dropping_for
 from netsurgery.rewriting.kept_weights import rescaled
+from netsurgery.rewriting.modules import with_modules
 from netsurgery.rewriting.optimizers import OptimizerStates, as_list, averaged
+from netsurgery.rewriting.undo import all_or_nothing
 from netsurgery.tables import first_of
 
-__all__ = ["check_blocks", "rewrite", "with_same_names"]
+__all__ = ["check_blocks", "rewrite", "stage_of", "with_same_names"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("netsurgery")
@@ -68,6 +71,11 @@ def rewrite(
         block's place and all keys stay. Training mode, hooks, requires_grad, dtype, device, memory format and shared
         weights stay. The entries that stay of a computed weight keep their values: the length of a weight norm is
         scaled so that they do (the norms of other computations lock the units that they are taken over).
+        Where the edit rewrites modules after blocks are dropped, in one plan, lists keep a ``Skipped`` in their gaps.
+        Where it rewrites modules, paths stay, and keys are those of the new modules: of one that is wrapped in an
+        ``nn.Sequential``, ``conv.weight`` becomes ``conv.0.weight`` (``edit.diff()`` lists them). A new module has the
+        mode, device and dtype of the old one and, where it does not hold it, its hooks; its new parameters join the
+        param group of the old one's, and begin without state.
         A module whose code hard-codes a size gets a rewritten ``forward``, in a subclass of its own class: the logger
         ``netsurgery`` names these, ``edit.replaced`` says why.
 
@@ -89,7 +97,20 @@ def rewrite(
         True
     """
     expect("rewrite(model, edit)", "a torch.nn.Module and its Edit", (model, nn.Module), (edit, Edit))
-    return _carried_out(model, edit, inplace, optimizer, ema)
+    if edit.first is None:
+        return _carried_out(model, edit, inplace, optimizer, ema)
+    averages, optimizers = as_list(ema, nn.Module, "ema"), as_list(optimizer, Optimizer, "optimizer")
+    stages = edit.stages
+    with all_or_nothing([model, *averages], optimizers):
+        for stage, later in itertools.pairwise(stages):
+            model = _carried_out(model, stage, inplace, optimizers, averages, stage.closes_for(later))
+            inplace = True  # the first stage has made a copy
+        return _carried_out(model, stages[-1], inplace, optimizers, averages)
+
+
+def stage_of(model: Model, edit: Edit, later: Edit) -> Model:
+    """As ``rewrite``, on a copy, for one stage of an edit: names are those that a later stage is for."""
+    return _carried_out(model, edit, close=edit.closes_for(later))
 
 
 def with_same_names(model: Model, edit: Edit) -> Model:
@@ -112,6 +133,8 @@ def _carried_out(
         _check_weights(tensors, network.tensors)
     averages = [averaged(one, model, shapes) for one in as_list(ema, nn.Module, "ema")]
     optimizers = as_list(optimizer, Optimizer, "optimizer")
+    if edit.modules:
+        return with_modules(model, edit, tensors, inplace, optimizers, averages)
     modules: list[nn.Module] = [model, *averages]
     adaptations = [_adaptation(one, edit) for one in modules]
     dropping = check_blocks(model, edit, adaptations, close)

@@ -16,6 +16,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.model_lookup import build
 from netsurgery.passes import HGSR, MagnitudeScore, PlantChannels, SoftPruning, WidenChannels
+from netsurgery.rewriting.stages import read
 from netsurgery.search import WidthSearch
 from netsurgery.search.candidates import Budget, offered
 from netsurgery.training import checkpoints
@@ -294,6 +295,6 @@ def smaller(model: Model, example: object, path: Path) -> tuple[nn.Module, Resul
     """
     state, whole = checkpoints.read(path), fresh(model, 0)
     if state["edit"] is not None:
-        whole = netsurgery.rewrite(whole, Edit.from_json(state["edit"], netsurgery.trace(whole, example)))
+        whole = netsurgery.rewrite(whole, read(state["edit"], netsurgery.trace(whole, example)))
     whole.load_state_dict(state["model"])
     return whole, state["figures"]

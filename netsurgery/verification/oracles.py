@@ -11,6 +11,7 @@ like outputs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,7 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.capture.recorder import record
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
+from netsurgery.rewriting.surgery import rewrite, stage_of
 from netsurgery.units import adds_up, sources
 from netsurgery.verification.silencing import silenced
 
@@ -43,7 +45,9 @@ __all__ = ["permuted_difference", "verify"]
 def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: object = None) -> float:
     """Compare a rewritten model with the original in which the removed units are silenced, given the edit's values.
 
-    Residual blocks that the edit drops are left out of the recorded run: their input stands for their output.
+    Residual blocks that the edit drops are left out of the recorded run: their input stands for their output. Where it
+    rewrites modules, outputs must be those of the original, in eval mode; where a rewrite says that it changes them
+    (``exact = False``), those of the original that ``rewrite`` rewrites again. Stages are verified one by one.
 
     Args:
         model: the original, unchanged.
@@ -74,10 +78,14 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: objec
         >>> netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, (x,)) < 1e-6
         True
     """
+    if isinstance(edit, Edit) and edit.first is not None:
+        return _stage_by_stage(model, small, edit, example_inputs)
     _check_arguments(model, small, edit)
     if taken := next((name for name, own in edit.keep.items() if not adds_up(own)), None):
         raise InputError(f"some copies of units of '{taken}' were removed again: verify each edit by itself")
     inputs = _given(example_inputs, model, edit.network)
+    if edit.modules:
+        return _same_outputs(model if edit.exact else rewrite(model, edit), small, edit, inputs)
     edit = edit if _alike(edit.network, inputs) else _on_the_way_of(inputs, model, edit)
     keep = {edit.network[name].channel: torch.tensor(edit.sources(name), dtype=torch.long) for name in edit.keep}
     order = {edit.network[name].channel: torch.tensor(sources(own)).clamp_(min=0) for name, own in edit.keep.items()}
@@ -100,6 +108,28 @@ def verify(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: objec
             fixed = constant_outputs(record(small, inputs, whole.mode))
             found = [tensor for tensor, constant in zip(found, fixed, strict=True) if not constant]
         worst = max(worst, _difference(found, want))
+    return worst
+
+
+def _stage_by_stage(model: nn.Module, small: nn.Module, edit: Edit, example_inputs: object) -> float:
+    """The largest difference over the stages, of models that ``rewrite`` makes and, at last, the small one."""
+    worst, stages = 0.0, edit.stages
+    _check_arguments(model, small, stages[0])
+    for stage, later in itertools.pairwise(stages):
+        between = stage_of(model, stage, later)
+        worst, model = max(worst, verify(model, between, stage, example_inputs)), between
+    return max(worst, verify(model, small, stages[-1], example_inputs))
+
+
+def _same_outputs(model: nn.Module, small: nn.Module, edit: Edit, inputs: Inputs) -> float:
+    """The largest difference of the outputs of two models."""
+    worst = 0.0
+    for program in _repeatable(edit.network):
+        outputs: list[list[Tensor]] = []
+        for one in (small, model):
+            with seeded(0, home(one)):
+                outputs.append(run(one, program, inputs))
+        worst = max(worst, _difference(*outputs))
     return worst
 
 

@@ -1,0 +1,565 @@
+"""Passes that rewrite modules: the function stays, and what comes after them finds an ordinary network."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import weight_norm
+
+import netsurgery
+from netsurgery.errors import InputError
+from netsurgery.passes import (
+    BranchConv,
+    Factorise,
+    FoldBatchNorm,
+    InsertLayer,
+    MagnitudeScore,
+    PlantChannels,
+    PruneChannels,
+)
+from netsurgery.rewriting.stages import read
+
+
+def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A model in float64 and eval mode, with statistics and affine weights as after training."""
+    draw = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_(generator=draw)
+                module.running_var.uniform_(0.3, 3.0, generator=draw)
+            if module.affine:
+                module.weight.data.uniform_(-1.5, 1.5, generator=draw)
+                module.bias.data.normal_(generator=draw)
+    return model.double().eval()
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def check(model: nn.Module, x: Tensor, *passes: netsurgery.Pass, tolerance: float = 1e-12) -> nn.Module:
+    """Carry passes out: outputs stay, the edit is what it says, and pruning and growing after them are exact."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    edit = netsurgery.plan(model, passes, x)
+    new = netsurgery.rewrite(model, edit)
+    wanted, found = model(x), new(x)
+    assert (wanted - found).abs().max() <= tolerance * wanted.abs().max() and wanted.std() > 0
+    assert netsurgery.verify(model, new, edit, x) <= tolerance
+    assert sum(p.numel() for p in new.parameters()) == edit.after.params
+    assert netsurgery.cost(new, x).macs == edit.after.macs
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    again = netsurgery.rewrite(model, read(edit.to_json(), netsurgery.trace(model, x)))
+    assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert type(new) is type(model) and [m.training for m in new.modules()] == [False] * len(list(new.modules()))
+    check_after(model, x, passes, tolerance)
+    return new
+
+
+def check_after(model: nn.Module, x: Tensor, passes: tuple[netsurgery.Pass, ...], tolerance: float) -> None:
+    prune = [MagnitudeScore(), PruneChannels(0.4)]
+    for series in ([*passes, *prune], [*passes, PlantChannels(2)], [*prune, *passes]):
+        edit = netsurgery.plan(model, series, x)
+        assert any(stage.keep for stage in edit.stages) and any(stage.modules for stage in edit.stages)
+        assert netsurgery.verify(model, netsurgery.rewrite(model, edit), edit, x) <= tolerance
+
+
+def said(model: nn.Module, x: Tensor, *passes: netsurgery.Pass) -> str:
+    return netsurgery.plan(model, passes, x).summary()
+
+
+# FoldBatchNorm
+
+LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
+    "1d": (nn.Conv1d(4, 6, 3, bias=False), nn.BatchNorm1d(6), (2, 4, 9)),
+    "2d, grouped": (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+    "2d, depthwise, dilated": (nn.Conv2d(4, 4, 3, groups=4, dilation=2, stride=2), nn.BatchNorm2d(4), (2, 4, 9, 9)),
+    "3d": (nn.Conv3d(4, 6, 2), nn.BatchNorm3d(6, affine=False), (2, 4, 5, 5, 5)),
+    "reflected": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+    "1d, transposed": (nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
+    "2d, transposed, grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+    "3d, transposed": (nn.ConvTranspose3d(4, 6, 2, stride=2), nn.BatchNorm3d(6, eps=0.1), (2, 4, 3, 3, 3)),
+    "linear": (nn.Linear(4, 6), nn.BatchNorm1d(6), (5, 4)),
+    "linear, no bias": (nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6, momentum=None), (5, 4)),
+    "synchronised": (nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6), (2, 4, 9, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_every_kind_fold(name: str) -> None:
+    layer, norm, shape = copy.deepcopy(LAYERS[name])
+    last = nn.Linear(6, 3) if len(shape) == 2 else nn.Flatten()
+    model = lived_in(nn.Sequential(nn.Sequential(layer, norm), nn.Hardswish(), last))
+    new = netsurgery.apply(model, [FoldBatchNorm()], inputs(*shape), verify=1e-13)
+    x = inputs(*shape)
+    assert torch.allclose(new(x), model(x), rtol=1e-12, atol=1e-13) and not torch.allclose(model[0][0](x), model[0](x))
+    assert type(new[0][0]) is type(layer) and isinstance(new[0][1], nn.Identity) and new[0][0].bias is not None
+    assert list(new.state_dict())[:2] == ["0.0.weight", "0.0.bias"]
+
+
+class Own(nn.Module):
+    """Layers with something that stands in the way of folding, and one without."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.free, self.free_norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        if what == "weight norm":
+            weight_norm(self.conv)
+        if what == "statistics":
+            self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+        if what == "tied":
+            self.other = nn.Conv2d(4, 4, 1)
+            self.other.weight = self.conv.weight
+        if what == "hook":
+            self.conv.register_forward_hook(lambda module, args, out: None)
+        if what == "hook of the norm":
+            self.norm.register_forward_pre_hook(lambda module, args: None)
+        if what == "features":
+            self.conv, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.free_norm(self.free(x)).relu()
+        if self.what == "features":  # the norm is of positions
+            return self.norm(self.conv(x.flatten(2)[..., :4])).flatten(1)
+        y = self.conv(x)
+        x = self.norm(y)
+        if self.what == "read in training" and self.training:
+            x = x + y
+        if self.what == "read twice":
+            x = x + y
+        if self.what == "called twice":
+            x = self.norm(self.conv(x.relu()))
+        if self.what == "norm called twice":
+            x = self.norm(x)
+        if self.what == "bias":
+            x = x * self.conv.bias[:, None, None]
+        if self.what == "tied":
+            x = self.other(x.relu())
+        return x.flatten(1)
+
+
+LEFT = {
+    "weight norm": "a weight of 'conv', a ParametrizedConv2d, is shared, or computed from others",
+    "statistics": "it takes the statistics of each batch",
+    "tied": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "bias": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "hook": "'conv' has hooks, which would see something else",
+    "hook of the norm": "'norm' has hooks, which would see something else",
+    "features": "it does not normalise the features of 'conv'",
+    "read twice": "it does not read a convolution or linear layer that nothing else reads",
+    "read in training": "in training mode it does not read this layer alone",
+    "called twice": "'conv' or the norm runs several times",
+    "norm called twice": "'conv' or the norm runs several times",
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_norms_that_cannot_fold_are_left_and_named(what: str) -> None:
+    model, x = lived_in(Own(what)), inputs(2, 3, 2, 2)
+    edit = netsurgery.plan(model, [FoldBatchNorm()], x)
+    new = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, new, edit, x) < 1e-13
+    assert isinstance(new.free_norm, nn.Identity) and isinstance(new.norm, _BatchNorm)
+    assert edit.summary() == f"asked to fold 2 batch norms, folded 1; short: norm: {LEFT[what]}\n  norm: {LEFT[what]}"
+
+
+class WithScale(nn.Conv2d):
+    """A class of its own, whose code does not add its bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Twofold(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_classes_of_ones_own() -> None:
+    model = lived_in(
+        nn.Sequential(WithScale(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), Twofold(4), nn.Flatten())
+    )
+    with pytest.raises(InputError) as refused:
+        netsurgery.plan(model, [FoldBatchNorm()], inputs(2, 3, 2, 2))
+    assert str(refused.value) == (
+        "FoldBatchNorm: Sequential has no batch norm that can be folded: "
+        "3: its class Twofold does something else than to normalise; "
+        "1: the code of '0', a WithScale, adds no bias"
+    )
+    more = lived_in(nn.Sequential(model[:4], nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Flatten()))
+    new = netsurgery.apply(more, [FoldBatchNorm()], inputs(2, 3, 2, 2), verify=1e-13)
+    assert isinstance(new[2], nn.Identity) and new[0][0].bias is None
+
+
+def test_folding_some_and_what_is_refused() -> None:
+    model, x = lived_in(torchvision.models.resnet18(num_classes=4)), inputs(1, 3, 32, 32)
+    for include in ("layer1.*", ["layer1.0.bn?", "layer1.1.conv?"], [model.layer1]):
+        new = netsurgery.apply(model, [FoldBatchNorm(include=include, exclude="*.1.bn2")], x, verify=True)
+        folded = [path for path, module in new.named_modules() if isinstance(module, nn.Identity)]
+        assert folded == ["layer1.0.bn1", "layer1.0.bn2", "layer1.1.bn1"]
+    refused: list[tuple[nn.Module, FoldBatchNorm, str]] = [
+        (
+            copy.deepcopy(model).train(),
+            FoldBatchNorm(),
+            "'bn1' of ResNet is in training mode, in which a batc",
+        ),
+        (model, FoldBatchNorm(include="layer9"), "pattern 'layer9' matches no module"),
+        (model, FoldBatchNorm(include="fc"), "ResNet has no batch norm that can be folded: there is none"),
+        (
+            lived_in(nn.Sequential(nn.Conv2d(3, 2, 1))),
+            FoldBatchNorm(),
+            "no batch norm that can be folded: there is none",
+        ),
+    ]
+    for net, fold, why in refused:
+        with pytest.raises(InputError, match=why):
+            netsurgery.plan(net, [fold], x)
+    mixed = copy.deepcopy(model)
+    mixed.layer1.train()
+    netsurgery.plan(mixed, [FoldBatchNorm(exclude="layer1.*")], x)
+
+
+def test_folded_weights_train_where_the_old_ones_did() -> None:
+    model = lived_in(
+        nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    )
+    model[0].weight.requires_grad_(False)
+    model[2:].requires_grad_(False)
+    new = netsurgery.apply(model, [FoldBatchNorm()], inputs(2, 3, 2, 2))
+    assert [p.requires_grad for p in new.parameters()] == [False, False, False, False]
+    model[0].weight.requires_grad_(True)
+    new = netsurgery.apply(model, [FoldBatchNorm()], inputs(2, 3, 2, 2))
+    assert [p.requires_grad for p in new.parameters()] == [True, True, False, False]
+
+
+# InsertLayer
+
+
+class Small(nn.Module):
+    """A residual block, a grouped and a depthwise convolution, a dense connection, functional layers, an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6, eps=1e-3)
+        self.inner, self.inner_norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.outer, self.outer_norm = nn.Conv2d(6, 6, 5, padding=2), nn.BatchNorm2d(6)
+        self.act = nn.ReLU6()
+        self.mix = nn.Conv2d(6, 6, 1)
+        self.grouped, self.depthwise = nn.Conv2d(6, 8, 2, groups=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.dense = nn.Conv2d(8, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(12, 5, 2, stride=2)
+        self.norm = nn.LayerNorm(5)
+        self.hidden, self.back = nn.Linear(5, 9), nn.Linear(9, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.stem_norm(self.stem(x)), inplace=True)
+        x = x + self.outer_norm(self.outer(self.act(self.inner_norm(self.inner(x)))))
+        y = self.mix(x)
+        x = self.act(self.depthwise(self.grouped(self.act(y) + y)))
+        x = self.up(torch.cat([x, self.dense(x)], 1)).flatten(2).transpose(1, 2)
+        x = x + self.back(nn.functional.gelu(self.hidden(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+NEW: dict[tuple[str, str], str] = {
+    ("stem", "identity"): "BatchNorm2d ReLU Conv2d BatchNorm2d",
+    ("inner", "identity"): "BatchNorm2d ReLU6 Conv2d BatchNorm2d",
+    ("outer", "identity"): "BatchNorm2d Conv2d BatchNorm2d",
+    ("grouped", "identity"): "Conv2d Conv2d",
+    ("depthwise", "identity"): "Conv2d ReLU6 Conv2d",
+    ("mix", "identity"): "Conv2d Conv2d",  # not only a ReLU reads it
+    ("up", "identity"): "ConvTranspose2d Conv2d",
+    ("hidden", "identity"): "Linear Linear",
+    ("head", "identity"): "Linear Linear",
+    ("stem", "shortcut"): "BatchNorm2d Shortcut",
+    ("depthwise", "shortcut"): "Conv2d Shortcut",
+    ("up", "shortcut"): "ConvTranspose2d Shortcut",
+    ("back", "shortcut"): "Linear Shortcut",
+}
+
+
+@pytest.mark.parametrize(("path", "kind"), NEW)
+def test_layers_are_inserted(path: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    new = check(model, x, InsertLayer(path, kind), tolerance=1e-13)
+    place = f"{path}_norm" if hasattr(model, f"{path}_norm") else path
+    series = new.get_submodule(place)
+    assert " ".join(type(module).__name__ for module in series) == NEW[path, kind]
+    assert type(series) is nn.Sequential and type(series[0]) is type(model.get_submodule(place))
+    single = copy.deepcopy(model).float()
+    found = netsurgery.apply(single, [InsertLayer(path, kind)], x.float(), verify=1e-6)(x.float())
+    assert (found - single(x.float())).abs().max() <= 1e-6 * found.abs().max()
+
+
+@pytest.mark.parametrize("path", ["stem", "inner", "outer", "dense", "up", "hidden"])
+def test_new_channels_are_made_of_the_old_ones(path: str) -> None:
+    torch.manual_seed(0)
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    if path == "up":
+        with pytest.raises(InputError, match=r"\('up', 'dense'\): new channels would change outputs: .*norm"):
+            netsurgery.plan(model, [InsertLayer(path, "dense")], x)
+        return
+    new = check(model, x, InsertLayer(path, "dense", channels=2, seed=3), tolerance=1e-13)
+    layer = new.get_submodule(path)
+    assert torch.equal(layer.layer.weight, model.get_submodule(path).weight) and layer.new.weight.std() > 0
+    width = len(model.get_submodule(path).weight)
+    assert layer.new.weight.shape[:2] == (2, width)
+    readers = {"stem": "inner", "outer": "mix", "inner": "outer", "dense": "up", "hidden": "back"}
+    before, after = (net.get_submodule(readers[path]).weight for net in (model, new))
+    assert after.numel() > before.numel() and after.count_nonzero() == before.count_nonzero()
+
+
+def test_inserted_layers_learn() -> None:
+    for kind in ("identity", "shortcut", "dense"):
+        torch.manual_seed(0)
+        model, x = lived_in(Small()), inputs(4, 3, 8, 8)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        new = netsurgery.apply(model, [InsertLayer("inner", kind)], x, optimizer=optimizer)
+        before = {name: parameter.detach().clone() for name, parameter in new.named_parameters()}
+        for _ in range(2):
+            optimizer.zero_grad()
+            new(x).square().sum().backward()
+            optimizer.step()
+        assert all(not torch.equal(parameter, before[name]) for name, parameter in new.named_parameters())
+
+
+def test_several_layers_and_equal_ones() -> None:
+    torch.manual_seed(0)
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    series = [InsertLayer("inner", "shortcut"), InsertLayer("outer", "shortcut"), InsertLayer("inner"), FoldBatchNorm()]
+    new = check(model, x, *series, tolerance=1e-12)
+    weights = [new.get_submodule(f"{path}_norm") for path in ("inner", "outer")]
+    assert not torch.equal(weights[0][1].branch[0].weight, weights[1][1].branch[0].weight[:, :, 1:4, 1:4])
+    again = netsurgery.apply(model, series, x)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in new.state_dict().items())
+
+
+def test_a_layer_that_runs_twice_gets_one_layer_more() -> None:
+    torch.manual_seed(0)
+    layer, act = nn.Linear(4, 4), nn.ReLU()
+    model = lived_in(nn.Sequential(layer, act, layer, act, nn.Linear(4, 2)))
+    new = netsurgery.apply(model, [InsertLayer("0")], inputs(2, 4), verify=1e-13)
+    assert new[0] is new[2] and len(new[0]) == 2
+
+
+def test_layers_that_cannot_be_inserted() -> None:
+    model, x = lived_in(Small()), inputs(2, 3, 8, 8)
+    model.dense.register_forward_hook(lambda *_: None)
+    refused: list[tuple[Callable[[], netsurgery.Pass], str]] = [
+        (lambda: InsertLayer("stem", "copy"), r"InsertLayer\(kind='copy'\): one of 'identity', 'shortcut', 'dense'"),
+        (
+            lambda: InsertLayer("stem", channels=3),
+            "InsertLayer.channels=3.: of kind 'dense', a whole",
+        ),
+        (lambda: InsertLayer("stem", "dense", channels=0), "of kind 'dense', a whole number of at least 1"),
+        (lambda: InsertLayer("sten"), "that runs; this one is none of Small; did you mean stem?"),
+        (
+            lambda: InsertLayer("norm"),
+            "of a convolution or a linear layer that runs; this one is a LayerNorm",
+        ),
+        (lambda: InsertLayer("head", "dense"), r"\('head', 'dense'\): its channels are locked: the network output"),
+        (lambda: InsertLayer("grouped", "dense"), "a grouped convolution keeps its groups"),
+        (lambda: InsertLayer("mix", "dense"), "its channels are in groups, or grow with others"),
+        (lambda: InsertLayer("dense", "dense"), r"\('dense', 'dense'\): 'dense' has hooks, which would see something"),
+    ]
+    for made, why in refused:
+        with pytest.raises(InputError, match=why):
+            netsurgery.plan(model, [made()], x)
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="that runs; this one does not run"):
+        netsurgery.plan(model, [InsertLayer("unused")], x)
+
+
+# BranchConv
+
+BRANCHED: dict[str, tuple[nn.Module, tuple[int, ...], int, list[int]]] = {
+    "1d": (nn.Conv1d(4, 7, 3), (2, 4, 9), 2, [4, 3]),
+    "2d, strided": (nn.Conv2d(4, 9, 3, stride=2, padding=1, bias=False), (2, 4, 9, 9), 3, [3, 3, 3]),
+    "2d, reflected": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9, 9), 2, [3, 3]),
+    "3d, dilated": (nn.Conv3d(4, 10, 2, dilation=2), (2, 4, 5, 5, 5), 3, [4, 3, 3]),
+    "transposed": (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 3, 3), 2, [3, 3]),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_convolutions_branch(name: str) -> None:
+    torch.manual_seed(0)
+    layer, shape, parts, filters = BRANCHED[name]
+    kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+    model = lived_in(nn.Sequential(copy.deepcopy(layer), nn.ReLU(), kind(layer.out_channels, 3, 1), nn.Flatten()))
+    x = inputs(*shape)
+    new = check(model, x, BranchConv("0", parts=parts), tolerance=1e-13)
+    assert [branch.out_channels for branch in new[0]] == filters and {type(one) for one in new[0]} == {type(layer)}
+    new[0][0].register_forward_hook(lambda *_: None)
+    assert not new[0][1]._forward_hooks
+    alone = netsurgery.apply(model, [BranchConv("0"), MagnitudeScore(), PruneChannels({"0.1": 0.5})], x, verify=1e-13)
+    assert alone[0][0].out_channels > alone[0][1].out_channels  # a group of the concatenation
+
+
+def test_branches_in_a_known_network() -> None:
+    torch.manual_seed(0)
+    model = lived_in(torchvision.models.resnet18(num_classes=5))
+    passes = [
+        BranchConv("layer1.0.conv1"),
+        InsertLayer("layer1.0.conv1.1"),
+        BranchConv("conv1", parts=3),
+        FoldBatchNorm(),
+    ]
+    new = check(model, inputs(2, 3, 32, 32), *passes)
+    assert [one.out_channels for one in new.conv1] == [22, 21, 21]
+
+
+# Factorise
+
+
+def net_of_matrices() -> nn.Module:
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 1, stride=2, padding=1), nn.ReLU()
+    return lived_in(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(12 * 16, 20), nn.ReLU(), nn.Linear(20, 4)))
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    return lived_in(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=48))
+
+
+@pytest.mark.parametrize("made", [net_of_matrices, transformer])
+def test_full_rank_is_exact(made: Callable[[], nn.Module]) -> None:
+    model, x = made(), inputs(2, 3, 8, 8) if made is net_of_matrices else inputs(2, 3, 32, 32)
+    passes = [Factorise(ratio=0, always=True)]
+    edit = netsurgery.plan(model, passes, x)
+    assert edit.exact and len(edit.modules) >= 3
+    check(model, x, *passes)
+
+
+def test_errors_are_stated_and_right() -> None:
+    model, x = net_of_matrices(), inputs(2, 3, 8, 8)
+    edit = netsurgery.plan(model, [Factorise(rank=4)], x)
+    assert not edit.exact and [*edit.modules] == ["2", "5"]
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, x) == 0 and edit.after.params < edit.before.params
+    lines = edit.summary().splitlines()
+    assert lines[0] == "asked to factorise 3 layers, factorised 2; short: 7: at rank 4 it has no fewer parameters"
+    for path, line in zip(edit.modules, lines[2:], strict=True):
+        old, (first, second) = model.get_submodule(path).weight.detach().flatten(1), small.get_submodule(path)
+        product = second.weight.detach().flatten(1) @ first.weight.detach().flatten(1)
+        error = float((product - old).norm() / old.norm())
+        nearest = float(torch.linalg.svdvals(old)[4:].norm() / old.norm())
+        assert (
+            abs(error - nearest) < 1e-9 and line == f"  {path}: rank 4 of {min(old.shape)}, relative error {error:.2g}"
+        )
+        assert second.bias.equal(model.get_submodule(path).bias) and first.bias is None
+        assert torch.allclose(first.weight.norm(), second.weight.norm())
+    wide = nn.Linear(6, 6).double()
+    wide.weight.data = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 6, dtype=torch.float64)
+    low = nn.Sequential(wide, nn.Linear(6, 2).double())
+    found = netsurgery.apply(low, [Factorise(rank=2, include="0")], inputs(3, 6))  # a matrix of that rank
+    assert torch.allclose(found(inputs(3, 6)), low(inputs(3, 6)), rtol=1e-10)
+
+
+def test_what_is_factorised() -> None:
+    model, x = net_of_matrices(), inputs(2, 3, 8, 8)
+    assert [*netsurgery.plan(model, [Factorise(ratio=0.5, include="5")], x).modules] == ["5"]
+    assert [*netsurgery.plan(model, [Factorise(ratio=0.75, exclude=nn.Linear)], x).modules] == ["2"]
+    edit = netsurgery.plan(model, [Factorise(ratio=0.75), MagnitudeScore(), PruneChannels({"5.0": 0.5})], x)
+    small = netsurgery.rewrite(model, edit)
+    assert netsurgery.verify(model, small, edit, x) < 1e-12 and small[5][0].out_features < 5
+    model[5].weight.data[0, 0] = float("nan")
+    model[2].register_forward_hook(lambda *_: None)
+    refused: list[tuple[Callable[[], netsurgery.Pass], str]] = [
+        (lambda: Factorise(), "Factorise takes a rank or a ratio, one of both"),
+        (lambda: Factorise(3, 0.5), "Factorise takes a rank or a ratio, one of both"),
+        (lambda: Factorise(0), r"Factorise\(rank=0\): a whole number of at least 1"),
+        (lambda: Factorise(-2), r"Factorise\(rank=-2\): a whole number of at least 1"),
+        (lambda: Factorise(ratio=1), r"Factorise\(ratio=1\): the share of the rank that goes is in \[0, 1\)"),
+        (lambda: Factorise(2, include="9"), "pattern '9' matches no module"),
+        (
+            lambda: Factorise(2, exclude="7"),
+            "can be factorised: 2: '2' has hooks.*; 5: its weight has entries that are no",
+        ),
+        (lambda: Factorise(9, include="7"), r"can be factorised: 7: its full rank is 4"),
+        (lambda: Factorise(2, include="0"), "can be factorised: there is none"),
+        (lambda: BranchConv("0", parts=1), r"BranchConv\(parts=1\): a whole number of at least 2"),
+        (lambda: BranchConv("5"), "takes the path of a convolution; this one is a Linear"),
+        (lambda: BranchConv("12"), "takes the path of a convolution; this one is none of Sequential; did you mean 2?"),
+        (lambda: BranchConv("0", parts=17), "it has 16 filters for 17 parts"),
+        (lambda: BranchConv("2"), "'2' has hooks, which would see something else"),
+    ]
+    for made, why in refused:
+        with pytest.raises(InputError, match=why):
+            netsurgery.plan(model, [made()], x)
+    grouped = lived_in(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1)))
+    with pytest.raises(InputError, match="it has 2 groups, whose filters read different inputs"):
+        netsurgery.plan(grouped, [BranchConv("0")], inputs(1, 4, 2, 2))
+
+
+# Known networks, last since they take long
+
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": torchvision.models.resnet18,
+    "mobilenet_v2": torchvision.models.mobilenet_v2,
+    "densenet": lambda: torchvision.models.DenseNet(8, (2, 3), 16, num_classes=5),
+    "shufflenet_v2_x0_5": torchvision.models.shufflenet_v2_x0_5,
+    "tf_efficientnet_lite0": lambda: timm.create_model("tf_efficientnet_lite0"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "net_" in n else n for n in ZOO])
+def test_norms_fold_in_known_networks(name: str) -> None:
+    torch.manual_seed(0)
+    model = lived_in(ZOO[name]())
+    new = check(model, inputs(2, 3, 64, 64), FoldBatchNorm(), tolerance=1e-11)
+    left = sum(isinstance(module, _BatchNorm) for module in new.modules())
+    assert left == (7 if name == "densenet" else 0)
+    single = copy.deepcopy(model).float()
+    x = inputs(2, 3, 64, 64).float()
+    folded = netsurgery.apply(single, [FoldBatchNorm()], x, verify=True)
+    assert (folded(x) - single(x)).abs().max() <= 2e-5 * single(x).abs().max()
+
+
+PLACES: dict[str, tuple[Callable[[], nn.Module], int, list[tuple[str, str]]]] = {
+    "resnet18": (
+        lambda: torchvision.models.resnet18(num_classes=5),
+        32,
+        [("conv1", "identity"), ("layer1.0.conv2", "shortcut"), ("layer2.0.downsample.0", "dense")],
+    ),
+    "mobilenet_v2": (
+        lambda: torchvision.models.mobilenet_v2(num_classes=5),
+        32,
+        [("features.2.conv.1.0", "identity"), ("features.3.conv.0.0", "shortcut"), ("features.4.conv.2", "dense")],
+    ),
+    "densenet": (
+        ZOO["densenet"],
+        32,
+        [("features.conv0", "identity"), ("features.denseblock1.denselayer1.conv2", "dense")],
+    ),
+    "vit": (
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3
+        ),
+        32,
+        [("blocks.0.mlp.fc1", "shortcut"), ("blocks.1.mlp.fc2", "identity"), ("blocks.1.mlp.fc1", "dense")],
+    ),
+    "efficientnet_lite0": (
+        lambda: timm.create_model("tf_efficientnet_lite0", num_classes=4),
+        32,
+        [("blocks.1.0.conv_pw", "identity"), ("conv_stem", "shortcut")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "net_" in n else n for n in PLACES])
+def test_layers_are_inserted_in_known_networks(name: str) -> None:
+    torch.manual_seed(0)
+    make, size, places = PLACES[name]
+    model = lived_in(make())
+    check(model, inputs(2, 3, size, size), *[InsertLayer(path, kind) for path, kind in places], tolerance=1e-12)
