@@ -17,6 +17,7 @@ What is done is kept in the folder; the same command goes on from there, and end
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -34,11 +35,11 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.demo import accuracy, digits
 from netsurgery.models import DigitsResNet
-from netsurgery.passes import Distillation
+from netsurgery.passes import Distillation, WidenChannels
 from netsurgery.search import WidthSearch
 from netsurgery.search.fitting import Fitting
 from netsurgery.search.split import read
-from netsurgery.search.widths import reset_all
+from netsurgery.search.widths import reset_all, uniform
 
 Rows = tuple[Tensor, Tensor]
 SMALL, LARGE = (4, 8, 16), (32, 64, 128)
@@ -62,8 +63,10 @@ ROWS = (
     "small",
     "planted",
     "planted, teacher",
+    "planted, teacher, then all trained",
     "planted widths, new weights",
     "planted widths, new weights, teacher",
+    "uniform widths of that size, new weights, teacher",
     "widened",
     "widened widths, new weights",
     "uniform widths, new weights",
@@ -108,11 +111,11 @@ class Study:
         self.split = read(self.learn, self.held, seed)
         self.budget = {"params": int(SHARE * netsurgery.cost(fresh(LARGE, 0), self.learn[0][:1]).params)}
 
-    def trained(self, model: nn.Module, epochs: int, teacher: nn.Module | None = None) -> nn.Module:
+    def trained(self, model: nn.Module, epochs: int, teacher: nn.Module | None = None, lr: float = 3e-3) -> nn.Module:
         """As candidates are: AdamW, a learning rate that falls along a cosine."""
         distillation = None if teacher is None else Distillation()
         split = self.split if teacher is None else self.split.taught(teacher)
-        Fitting(epochs, 64, torch.optim.AdamW, 3e-3, None, distillation).fit(model, split, self.seed)
+        Fitting(epochs, 64, torch.optim.AdamW, lr, None, distillation).fit(model, split, self.seed)
         return model.eval()
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
@@ -140,6 +143,14 @@ class Study:
             candidates=self.settings["candidates"],
         )
         return search.run()
+
+    def uniform(self, small: nn.Module, most: int, teacher: nn.Module) -> nn.Module:
+        """The small network with one factor on all widths, trained from new weights."""
+        x = self.learn[0][:1]
+        wider = uniform(WidenChannels(2), netsurgery.trace(small, x, try_sizes=False), most)
+        assert wider is not None
+        model = renewed(netsurgery.apply(small, [wider], x), self.seed)
+        return self.trained(model, self.settings["scratch"], teacher)
 
     def row(self, name: str, model: nn.Module, seconds: float, **more: Any) -> dict[str, Any]:
         cost = netsurgery.cost(model, self.learn[0][:1])
@@ -176,9 +187,16 @@ class Study:
             )
             if one is None:
                 continue
-            for label, taught in (("planted widths, new weights", None), (ROWS[4], teacher)):
+            model = self.trained(copy.deepcopy(found.model), self.settings["scratch"] // 2, teacher, lr=1e-3)
+            say(self.row("planted, teacher, then all trained", model, spent()))
+            for label, taught in (
+                ("planted widths, new weights", None),
+                ("planted widths, new weights, teacher", teacher),
+            ):
                 model = self.trained(renewed(found.model, self.seed), self.settings["scratch"], taught)
                 say(self.row(label, model, spent()))
+            model = self.uniform(small, found.best.params, teacher)
+            say(self.row("uniform widths of that size, new weights, teacher", model, spent()))
         widths = self.widened(small)
         say(
             self.row(
@@ -222,7 +240,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             params = round(mean(row["params"] for row in own))
             macs, cpu = round(mean(row["macs"] for row in own)), mean(row["seconds"] for row in own)
             test = spread([row["test"] for row in own])
-            seconds = f"{cpu:.0f}" if cpu else "with the row above"
+            seconds = f"{cpu:.0f}" if cpu else "in another row"
             lines.append(f"| {name} | {params:,} | {params / whole:.1%} | {macs:,} | {test} | {seconds} |")
     return "\n".join(lines)
 
@@ -238,7 +256,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for axes, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for index, name in enumerate(ROWS):
             own = [row for row in rows if row["row"] == name and row["data"] == data]
-            style: dict[str, Any] = {"color": f"C{index}", "marker": "osD^vPX<>"[index]}
+            style: dict[str, Any] = {"color": f"C{index}", "marker": "osDp^vhPX<>"[index]}
             x, y = [row["params"] for row in own], [row["test"] for row in own]
             if own:
                 axes.scatter(x, y, s=14, alpha=0.5, linewidths=0, **style)
@@ -247,7 +265,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names) + 1, frameon=False, fontsize=8)
     figure.savefig(path, format="png")
 
 

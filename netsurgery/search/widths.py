@@ -24,8 +24,7 @@ from netsurgery.passes.losses import Loss
 from netsurgery.passes.parameters import own_module
 from netsurgery.passes.patterns import Modules
 from netsurgery.passes.progress import Report
-from netsurgery.pipeline import cost, plan, trace
-from netsurgery.rewriting.surgery import rewrite
+from netsurgery.pipeline import apply, cost, trace
 from netsurgery.search.candidates import as_names
 from netsurgery.search.fitting import Fitting
 from netsurgery.search.growing import carried_out, outside_inference_mode, prepared
@@ -34,8 +33,9 @@ from netsurgery.search.rounds import trial_seed
 from netsurgery.search.trials import copied, threads_of_torch
 from netsurgery.tables import columns
 
-__all__ = ["Trained", "WidthSearch", "Widths"]
+__all__ = ["Trained", "WidthSearch", "Widths", "uniform"]
 
+_WIDEST = 2.0**20
 _STEPS = 40  # halvings of the interval in which the factor of uniform widths is looked for
 
 
@@ -206,9 +206,11 @@ class WidthSearch:
         """
         report = Report(self._progress, "width search")
         growth = carried_out(self._search, self._identity, self._log, self._executor, report)
-        network = trace(self._search.setting.net, self._search.inputs, try_sizes=False)
-        uniform = rewrite(self._search.setting.net, self._uniform(network, growth.best.params))
-        return Widths(growth, self._trained(growth.model), self._trained(uniform))
+        net, inputs, widen = self._search.setting.net, self._search.inputs, self._search.growth(0)
+        assert isinstance(widen, WidenChannels)
+        wider = uniform(widen, trace(net, inputs, try_sizes=False), growth.best.params)
+        other = net if wider is None else apply(net, [wider], inputs)
+        return Widths(growth, self._trained(growth.model), self._trained(other))
 
     @outside_inference_mode()
     def _renewed(self, model: nn.Module) -> nn.Module:
@@ -226,24 +228,28 @@ class WidthSearch:
         price = cost(found, self._search.inputs)
         return Trained(found, price.params, price.macs, measured.loss, measured.accuracy)
 
-    def _uniform(self, network: Network, most: int) -> Edit:
-        """The same factor on all widths: the largest with at most so many parameters."""
-        widen: Any = self._search.growth(0)
 
-        def priced(factor: float) -> int:
-            keep = widened(replace(widen, factor=factor, multiple_of=1, noise=0.0), network)
-            return Edit(network, keep).after.params
+def uniform(growth: WidenChannels, network: Network, most: int) -> WidenChannels | None:
+    """The same factor for all widths: the largest with at most so many parameters; None where it adds no unit.
 
-        low, high = 1.0, 2.0
-        while priced(high) <= most:
-            low, high = high, 2 * high
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if priced(middle) <= most else (low, middle)
-        exact = replace(widen, factor=low, multiple_of=1, noise=0.0)
-        if not widened(exact, network):
-            return Edit(network, {})
-        return plan(self._search.setting.net, [exact], self._search.inputs)
+    Args:
+        growth: says which modules are meant; its factor does not count.
+        network: that is widened.
+    """
+
+    def of(factor: float) -> WidenChannels:
+        return replace(growth, factor=factor, multiple_of=1, noise=0.0)
+
+    def priced(factor: float) -> int:
+        return Edit(network, widened(of(factor), network)).after.params
+
+    low, high = 1.0, 2.0
+    while priced(high) <= most and high < _WIDEST:
+        low, high = high, 2 * high
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if priced(middle) <= most else (low, middle)
+    return of(low) if widened(of(low), network) else None
 
 
 def _widens(
