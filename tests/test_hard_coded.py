@@ -201,6 +201,37 @@ def test_torch_layers_with_attention() -> None:
         assert small(X).shape == (2, 5, 3)
 
 
+class Sized(nn.Module):
+    """Sizes in a tuple on a module, one of which is worked out."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__()
+        self.first, self.last, self.size = nn.Linear(4, 6), nn.Linear(6, 3), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x).flatten().view(self.size))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (lambda: Sized(-1, 6), lambda m: m.size),
+        (lambda: nn.Sequential(Sized(1, -1, 6)), lambda m: m[0].size[1:]),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 6), nn.Flatten(0), nn.Unflatten(0, (-1, 6)), nn.Linear(6, 3)),
+            lambda m: m[2].unflattened_size,
+        ),
+    ],
+)
+def test_sizes_that_are_worked_out_stay_so(make: Callable[[], nn.Module], sizes: Callable[[Any], Any]) -> None:
+    """For other numbers of rows than the network was traced with."""
+    torch.manual_seed(0)
+    small = netsurgery.apply(make(), [RandomScore(), PruneChannels(0.5)], torch.randn(5, 4))
+    assert tuple(sizes(small)) == (-1, 3)
+    assert small(torch.randn(7, 4)).shape[-2:] == (7, 3)
+
+
 def test_units_are_chosen() -> None:
     model = build(Attention(default_scale))
     for unit in ("head", "head_dim", "channel"):

@@ -172,7 +172,10 @@ def solve_attributes(graph: fx.Graph, module: nn.Module, sizes: Sizes) -> tuple[
     found: dict[Attribute, set[int]] = {}
     for _, _, value, axis in _sizes_in(graph):
         if isinstance(value, fx.Node) and "attribute" in value.meta:
-            found.setdefault(value.meta["attribute"], set()).add(sizes(axis))
+            name, index = value.meta["attribute"]
+            held = module.__dict__[name]
+            if (held if index is None else held[index]) != -1:  # which is worked out from the other sizes
+                found.setdefault((name, index), set()).add(sizes(axis))
     agreed = {key: wanted for key, wanted in found.items() if len(wanted) == 1}
     attributes: Kwargs = {}
     for (name, index), (wanted,) in agreed.items():
