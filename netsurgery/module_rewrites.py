@@ -128,7 +128,7 @@ def read(value: Mapping[str, Any]) -> ModuleRewrite:
     if kind is None:
         raise InputError(
             f"the edit rewrites modules by '{value['kind']}', which is not registered here"
-            f"{near_names(str(value['kind']), _KINDS)}: import what defines it (with @register_rewrite) first"
+            f"{near_names(str(value['kind']), _KINDS)}: import netsurgery.passes, or what registers it"
         )
     fields = {name: tuple(one) if isinstance(one, list) else one for name, one in value["fields"].items()}
     try:

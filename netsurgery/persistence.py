@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -98,6 +99,7 @@ def load(folder: str | Path, model: Model, example_inputs: object = None) -> Mod
             shapes, or files that are damaged or of a newer version.
     """
     expect("load(folder, model)", "a path and the full-size model", (folder, (str, os.PathLike)), (model, nn.Module))
+    importlib.import_module("netsurgery.passes")  # registers the rewrites that it has
     text, weights = _kept(Path(folder))
     if text is None:  # nothing was removed
         small = copy.deepcopy(model)

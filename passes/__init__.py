@@ -1,4 +1,4 @@
-"""Passes to compose: scores, removals that need them, and growth; and a penalty and distillation for training loops."""
+"""Passes to compose: scores, removals that need them, growth, graph rewrites; penalty and distillation for training."""
 
 if __name__ == "netsurgery.passes":
     from netsurgery.passes.agreement import measure as measure

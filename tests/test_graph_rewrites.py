@@ -1,7 +1,10 @@
 """Passes that rewrite modules: the function stays, and what comes after them finds an ordinary network."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,6 +26,7 @@ from netsurgery.passes import (
     PruneChannels,
 )
 from netsurgery.rewriting.stages import read
+from small_network import Small
 
 
 def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -242,33 +246,6 @@ def test_folded_weights_train_where_the_old_ones_did() -> None:
 # InsertLayer
 
 
-class Small(nn.Module):
-    """A residual block, a grouped and a depthwise convolution, a dense connection, functional layers, an MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.stem_norm = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6, eps=1e-3)
-        self.inner, self.inner_norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.outer, self.outer_norm = nn.Conv2d(6, 6, 5, padding=2), nn.BatchNorm2d(6)
-        self.act = nn.ReLU6()
-        self.mix = nn.Conv2d(6, 6, 1)
-        self.grouped, self.depthwise = nn.Conv2d(6, 8, 2, groups=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.dense = nn.Conv2d(8, 4, 3, padding=1)
-        self.up = nn.ConvTranspose2d(12, 5, 2, stride=2)
-        self.norm = nn.LayerNorm(5)
-        self.hidden, self.back = nn.Linear(5, 9), nn.Linear(9, 5)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.relu(self.stem_norm(self.stem(x)), inplace=True)
-        x = x + self.outer_norm(self.outer(self.act(self.inner_norm(self.inner(x)))))
-        y = self.mix(x)
-        x = self.act(self.depthwise(self.grouped(self.act(y) + y)))
-        x = self.up(torch.cat([x, self.dense(x)], 1)).flatten(2).transpose(1, 2)
-        x = x + self.back(nn.functional.gelu(self.hidden(self.norm(x))))
-        return self.head(x.mean(1))
-
-
 NEW: dict[tuple[str, str], str] = {
     ("stem", "identity"): "BatchNorm2d ReLU Conv2d BatchNorm2d",
     ("inner", "identity"): "BatchNorm2d ReLU6 Conv2d BatchNorm2d",
@@ -377,6 +354,23 @@ def test_layers_that_cannot_be_inserted() -> None:
     model.unused = nn.Linear(2, 2)
     with pytest.raises(InputError, match="that runs; this one does not run"):
         netsurgery.plan(model, [InsertLayer("unused")], x)
+
+
+def test_saved_rewrites_load_in_another_process(tmp_path: Path) -> None:
+    model, x = lived_in(Small()), inputs(1, 3, 8, 8)
+    passes = [FoldBatchNorm(), MagnitudeScore(), PruneChannels(0.4), InsertLayer("hidden", "dense")]
+    edit = netsurgery.plan(model, passes, x)
+    small = netsurgery.rewrite(model, edit)
+    netsurgery.save(tmp_path, small, edit)
+    code = f"""
+import sys, netsurgery
+assert "netsurgery.passes" not in sys.modules
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from small_network import Small
+print(type(netsurgery.load({str(tmp_path)!r}, Small().double().eval()).hidden).__name__)
+"""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["Dense"], ran.stderr[-2000:]
 
 
 # BranchConv
