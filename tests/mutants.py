@@ -2008,6 +2008,7 @@ def caught_by(mutant: Mutant) -> str | None:
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             "NETSURGERY_EXAMPLES": "50",
+            "NETSURGERY_HEAVY": "1",
         }
         environment.pop("PYTEST_ADDOPTS", None)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
