@@ -57,7 +57,7 @@ class Planting:
 
     Args:
         model: any module; it is changed in place. In torch.compile's wrapper it is compiled anew. Losses computed
-            before must be gone (``del loss``): their graphs remember the old shapes.
+            before must be differentiated before.
         example_inputs: as for ``trace``, for ``amount``.
         amount: new channels of each layer, as ``PlantChannels`` counts them; or by modules.
         include: the modules that get them, as for ``PlantChannels``; by default all that can grow.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from netsurgery.capture.copies import named_modules, named_tensors
 from netsurgery.positions import laid_out_as
+from netsurgery.rewriting.data import set_data
 
 __all__ = ["assembled", "is_split", "join", "split"]
 
@@ -68,7 +69,7 @@ def split(model: nn.Module, new: Mapping[str, Tensor]) -> dict[int, Tensor]:
         for one in module.__dict__[_RECORD].parameters.values() if is_split(module) else ():
             one.grad = None
             at = places.get(id(one))
-            one.data = held[id(one)].new_empty(0) if at is None else held[id(one)].flatten()[at]
+            set_data(one, held[id(one)].new_empty(0) if at is None else held[id(one)].flatten()[at])
             one.requires_grad_(at is not None)
     return places
 
@@ -137,7 +138,7 @@ def join(model: nn.Module) -> None:
         module._parameters.clear()
         for key, one in record.parameters.items():
             one.grad = None
-            one.data = whole[id(one)]
+            set_data(one, whole[id(one)])
             one.requires_grad_(record.trained[key])
             module._parameters[key] = one
         module._parameters.update(others)

@@ -683,3 +683,30 @@ def test_an_amount_by_modules_stands_for_an_edit() -> None:
     for settled in ({}, {"amount": 1, "edit": edit}, {"edit": edit, "include": "0"}):
         with pytest.raises(InputError, match="takes either amount"):
             Planting(net, x, **settled)
+
+
+def test_losses_may_be_held_all_along() -> None:
+    """As in a loop over batches, whose variables outlive it: before planting, meanwhile and afterwards."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    held = []
+
+    def train() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            held.append(model(x).square().mean())
+            held[-1].backward()
+            optimizer.step()
+
+    train()
+    plant = Planting(model, x, amount=2, optimizer=optimizer)
+    train()
+    plant.finish()
+    train()
+    assert model[0].weight.grad is not None and model[0].weight.grad.shape == (8, 4)
+    netsurgery.rewrite(
+        model, netsurgery.Edit(netsurgery.trace(model, x), {"0": range(5)}), inplace=True, optimizer=optimizer
+    )
+    train()
+    assert model[0].weight.grad.shape == (5, 4) and held[-1] < held[0]

@@ -23,6 +23,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import RewriteError
 from netsurgery.positions import Positions
 from netsurgery.rewriting.added import filled, gradient
+from netsurgery.rewriting.data import set_data
 from netsurgery.rewriting.dropping import Dropping, dropping_for
 from netsurgery.rewriting.kept_weights import rescaled
 from netsurgery.rewriting.modules import with_modules
@@ -50,8 +51,8 @@ def rewrite(
     Args:
         model: the model the edit was planned for, or one of the same shapes; of the same weights if the edit has new
             values. Do not train it in between then.
-        inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before must be
-            gone (``del loss``), and so must a DistributedDataParallel around it: their graphs remember the old shapes.
+        inplace: change ``model`` itself; its Parameter objects stay the same objects. Losses computed before
+            cannot be differentiated any more, and a DistributedDataParallel must be put around it anew.
         optimizer: of the model, one or several; each stays the same object, so that schedulers and hooks go on. Its
             groups then hold the smaller model's parameters, in the same order with the same settings, and its state is
             cut with the weights: what it keeps of each element (momentum, moments), or averaged over some dimensions of
@@ -261,5 +262,5 @@ def _replace(cut: Cut) -> None:
     """Put the new values into tensors, which stay the same objects."""
     for old, new, grad in cut:
         old.grad = None  # it must have the shape of the tensor at any time
-        old.data = new
+        set_data(old, new)
         old.grad = grad

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from netsurgery.capture.copies import named_tensors
+from netsurgery.rewriting.data import set_data
 from netsurgery.rewriting.optimizers import within
 
 __all__ = ["all_or_nothing"]
@@ -33,7 +34,7 @@ def all_or_nothing(models: Sequence[nn.Module], optimizers: Sequence[Optimizer])
             module.put_back()
         for tensor, data, grad in tensors:
             tensor.grad = None  # it must have the shape of the tensor at any time
-            tensor.data = data
+            set_data(tensor, data)
             tensor.grad = grad
         for one in held:
             one.put_back()
