@@ -46,10 +46,12 @@ class Pass(abc.ABC):
             instead of the network, and returns it with other units or values.
         gives: what this pass gives: ``{"scores"}``, ``{"block scores"}`` or ``{"edit"}``; nothing where it only locks
             groups (``network.with_locked``). Scores and locks hold for all passes that follow.
+        advice: the pass to put before this one, in words for the error where there is none; empty for the usual one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
+    advice: ClassVar[str] = ""
 
     @property
     def groupwise(self) -> bool:
@@ -306,7 +308,7 @@ def check_order(passes: Sequence[Pass]) -> None:
                 f"pass {position} is {one!r}, not a netsurgery.Pass: passes are instances, such as HGSRScore()"
             )
         if missing := sorted(one.needs - given):
-            advice = _ADVICE.get(missing[0], _ADVICE["scores"])
+            advice = one.advice or _ADVICE.get(missing[0], _ADVICE["scores"])
             raise PassError(
                 f"pass {position}, {one!r}, needs {', '.join(missing)}, which no pass before it gives: "
                 f"put {advice} before it"

@@ -16,7 +16,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.fidelity import Measured
 from netsurgery.passes.calibration import in_eval_mode, outputs_of
-from netsurgery.passes.losses import Loss, loss_of
+from netsurgery.passes.losses import Loss, check_targets, loss_of
 from netsurgery.passes.reporting import DataPass
 from netsurgery.positions import multiplied
 from netsurgery.rewriting.surgery import rewrite
@@ -69,6 +69,7 @@ class GradMax(DataPass):
 
     needs: ClassVar[frozenset[str]] = frozenset({"edit"})
     gives: ClassVar[frozenset[str]] = frozenset({"edit"})
+    advice: ClassVar[str] = "PlantChannels(8)"
     labelled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -131,7 +132,10 @@ class GradMax(DataPass):
         for index, (inputs, targets) in enumerate(drawn.batches(self.rows, device)):
             count = min(self.rows, drawn.count - index * self.rows)
             with torch.enable_grad():
-                yield count / drawn.count, loss_of(outputs_of(model, inputs, device), targets, self.loss).mean()
+                outputs = outputs_of(model, inputs, device)
+                if self.loss is None:
+                    check_targets(outputs, targets, drawn.targets)
+                yield count / drawn.count, loss_of(outputs, targets, self.loss).mean()
 
 
 def _best(units: Sequence[Planned], pool: Sequence[Planned], norms: Tensor) -> tuple[Planned, ...]:

@@ -26,6 +26,7 @@ from netsurgery.passes.selection import (
     channels_per_unit,
     is_touched,
     one_of_each_product,
+    others_made_by,
     sorts_of,
     stands_still,
 )
@@ -72,13 +73,14 @@ class _Growth(Pass):
         still = stands_still(network, self._meant(network, locked), keep)
         for group in (*still, *self._named_in_vain(network, keep)):
             short[group.name] = f"0 of {group.size} (locked: {group.locked})"
+        short.update(self._made_elsewhere(network, keep))
         if not keep:
             listed = "; ".join(f"{name}: {why}" for name, why in short.items())[:500]
             listed = listed or (_FEW if self._meant(network, network.prunable) else _NONE)
             raise InputError(f"nothing of {network.model_name} can grow with these settings. {listed}")
         before = sum(network[name].size for name in keep)
         added = sum(map(len, keep.values())) - before
-        got = f"{added:,} to the {before:,} of {len(keep)} groups"
+        got = f"{added:,} units to the {before:,} of {len(keep)} groups"
         return Edit(network, keep, outcomes=(Outcome(self.asked(), got, short, does="add"),))
 
     def _named(self) -> list[Modules]:
@@ -92,10 +94,25 @@ class _Growth(Pass):
             if not any(belongs(network[name], chosen, patterns) for name in keep):
                 yield from (one for one in network.groups if one.locked and belongs(one, chosen, patterns))
 
+    def _made_elsewhere(self, network: Network, keep: Iterable[str]) -> dict[str, str]:
+        """The groups that stay since modules which are not named produce their units, too; and which do."""
+        found: dict[str, str] = {}
+        for patterns in map(as_patterns, self._named()):
+            chosen = Chosen(network, patterns)
+            for group in [one for one in network.prunable if one.name not in keep]:
+                made = any(chosen.holds(member.parameter) for member in group.members if member.role == "produces")
+                if made and not belongs(group, chosen, patterns) and not is_touched(group, self._excluded(network)):
+                    others = f"also produced by {others_made_by(group, chosen)}: include '{group.name}' to grow it"
+                    found[group.name] = f"0 of {group.size} ({others})"
+        return found
+
+    def _excluded(self, network: Network) -> Chosen:
+        return Chosen(network, as_patterns(self.exclude))
+
     def _meant(self, network: Network, among: Iterable[Group]) -> list[Group]:
         sorts = {one for together in sorts_of(type(self).__name__, self.unit) for one in together}
-        include, exclude = as_patterns(self.include), as_patterns(self.exclude)
-        included, excluded = Chosen(network, include), Chosen(network, exclude)
+        include, excluded = as_patterns(self.include), self._excluded(network)
+        included = Chosen(network, include)
         return [
             group
             for group in among
@@ -173,7 +190,10 @@ class WidenChannels(_Growth):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_real(self.factor) or not 1 <= self.factor < float("inf"):
-            raise InputError(f"WidenChannels(factor={self.factor!r}): a number of at least 1; PruneChannels removes")
+            raise InputError(
+                f"WidenChannels(factor={self.factor!r}): a number of at least 1, of the layers that include= names; "
+                "PruneChannels removes"
+            )
         require_counts(self, "multiple_of")
         if not is_real(self.noise) or not 0 <= self.noise < 1:
             raise InputError(f"WidenChannels(noise={self.noise!r}): a number in [0, 1)")

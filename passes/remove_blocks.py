@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from netsurgery.analysis.network import Network
-from netsurgery.arguments import is_real, require_counts
+from netsurgery.arguments import is_count, is_real, require_counts
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.outcome import Outcome
@@ -59,6 +59,8 @@ class RemoveBlocks(Pass):
         given = [name for name in ("count", "ratio", "blocks") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(f"RemoveBlocks takes one of count, ratio and blocks, got {' and '.join(given) or 'none'}")
+        if self.count is not None and not is_count(self.count):
+            raise InputError(f"RemoveBlocks(count={self.count!r}): a whole number of at least 0; a share is ratio=")
         require_counts(self, "count", least=0)
         if self.ratio is not None and not (is_real(self.ratio) and 0 <= self.ratio < 1):
             raise InputError(f"RemoveBlocks(ratio={self.ratio!r}): the share of the blocks to remove is in [0, 1)")

@@ -131,7 +131,7 @@ NANS = X[0] * torch.nan, X[1]
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: GradMax(X, candidates=0), InputError, r"GradMax\(candidates=0\): a whole number of at least 1"),
     (lambda: GradMax(None), InputError, "GradMax.data=None.: pass the samples, with labels"),
-    (lambda: netsurgery.plan(dense(), [GradMax(X)], X[0]), PassError, "needs edit"),
+    (lambda: netsurgery.plan(dense(), [GradMax(X)], X[0]), PassError, r"edit, .*: put PlantChannels\(8\) before"),
     (lambda: netsurgery.plan(dense(), [WidenChannels(2), GradMax(X)], X[0]), InputError, "adds none: put"),
     (lambda: netsurgery.plan(dense(), [PlantChannels(2), GradMax(X[0])], X[0]), InputError, "label|target"),
     (lambda: netsurgery.plan(dense(), [PlantChannels(2), GradMax(NANS)], X[0]), InputError, "not finite"),
@@ -144,3 +144,17 @@ def test_bad_input(case: int) -> None:
     make, error, message = BAD[case]
     with pytest.raises(error, match=message):
         make()
+
+
+def test_logits_that_are_no_classes_of_the_labels_are_named() -> None:
+    """As of a language model, whose classes are last."""
+    words = torch.randint(0, 9, (16, 4), generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9))
+    with pytest.raises(InputError, match=r"neither classes nor their shares: pass loss=f\(outputs, targets\)"):
+        netsurgery.plan(model, [PlantChannels(2), GradMax((words, words))], words[:1])
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.movedim(-1, 1), targets)
+
+    edit = netsurgery.plan(model, [PlantChannels(2), GradMax((words, words), loss=loss)], words[:1])
+    assert len(edit.grown) == 2

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,7 +200,7 @@ def test_statistics_stay_where_each_unit_has_as_many_copies(norm: nn.Module) -> 
     torch.testing.assert_close(new(x), model(x), rtol=1e-12, atol=1e-12)
     once = (*range(size), *(Copy(unit) for unit in range(1, size)))
     for units in ((*range(size), New()), (*range(size), Copy(0)), once):
-        with pytest.raises(InputError, match=f"'{name}' cannot have more units without .* has as many copies"):
+        with pytest.raises(InputError, match=f"'{name}' cannot have more units without .* a whole factor"):
             Edit(network, {name: units})
 
 
@@ -561,7 +561,7 @@ def test_widening_keeps_the_function_and_prices_it() -> None:
     edit = netsurgery.plan(model, [WidenChannels(1.5)], X)
     wide = netsurgery.rewrite(model, edit)
     assert edit.counts == {"stem": 9, "wide": 8, "side": 6, "hidden": 10}
-    assert edit.summary() == "asked to add 50% of the channels of each layer, added 11 to the 22 of 4 groups"
+    assert edit.summary() == "asked to add 50% of the channels of each layer, added 11 units to the 22 of 4 groups"
     torch.testing.assert_close(wide(X), model(X), rtol=1e-12, atol=1e-12)
     assert netsurgery.cost(wide, X) == edit.after
 
@@ -593,7 +593,7 @@ def test_planting_adds_what_is_asked_for_by_modules() -> None:
     model = net()
     edit = netsurgery.plan(model, [PlantChannels({"wide": 3, "hid*": 2})], X)
     assert edit.counts == {"wide": 8, "hidden": 9}
-    assert edit.summary() == "asked to add 3 in 'wide', 2 in 'hid*', added 5 to the 12 of 2 groups"
+    assert edit.summary() == "asked to add 3 in 'wide', 2 in 'hid*', added 5 units to the 12 of 2 groups"
     torch.testing.assert_close(netsurgery.rewrite(model, edit)(X), model(X), rtol=1e-12, atol=1e-12)
 
 
@@ -621,7 +621,7 @@ def test_heads_grow_where_dimensions_within_them_cannot() -> None:
     heads = next(group.name for group in network.groups if group.unit == "head")
     edit = netsurgery.plan(model, [PlantChannels(3)], x)
     assert edit.counts == {heads: 3, "1.up": 15}  # a head is four channels
-    assert list(edit.outcomes[0].short) == ["0"] and "as many copies" in edit.outcomes[0].short["0"]
+    assert list(edit.outcomes[0].short) == ["0"] and "by a whole factor" in edit.outcomes[0].short["0"]
     torch.testing.assert_close(netsurgery.rewrite(model, edit)(x), model(x), rtol=1e-12, atol=1e-12)
     twice = netsurgery.plan(model, [WidenChannels(2)], x)
     assert twice.counts == {"0": 16, heads: 4, "1.up": 24} and not twice.outcomes[0].short
@@ -668,7 +668,7 @@ def test_statistics_over_several_groups_need_all_of_them() -> None:
     wide = netsurgery.apply(model, [WidenChannels(2)], x)
     torch.testing.assert_close(wide(x), model(x), rtol=1e-12, atol=1e-12)
     for settings in (WidenChannels(2, include="one"), PlantChannels(1)):
-        with pytest.raises(InputError, match=r"nothing of Joined can grow .* has as many copies"):
+        with pytest.raises(InputError, match=r"nothing of Joined can grow .* a whole factor"):
             netsurgery.plan(model, [settings], x)
     model = Joined(constant=True).double()  # whose code makes more zeros then
     wide = netsurgery.apply(model, [WidenChannels(2)], x)
@@ -691,7 +691,7 @@ def test_widening_and_pruning_in_one_pipeline() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: WidenChannels(0.5), "a number of at least 1; PruneChannels removes"),
+        (lambda: WidenChannels(0.5), "a number of at least 1, .*; PruneChannels removes"),
         (lambda: WidenChannels(2, noise=1.0), r"noise=1.0\): a number in \[0, 1\)"),
         (lambda: WidenChannels(2, multiple_of=0), r"multiple_of=0\): a whole number"),
         (lambda: WidenChannels(2, unit="neuron"), "one or several of 'any', 'channel'"),
@@ -754,6 +754,27 @@ def test_a_locked_layer_that_is_named_is_named(growth: netsurgery.Pass) -> None:
         netsurgery.plan(model, [growth], x)
     assert why in str(netsurgery.plan(model, [PlantChannels({"0": 1, "4": 2})], x).outcomes[0])
     assert not netsurgery.plan(model, [PlantChannels(2, include=["[0-9]*"])], x).outcomes[0].short
+
+
+@pytest.mark.parametrize(
+    "growth", [PlantChannels({"b.down": 2}), PlantChannels(2, include=["b.down"]), PlantChannels({"b.*": 2})]
+)
+def test_a_layer_of_a_residual_stream_is_named(growth: PlantChannels) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 7), nn.Linear(7, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(x).relu())
+
+    model, x = nn.Sequential(OrderedDict(a=nn.Linear(4, 6), b=Block(), c=nn.Linear(6, 2))), torch.randn(2, 4)
+    why = "0 of 6 (also produced by a: include 'a' to grow it)"
+    if growth.amount == {"b.*": 2}:
+        assert netsurgery.plan(model, [growth], x).outcomes[0].short == {"a": why}
+    else:
+        with pytest.raises(InputError, match=re.escape(f"can grow with these settings. a: {why}")):
+            netsurgery.plan(model, [growth], x)
 
 
 def test_planting_again_makes_no_twins() -> None:

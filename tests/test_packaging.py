@@ -238,3 +238,16 @@ def test_type_checkers_find_an_editable_install(tree: Path, tmp_path: Path) -> N
 
     assert "Success" in mypy(tree / "src")
     assert "Success" not in mypy(tmp_path)
+
+
+def test_the_list_of_heavy_tests_names_tests_that_exist() -> None:
+    """``python -m pytest -p tests.cpu_time`` measures, ``python tests/cpu_time.py`` makes the list anew."""
+    heavy = (ROOT / "tests" / "heavy.txt").read_text(encoding="utf-8").splitlines()
+    tests: dict[str, set[str]] = {}
+    for name in heavy:
+        file, _, rest = name.partition("::")
+        tests.setdefault(file, set()).add(rest.partition("[")[0])
+    for file, names in tests.items():
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert names <= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, file
+    assert heavy == sorted(set(heavy)) and 0 < len(heavy) < 400

@@ -99,7 +99,7 @@ def _obstacle(node: fx.Node, leaf: Axis, at: Positions, group: Group, network: N
     if packet in _AVERAGES:
         over = [axis for one in node.all_input_nodes for axis in axes_in(one.meta["dims"]) if leaf in leaves(axis)]
         if not all(_evenly(axis, at) for axis in over):
-            return "it takes statistics over these units, which stay if all that they are taken over has as many copies"
+            return "it takes statistics over these units: they grow by a whole factor, as by WidenChannels(2), or not"
         if packet in _DEVIATIONS and given.get("unbiased", True) and given.get("correction", 1) != 0:
             return "it takes a variance over these units with a correction for their number (unbiased)"
         return None
