@@ -26,7 +26,8 @@ from netsurgery.passes import Distillation
 from netsurgery.search import Growth, trials
 from test_planting import NETS
 
-FORK = multiprocessing.get_context("fork")  # as quick as tests should be
+SERVED = multiprocessing.get_context("forkserver")  # forked of a process that has computed no gradients
+SERVED.set_forkserver_preload(["netsurgery.search.trials"])
 
 
 class Net(nn.Module):
@@ -201,7 +202,7 @@ def test_candidates_are_drawn_from_the_seed() -> None:
 def test_executors_give_the_same_bits(teacher: nn.Module | None) -> None:
     given: dict[str, Any] = {"teacher": teacher, "budget": {"params": 50}}
     expected = grow(**given)
-    for executor in (ProcessPoolExecutor(2, FORK), ProcessPoolExecutor(1, FORK), ThreadPoolExecutor(3)):
+    for executor in (ProcessPoolExecutor(2, SERVED), ProcessPoolExecutor(1, SERVED), ThreadPoolExecutor(3)):
         with executor:
             assert same(grow(**given, executor=executor), expected), executor
 
@@ -329,13 +330,27 @@ def test_a_round_whose_weights_are_gone_is_worked_out_again(
     assert own.read_text().count('"event": "round"') == len(expected.history)
 
 
+def test_workers_that_are_forked_too_late_are_said() -> None:
+    """Gradients that begin in a thread of autograd's own, as on a GPU, keep forked processes from having any."""
+
+    class Failed(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            return super().submit(self.fail)
+
+        def fail(self) -> None:
+            raise RuntimeError("Unable to handle autograd's threading, see https://.../wiki/Autograd-and-Fork")
+
+    with Failed(1) as executor, pytest.raises(InputError, match=r"cannot compute gradients .*get_context\('spawn'\)"):
+        grow(executor=executor)
+
+
 def dies(*_: Any) -> None:
     os._exit(3)
 
 
 def test_a_worker_that_dies_is_said_and_the_log_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "growth.jsonl"
-    with monkeypatch.context() as patch, ProcessPoolExecutor(1, FORK) as executor:
+    with monkeypatch.context() as patch, ProcessPoolExecutor(1, SERVED) as executor:
         patch.setattr(trials, "tried", dies)
         with pytest.raises(NetsurgeryError, match=r"a worker of the executor died .*the same call goes on from there"):
             grow(log=log, executor=executor)
@@ -477,7 +492,10 @@ def test_bad_input_is_refused_before_any_work(name: str, tmp_path: Path) -> None
 def test_what_cannot_be_pickled_is_refused_before_any_work() -> None:
     net = copy.deepcopy(NET)
     net.register_forward_hook(lambda *_: None)
-    with ProcessPoolExecutor(1, FORK) as executor, pytest.raises(InputError, match="cannot be sent to other processes"):
+    with (
+        ProcessPoolExecutor(1, SERVED) as executor,
+        pytest.raises(InputError, match="cannot be sent to other processes"),
+    ):
         grow(net=net, executor=executor)
     assert len(grow(net=net).history) > 1
 
@@ -548,7 +566,7 @@ def test_code_with_sizes_in_it_is_rewritten_in_workers_too() -> None:
     net = seeded(HardCoded)
     expected = grow(net=net, budget={"params": 100}, amount=3)
     assert expected.history[-1].params > 51
-    with ProcessPoolExecutor(1, FORK) as executor:
+    with ProcessPoolExecutor(1, SERVED) as executor:
         assert same(grow(net=net, budget={"params": 100}, amount=3, executor=executor), expected)
 
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import netsurgery
 from netsurgery.errors import InputError
 from netsurgery.search import Widths, WidthSearch, trials
-from test_grow import NET, Net, same, samples, seeded
+from test_grow import NET, SERVED, Net, same, samples, seeded
 
 TINY: dict[str, Any] = {"multiple_of": 2, "epochs": 1, "retrain": 2, "batch_size": 24, "lr": 0.02, "log": None}
 
@@ -103,7 +102,7 @@ def test_an_interrupted_search_goes_on_and_executors_give_the_same_bits(tmp_path
     for end in range(0, len(lines), 2):
         log.write_bytes(b"".join(lines[:end]))
         assert alike(search(log=log).run(), expected), end
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as executor:
+    with ProcessPoolExecutor(2, SERVED) as executor:
         assert alike(search(executor=executor).run(), expected)
     with pytest.raises(InputError, match=r"is the log of another search .*growth was"):
         search(log=log, factor=1.5).run()

@@ -97,9 +97,10 @@ def grow(
         log: file for a line of JSON for each candidate and round, such as ``growth.jsonl``. Weights lie beside it,
             ``growth.weights/``, one file for each round. Where it is there, the search goes on from there: what it
             lacks is worked out.
-        executor: where candidates are trained, such as ``concurrent.futures.ProcessPoolExecutor(4)``, or a cluster's
-            (``dask.distributed.Client(...).get_executor()``); None: here, one after the other. In threads of one
-            process they take turns, since random numbers are the process's.
+        executor: where candidates are trained: ``concurrent.futures.ProcessPoolExecutor(4, context)`` with the
+            ``multiprocessing.get_context("spawn")``, or a cluster's (``dask.distributed.Client(...).get_executor()``);
+            None: here, one after the other. In threads of one process they take turns, since random numbers are the
+            process's.
         threads: of torch, for each candidate: the last bits of sums depend on them.
         seed: fixes the split, the draws of candidates, new weights and the order of samples.
         progress: show how far the search is, on a terminal or through the logger ``netsurgery``.

@@ -198,6 +198,7 @@ def tried_by(executor: Executor | None, tasks: Mapping[str, tuple[Any, ...]]) ->
     """Candidates by name as they are done.
 
     Raises:
+        InputError: workers are forked of a process that has computed gradients, which PyTorch does not allow.
         NetsurgeryError: a worker died.
     """
     if executor is None:
@@ -210,6 +211,13 @@ def tried_by(executor: Executor | None, tasks: Mapping[str, tuple[Any, ...]]) ->
     except BrokenExecutor as error:
         raise NetsurgeryError(
             f"a worker of the executor died ({error}): what the log holds is kept, and the same call goes on from there"
+        ) from error
+    except RuntimeError as error:
+        if "Autograd-and-Fork" not in str(error):
+            raise
+        raise InputError(
+            "the executor forks its workers, and these cannot compute gradients once this process has: pass "
+            "ProcessPoolExecutor(n, multiprocessing.get_context('spawn'))"
         ) from error
     finally:
         for future in futures:
