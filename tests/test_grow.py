@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import netsurgery
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.passes import Distillation
-from netsurgery.search import Growth, trials
+from netsurgery.search import Growth, identity, trials
 from test_planting import NETS
 
 FORK = multiprocessing.get_context("fork")  # as quick as tests should be
@@ -372,6 +374,131 @@ def test_a_log_of_another_search_is_refused(name: str, finished: tuple[Path, Gro
     with pytest.raises(InputError, match=f"growth.jsonl is the log of another search .*{said}.*: remove it, or"):
         grow(**{"teacher": TEACHER, "log": log, "patience": 9, **make()})
     assert log.read_bytes() == text
+
+
+def of_softness(by: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=by)
+
+    return loss
+
+
+def by_default(smoothing: float) -> Any:
+    def loss(outputs: Tensor, targets: Tensor, by: float = smoothing) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=by)
+
+    return loss
+
+
+class Focal:
+    """An object with a state and the default text, which holds an address."""
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) * self.power
+
+    def method(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self(outputs, targets)
+
+
+def local_class(power: float) -> Any:
+    class Loss(nn.Module):
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return super().__class__ and F.cross_entropy(outputs, targets) * power
+
+    return Loss()
+
+
+def calling(inner: Any) -> Any:
+    return lambda outputs, targets: inner(outputs, targets)
+
+
+ALIKE: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {
+    "lambdas that call another": (
+        "loss",
+        lambda: lambda o, t: F.cross_entropy(o, t),
+        lambda: lambda o, t: F.nll_loss(o, t),
+    ),
+    "lambdas with another number": (
+        "optimizer",
+        lambda: lambda p, lr: torch.optim.SGD(p, lr, 0.5),
+        lambda: lambda p, lr: torch.optim.SGD(p, lr, 0.9),
+    ),
+    "closures": ("loss", lambda: of_softness(0.1), lambda: of_softness(0.2)),
+    "closures of closures": ("loss", lambda: calling(of_softness(0.1)), lambda: calling(of_softness(0.2))),
+    "defaults": ("loss", lambda: by_default(0.1), lambda: by_default(0.2)),
+    "objects": ("loss", lambda: Focal(1.0), lambda: Focal(2.0)),
+    "methods": ("loss", lambda: Focal(1.0).method, lambda: Focal(2.0).method),
+    "local classes": ("loss", lambda: local_class(1.0), lambda: local_class(2.0)),
+    "modules": (
+        "loss",
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.2),
+    ),
+    "weights of classes": (
+        "loss",
+        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 1.0])),
+        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 2.0])),
+    ),
+    "partials": (
+        "loss",
+        lambda: functools.partial(calling(of_softness(0.1))),
+        lambda: functools.partial(calling(of_softness(0.3))),
+    ),
+    "partials of numbers": (
+        "optimizer",
+        lambda: functools.partial(torch.optim.AdamW, betas=(0.9, 0.99)),
+        lambda: functools.partial(torch.optim.AdamW, betas=(0.8, 0.99)),
+    ),
+    "the loss of a distillation": (
+        "distillation",
+        lambda: Distillation(loss=of_softness(0.1)),
+        lambda: Distillation(loss=of_softness(0.2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_functions_of_one_name_are_told_apart(name: str, tmp_path: Path) -> None:
+    key, one, other = ALIKE[name]
+    given = {"log": tmp_path / "growth.jsonl", "budget": {"params": 45}, "teacher": None}
+    given["teacher"] = TEACHER if key == "distillation" else None
+    expected = grow(**given, **{key: one()})
+    assert same(grow(**given, **{key: one()}), expected)
+    with pytest.raises(InputError, match=f"growth.jsonl is the log of another search .*{key}"):
+        grow(**given, **{key: other()})
+
+
+def test_a_loss_whose_state_cannot_be_told_is_refused_with_a_log(tmp_path: Path) -> None:
+    numbers = (one for one in range(10**6))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) + 0 * next(numbers)
+
+    with pytest.raises(
+        InputError,
+        match=r"^loss=test_grow\..*\.loss cannot be told from another for the log \(cannot pickle 'generator' "
+        r"object\): pass one that can be pickled, or log=None$",
+    ):
+        grow(loss=loss, log=tmp_path / "growth.jsonl")
+    assert not list(tmp_path.iterdir()) and len(grow(loss=loss).history) > 1
+
+
+def fingerprints() -> str:
+    return repr([[identity.fingerprint(name, one()) for name, (_, one, _) in ALIKE.items()], identity.of_network(NET)])
+
+
+def test_fingerprints_are_the_same_in_another_process() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", "import test_grow; print(test_grow.fingerprints(), end='')"],
+        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == fingerprints()
 
 
 @pytest.mark.parametrize("text", ["not a log\n", '{"event": "round"}\n', "[1]\n"])

@@ -21,6 +21,7 @@ from netsurgery.errors import InputError
 from netsurgery.passes.calibration import Samples, in_eval_mode
 from netsurgery.passes.distillation import Distillation
 from netsurgery.passes.losses import Loss, cross_entropy, logits_in
+from netsurgery.search.identity import fingerprint, is_plain
 from netsurgery.search.split import Split
 
 __all__ = ["Fitting", "Measured", "name_of"]
@@ -79,9 +80,21 @@ class Fitting:
             "batch_size": int(self.batch_size),
             "optimizer": name_of(self.optimizer),
             "lr": float(self.lr),
-            "loss": None if self.loss is None else name_of(self.loss),
-            "distillation": None if towards is None else f"{towards!r} of {name_of(towards.loss)}, dim={towards.dim}",
+            "loss": _named(self.loss),
+            "distillation": None if towards is None else f"{towards!r} of {_named(towards.loss)}, dim={towards.dim}",
         }
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of what users pass as functions and objects.
+
+        Raises:
+            InputError: something that cannot be told from another.
+        """
+        given: dict[str, Any] = {"optimizer": self.optimizer, "loss": self.loss}
+        if self.distillation is not None:
+            state = {**vars(self.distillation), "_labels_checked": False}  # noted by its first call
+            given["distillation"] = (type(self.distillation), state)
+        return {name: fingerprint(f"{name}={name_of(getattr(self, name))}", one) for name, one in given.items()}
 
     def check(self, model: nn.Module, split: Split) -> None:
         """Try the loss on some samples, and the optimizer on a vector.
@@ -164,7 +177,12 @@ def _logits(outputs: Any) -> Tensor:
 def name_of(value: Any) -> str:
     """A callable by its name and the arguments that are bound to it."""
     if isinstance(value, functools.partial):
-        given = [*map(repr, value.args), *(f"{key}={one!r}" for key, one in value.keywords.items())]
+        pairs = [*(("", one) for one in value.args), *((f"{key}=", one) for key, one in value.keywords.items())]
+        given = [f"{key}{one!r}" if is_plain(one) else f"{key}{name_of(one)}" for key, one in pairs]
         return f"{name_of(value.func)}({', '.join(given)})"
-    found = getattr(value, "__qualname__", None)
-    return repr(value) if found is None else f"{value.__module__}.{found}"
+    one = value if hasattr(value, "__qualname__") else type(value)  # no repr, which may hold an address
+    return f"{one.__module__}.{one.__qualname__}"
+
+
+def _named(loss: Loss | None) -> str | None:
+    return None if loss is None else name_of(loss)

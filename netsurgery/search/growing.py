@@ -96,7 +96,8 @@ def grow(
             Let them be samples that ``net`` has not been trained on: of others it knows the answers already.
         log: file for a line of JSON for each candidate and round, such as ``growth.jsonl``. Weights lie beside it,
             ``growth.weights/``, one file for each round. Where it is there, the search goes on from there: what it
-            lacks is worked out.
+            lacks is worked out. The log of a search with other settings, data or code of ``loss`` and ``optimizer`` is
+            refused.
         executor: where candidates are trained, such as ``concurrent.futures.ProcessPoolExecutor(4)``, or a cluster's
             (``dask.distributed.Client(...).get_executor()``); None: here, one after the other. In threads of one
             process they take turns, since random numbers are the process's.
@@ -263,6 +264,7 @@ def carried_out(
         "netsurgery": netsurgery.__version__,
         "torch": torch.__version__,
         **identity,
+        **({} if log is None else search.setting.fitting.identity()),
         "settings": search.settings(),
     }
     journal = Journal(None if log is None else Path(log), header)

@@ -129,8 +129,8 @@ def _compare(path: Path, there: Entry, here: Entry) -> None:
     for key in ("torch", "netsurgery"):
         if there.get(key) != here[key]:
             differs.append(f"it was made by {key} {there.get(key)}, and this is {here[key]}")
-    for key in ("network", "data", "teacher"):
-        if there.get(key) != here[key]:
+    for key, value in here.items():
+        if key not in ("event", "settings", "torch", "netsurgery") and there.get(key) != value:
             differs.append(f"the {key} is another")
     said = "; ".join(differs[:4]) or "its settings have other names"
     raise InputError(f"{path} is the log of another search ({said}): remove it, or pass another file as log")
