@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -363,7 +364,65 @@ OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "network": (lambda: {"net": seeded(Net, 7)}, "the network is another"),
     "data": (lambda: {"data": samples(93)}, "the data is another"),
     "teacher": (lambda: {"teacher": None}, "the teacher is another"),
+    "values of example inputs": (lambda: {"example_inputs": X[:1] + 1}, "other example_inputs"),
+    "shapes of example inputs": (lambda: {"example_inputs": X[:2]}, "other example_inputs"),
+    "dropout": (lambda: {"net": changed(NET, "drop", "p", 0.2)}, "the network is another"),
+    "the momentum of a norm": (lambda: {"net": changed(NET, "norm", "momentum", 0.2)}, "the network is another"),
+    "a setting of one's own": (lambda: {"net": changed(NET, "", "scale", 0.5)}, "the network is another"),
+    "another forward": (lambda: {"net": of_class(NET, Slower)}, "the network is another"),
+    "what is frozen": (lambda: {"net": frozen(NET)}, "the network is another"),
 }
+
+
+class Slower(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def changed(net: nn.Module, path: str, name: str, value: object) -> nn.Module:
+    net = copy.deepcopy(net)
+    setattr(net.get_submodule(path), name, value)
+    return net
+
+
+def of_class(net: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    other = kind()
+    other.load_state_dict(net.state_dict())
+    return other
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    net = copy.deepcopy(net)
+    net.one.weight.requires_grad_(False)
+    return net
+
+
+def test_a_class_of_the_same_name_with_another_forward(tmp_path: Path) -> None:
+    def made(factor: float) -> nn.Module:
+        class Scaled(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * factor
+
+        return of_class(NET, Scaled)
+
+    log = tmp_path / "growth.jsonl"
+    grow(made(1.0), log=log, budget={"params": 45})
+    grow(made(1.0), log=log, budget={"params": 45})
+    with pytest.raises(InputError, match="the network is another"):
+        grow(made(2.0), log=log, budget={"params": 45})
+
+
+def test_names_of_inputs_tell_data_apart() -> None:
+    x, y = X[:, :2], X[:, 2:]
+    one, other = ({"a": x, "b": y}, {"b": x, "a": y})
+    assert identity.fingerprint("data", one) != identity.fingerprint("data", other)
+
+
+def test_nothing_is_asked_of_a_network_without_a_log() -> None:
+    class Locked(Net):
+        lock = threading.Lock()
+
+    assert len(grow(of_class(NET, Locked)).history) > 1
 
 
 @pytest.mark.parametrize("name", OTHERS)

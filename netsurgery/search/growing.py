@@ -15,7 +15,6 @@ from torch.optim import AdamW, Optimizer
 
 import netsurgery
 from netsurgery.arguments import expect, is_count
-from netsurgery.capture.copies import named_modules
 from netsurgery.capture.inputs import as_inputs
 from netsurgery.errors import InputError
 from netsurgery.passes.distillation import Distillation
@@ -29,7 +28,7 @@ from netsurgery.search.fitting import Fitting
 from netsurgery.search.journal import Journal
 from netsurgery.search.outcome import Growth
 from netsurgery.search.rounds import Rounds, Search, check_settings, parcel
-from netsurgery.search.split import Split, digest, logits_of, read
+from netsurgery.search.split import Split, logits_of, read
 from netsurgery.search.trials import Setting, copied
 
 __all__ = ["carried_out", "grow", "outside_inference_mode", "prepared"]
@@ -130,7 +129,7 @@ def grow(
     given by the source, and ours: new channels begin with consumers at zero, what is a candidate, held-out loss or gain
     as the judge, budget and patience, the learning rate's cosine, and all defaults.
     """
-    search, identity = prepared(
+    search = prepared(
         "grow",
         net,
         data,
@@ -147,7 +146,7 @@ def grow(
         threads=threads,
         seed=seed,
     )
-    return carried_out(search, identity, log, executor, Report(progress, "grow"))
+    return carried_out(search, log, executor, Report(progress, "grow"))
 
 
 def _plants(amount: Any, include: Modules, exclude: Modules, net: nn.Module) -> Callable[[int], PlantChannels]:
@@ -188,8 +187,8 @@ def prepared(
     candidates: int | None,
     threads: int,
     seed: int,
-) -> tuple[Search, dict[str, str]]:
-    """A search whose arguments have been checked, and fingerprints of network, data and teacher.
+) -> Search:
+    """A search whose arguments have been checked.
 
     Args:
         caller: name of the public function.
@@ -218,13 +217,7 @@ def prepared(
     setting = Setting(own, as_inputs(example_inputs), split, fitting, only_new, threads)
     search = Search(setting, passes, limits, by, patience, candidates, seed)
     check_settings(search)
-    state = [text for path, one in named_modules(own).items() for text in (path, type(one).__qualname__)]
-    identity = {
-        "network": digest([*state, *own.state_dict().values()]),
-        "data": digest([split.train.inputs, split.train.targets, split.held.inputs, split.held.targets]),
-        "teacher": digest([split.teacher]),
-    }
-    return search, identity
+    return search
 
 
 def _check_outputs(net: nn.Module, split: Split, loss: Loss | None) -> None:
@@ -247,9 +240,7 @@ def _taught(net: nn.Module, split: Split, teacher: nn.Module) -> Split:
 
 
 @outside_inference_mode()
-def carried_out(
-    search: Search, identity: dict[str, str], log: str | Path | None, executor: Executor | None, report: Report
-) -> Growth:
+def carried_out(search: Search, log: str | Path | None, executor: Executor | None, report: Report) -> Growth:
     """Carry a search out, or go on with it.
 
     Raises:
@@ -263,8 +254,7 @@ def carried_out(
         "event": "settings",
         "netsurgery": netsurgery.__version__,
         "torch": torch.__version__,
-        **identity,
-        **({} if log is None else search.setting.fitting.identity()),
+        **({} if log is None else search.identity()),
         "settings": search.settings(),
     }
     journal = Journal(None if log is None else Path(log), header)

@@ -11,11 +11,11 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netsurgery.capture.copies import named_modules, named_tensors
 from netsurgery.errors import InputError
-from netsurgery.search.split import digest
 
 __all__ = ["fingerprint", "is_plain", "of_network"]
 
@@ -50,14 +50,14 @@ def of_network(model: nn.Module) -> str:
     Raises:
         InputError: the class of a module holds something whose state cannot be told.
     """
-    parts = list[Any]()
+    parts = list[str]()
     for path, module in named_modules(model).items():
         settings = {key: one for key, one in vars(module).items() if key != "training" and is_plain(one)}
         own = fingerprint(f"'{path or 'the network'}' ({type(module).__name__})", (type(module), settings))
         parts += [path, own, module.extra_repr()]
     for path, tensor in named_tensors(model):
-        parts += [path, tensor.requires_grad, tensor]
-    return digest(parts)
+        parts += [path, _of_tensor(tensor), str(tensor.requires_grad)]
+    return _join(parts)
 
 
 class _Walk:
@@ -79,7 +79,7 @@ class _Walk:
 
     def _parts(self, value: Any) -> Iterable[str]:
         if isinstance(value, Tensor):
-            return ("tensor", digest([value]), str(value.requires_grad))
+            return ("tensor", _of_tensor(value), str(value.requires_grad))
         if isinstance(value, types.ModuleType):
             return ("module", value.__name__)
         if isinstance(value, set | frozenset):
@@ -151,6 +151,11 @@ class _Walk:
 
 def _join(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(f"{len(one)} {one}" for one in parts).encode()).hexdigest()[:16]
+
+
+def _of_tensor(value: Tensor) -> str:
+    raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
 def _name(value: Any) -> str:

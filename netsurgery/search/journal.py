@@ -131,6 +131,6 @@ def _compare(path: Path, there: Entry, here: Entry) -> None:
             differs.append(f"it was made by {key} {there.get(key)}, and this is {here[key]}")
     for key, value in here.items():
         if key not in ("event", "settings", "torch", "netsurgery") and there.get(key) != value:
-            differs.append(f"the {key} is another")
+            differs.append("other example_inputs" if key == "example_inputs" else f"the {key} is another")
     said = "; ".join(differs[:4]) or "its settings have other names"
     raise InputError(f"{path} is the log of another search ({said}): remove it, or pass another file as log")
