@@ -788,6 +788,43 @@ def test_a_loss_of_the_users() -> None:
     assert squares.history[-1].loss < squares.history[0].loss and squares.history[0].accuracy is None
 
 
+class Positions(nn.Module):
+    """Three classes for each of two positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x))).view(-1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "loss"),
+    [
+        (-100, None),
+        (-100, F.cross_entropy),
+        (255, nn.CrossEntropyLoss(ignore_index=255)),
+        (0, nn.CrossEntropyLoss(ignore_index=0)),
+    ],
+)
+def test_accuracy_is_that_of_positions_with_a_label(ignored: int, loss: Any) -> None:
+    y = torch.stack([Y, Y], 1)
+    y[torch.arange(90) % 4 == 0, 1] = ignored
+    held = X[:30], y[:30]
+    net = seeded(Positions)
+    found = grow(net, (X, y), validation=held, loss=loss, budget={"params": 80}).history[0].accuracy
+    said = held[1] != ignored
+    right = (net(X[:30]).argmax(1) == held[1])[said]
+    assert found == pytest.approx(100 * float(right.double().mean())) and bool((~said).any())
+
+
+def test_without_any_label_there_is_no_accuracy() -> None:
+    fitting = netsurgery.search.fitting.Fitting(1, 8, torch.optim.SGD, 0.1, nn.CrossEntropyLoss(reduction="none"))
+    samples = netsurgery.passes.calibration.Samples(((X,), {}), torch.full((90,), -100), 90)
+    assert fitting.measure(NET, samples).accuracy is None
+
+
 def test_an_optimizer_with_arguments_of_its_own() -> None:
     momentum = grow(optimizer=functools.partial(torch.optim.SGD, momentum=0.9))
     assert not same(momentum, grow(optimizer=torch.optim.SGD))

@@ -20,7 +20,7 @@ from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import Samples, in_eval_mode
 from netsurgery.passes.distillation import Distillation
-from netsurgery.passes.losses import Loss, cross_entropy, logits_in
+from netsurgery.passes.losses import Loss, cross_entropy, ignored_by, logits_in
 from netsurgery.search.identity import fingerprint, is_plain
 from netsurgery.search.split import Split
 
@@ -31,7 +31,7 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean loss on held-out samples, and the percentage whose largest logit is the label's (None without classes)."""
+    """Mean loss on held-out samples, and the percentage of labels that the largest logit names (None without any)."""
 
     loss: float
     accuracy: float | None
@@ -163,7 +163,8 @@ class Fitting:
                 total += float(self._of(outputs, targets).double().mean()) * rows
                 logits = logits_in(outputs)
                 if logits is not None and isinstance(targets, Tensor) and targets.shape == logits[:, 0].shape:
-                    right, named = right + int((logits.argmax(1) == targets).sum()), named + targets.numel()
+                    counted = targets != ignored_by(self.loss)
+                    right, named = right + int((logits.argmax(1) == targets)[counted].sum()), named + int(counted.sum())
         return Measured(total / samples.count, 100 * right / named if named else None)
 
 
