@@ -560,7 +560,7 @@ def test_fingerprints_are_the_same_in_another_process() -> None:
     assert found.stdout == fingerprints()
 
 
-@pytest.mark.parametrize("text", ["not a log\n", '{"event": "round"}\n', "[1]\n"])
+@pytest.mark.parametrize("text", ["a line without its end", "not a log\n", '{"event": "round"}\n', "[1]\n"])
 def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text(text)
     with pytest.raises(InputError, match=r"notes.txt is no log of a search.*: pass another file as log, or None"):
@@ -587,6 +587,13 @@ def logits_alone(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def of_matrices(parameters: list[Tensor], lr: float) -> Any:
     raise ValueError("2D parameters only")
+
+
+def of_nans() -> nn.Module:
+    net = copy.deepcopy(NET)
+    with torch.no_grad():
+        net.head.weight.fill_(float("nan"))
+    return net
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -642,6 +649,52 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"loss": logits_alone},
         r"the loss of 16 samples is \(16, 3\): return the mean, or one number",
     ),
+    "other labels late in the data": (
+        {"data": (X, Y.clone().index_fill_(0, torch.tensor([77]), 9)), "loss": nn.CrossEntropyLoss()},
+        "the loss does not take these outputs and targets: Target 9 is out of bounds",
+    ),
+    "other labels late in the data, with a teacher": (
+        {
+            "data": (X, Y.clone().index_fill_(0, torch.tensor([77]), -1)),
+            "teacher": TEACHER,
+            "loss": nn.CrossEntropyLoss(),
+        },
+        "the loss does not take these outputs and targets: Target -1 is out of bounds|labels go from -1 to 2",
+    ),
+    "labels for validation": (
+        {"validation": (X, Y + 1)},
+        "^validation: .*labels go from 1 to 3 where there are 3 classes",
+    ),
+    "late labels for validation": (
+        {"validation": (X, Y.clone().index_fill_(0, torch.tensor([77]), 9)), "loss": nn.CrossEntropyLoss()},
+        "^validation: the loss does not take these outputs and targets: Target 9 is out of bounds",
+    ),
+    "inputs for validation": ({"validation": (X[:, :3], Y)}, "^validation: Net does not run on the data: "),
+    "inputs of another dtype for validation": (
+        {"validation": (X.long(), Y)},
+        "^validation: Net does not run on the data: ",
+    ),
+    "numbers for validation": ({"validation": (X, Y.float())}, "^validation: .*neither classes nor their shares"),
+    "numbers for validation and a loss": (
+        {"validation": (X, Y.float()), "loss": F.nll_loss},
+        "^validation: the loss does not take these outputs and targets: ",
+    ),
+    "targets of another shape for validation": (
+        {"validation": (X, torch.stack([Y, Y], 1)), "loss": F.cross_entropy},
+        "^validation: the loss does not take these outputs and targets: ",
+    ),
+    "shares for validation and a loss of numbers": (
+        {
+            "data": (X, F.one_hot(Y, 3).float()),
+            "validation": (X, torch.zeros(90, 2)),
+            "loss": lambda outputs, targets: (outputs - targets).square().mean(),
+        },
+        "^validation: the loss does not take these outputs and targets: ",
+    ),
+    "a network that returns no numbers": (
+        {"net": of_nans()},
+        "the loss of the network as it is, is nan",
+    ),
     "shares of classes and a teacher": (
         {"data": (X, F.one_hot(Y, 3).float()), "teacher": TEACHER},
         "no class indices",
@@ -666,14 +719,6 @@ def test_what_cannot_be_pickled_is_refused_before_any_work() -> None:
     with ProcessPoolExecutor(1, FORK) as executor, pytest.raises(InputError, match="cannot be sent to other processes"):
         grow(net=net, executor=executor)
     assert len(grow(net=net).history) > 1
-
-
-def test_a_loss_that_is_no_number_is_refused() -> None:
-    net = copy.deepcopy(NET)
-    with torch.no_grad():
-        net.head.weight.fill_(float("nan"))
-    with pytest.raises(InputError, match="the loss of the network as it is, is nan"):
-        grow(net=net)
 
 
 def vanishing(outputs: Tensor, targets: Tensor) -> Tensor:

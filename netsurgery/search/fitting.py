@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.arguments import is_count, is_real
-from netsurgery.capture.meta_run import home
+from netsurgery.capture.meta_run import RAISED_BY_MODELS, home
 from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import Samples, in_eval_mode
@@ -96,19 +96,37 @@ class Fitting:
             given["distillation"] = (type(self.distillation), state)
         return {name: fingerprint(f"{name}={name_of(getattr(self, name))}", one) for name, one in given.items()}
 
-    def check(self, model: nn.Module, split: Split) -> None:
-        """Try the loss on some samples, and the optimizer on a vector.
+    def check(self, model: nn.Module, split: Split, held: str) -> None:
+        """Try the loss on some samples of both kinds, and the optimizer on a vector.
+
+        Args:
+            held: begins a message about samples that are held out.
 
         Raises:
-            InputError: as ``fit``; or a loss that is neither the mean nor one number for each sample.
+            InputError: as ``fit``; or a loss that fails, or is neither the mean nor one number for each sample.
         """
-        rows = torch.arange(min(16, split.train.count))
+        rows, others = self._telling(split.train), self._telling(split.held)
         with torch.no_grad(), in_eval_mode(model), seeded(0, home(model)):
-            found: Any = self._trained_by(model, split, rows, copy.deepcopy(self.distillation))
-        if not isinstance(found, Tensor) or found.shape not in ((), (len(rows),)):
-            form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"the loss of {len(rows)} samples is {form}: return the mean, or one number for each")
+            distillation = copy.deepcopy(self.distillation)
+            _check_loss("", len(rows), lambda: self._trained_by(model, split, rows, distillation))
+            _check_loss(held, len(others), lambda: self._compared_by(model, split.held, others))
         self._optimizer([nn.Parameter(torch.zeros(3))])
+
+    def _telling(self, samples: Samples) -> Tensor:
+        """The first samples, and those of the least and the greatest label."""
+        rows, targets = torch.arange(min(16, samples.count)), samples.targets
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+            return rows
+        said = targets != ignored_by(self.loss)
+        for limit in targets[said].aminmax() if said.any() else ():
+            has = (said & (targets == limit)).reshape(samples.count, -1).any(1)
+            rows = rows if has[rows].any() else torch.cat([rows, has.nonzero()[0]])
+        return rows
+
+    def _compared_by(self, model: nn.Module, samples: Samples, rows: Tensor) -> Tensor:
+        """The loss of some samples that are held out."""
+        inputs, targets = samples.rows(rows, home(model))
+        return self._of(model(*inputs[0], **inputs[1]), targets)
 
     def _trained_by(self, model: nn.Module, split: Split, rows: Tensor, distillation: Distillation | None) -> Tensor:
         """The loss of some samples."""
@@ -166,6 +184,19 @@ class Fitting:
                     counted = targets != ignored_by(self.loss)
                     right, named = right + int((logits.argmax(1) == targets)[counted].sum()), named + int(counted.sum())
         return Measured(total / samples.count, 100 * right / named if named else None)
+
+
+def _check_loss(where: str, count: int, run: Callable[[], Any]) -> None:
+    """Raise InputError unless a loss is a mean, or one number for each sample."""
+    try:
+        found = run()
+    except InputError:
+        raise
+    except RAISED_BY_MODELS as error:
+        raise InputError(f"{where}the loss does not take these outputs and targets: {error}") from error
+    if not isinstance(found, Tensor) or found.shape not in ((), (count,)):
+        form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"{where}the loss of {count} samples is {form}: return the mean, or one number for each")
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -14,9 +14,10 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import netsurgery
-from netsurgery.arguments import expect, is_count
+from netsurgery.arguments import expect, is_count, is_real
 from netsurgery.capture.inputs import as_inputs
 from netsurgery.errors import InputError
+from netsurgery.passes.calibration import Samples
 from netsurgery.passes.distillation import Distillation
 from netsurgery.passes.growing import PlantChannels
 from netsurgery.passes.losses import Loss, check_targets
@@ -206,11 +207,13 @@ def prepared(
     own = copied(own_module(net))
     passes = growth(own_module(net))
     split = read(data, validation, seed)
-    _check_outputs(own, split, fitting.loss)
+    held = "" if is_real(validation) else "validation: "
+    _check_outputs(own, split.train, fitting.loss, "")
+    _check_outputs(own, split.held, fitting.loss, held)
     if teacher is not None:
         split = _taught(own, split, own_module(teacher))
         fitting = fitting if fitting.distillation is not None else fitting.towards(Distillation(loss=fitting.loss))
-    fitting.check(own, split)
+    fitting.check(own, split, held)
     if example_inputs is None:
         example_inputs = split.train.rows(slice(0, 1), torch.device("cpu"))[0]
         example_inputs = example_inputs[0] or example_inputs[1]
@@ -220,12 +223,15 @@ def prepared(
     return search
 
 
-def _check_outputs(net: nn.Module, split: Split, loss: Loss | None) -> None:
+def _check_outputs(net: nn.Module, samples: Samples, loss: Loss | None, where: str) -> None:
     """Raise InputError unless the network runs on the samples and targets are its classes."""
-    first = split.train.of(torch.arange(min(16, split.train.count)))
-    logits = logits_of(net, first)
-    if loss is None:
-        check_targets(logits, first.targets, split.train.targets)
+    first = samples.of(torch.arange(min(16, samples.count)))
+    try:
+        logits = logits_of(net, first)
+        if loss is None:
+            check_targets(logits, first.targets, samples.targets)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from error
 
 
 def _taught(net: nn.Module, split: Split, teacher: nn.Module) -> Split:

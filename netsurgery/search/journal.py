@@ -15,6 +15,7 @@ __all__ = ["Journal"]
 
 _ADVICE = "what was written before is kept; put that right, and the same call goes on"
 _ELSE = "pass another file as log, or None"
+_BEGIN = b'{"event": "settings"'
 Entry = dict[str, Any]
 
 
@@ -40,29 +41,28 @@ class Journal:
         self.folder = path.with_name(f"{path.stem}.weights")
         check_writable(path.parent, (path.name,), _ELSE)
         check_writable(self.folder, (), _ELSE)
-        lines = self._lines()
-        header = json.loads(json.dumps(header))  # as it is read back
+        text = path.read_bytes() if path.exists() else b""
+        whole = text.rfind(b"\n") + 1  # a line that a kill cut short does not count
+        lines = self._lines(text, whole)
+        self.header = json.loads(json.dumps(header))  # as it is read back
         if lines:
-            _compare(path, lines[0], header)
-        else:
-            self.add(**header)
+            _compare(path, lines[0], self.header)
+        self.begun = bool(lines)
+        if text:
+            self._cut(whole)
         self.entries = [one for one in lines[1:] if one.get("event") != "end"]
         self._forget_what_has_no_weights()
 
-    def _lines(self) -> list[Entry]:
-        """All whole lines; one that a kill cut short is taken off the file."""
-        assert self.path is not None
-        if not self.path.exists():
-            return []
-        text = self.path.read_bytes()
-        whole = text.rfind(b"\n") + 1
+    def _lines(self, text: bytes, whole: int) -> list[Entry]:
+        """The first bytes of a text, as many as whole lines have."""
+        if not whole and not (text.startswith(_BEGIN) or _BEGIN.startswith(text)):
+            raise InputError(f"{self.path} is no log of a search: {_ELSE}")
         try:
             lines = [json.loads(line) for line in text[:whole].splitlines()]
         except ValueError as error:
             raise InputError(f"{self.path} is no log of a search ({error}): {_ELSE}") from error
         if not all(isinstance(line, dict) for line in lines) or (lines and lines[0].get("event") != "settings"):
             raise InputError(f"{self.path} is no log of a search: {_ELSE}")
-        self._cut(whole)
         return lines
 
     def _cut(self, size: int) -> None:
@@ -81,16 +81,18 @@ class Journal:
                 return
 
     def add(self, **entry: Any) -> None:
-        """Write a line, which is on the disk when this returns."""
+        """Write a line, which is on the disk when this returns; the settings come before the first one."""
         self.entries.append(entry)
         if self.path is None:
             return
+        lines = [entry] if self.begun else [self.header, entry]
         with writing(self.path, _ADVICE):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.writelines(json.dumps(line) + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
+        self.begun = True
 
     def add_round(self, weights: bytes, **entry: Any) -> None:
         """Write what a round left: the weights first, then the line that names them."""
