@@ -332,6 +332,27 @@ def test_a_round_whose_weights_are_gone_is_worked_out_again(
     assert own.read_text().count('"event": "round"') == len(expected.history)
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "no weights", "one bit", "another round"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_round_whose_weights_are_damaged_is_worked_out_again(
+    damage: str, number: int, finished: tuple[Path, Growth], tmp_path: Path
+) -> None:
+    log, expected = finished
+    own = cut(log, tmp_path, log.stat().st_size)
+    path = tmp_path / "growth.weights" / f"round-{number}.safetensors"
+    whole = path.read_bytes()
+    damaged = {
+        "cut": whole[:-7],
+        "empty": b"",
+        "no weights": b"not weights",
+        "one bit": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "another round": path.with_name("round-2.safetensors").read_bytes(),
+    }
+    path.write_bytes(damaged[damage])
+    assert same(grow(log=own, teacher=TEACHER, patience=9), expected)
+    assert path.read_bytes() == whole and own.read_text().count('"event": "round"') == len(expected.history)
+
+
 def dies(*_: Any) -> None:
     os._exit(3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -71,14 +72,18 @@ class Journal:
             file.truncate(size)
 
     def _forget_what_has_no_weights(self) -> None:
-        """Rounds, and candidates after them, from the first on whose weights are gone."""
+        """Rounds, and candidates after them, from the first on whose weights are gone or damaged."""
         for index, entry in enumerate(self.entries):
-            if entry["event"] == "round" and not (self.folder / entry["weights"]).is_file():
+            if entry["event"] == "round" and not self._is_whole(entry):
                 self.entries = self.entries[:index]
                 assert self.path is not None
                 lines = self.path.read_bytes().splitlines(keepends=True)
                 self._cut(sum(map(len, lines[: index + 1])))
                 return
+
+    def _is_whole(self, entry: Entry) -> bool:
+        path = self.folder / entry["weights"]
+        return path.is_file() and _digest(path.read_bytes()) == entry.get("digest")
 
     def add(self, **entry: Any) -> None:
         """Write a line, which is on the disk when this returns; the settings come before the first one."""
@@ -106,7 +111,7 @@ class Journal:
                     file.flush()
                     os.fsync(file.fileno())
                 new.replace(self.folder / name)
-        self.add(event="round", weights=name, **entry)
+        self.add(event="round", weights=name, digest=_digest(weights), **entry)
 
     def rounds(self) -> list[Entry]:
         """Those that were finished."""
@@ -120,6 +125,10 @@ class Journal:
     def candidates(self, number: int) -> dict[str, Entry]:
         """Those of a round that were tried, by name."""
         return {one["group"]: one for one in self.entries if one["event"] == "candidate" and one["round"] == number}
+
+
+def _digest(weights: bytes) -> str:
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 
 def _compare(path: Path, there: Entry, here: Entry) -> None:
