@@ -8,6 +8,9 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import netsurgery
 from netsurgery.errors import InputError, NetsurgeryError
 from netsurgery.passes import Distillation
-from netsurgery.search import Growth, trials
+from netsurgery.search import Growth, identity, trials
 from test_planting import NETS
 
 SERVED = multiprocessing.get_context("forkserver")  # forked of a process that has computed no gradients
@@ -344,6 +347,27 @@ def test_workers_that_are_forked_too_late_are_said() -> None:
         grow(executor=executor)
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "no weights", "one bit", "another round"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_round_whose_weights_are_damaged_is_worked_out_again(
+    damage: str, number: int, finished: tuple[Path, Growth], tmp_path: Path
+) -> None:
+    log, expected = finished
+    own = cut(log, tmp_path, log.stat().st_size)
+    path = tmp_path / "growth.weights" / f"round-{number}.safetensors"
+    whole = path.read_bytes()
+    damaged = {
+        "cut": whole[:-7],
+        "empty": b"",
+        "no weights": b"not weights",
+        "one bit": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "another round": path.with_name("round-2.safetensors").read_bytes(),
+    }
+    path.write_bytes(damaged[damage])
+    assert same(grow(log=own, teacher=TEACHER, patience=9), expected)
+    assert path.read_bytes() == whole and own.read_text().count('"event": "round"') == len(expected.history)
+
+
 def dies(*_: Any) -> None:
     os._exit(3)
 
@@ -376,7 +400,65 @@ OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "network": (lambda: {"net": seeded(Net, 7)}, "the network is another"),
     "data": (lambda: {"data": samples(93)}, "the data is another"),
     "teacher": (lambda: {"teacher": None}, "the teacher is another"),
+    "values of example inputs": (lambda: {"example_inputs": X[:1] + 1}, "other example_inputs"),
+    "shapes of example inputs": (lambda: {"example_inputs": X[:2]}, "other example_inputs"),
+    "dropout": (lambda: {"net": changed(NET, "drop", "p", 0.2)}, "the network is another"),
+    "the momentum of a norm": (lambda: {"net": changed(NET, "norm", "momentum", 0.2)}, "the network is another"),
+    "a setting of one's own": (lambda: {"net": changed(NET, "", "scale", 0.5)}, "the network is another"),
+    "another forward": (lambda: {"net": of_class(NET, Slower)}, "the network is another"),
+    "what is frozen": (lambda: {"net": frozen(NET)}, "the network is another"),
 }
+
+
+class Slower(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def changed(net: nn.Module, path: str, name: str, value: object) -> nn.Module:
+    net = copy.deepcopy(net)
+    setattr(net.get_submodule(path), name, value)
+    return net
+
+
+def of_class(net: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    other = kind()
+    other.load_state_dict(net.state_dict())
+    return other
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    net = copy.deepcopy(net)
+    net.one.weight.requires_grad_(False)
+    return net
+
+
+def test_a_class_of_the_same_name_with_another_forward(tmp_path: Path) -> None:
+    def made(factor: float) -> nn.Module:
+        class Scaled(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * factor
+
+        return of_class(NET, Scaled)
+
+    log = tmp_path / "growth.jsonl"
+    grow(made(1.0), log=log, budget={"params": 45})
+    grow(made(1.0), log=log, budget={"params": 45})
+    with pytest.raises(InputError, match="the network is another"):
+        grow(made(2.0), log=log, budget={"params": 45})
+
+
+def test_names_of_inputs_tell_data_apart() -> None:
+    x, y = X[:, :2], X[:, 2:]
+    one, other = ({"a": x, "b": y}, {"b": x, "a": y})
+    assert identity.fingerprint("data", one) != identity.fingerprint("data", other)
+
+
+def test_nothing_is_asked_of_a_network_without_a_log() -> None:
+    class Locked(Net):
+        lock = threading.Lock()
+
+    assert len(grow(of_class(NET, Locked)).history) > 1
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -389,7 +471,132 @@ def test_a_log_of_another_search_is_refused(name: str, finished: tuple[Path, Gro
     assert log.read_bytes() == text
 
 
-@pytest.mark.parametrize("text", ["not a log\n", '{"event": "round"}\n', "[1]\n"])
+def of_softness(by: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=by)
+
+    return loss
+
+
+def by_default(smoothing: float) -> Any:
+    def loss(outputs: Tensor, targets: Tensor, by: float = smoothing) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=by)
+
+    return loss
+
+
+class Focal:
+    """An object with a state and the default text, which holds an address."""
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) * self.power
+
+    def method(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self(outputs, targets)
+
+
+def local_class(power: float) -> Any:
+    class Loss(nn.Module):
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return super().__class__ and F.cross_entropy(outputs, targets) * power
+
+    return Loss()
+
+
+def calling(inner: Any) -> Any:
+    return lambda outputs, targets: inner(outputs, targets)
+
+
+ALIKE: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {
+    "lambdas that call another": (
+        "loss",
+        lambda: lambda o, t: F.cross_entropy(o, t),
+        lambda: lambda o, t: F.nll_loss(o, t),
+    ),
+    "lambdas with another number": (
+        "optimizer",
+        lambda: lambda p, lr: torch.optim.SGD(p, lr, 0.5),
+        lambda: lambda p, lr: torch.optim.SGD(p, lr, 0.9),
+    ),
+    "closures": ("loss", lambda: of_softness(0.1), lambda: of_softness(0.2)),
+    "closures of closures": ("loss", lambda: calling(of_softness(0.1)), lambda: calling(of_softness(0.2))),
+    "defaults": ("loss", lambda: by_default(0.1), lambda: by_default(0.2)),
+    "objects": ("loss", lambda: Focal(1.0), lambda: Focal(2.0)),
+    "methods": ("loss", lambda: Focal(1.0).method, lambda: Focal(2.0).method),
+    "local classes": ("loss", lambda: local_class(1.0), lambda: local_class(2.0)),
+    "modules": (
+        "loss",
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.2),
+    ),
+    "weights of classes": (
+        "loss",
+        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 1.0])),
+        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 2.0])),
+    ),
+    "partials": (
+        "loss",
+        lambda: functools.partial(calling(of_softness(0.1))),
+        lambda: functools.partial(calling(of_softness(0.3))),
+    ),
+    "partials of numbers": (
+        "optimizer",
+        lambda: functools.partial(torch.optim.AdamW, betas=(0.9, 0.99)),
+        lambda: functools.partial(torch.optim.AdamW, betas=(0.8, 0.99)),
+    ),
+    "the loss of a distillation": (
+        "distillation",
+        lambda: Distillation(loss=of_softness(0.1)),
+        lambda: Distillation(loss=of_softness(0.2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_functions_of_one_name_are_told_apart(name: str, tmp_path: Path) -> None:
+    key, one, other = ALIKE[name]
+    given = {"log": tmp_path / "growth.jsonl", "budget": {"params": 45}, "teacher": None}
+    given["teacher"] = TEACHER if key == "distillation" else None
+    expected = grow(**given, **{key: one()})
+    assert same(grow(**given, **{key: one()}), expected)
+    with pytest.raises(InputError, match=f"growth.jsonl is the log of another search .*{key}"):
+        grow(**given, **{key: other()})
+
+
+def test_a_loss_whose_state_cannot_be_told_is_refused_with_a_log(tmp_path: Path) -> None:
+    numbers = (one for one in range(10**6))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) + 0 * next(numbers)
+
+    with pytest.raises(
+        InputError,
+        match=r"^loss=test_grow\..*\.loss cannot be told from another for the log \(cannot pickle 'generator' "
+        r"object\): pass one that can be pickled, or log=None$",
+    ):
+        grow(loss=loss, log=tmp_path / "growth.jsonl")
+    assert not list(tmp_path.iterdir()) and len(grow(loss=loss).history) > 1
+
+
+def fingerprints() -> str:
+    return repr([[identity.fingerprint(name, one()) for name, (_, one, _) in ALIKE.items()], identity.of_network(NET)])
+
+
+def test_fingerprints_are_the_same_in_another_process() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", "import test_grow; print(test_grow.fingerprints(), end='')"],
+        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == fingerprints()
+
+
+@pytest.mark.parametrize("text", ["a line without its end", "not a log\n", '{"event": "round"}\n', "[1]\n"])
 def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text(text)
     with pytest.raises(InputError, match=r"notes.txt is no log of a search.*: pass another file as log, or None"):
@@ -416,6 +623,13 @@ def logits_alone(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def of_matrices(parameters: list[Tensor], lr: float) -> Any:
     raise ValueError("2D parameters only")
+
+
+def of_nans() -> nn.Module:
+    net = copy.deepcopy(NET)
+    with torch.no_grad():
+        net.head.weight.fill_(float("nan"))
+    return net
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -471,6 +685,52 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"loss": logits_alone},
         r"the loss of 16 samples is \(16, 3\): return the mean, or one number",
     ),
+    "other labels late in the data": (
+        {"data": (X, Y.clone().index_fill_(0, torch.tensor([77]), 9)), "loss": nn.CrossEntropyLoss()},
+        "the loss does not take these outputs and targets: Target 9 is out of bounds",
+    ),
+    "other labels late in the data, with a teacher": (
+        {
+            "data": (X, Y.clone().index_fill_(0, torch.tensor([77]), -1)),
+            "teacher": TEACHER,
+            "loss": nn.CrossEntropyLoss(),
+        },
+        "the loss does not take these outputs and targets: Target -1 is out of bounds|labels go from -1 to 2",
+    ),
+    "labels for validation": (
+        {"validation": (X, Y + 1)},
+        "^validation: .*labels go from 1 to 3 where there are 3 classes",
+    ),
+    "late labels for validation": (
+        {"validation": (X, Y.clone().index_fill_(0, torch.tensor([77]), 9)), "loss": nn.CrossEntropyLoss()},
+        "^validation: the loss does not take these outputs and targets: Target 9 is out of bounds",
+    ),
+    "inputs for validation": ({"validation": (X[:, :3], Y)}, "^validation: Net does not run on the data: "),
+    "inputs of another dtype for validation": (
+        {"validation": (X.long(), Y)},
+        "^validation: Net does not run on the data: ",
+    ),
+    "numbers for validation": ({"validation": (X, Y.float())}, "^validation: .*neither classes nor their shares"),
+    "numbers for validation and a loss": (
+        {"validation": (X, Y.float()), "loss": F.nll_loss},
+        "^validation: the loss does not take these outputs and targets: ",
+    ),
+    "targets of another shape for validation": (
+        {"validation": (X, torch.stack([Y, Y], 1)), "loss": F.cross_entropy},
+        "^validation: the loss does not take these outputs and targets: ",
+    ),
+    "shares for validation and a loss of numbers": (
+        {
+            "data": (X, F.one_hot(Y, 3).float()),
+            "validation": (X, torch.zeros(90, 2)),
+            "loss": lambda outputs, targets: (outputs - targets).square().mean(),
+        },
+        "^validation: the loss does not take these outputs and targets: ",
+    ),
+    "a network that returns no numbers": (
+        {"net": of_nans()},
+        "the loss of the network as it is, is nan",
+    ),
     "shares of classes and a teacher": (
         {"data": (X, F.one_hot(Y, 3).float()), "teacher": TEACHER},
         "no class indices",
@@ -498,14 +758,6 @@ def test_what_cannot_be_pickled_is_refused_before_any_work() -> None:
     ):
         grow(net=net, executor=executor)
     assert len(grow(net=net).history) > 1
-
-
-def test_a_loss_that_is_no_number_is_refused() -> None:
-    net = copy.deepcopy(NET)
-    with torch.no_grad():
-        net.head.weight.fill_(float("nan"))
-    with pytest.raises(InputError, match="the loss of the network as it is, is nan"):
-        grow(net=net)
 
 
 def vanishing(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -618,6 +870,43 @@ def test_a_loss_of_the_users() -> None:
     assert smooth.history[0].loss == pytest.approx(each.history[0].loss) != grow().history[0].loss
     squares = grow(data=(x, F.one_hot(y, 3).float()), loss=F.mse_loss)
     assert squares.history[-1].loss < squares.history[0].loss and squares.history[0].accuracy is None
+
+
+class Positions(nn.Module):
+    """Three classes for each of two positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x))).view(-1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "loss"),
+    [
+        (-100, None),
+        (-100, F.cross_entropy),
+        (255, nn.CrossEntropyLoss(ignore_index=255)),
+        (0, nn.CrossEntropyLoss(ignore_index=0)),
+    ],
+)
+def test_accuracy_is_that_of_positions_with_a_label(ignored: int, loss: Any) -> None:
+    y = torch.stack([Y, Y], 1)
+    y[torch.arange(90) % 4 == 0, 1] = ignored
+    held = X[:30], y[:30]
+    net = seeded(Positions)
+    found = grow(net, (X, y), validation=held, loss=loss, budget={"params": 80}).history[0].accuracy
+    said = held[1] != ignored
+    right = (net(X[:30]).argmax(1) == held[1])[said]
+    assert found == pytest.approx(100 * float(right.double().mean())) and bool((~said).any())
+
+
+def test_without_any_label_there_is_no_accuracy() -> None:
+    fitting = netsurgery.search.fitting.Fitting(1, 8, torch.optim.SGD, 0.1, nn.CrossEntropyLoss(reduction="none"))
+    samples = netsurgery.passes.calibration.Samples(((X,), {}), torch.full((90,), -100), 90)
+    assert fitting.measure(NET, samples).accuracy is None
 
 
 def test_an_optimizer_with_arguments_of_its_own() -> None:

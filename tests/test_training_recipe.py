@@ -1,5 +1,6 @@
 """Recipes: what a file may say, what its variants become, and the text of each error."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -220,6 +221,87 @@ def test_every_pass_can_be_named(tmp_path: Path) -> None:
 
 def test_a_change_that_is_none(tmp_path: Path) -> None:
     assert message(tmp_path, BASE, "train.epochs") == "--set train.epochs: write key.path=value, such as train.epochs=3"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "wanted"),
+    [
+        ("digits-planting", "growth.epochs=1", "growth] themselves, .*'variants.planted.growth.epochs=1'"),
+        ("digits-planting", "growth.nonsense=7", "growth] themselves, .*'variants.planted.growth.nonsense=7'"),
+        ("digits-planting", "growth={epochs=1}", "growth] themselves, .*'variants.planted.growth={epochs=1}'"),
+        ("digits-planting", "growth=false", "growth] themselves, .*'variants.planted.growth=false'"),
+        (
+            "digits-planting",
+            "teacher.train.epochs=1",
+            """teacher] themselves, .*'variants."planted \\+ teacher".teacher.train.epochs=1'""",
+        ),
+        (
+            "stl10-planting",
+            "teacher.model.name=torchvision:resnet34",
+            """teacher] themselves, .*'variants."planted \\+ teacher".teacher.model""",
+        ),
+    ],
+)
+def test_a_change_that_every_variant_overrides(recipe: str, change: str, wanted: str) -> None:
+    with pytest.raises(InputError, match=rf"^--set {re.escape(change)}: the variants set \[{wanted}"):
+        read(recipe, [change])
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ('variants."planted + teacher"', "planted + teacher"),
+        ("variants.'planted + teacher'", "planted + teacher"),
+        ("variants.planted + teacher", "planted + teacher"),
+        ('"variants"."planted"', "planted"),
+    ],
+)
+def test_parts_of_a_key_may_stand_in_quotes(key: str, name: str) -> None:
+    found = read("digits-planting", [f"{key}.growth.epochs=1"]).variants
+    assert {one for one, made in found.items() if made.growth["epochs"] == 1} == {name}
+
+
+def test_what_is_proposed_works() -> None:
+    for change in ("growth.epochs=1", "teacher.train.epochs=1"):
+        with pytest.raises(InputError) as caught:
+            read("digits-planting", [change])
+        read("digits-planting", [str(caught.value).rpartition("--set ")[2].strip("'")])
+
+
+def test_a_name_with_a_dot_in_quotes(tmp_path: Path) -> None:
+    text = BASE + "[variants.'v1.5'.train]\nepochs = 5\n[variants.b.train]\nepochs = 6\n"
+    found = read(file(tmp_path, text), ['variants."v1.5".train.epochs=8']).variants
+    assert [made.train.epochs for made in found.values()] == [8, 6]
+    said = message(tmp_path, text, "train.epochs=9")
+    assert said.endswith("as in --set 'variants.b.train.epochs=9'")
+
+
+def test_a_change_of_a_table_that_some_variants_have_is_for_these(tmp_path: Path) -> None:
+    text = BASE + "[variants.a]\n[variants.b.penalty]\nstrength = 1e-4\n"
+    found = read(file(tmp_path, text), ["penalty.l1_ratio=0.25"]).variants
+    assert found["a"].penalty == {}
+    assert found["b"].penalty == {"name": "HGSR", "strength": 1e-4, "l1_ratio": 0.25}
+    said = message(tmp_path, text, "penalty.strength=1")
+    assert said.endswith("as in --set 'variants.b.penalty.strength=1'")
+
+
+@pytest.mark.parametrize("variants", ["variants.x = 3", "variants = 3"])
+def test_variants_that_are_none_with_a_change(variants: str, tmp_path: Path) -> None:
+    text = BASE.replace("seeds = [3, 4]", variants)
+    assert "expected a table" in message(tmp_path, text, "train.epochs=2")
+
+
+def test_a_change_that_one_variant_takes_is_accepted(tmp_path: Path) -> None:
+    text = BASE + "[variants.a]\ntrain.epochs = 9\n[variants.b]\n"
+    found = read(file(tmp_path, text), ["train.epochs=4", "train.epochs=5", "finetune.epochs=1"]).variants
+    assert [made.train.epochs for made in found.values()] == [9, 5]
+    assert read(file(tmp_path, text), ["penalty.strength=1e-3"]).variants["a"].penalty["strength"] == 1e-3
+
+
+@pytest.mark.parametrize("change", ["=1", "a..b=1", ".a=1", 'a."b=1', "train"])
+def test_a_change_without_a_key(change: str) -> None:
+    with pytest.raises(InputError, match=r"write key\.path=value, such as train\.epochs=3$"):
+        read("digits", [change])
 
 
 def test_no_such_recipe() -> None:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netsurgery.arguments import is_count, is_real
-from netsurgery.capture.meta_run import home
+from netsurgery.capture.meta_run import RAISED_BY_MODELS, home
 from netsurgery.capture.randomness import seeded
 from netsurgery.errors import InputError
 from netsurgery.passes.calibration import Samples, in_eval_mode
 from netsurgery.passes.distillation import Distillation
-from netsurgery.passes.losses import Loss, cross_entropy, logits_in
+from netsurgery.passes.losses import Loss, cross_entropy, ignored_by, logits_in
+from netsurgery.search.identity import fingerprint, is_plain
 from netsurgery.search.split import Split
 
 __all__ = ["Fitting", "Measured", "name_of"]
@@ -30,7 +31,7 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean loss on held-out samples, and the percentage whose largest logit is the label's (None without classes)."""
+    """Mean loss on held-out samples, and the percentage of labels that the largest logit names (None without any)."""
 
     loss: float
     accuracy: float | None
@@ -79,23 +80,53 @@ class Fitting:
             "batch_size": int(self.batch_size),
             "optimizer": name_of(self.optimizer),
             "lr": float(self.lr),
-            "loss": None if self.loss is None else name_of(self.loss),
-            "distillation": None if towards is None else f"{towards!r} of {name_of(towards.loss)}, dim={towards.dim}",
+            "loss": _named(self.loss),
+            "distillation": None if towards is None else f"{towards!r} of {_named(towards.loss)}, dim={towards.dim}",
         }
 
-    def check(self, model: nn.Module, split: Split) -> None:
-        """Try the loss on some samples, and the optimizer on a vector.
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of what users pass as functions and objects.
 
         Raises:
-            InputError: as ``fit``; or a loss that is neither the mean nor one number for each sample.
+            InputError: something that cannot be told from another.
         """
-        rows = torch.arange(min(16, split.train.count))
+        given: dict[str, Any] = {"optimizer": self.optimizer, "loss": self.loss}
+        if self.distillation is not None:
+            state = {**vars(self.distillation), "_labels_checked": False}  # noted by its first call
+            given["distillation"] = (type(self.distillation), state)
+        return {name: fingerprint(f"{name}={name_of(getattr(self, name))}", one) for name, one in given.items()}
+
+    def check(self, model: nn.Module, split: Split, held: str) -> None:
+        """Try the loss on some samples of both kinds, and the optimizer on a vector.
+
+        Args:
+            held: begins a message about samples that are held out.
+
+        Raises:
+            InputError: as ``fit``; or a loss that fails, or is neither the mean nor one number for each sample.
+        """
+        rows, others = self._telling(split.train), self._telling(split.held)
         with torch.no_grad(), in_eval_mode(model), seeded(0, home(model)):
-            found: Any = self._trained_by(model, split, rows, copy.deepcopy(self.distillation))
-        if not isinstance(found, Tensor) or found.shape not in ((), (len(rows),)):
-            form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"the loss of {len(rows)} samples is {form}: return the mean, or one number for each")
+            distillation = copy.deepcopy(self.distillation)
+            _check_loss("", len(rows), lambda: self._trained_by(model, split, rows, distillation))
+            _check_loss(held, len(others), lambda: self._compared_by(model, split.held, others))
         self._optimizer([nn.Parameter(torch.zeros(3))])
+
+    def _telling(self, samples: Samples) -> Tensor:
+        """The first samples, and those of the least and the greatest label."""
+        rows, targets = torch.arange(min(16, samples.count)), samples.targets
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+            return rows
+        said = targets != ignored_by(self.loss)
+        for limit in targets[said].aminmax() if said.any() else ():
+            has = (said & (targets == limit)).reshape(samples.count, -1).any(1)
+            rows = rows if has[rows].any() else torch.cat([rows, has.nonzero()[0]])
+        return rows
+
+    def _compared_by(self, model: nn.Module, samples: Samples, rows: Tensor) -> Tensor:
+        """The loss of some samples that are held out."""
+        inputs, targets = samples.rows(rows, home(model))
+        return self._of(model(*inputs[0], **inputs[1]), targets)
 
     def _trained_by(self, model: nn.Module, split: Split, rows: Tensor, distillation: Distillation | None) -> Tensor:
         """The loss of some samples."""
@@ -150,8 +181,22 @@ class Fitting:
                 total += float(self._of(outputs, targets).double().mean()) * rows
                 logits = logits_in(outputs)
                 if logits is not None and isinstance(targets, Tensor) and targets.shape == logits[:, 0].shape:
-                    right, named = right + int((logits.argmax(1) == targets).sum()), named + targets.numel()
+                    counted = targets != ignored_by(self.loss)
+                    right, named = right + int((logits.argmax(1) == targets)[counted].sum()), named + int(counted.sum())
         return Measured(total / samples.count, 100 * right / named if named else None)
+
+
+def _check_loss(where: str, count: int, run: Callable[[], Any]) -> None:
+    """Raise InputError unless a loss is a mean, or one number for each sample."""
+    try:
+        found = run()
+    except InputError:
+        raise
+    except RAISED_BY_MODELS as error:
+        raise InputError(f"{where}the loss does not take these outputs and targets: {error}") from error
+    if not isinstance(found, Tensor) or found.shape not in ((), (count,)):
+        form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"{where}the loss of {count} samples is {form}: return the mean, or one number for each")
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -164,7 +209,12 @@ def _logits(outputs: Any) -> Tensor:
 def name_of(value: Any) -> str:
     """A callable by its name and the arguments that are bound to it."""
     if isinstance(value, functools.partial):
-        given = [*map(repr, value.args), *(f"{key}={one!r}" for key, one in value.keywords.items())]
+        pairs = [*(("", one) for one in value.args), *((f"{key}=", one) for key, one in value.keywords.items())]
+        given = [f"{key}{one!r}" if is_plain(one) else f"{key}{name_of(one)}" for key, one in pairs]
         return f"{name_of(value.func)}({', '.join(given)})"
-    found = getattr(value, "__qualname__", None)
-    return repr(value) if found is None else f"{value.__module__}.{found}"
+    one = value if hasattr(value, "__qualname__") else type(value)  # no repr, which may hold an address
+    return f"{one.__module__}.{one.__qualname__}"
+
+
+def _named(loss: Loss | None) -> str | None:
+    return None if loss is None else name_of(loss)

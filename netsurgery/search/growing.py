@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import netsurgery
-from netsurgery.arguments import expect, is_count
-from netsurgery.capture.copies import named_modules
+from netsurgery.arguments import expect, is_count, is_real
 from netsurgery.capture.inputs import as_inputs
 from netsurgery.errors import InputError
+from netsurgery.passes.calibration import Samples
 from netsurgery.passes.distillation import Distillation
 from netsurgery.passes.growing import PlantChannels
 from netsurgery.passes.losses import Loss, check_targets
@@ -29,7 +29,7 @@ from netsurgery.search.fitting import Fitting
 from netsurgery.search.journal import Journal
 from netsurgery.search.outcome import Growth
 from netsurgery.search.rounds import Rounds, Search, check_settings, parcel
-from netsurgery.search.split import Split, digest, logits_of, read
+from netsurgery.search.split import Split, logits_of, read
 from netsurgery.search.trials import Setting, copied
 
 __all__ = ["carried_out", "grow", "outside_inference_mode", "prepared"]
@@ -96,7 +96,8 @@ def grow(
             Let them be samples that ``net`` has not been trained on: of others it knows the answers already.
         log: file for a line of JSON for each candidate and round, such as ``growth.jsonl``. Weights lie beside it,
             ``growth.weights/``, one file for each round. Where it is there, the search goes on from there: what it
-            lacks is worked out.
+            lacks is worked out. The log of a search with other settings, data or code of ``loss`` and ``optimizer`` is
+            refused.
         executor: where candidates are trained: ``concurrent.futures.ProcessPoolExecutor(4, context)`` with the
             ``multiprocessing.get_context("spawn")``, or a cluster's (``dask.distributed.Client(...).get_executor()``);
             None: here, one after the other. In threads of one process they take turns, since random numbers are the
@@ -130,7 +131,7 @@ def grow(
     given by the source, and ours: new channels begin with consumers at zero, what is a candidate, held-out loss or gain
     as the judge, budget and patience, the learning rate's cosine, and all defaults.
     """
-    search, identity = prepared(
+    search = prepared(
         "grow",
         net,
         data,
@@ -147,7 +148,7 @@ def grow(
         threads=threads,
         seed=seed,
     )
-    return carried_out(search, identity, log, executor, Report(progress, "grow"))
+    return carried_out(search, log, executor, Report(progress, "grow"))
 
 
 def _plants(amount: Any, include: Modules, exclude: Modules, net: nn.Module) -> Callable[[int], PlantChannels]:
@@ -188,8 +189,8 @@ def prepared(
     candidates: int | None,
     threads: int,
     seed: int,
-) -> tuple[Search, dict[str, str]]:
-    """A search whose arguments have been checked, and fingerprints of network, data and teacher.
+) -> Search:
+    """A search whose arguments have been checked.
 
     Args:
         caller: name of the public function.
@@ -207,32 +208,31 @@ def prepared(
     own = copied(own_module(net))
     passes = growth(own_module(net))
     split = read(data, validation, seed)
-    _check_outputs(own, split, fitting.loss)
+    held = "" if is_real(validation) else "validation: "
+    _check_outputs(own, split.train, fitting.loss, "")
+    _check_outputs(own, split.held, fitting.loss, held)
     if teacher is not None:
         split = _taught(own, split, own_module(teacher))
         fitting = fitting if fitting.distillation is not None else fitting.towards(Distillation(loss=fitting.loss))
-    fitting.check(own, split)
+    fitting.check(own, split, held)
     if example_inputs is None:
         example_inputs = split.train.rows(slice(0, 1), torch.device("cpu"))[0]
         example_inputs = example_inputs[0] or example_inputs[1]
     setting = Setting(own, as_inputs(example_inputs), split, fitting, only_new, threads)
     search = Search(setting, passes, limits, by, patience, candidates, seed)
     check_settings(search)
-    state = [text for path, one in named_modules(own).items() for text in (path, type(one).__qualname__)]
-    identity = {
-        "network": digest([*state, *own.state_dict().values()]),
-        "data": digest([split.train.inputs, split.train.targets, split.held.inputs, split.held.targets]),
-        "teacher": digest([split.teacher]),
-    }
-    return search, identity
+    return search
 
 
-def _check_outputs(net: nn.Module, split: Split, loss: Loss | None) -> None:
+def _check_outputs(net: nn.Module, samples: Samples, loss: Loss | None, where: str) -> None:
     """Raise InputError unless the network runs on the samples and targets are its classes."""
-    first = split.train.of(torch.arange(min(16, split.train.count)))
-    logits = logits_of(net, first)
-    if loss is None:
-        check_targets(logits, first.targets, split.train.targets)
+    first = samples.of(torch.arange(min(16, samples.count)))
+    try:
+        logits = logits_of(net, first)
+        if loss is None:
+            check_targets(logits, first.targets, samples.targets)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from error
 
 
 def _taught(net: nn.Module, split: Split, teacher: nn.Module) -> Split:
@@ -247,9 +247,7 @@ def _taught(net: nn.Module, split: Split, teacher: nn.Module) -> Split:
 
 
 @outside_inference_mode()
-def carried_out(
-    search: Search, identity: dict[str, str], log: str | Path | None, executor: Executor | None, report: Report
-) -> Growth:
+def carried_out(search: Search, log: str | Path | None, executor: Executor | None, report: Report) -> Growth:
     """Carry a search out, or go on with it.
 
     Raises:
@@ -263,7 +261,7 @@ def carried_out(
         "event": "settings",
         "netsurgery": netsurgery.__version__,
         "torch": torch.__version__,
-        **identity,
+        **({} if log is None else search.identity()),
         "settings": search.settings(),
     }
     journal = Journal(None if log is None else Path(log), header)

@@ -22,6 +22,7 @@ from netsurgery.passes.progress import Report
 from netsurgery.pipeline import Pass, trace
 from netsurgery.search import trials
 from netsurgery.search.candidates import Budget, Candidate, offered
+from netsurgery.search.identity import fingerprint, of_network
 from netsurgery.search.journal import Entry, Journal
 from netsurgery.search.outcome import Growth, Round
 from netsurgery.search.trials import Parcel, Setting, State, Trial
@@ -57,8 +58,24 @@ class Search:
         given: Inputs = self.setting.inputs
         return given[0] or given[1]
 
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of the network, the inputs, the data, and what else a user passes.
+
+        Raises:
+            InputError: something that cannot be told from another.
+        """
+        split = self.setting.split
+        data = [split.train.inputs, split.train.targets, split.held.inputs, split.held.targets]
+        return {
+            "network": of_network(self.setting.net),
+            "data": fingerprint("the data", data),
+            "teacher": fingerprint("the teacher", split.teacher),
+            "example_inputs": fingerprint("example_inputs", self.setting.inputs),
+            **self.setting.fitting.identity(),
+        }
+
     def settings(self) -> dict[str, Any]:
-        """All that results depend on but the network, the data and the teacher, for JSON."""
+        """All that results depend on beside ``identity``, for JSON."""
         return {
             "growth": repr(self.growth(0)),
             "budget": dict(self.budget.most),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from netsurgery.arguments import is_real
 from netsurgery.capture.meta_run import home
@@ -17,7 +14,7 @@ from netsurgery.errors import InputError
 from netsurgery.passes.calibration import Samples, draw_samples, in_eval_mode, outputs_of
 from netsurgery.passes.losses import logits_in
 
-__all__ = ["Split", "digest", "logits_of", "read"]
+__all__ = ["Split", "logits_of", "read"]
 
 _ALL = 2**62  # samples: as many as there are
 _ROWS = 256  # that go through a network at once where nothing is trained
@@ -100,16 +97,3 @@ def logits_of(model: nn.Module, samples: Samples) -> Tensor:
                 raise InputError(f"{type(model).__name__} returns no logits (n, classes, ...)")
             found.append(logits.cpu())
     return torch.cat(found)
-
-
-def digest(values: Iterable[Any]) -> str:
-    """A fingerprint of tensors, by their bytes and shapes, and of what else there is, by its text."""
-    found = hashlib.sha256()
-    for value in values:
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                found.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
-                found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            else:
-                found.update(repr(leaf).encode())
-    return found.hexdigest()[:16]

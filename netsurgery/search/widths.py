@@ -176,7 +176,7 @@ class WidthSearch:
             raise InputError(f"retrain={retrain!r}: a whole number of at least 1")
         self._longer = Fitting(retrain, batch_size, optimizer, lr, loss)
         self._reset = reset_all if reset is None else reset
-        self._search, self._identity = prepared(
+        self._search = prepared(
             "WidthSearch",
             net,
             data,
@@ -205,7 +205,7 @@ class WidthSearch:
             NetsurgeryError: likewise.
         """
         report = Report(self._progress, "width search")
-        growth = carried_out(self._search, self._identity, self._log, self._executor, report)
+        growth = carried_out(self._search, self._log, self._executor, report)
         net, inputs, widen = self._search.setting.net, self._search.inputs, self._search.growth(0)
         assert isinstance(widen, WidenChannels)
         wider = uniform(widen, trace(net, inputs, try_sizes=False), growth.best.params)

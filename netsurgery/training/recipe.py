@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +28,9 @@ from netsurgery.training.schedules import SCHEDULES
 __all__ = ["Data", "Engine", "Model", "Recipe", "Stage", "Teacher", "Variant", "read", "shipped"]
 
 NAMES = re.compile(r"\w[\w +.-]*")
+BARE = re.compile(r"[\w-]+")
+PART = re.compile(r"""\s*"[^"]*"\s*|\s*'[^']*'\s*|[^."'=]+""")
+CHANGE = re.compile(rf"((?:{PART.pattern})(?:\.(?:{PART.pattern}))*)=")
 SUPPLIED = ("data", "model", "example_inputs", "inputs", "optimizer", "epochs", "file")  # by the run, not the recipe
 OF_GROWTH = ("net", "data", "teacher", "example_inputs", "log", "threads", "seed", "progress")  # likewise
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam")  # LBFGS wants a closure, SparseAdam sparse gradients
@@ -147,9 +150,11 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
         changes: `key.path=value` each; a value is written as in TOML, and is a text if it is not that.
 
     Raises:
-        InputError: no such file, no such table or key, a value of the wrong type; with the file, the table and the key.
+        InputError: no such file, no such table or key, a value of the wrong type, with the file, the table and the key;
+            a change that every variant overrides.
     """
     file, raw = parse(source)
+    there_before = set(raw)
     for change in changes:
         raw = merged_tables(raw, setting(change))
     place = Place(file)
@@ -167,12 +172,15 @@ def read(source: str, changes: Sequence[str] = ()) -> Recipe:
     seeds = tuple(top.get("seeds", (0,)))
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
         raise place.error(f"seeds = {list(seeds)}: at least one, each once, and none below 0")
+    laid = laid_over(raw, variants, there_before)
+    for change in changes:
+        check_arrival(change, raw, variants, laid)
     made = {} if variants else {name: variant(raw, place)}
     for key, table in variants.items():
         inside = place.at("variants").at(key)
         if not isinstance(table, Mapping) or not NAMES.fullmatch(key):
             raise inside.error("expected a table whose name has letters, digits, spaces and +-. only")
-        made[key] = variant(merged_tables(raw, table), inside, table)
+        made[key] = variant(laid[key], inside, table)
     engine = Engine(**check(Engine, top.get("engine", {}), place.at("engine")))
     return Recipe(name, seeds, engine, made)
 
@@ -223,17 +231,66 @@ def odd_keys(value: object) -> Iterator[object]:
         yield from odd_keys(one)
 
 
+def laid_over(raw: Table, variants: Table, file: Collection[str]) -> dict[str, Arguments]:
+    """The tables of each variant. A part of a table that only variants have is for those that have it.
+
+    Args:
+        raw: tables that variants share, with changes.
+        file: the names of those that were there before the changes.
+    """
+    own = {key: table for key, table in variants.items() if isinstance(table, Mapping)}
+    theirs = {key for table in own.values() for key in table if key not in file and isinstance(raw.get(key), Mapping)}
+    return {
+        name: merged_tables({key: one for key, one in raw.items() if key not in theirs or key in table}, table)
+        for name, table in own.items()
+    }
+
+
+def check_arrival(change: str, raw: Table, variants: Table, laid: Mapping[str, Table]) -> None:
+    """Raise InputError for a change of a shared table that all variants override."""
+    nested = setting(change)
+    if not laid or next(iter(nested)) not in parameters(_tables):
+        return
+    for path in paths(nested):
+        if any(value_at(table, path) == value_at(raw, path) for table in laid.values()):
+            continue
+        owners = [name for name, table in variants.items() if isinstance(table, Mapping) and path[0] in table]
+        owner = min(owners, key=lambda name: BARE.fullmatch(name) is None)
+        quoted = owner if BARE.fullmatch(owner) else f'"{owner}"'
+        raise InputError(
+            f"--set {change}: the variants set [{path[0]}] themselves, so this changes none of them: name the variant, "
+            f"as in --set 'variants.{quoted}.{change}'"
+        )
+
+
+def paths(nested: Table) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to each value in nested tables."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from ((key, *rest) for rest in paths(value))
+        else:
+            yield (key,)
+
+
+def value_at(table: object, path: Sequence[str]) -> object:
+    """What lies there; None where nothing does."""
+    for key in path:
+        table = table.get(key) if isinstance(table, Mapping) else None
+    return table
+
+
 def setting(change: str) -> Arguments:
-    """`a.b=1` as nested tables."""
-    key, equals, text = change.partition("=")
-    if not equals or not key:
+    """`a.b=1` as nested tables; parts of the key may stand in quotes, as in TOML."""
+    found = CHANGE.match(change)
+    if not found:
         raise InputError(f"--set {change}: write key.path=value, such as train.epochs=3")
+    text = change[found.end() :]
     try:
         value: object = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    for part in reversed(key.split(".")):
-        value = {part: value}
+    for part in reversed(PART.findall(found[1])):
+        value = {part.strip().strip("\"'"): value}
     return cast(Arguments, value)
 
 
