@@ -154,6 +154,11 @@ def checked(model: nn.Module, model_name: str, given: Mapping[str, ModuleRewrite
     places = {path: first[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
     found: dict[str, ModuleRewrite] = {}
     for path, rewrite in given.items():
+        if path is None:  # of a Match
+            raise InputError(
+                f"Edit(modules={{None: {rewrite!r}}}): the operation runs in the forward of a module that does more "
+                "(match.forwards names it), not in a module of its own: leave that match out"
+            )
         if not isinstance(rewrite, ModuleRewrite):
             raise InputError(f"Edit(modules=...): '{path}' has {rewrite!r}, which is no netsurgery.ModuleRewrite")
         for one in (path, *rewrite.reads):

@@ -283,10 +283,10 @@ class InsertLayer(Pass):
 
 def _placed(network: Network, layers: Layers, path: str, kind: str, seed: int) -> tuple[str, Inserted]:
     """Where a layer is inserted, and how."""
-    match = next((one for one in _NORMED.find(network) if one.modules[0] == path), None)
+    match = next((one for one in _NORMED.find(network) if one.forwards[0] == path), None)
     place, layer = path, None
     if match is not None and layers.ran(path) == 1:
-        norm = match.modules[1]
+        norm = match.forwards[1]
         if norm and isinstance(layers.modules[norm], _BatchNorm) and layers.ran(norm) == 1:
             place, layer = norm, path
     if kind == "shortcut":
