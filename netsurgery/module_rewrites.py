@@ -14,6 +14,7 @@ from netsurgery.analysis.network import Network
 from netsurgery.analysis.tracing import network_of
 from netsurgery.arguments import near_names
 from netsurgery.capture.copies import copy_with, like, named_modules, named_tensors
+from netsurgery.capture.fast_path import fused
 from netsurgery.capture.meta_run import RAISED_BY_MODELS
 from netsurgery.capture.paths import is_within
 from netsurgery.errors import InputError, NetsurgeryError, RewriteError
@@ -203,7 +204,9 @@ def rewritten(network: Network, modules: Mapping[str, ModuleRewrite]) -> Rewritt
         for name, tensor in named_tensors(network.model)
     }  # copies, where code of users gets the tensors
     model = copy_with(network.model, {id(tensor): own[name] for name, tensor in named_tensors(network.model)})
-    put(model, built(model, modules))
+    new = built(model, modules)
+    _check_fused(model, network.model_name, new)
+    put(model, new)
     try:
         found = network_of(model, network.inputs[0] or network.inputs[1])
     except NetsurgeryError as error:
@@ -213,6 +216,15 @@ def rewritten(network: Network, modules: Mapping[str, ModuleRewrite]) -> Rewritt
     after = {id(tensor): name for name, tensor in found.tensors.items()}
     names = {name: after[id(tensor)] for name, tensor in own.items() if id(tensor) in after}
     return Rewritten((network, modules), found, names)
+
+
+def _check_fused(model: nn.Module, model_name: str, new: Mapping[str, nn.Module]) -> None:
+    """Raise RewriteError for modules of another class that torch would not run in eval mode."""
+    known, why = named_modules(model), fused(model)
+    if refused := next((path for path, one in new.items() if path in why and type(one) is not type(known[path])), None):
+        raise RewriteError(
+            f"'{refused}' of {model_name} cannot become a {type(new[refused]).__name__}: {why[refused]}; leave it out"
+        )
 
 
 def _check_calls(before: Network, after: Network, paths: Mapping[str, ModuleRewrite]) -> None:

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from netsurgery.analysis.network import Network
 from netsurgery.capture.copies import named_modules
+from netsurgery.capture.fast_path import fused
 from netsurgery.capture.program import Program
 
 __all__ = ["Layer", "Layers", "has_hooks", "shell"]
@@ -28,6 +29,7 @@ class Layers:
 
     def __init__(self, network: Network):
         self.network, self.modules = network, named_modules(network.model)
+        self.fused = fused(network.model)
         self.counts = [_count(program) for program in network.programs]
         self.weights = [[n for n in program.graph.nodes if n.op == "get_attr"] for program in network.programs]
 
@@ -44,6 +46,8 @@ class Layers:
         module = self.modules[path]
         if not self.ran(path):
             return f"'{path}' does not run"
+        if path in self.fused:
+            return self.fused[path]
         runs = [weights for weights, count in zip(self.weights, self.counts, strict=True) if path in count]
         if not all(self._is_own(weights, path) for weights in runs):
             return f"a weight of '{path}', a {type(module).__name__}, is shared, or computed from others"

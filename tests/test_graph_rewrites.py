@@ -1,6 +1,7 @@
 """Passes that rewrite modules: the function stays, and what comes after them finds an ordinary network."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
 
 import netsurgery
-from netsurgery.errors import InputError
+from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import (
     BranchConv,
     Factorise,
@@ -557,3 +558,63 @@ def test_layers_are_inserted_in_known_networks(name: str) -> None:
     make, size, places = PLACES[name]
     model = lived_in(make())
     check(model, inputs(2, 3, size, size), *[InsertLayer(path, kind) for path, kind in places], tolerance=1e-12)
+
+
+# Modules that torch's fused encoder layer reads without running them
+
+
+class Fused(nn.Module):
+    """A fused encoder, a layer that is not fused, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        self.other = nn.TransformerEncoderLayer(8, 2, 16)
+        self.own = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.other(self.encoder(x)))
+
+
+def test_layers_of_a_fused_encoder_are_left_and_named() -> None:
+    model, x = lived_in(Fused()), inputs(2, 4, 8)
+    edit = netsurgery.plan(model, [Factorise(rank=8, always=True)], x)
+    new = netsurgery.rewrite(model, edit)
+    changed = [path for path, module in new.named_modules() if type(module) is nn.Sequential]
+    assert changed == ["other.linear1", "other.linear2", "own"]
+    short = edit.outcomes[0].short
+    assert list(short) == [f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
+    assert short["encoder.layers.1.linear2"] == (
+        "in eval mode torch's fast path of 'encoder.layers.1', a TransformerEncoderLayer, reads "
+        "'encoder.layers.1.linear2' without running it"
+    )
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.allclose(new(x), model(x), rtol=1e-12, atol=1e-13)
+
+
+@dataclasses.dataclass(frozen=True)
+class Become(netsurgery.ModuleRewrite):
+    """A module of another class."""
+
+    kind: type[nn.Module]
+    args: tuple[int, ...] = ()
+    exact = False
+
+    def build(self, module: nn.Module) -> nn.Module:
+        return self.kind(*self.args)
+
+
+@pytest.mark.parametrize(
+    ("part", "become"), [("norm1", Become(nn.BatchNorm1d, (8,))), ("activation", Become(nn.Tanh))], ids=str
+)
+def test_modules_of_a_fused_encoder_keep_their_class(part: str, become: Become) -> None:
+    model = lived_in(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True)))
+    network = netsurgery.trace(model, inputs(2, 8, 8))
+    with pytest.raises(RewriteError, match=rf"'0.{part}' of Sequential cannot become a \w+: in eval mode torch's fast"):
+        netsurgery.rewrite(model, netsurgery.Edit(network, {}, modules={f"0.{part}": become}))
+    for kind in ("identity", "shortcut", "dense"):
+        with pytest.raises((RewriteError, InputError), match="fast path of '0'"):
+            netsurgery.apply(model, [InsertLayer("0.linear1", kind)], inputs(2, 4, 8))
+    eager = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ELU(), batch_first=True))
+    netsurgery.apply(lived_in(eager), [InsertLayer("0.linear1", "shortcut")], inputs(2, 4, 8), verify=True)
