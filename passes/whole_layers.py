@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from netsurgery.analysis.network import Network
-from netsurgery.capture.copies import named_modules
+from netsurgery.capture.copies import held_tensors, named_modules
 from netsurgery.capture.fast_path import fused
 from netsurgery.capture.program import Program
 
@@ -29,6 +30,7 @@ class Layers:
 
     def __init__(self, network: Network):
         self.network, self.modules = network, named_modules(network.model)
+        self.held = Counter(id(tensor) for _, tensor in held_tensors(network.model))
         self.fused = fused(network.model)
         self.counts = [_count(program) for program in network.programs]
         self.weights = [[n for n in program.graph.nodes if n.op == "get_attr"] for program in network.programs]
@@ -54,8 +56,10 @@ class Layers:
         return f"'{path}' has hooks, which would see something else" if has_hooks(module) else None
 
     def _is_own(self, weights: Sequence[fx.Node], path: str) -> bool:
-        """True if a layer's weight and bias are parameters of its own that nothing else reads."""
+        """True if a layer's weight and bias are parameters of its own that nothing else reads or holds."""
         own = self.modules[path]._parameters
+        if any(self.held[id(tensor)] > 1 for tensor in own.values() if tensor is not None):
+            return False  # whatever holds it, too, need not run
         names = [f"{path}.{key}" for key, tensor in own.items() if tensor is not None]
         nodes = {name: node for node in weights if (name := str(node.target)) in names}
         once = all(name in nodes and _readers(nodes[name]) <= self.ran(path) for name in names)

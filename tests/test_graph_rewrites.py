@@ -122,6 +122,13 @@ class Own(nn.Module):
         if what == "tied":
             self.other = nn.Conv2d(4, 4, 1)
             self.other.weight = self.conv.weight
+        if what == "tied, not run":
+            self.other = nn.Conv2d(4, 4, 1)
+            self.other.bias = self.conv.bias
+        if what == "in a list":
+            self.trained = [self.conv.weight]
+        if what == "by another name":
+            self.kernel = self.conv.weight
         if what == "hook":
             self.conv.register_forward_hook(lambda module, args, out: None)
         if what == "hook of the norm":
@@ -154,6 +161,9 @@ LEFT = {
     "weight norm": "a weight of 'conv', a ParametrizedConv2d, is shared, or computed from others",
     "statistics": "it takes the statistics of each batch",
     "tied": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "tied, not run": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "in a list": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "by another name": "a weight of 'conv', a Conv2d, is shared, or computed from others",
     "bias": "a weight of 'conv', a Conv2d, is shared, or computed from others",
     "hook": "'conv' has hooks, which would see something else",
     "hook of the norm": "'norm' has hooks, which would see something else",
@@ -618,3 +628,12 @@ def test_modules_of_a_fused_encoder_keep_their_class(part: str, become: Become) 
             netsurgery.apply(model, [InsertLayer("0.linear1", kind)], inputs(2, 4, 8))
     eager = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ELU(), batch_first=True))
     netsurgery.apply(lived_in(eager), [InsertLayer("0.linear1", "shortcut")], inputs(2, 4, 8), verify=True)
+
+
+def test_a_tied_layer_that_does_not_run_is_left_by_every_pass() -> None:
+    model, x = lived_in(Own("tied, not run")), inputs(2, 3, 2, 2)
+    edit = netsurgery.plan(model, [Factorise(rank=1)], x)
+    assert list(edit.modules) == ["free"] and "is shared" in edit.outcomes[0].short["conv"]
+    for one in (BranchConv("conv", parts=2), InsertLayer("conv", "dense")):
+        with pytest.raises(InputError, match="a weight of 'conv', a Conv2d, is shared"):
+            netsurgery.plan(model, [one], x)
