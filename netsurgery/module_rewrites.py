@@ -17,6 +17,7 @@ from netsurgery.capture.copies import copy_with, like, named_modules, named_tens
 from netsurgery.capture.fast_path import fused
 from netsurgery.capture.meta_run import RAISED_BY_MODELS
 from netsurgery.capture.paths import is_within
+from netsurgery.capture.recorder import record
 from netsurgery.errors import InputError, NetsurgeryError, RewriteError
 
 __all__ = ["ModuleRewrite", "Rewritten", "built", "checked", "put", "read", "register_rewrite", "rewritten", "written"]
@@ -209,6 +210,8 @@ def rewritten(network: Network, modules: Mapping[str, ModuleRewrite]) -> Rewritt
     put(model, new)
     try:
         found = network_of(model, network.inputs[0] or network.inputs[1])
+        if len(found.programs) < len(network.programs):  # it runs as in eval mode now, or raises an error
+            record(model, network.inputs, "train")
     except NetsurgeryError as error:
         listed = ", ".join(list(modules)[:3])
         raise RewriteError(f"{network.model_name} does not run once {listed} is another module: {error}") from error

@@ -637,3 +637,54 @@ def test_a_tied_layer_that_does_not_run_is_left_by_every_pass() -> None:
     for one in (BranchConv("conv", parts=2), InsertLayer("conv", "dense")):
         with pytest.raises(InputError, match="a weight of 'conv', a Conv2d, is shared"):
             netsurgery.plan(model, [one], x)
+
+
+class Looked(nn.Module):
+    """Layers of which the code reads attributes."""
+
+    def __init__(self, looks: tuple[str, ...]) -> None:
+        super().__init__()
+        self.looks = looks
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(8, 8) for _ in range(5))
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in "abcde":
+            layer = getattr(self, name)
+            if f"{name}.dtype" in self.looks:
+                x = x.to(layer.weight.dtype)
+            if f"{name}.size in training" in self.looks and self.training:
+                x = 2 * x[..., : layer.out_features]
+            if f"{name}.size" in self.looks:
+                x = x[..., : layer.out_features]
+            if f"{name}.kind" in self.looks and not isinstance(layer, nn.Linear):
+                raise ValueError("no linear layer")
+            x = layer(x).relu()
+        if "last.padding" in self.looks and self.last.padding[0]:
+            return x
+        return self.last(x[..., None, None])
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        ("a.dtype",),
+        ("e.size",),
+        ("b.kind", "d.size"),
+        ("last.padding", "a.dtype", "b.size"),
+        ("c.size in training",),
+        tuple("abcde"),
+    ],
+    ids=str,
+)
+def test_layers_of_which_the_code_reads_attributes_are_left_and_named(looks: tuple[str, ...]) -> None:
+    looks = tuple(f"{one}.size" if len(one) == 1 else one for one in looks)
+    model, x = lived_in(Looked(looks)), inputs(2, 8)
+    edit = netsurgery.plan(model, [Factorise(rank=2)], x)
+    left = [one.partition(".")[0] for one in looks]
+    assert sorted(edit.outcomes[0].short) == sorted(left)
+    assert sorted(edit.modules) == sorted({*"abcde", "last"} - {*left}) == sorted(edit.outcomes[0].notes)
+    assert all("the model's code needs it as it is: " in why for why in edit.outcomes[0].short.values())
+    assert netsurgery.rewrite(model, edit)(x).shape == (2, 8, 1, 1)
+    with pytest.raises(InputError, match=rf"has no layer that can be factorised: {left[0]}: the model's code needs it"):
+        netsurgery.plan(model, [Factorise(rank=2, include=left[0])], x)
