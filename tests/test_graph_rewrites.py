@@ -688,3 +688,41 @@ def test_layers_of_which_the_code_reads_attributes_are_left_and_named(looks: tup
     assert netsurgery.rewrite(model, edit)(x).shape == (2, 8, 1, 1)
     with pytest.raises(InputError, match=rf"has no layer that can be factorised: {left[0]}: the model's code needs it"):
         netsurgery.plan(model, [Factorise(rank=2, include=left[0])], x)
+
+
+class TwoModes(nn.Module):
+    """What a layer gives is read once in eval mode."""
+
+    def __init__(self, training: str, norm: bool) -> None:
+        super().__init__()
+        self.layer, self.head, self.aux = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
+        self.mode = training
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.norm(self.layer(x))
+        if not self.training or self.mode == "the same":
+            return self.head(y.relu())
+        if self.mode == "read twice":
+            return self.head(y.relu()), self.aux(y)
+        if self.mode == "another activation":
+            return self.head(torch.tanh(y)), y.sum()
+        if self.mode == "returned":
+            return self.head(y.relu()), y
+        return self.head(y.relu()), self.aux(x.new_ones(3, 6))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("mode", ["read twice", "another activation", "returned", "the same", "read once"])
+def test_an_identity_is_one_in_training_too(mode: str, norm: bool) -> None:
+    model, x = lived_in(TwoModes(mode, norm)), inputs(3, 4)
+    new = netsurgery.apply(model, [InsertLayer("layer")], x, verify=True)
+    clamped = any(isinstance(module, nn.ReLU) for module in new.modules())
+    assert clamped == (mode in ("the same", "read once"))
+    for one in (model, new):
+        one.train()
+        for module in one.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+    for wanted, found in zip(model(x), new(x), strict=True):
+        assert torch.allclose(wanted, found, rtol=1e-10, atol=1e-12)
