@@ -14,8 +14,10 @@ from netsurgery.analysis.network import Network
 from netsurgery.analysis.tracing import network_of
 from netsurgery.arguments import near_names
 from netsurgery.capture.copies import copy_with, like, named_modules, named_tensors
+from netsurgery.capture.fast_path import fused
 from netsurgery.capture.meta_run import RAISED_BY_MODELS
 from netsurgery.capture.paths import is_within
+from netsurgery.capture.recorder import record
 from netsurgery.errors import InputError, NetsurgeryError, RewriteError
 
 __all__ = ["ModuleRewrite", "Rewritten", "built", "checked", "put", "read", "register_rewrite", "rewritten", "written"]
@@ -154,6 +156,11 @@ def checked(model: nn.Module, model_name: str, given: Mapping[str, ModuleRewrite
     places = {path: first[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
     found: dict[str, ModuleRewrite] = {}
     for path, rewrite in given.items():
+        if path is None:  # of a Match
+            raise InputError(
+                f"Edit(modules={{None: {rewrite!r}}}): the operation runs in the forward of a module that does more "
+                "(match.forwards names it), not in a module of its own: leave that match out"
+            )
         if not isinstance(rewrite, ModuleRewrite):
             raise InputError(f"Edit(modules=...): '{path}' has {rewrite!r}, which is no netsurgery.ModuleRewrite")
         for one in (path, *rewrite.reads):
@@ -198,9 +205,13 @@ def rewritten(network: Network, modules: Mapping[str, ModuleRewrite]) -> Rewritt
         for name, tensor in named_tensors(network.model)
     }  # copies, where code of users gets the tensors
     model = copy_with(network.model, {id(tensor): own[name] for name, tensor in named_tensors(network.model)})
-    put(model, built(model, modules))
+    new = built(model, modules)
+    _check_fused(model, network.model_name, new)
+    put(model, new)
     try:
         found = network_of(model, network.inputs[0] or network.inputs[1])
+        if len(found.programs) < len(network.programs):  # it runs as in eval mode now, or raises an error
+            record(model, network.inputs, "train")
     except NetsurgeryError as error:
         listed = ", ".join(list(modules)[:3])
         raise RewriteError(f"{network.model_name} does not run once {listed} is another module: {error}") from error
@@ -208,6 +219,15 @@ def rewritten(network: Network, modules: Mapping[str, ModuleRewrite]) -> Rewritt
     after = {id(tensor): name for name, tensor in found.tensors.items()}
     names = {name: after[id(tensor)] for name, tensor in own.items() if id(tensor) in after}
     return Rewritten((network, modules), found, names)
+
+
+def _check_fused(model: nn.Module, model_name: str, new: Mapping[str, nn.Module]) -> None:
+    """Raise RewriteError for modules of another class that torch would not run in eval mode."""
+    known, why = named_modules(model), fused(model)
+    if refused := next((path for path, one in new.items() if path in why and type(one) is not type(known[path])), None):
+        raise RewriteError(
+            f"'{refused}' of {model_name} cannot become a {type(new[refused]).__name__}: {why[refused]}; leave it out"
+        )
 
 
 def _check_calls(before: Network, after: Network, paths: Mapping[str, ModuleRewrite]) -> None:

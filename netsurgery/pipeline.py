@@ -27,6 +27,7 @@ from netsurgery.analysis.tracing import network_of, undisturbed
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, PassError, RewriteError
 from netsurgery.fidelity import Measured
+from netsurgery.rewriting.dropping import depth_known
 from netsurgery.rewriting.surgery import check_blocks, rewrite, with_same_names
 from netsurgery.units import sources
 from netsurgery.verification import oracles
@@ -180,8 +181,16 @@ class _Progress:
 
         Args:
             changed: whether it is the last one, which a pass has changed.
+
+        Raises:
+            PassError: it rewrites modules of a model that would go on counting the blocks that are dropped before.
         """
         if given.rewritten is not None:
+            if self.stage is not None and (why := depth_known(self.code.model, self.stage)) is not None:
+                raise PassError(
+                    f"modules cannot be rewritten after {', '.join(self.stage.dropped)} of this model goes in the same "
+                    f"plan, since {why}: put RemoveBlocks last, or call apply once for it and once for the rest"
+                )
             self.begun = given if self.edit is None else self.edit.then(given)
             self.code, self.index = ModelCode(given.rewritten.network.model), self.index + 1
             self.stage, self.earlier, self.last = None, None, given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from netsurgery.analysis.network import Network
 from netsurgery.arguments import is_count, is_real
 from netsurgery.edit import Edit
-from netsurgery.errors import InputError
-from netsurgery.module_rewrites import ModuleRewrite, register_rewrite
+from netsurgery.errors import InputError, RewriteError
+from netsurgery.module_rewrites import ModuleRewrite, register_rewrite, rewritten
 from netsurgery.outcome import Outcome
 from netsurgery.passes.bundles import call_of
 from netsurgery.passes.patterns import Chosen, Modules, as_patterns
@@ -67,12 +68,51 @@ def _pair(module: Any, rank: int) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
+class _Tried(ModuleRewrite):
+    """The two layers of a rank, without values."""
+
+    rank: int
+
+    def build(self, module: nn.Module) -> nn.Module:
+        own: Any = module
+        first, second = _pair(own, self.rank)
+        if own.bias is not None:
+            second.bias = nn.Parameter(torch.empty(own.bias.shape, device="meta"))
+        series = nn.Sequential(first, second).to_empty(device=own.weight.device)
+        for parameter in series.parameters():
+            nn.init.zeros_(parameter)
+        return series
+
+
+def _unfit(network: Network, ranks: Mapping[str, int]) -> dict[str, str]:
+    """The layers that the model's code needs as they are, and why, by halves."""
+    try:
+        rewritten(network, {path: _Tried(rank) for path, rank in ranks.items()})
+    except RewriteError as error:
+        if len(ranks) == 1:
+            return dict.fromkeys(ranks, f"the model's code needs it as it is: {_root(error)}")
+        paths, half = list(ranks), len(ranks) // 2
+        parts = ({path: ranks[path] for path in part} for part in (paths[:half], paths[half:]))
+        return {path: why for part in parts for path, why in _unfit(network, part).items()}
+    return {}
+
+
+def _root(error: BaseException) -> str:
+    """The error that an error goes back to."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).strip().partition("\n")[0]
+    return first if isinstance(error, RewriteError) else f"{type(error).__name__}: {first}"
+
+
+@dataclass(frozen=True)
 class Factorise(Pass):
     """Replace linear layers and 1x1 convolutions by products of two of lower rank, by singular value decomposition.
 
     ``W`` of shape ``(out, in)`` becomes ``(out, rank) (rank, in)``: the nearest product of this rank, exact at the full
     one. The layer becomes an ``nn.Sequential``: the keys ``fc.weight`` and ``fc.bias`` become ``fc.0.weight``,
-    ``fc.1.weight`` and ``fc.1.bias``. ``edit.summary()`` has the relative error of each weight, in the Frobenius norm.
+    ``fc.1.weight`` and ``fc.1.bias``. ``edit.summary()`` has the relative error of each weight, in the Frobenius norm,
+    and names the layers that are left, such as those of which the code reads attributes (``self.fc.out_features``).
 
     Args:
         rank: of each product, at most the full one.
@@ -126,7 +166,7 @@ class Factorise(Pass):
         """Choose the layers that get fewer parameters."""
         network.require_weights(self)
         layers, short, errors = Layers(network), dict[str, str](), dict[str, str]()
-        modules: dict[str, ModuleRewrite] = {}
+        modules: dict[str, Factored] = {}
         for path in self._meant(network, layers):
             module: Any = layers.modules[path]
             out, into = module.weight.flatten(1).shape if "weight" in module._parameters else (1, 1)
@@ -144,12 +184,20 @@ class Factorise(Pass):
                 continue
             modules[path] = Factored(rank, exact=rank == full)
             errors[path] = f"rank {rank} of {full}, relative error {_error(module.weight, rank):.2g}"
+        try:
+            edit = Edit(network, {}, modules=modules)
+        except RewriteError:
+            unfit = _unfit(network, {path: one.rank for path, one in modules.items()})
+            short |= unfit
+            modules = {path: one for path, one in modules.items() if path not in unfit}
+            errors = {path: errors[path] for path in modules}
+            edit = Edit(network, {}, modules=modules)
         if not modules:
             reasons = "; ".join(f"{path}: {why}" for path, why in list(short.items())[:5]) or "there is none"
             raise InputError(f"{self!r}: {network.model_name} has no layer that can be factorised: {reasons}")
         count = len(modules) + len(short)
         outcome = Outcome(f"{count} layers", f"{len(modules)}", short, notes=errors, does="factorise")
-        return Edit(network, {}, modules=modules, outcomes=(outcome,))
+        return dataclasses.replace(edit, outcomes=(outcome,))
 
     def _meant(self, network: Network, layers: Layers) -> list[str]:
         include, exclude = (as_patterns(given) for given in (self.include, self.exclude))

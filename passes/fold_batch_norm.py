@@ -203,15 +203,15 @@ class _Pairs:
     def __init__(self, network: Network):
         self.network, self.layers = network, Layers(network)
         self.modules = self.layers.modules
-        self.found = [{m.modules[1]: m for m in _NORMED.find_in(program)} for program in network.programs]
+        self.found = [{m.forwards[1]: m for m in _NORMED.find_in(program)} for program in network.programs]
 
     @property
     def norms(self) -> Iterator[_Norm]:
         """All batch norms that run, in order."""
-        for path in dict.fromkeys(m.modules[0] for p in self.network.programs for m in _NORM.find_in(p)):
+        for path in dict.fromkeys(m.forwards[0] for p in self.network.programs for m in _NORM.find_in(p)):
             if isinstance(norm := self.modules.get(path or ""), _BatchNorm) and path:
                 match = self.found[0].get(path)
-                layer = str(match.modules[0]) if match is not None else ""
+                layer = str(match.forwards[0]) if match is not None else ""
                 keep = self._kept(path)
                 yield _Norm(path, norm, layer, self._obstacle(path, norm, match, keep), keep or ())
 
@@ -219,12 +219,12 @@ class _Pairs:
         """The reason why a norm cannot be folded, if there is one."""
         if match is None:
             return "it does not read a convolution or linear layer that nothing else reads"
-        name = str(match.modules[0])
+        name = str(match.forwards[0])
         layer = self.modules[name]
         if not isinstance(layer, _ConvNd | nn.Linear):
             return f"'{name}', which runs the layer in front of it, is a {type(layer).__name__}"
         runs = zip(self.found, self.layers.counts, strict=True)
-        if any(path not in found or found[path].modules != match.modules for found, count in runs if path in count):
+        if any(path not in found or found[path].forwards != match.forwards for found, count in runs if path in count):
             return "in training mode it does not read this layer alone"
         if max(self.layers.ran(name), self.layers.ran(path)) > 1:
             return f"'{name}' or the norm runs several times"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -283,21 +283,27 @@ class InsertLayer(Pass):
 
 def _placed(network: Network, layers: Layers, path: str, kind: str, seed: int) -> tuple[str, Inserted]:
     """Where a layer is inserted, and how."""
-    match = next((one for one in _NORMED.find(network) if one.modules[0] == path), None)
+    match = next((one for one in _NORMED.find(network) if one.forwards[0] == path), None)
     place, layer = path, None
     if match is not None and layers.ran(path) == 1:
-        norm = match.modules[1]
+        norm = match.forwards[1]
         if norm and isinstance(layers.modules[norm], _BatchNorm) and layers.ran(norm) == 1:
             place, layer = norm, path
     if kind == "shortcut":
         return place, Inserted(kind, layer, seed=seed)
-    outs = [call.out for call in network.programs[0].calls if call.path == place]
+    runs = [[call.out for call in program.calls if call.path == place] for program in network.programs]
+    clamps = {_clamp(outs) for outs in runs if outs}  # in eval mode and in training
+    clamp, first = clamps.pop() if len(clamps) == 1 else (None, True)
+    return place, Inserted(kind, layer, clamp, first)
+
+
+def _clamp(outs: Sequence[Any]) -> tuple[tuple[float, float | None] | None, bool]:
+    """The limits of what a module gives in a run, or of what alone reads it; and whether it is the latter."""
     out = outs[0] if len(outs) == 1 else None
     if (made := _limits(out)) is not None:
-        return place, Inserted(kind, layer, made, first=False)
+        return made, False
     readers = list(out.users) if isinstance(out, fx.Node) else []
-    clamps = _limits(readers[0]) if len(readers) == 1 else None
-    return place, Inserted(kind, layer, clamps)
+    return (_limits(readers[0]) if len(readers) == 1 else None), True
 
 
 def _limits(node: Any) -> tuple[float, float | None] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -10,7 +11,8 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from netsurgery.analysis.network import Network
-from netsurgery.capture.copies import named_modules
+from netsurgery.capture.copies import held_tensors, named_modules
+from netsurgery.capture.fast_path import fused
 from netsurgery.capture.program import Program
 
 __all__ = ["Layer", "Layers", "has_hooks", "shell"]
@@ -28,6 +30,8 @@ class Layers:
 
     def __init__(self, network: Network):
         self.network, self.modules = network, named_modules(network.model)
+        self.held = Counter(id(tensor) for _, tensor in held_tensors(network.model))
+        self.fused = fused(network.model)
         self.counts = [_count(program) for program in network.programs]
         self.weights = [[n for n in program.graph.nodes if n.op == "get_attr"] for program in network.programs]
 
@@ -44,14 +48,18 @@ class Layers:
         module = self.modules[path]
         if not self.ran(path):
             return f"'{path}' does not run"
+        if path in self.fused:
+            return self.fused[path]
         runs = [weights for weights, count in zip(self.weights, self.counts, strict=True) if path in count]
         if not all(self._is_own(weights, path) for weights in runs):
             return f"a weight of '{path}', a {type(module).__name__}, is shared, or computed from others"
         return f"'{path}' has hooks, which would see something else" if has_hooks(module) else None
 
     def _is_own(self, weights: Sequence[fx.Node], path: str) -> bool:
-        """True if a layer's weight and bias are parameters of its own that nothing else reads."""
+        """True if a layer's weight and bias are parameters of its own that nothing else reads or holds."""
         own = self.modules[path]._parameters
+        if any(self.held[id(tensor)] > 1 for tensor in own.values() if tensor is not None):
+            return False  # whatever holds it, too, need not run
         names = [f"{path}.{key}" for key, tensor in own.items() if tensor is not None]
         nodes = {name: node for node in weights if (name := str(node.target)) in names}
         once = all(name in nodes and _readers(nodes[name]) <= self.ran(path) for name in names)

@@ -532,8 +532,8 @@ MUTANTS = (
     Mutant(
         "a decoder's depth is the encoder's",
         "netsurgery/rewriting/dropping.py",
-        "if not configs or _other_lists(modules, path, len(names), configs[-1]):",
-        "if not configs:",
+        "return [] if not configs or _other_lists(modules, path, length, configs[-1]) else configs",
+        "return configs",
     ),
     Mutant(
         "a skipped block returns its first input for every tensor",

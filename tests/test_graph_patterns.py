@@ -1,9 +1,13 @@
 """The notation for series of operations."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import netsurgery
 from netsurgery import Pattern
@@ -33,22 +37,22 @@ class Net(nn.Module):
 NET = netsurgery.trace(Net(), torch.randn(2, 3, 4, 4), try_sizes=False)
 
 FOUND: dict[str, list[tuple[str | None, ...]]] = {
-    "convolution": [("first",), ("second",), ("",)],
+    "convolution": [("first",), ("second",), (None,)],
     "convolution -> batch_norm": [("first", "norm")],
-    "convolution -> batch_norm -> relu": [("first", "norm", "")],
-    "convolution -> batch_norm? -> relu?": [("first", "norm", ""), ("second", None, None), ("", None, None)],
+    "convolution -> batch_norm -> relu": [("first", "norm", None)],
+    "convolution -> batch_norm? -> relu?": [("first", "norm", None), ("second", None, None), (None, None, None)],
     "relu -> convolution": [],  # the addition reads it, too
-    "relu => convolution": [("", "second")],
-    "relu => add": [("", "")],
-    "silu -> add": [("", "")],
+    "relu => convolution": [(None, "second")],
+    "relu => add": [(None, None)],
+    "silu -> add": [(None, None)],
     "silu -> add.other": [],
-    "silu -> add.self -> convolution": [("", "", "")],
+    "silu -> add.self -> convolution": [(None, None, None)],
     "tanh -> convolution": [],  # it is the weight
-    "tanh -> convolution.weight": [("", "")],
-    "linear -> activation -> linear": [("head", "", "tail")],
-    "linear -> silu|gelu": [("head", "")],
+    "tanh -> convolution.weight": [(None, None)],
+    "linear -> activation -> linear": [("head", None, "tail")],
+    "linear -> silu|gelu": [("head", None)],
     "linear": [("head",), ("tail",)],
-    "_softmax -> bmm.self": [("", "")],
+    "_softmax -> bmm.self": [(None, None)],
     "_softmax -> bmm.mat2": [],
 }
 
@@ -65,7 +69,84 @@ def test_nodes_of_a_match() -> None:
         "aten.native_batch_norm.default",
         "None",
     ]
+    assert match.forwards == ("first", "norm", None)
+    assert [match.forwards for match in Pattern("silu -> add").find(NET)] == [("", "")]
     assert Pattern("add") == Pattern("add") and len({Pattern("add"), Pattern("add")}) == 1
+
+
+class Does(nn.Module):
+    """A SiLU, and what is named."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.drop, self.layer = what, nn.Dropout(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.what == "convolution":
+            x = self.layer(x)
+        y = F.silu(x)
+        if self.what == "twice":
+            y = F.silu(y)
+        if self.what == "dropout":
+            y = self.drop(y)
+        if self.what == "flattened":
+            y = y.flatten(1)
+        if self.what == "turned":
+            y = y.transpose(2, 3)
+        if self.what == "other":
+            return x
+        if self.what == "more in training" and self.training:
+            y = y * 2
+        return (y, x) if self.what == "two results" else y
+
+
+class Before(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act = nn.Conv2d(3, 3, 1), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.first(x))
+        return y[0] if isinstance(y, tuple) else y
+
+
+OTHERS = ("convolution", "twice", "dropout", "flattened", "turned", "other", "more in training", "two results")
+
+
+@pytest.mark.parametrize("what", [*OTHERS, "no more"])
+def test_modules_of_a_match_do_nothing_else(what: str) -> None:
+    network = netsurgery.trace(Before(Does(what)), torch.randn(2, 3, 4, 5), try_sizes=False)
+    found = {match.modules for match in Pattern("silu").find(network)}
+    assert found == {("act",) if what == "no more" else (None,)}
+    assert {match.forwards for match in Pattern("silu").find(network)} == {("act",)}
+
+
+def test_modules_with_views_paddings_and_computed_weights_are_named() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        weight_norm(nn.Conv2d(4, 4, 1)),
+        nn.PReLU(),
+        nn.Flatten(2),
+        nn.Linear(20, 6),
+        nn.Softmax(-1),
+    )
+    network = netsurgery.trace(model, torch.randn(2, 3, 4, 5), try_sizes=False)
+    found = [match.modules[0] for match in Pattern("convolution|linear|activation|_softmax").find(network)]
+    assert found == ["0", "1", "2", "4", "5"]
+
+
+def test_a_block_is_not_replaced_for_an_operation_in_its_code() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Hard(netsurgery.ModuleRewrite):
+        exact = False
+
+        def build(self, module: nn.Module) -> nn.Module:
+            return nn.Hardswish()
+
+    network = netsurgery.trace(Before(Does("convolution")), torch.randn(2, 3, 4, 5), try_sizes=False)
+    modules: dict[Any, Any] = {match.modules[0]: Hard() for match in Pattern("silu").find(network)}
+    with pytest.raises(InputError, match="the operation runs in the forward of a module that does more"):
+        netsurgery.Edit(network, {}, modules=modules)
 
 
 @torch.library.custom_op("graphpatterns::twice", mutates_args=())
@@ -88,7 +169,9 @@ def test_operations_of_other_libraries() -> None:
             return twice(self.layer(x)).relu()
 
     network = netsurgery.trace(Custom(), torch.randn(2, 3), try_sizes=False)
-    assert [m.modules for m in Pattern("linear -> graphpatterns::twice -> relu").find(network)] == [("layer", "", "")]
+    assert [m.modules for m in Pattern("linear -> graphpatterns::twice -> relu").find(network)] == [
+        ("layer", None, None)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Passes that rewrite modules: the function stays, and what comes after them finds an ordinary network."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
 
 import netsurgery
-from netsurgery.errors import InputError
+from netsurgery.errors import InputError, RewriteError
 from netsurgery.passes import (
     BranchConv,
     Factorise,
@@ -121,6 +122,13 @@ class Own(nn.Module):
         if what == "tied":
             self.other = nn.Conv2d(4, 4, 1)
             self.other.weight = self.conv.weight
+        if what == "tied, not run":
+            self.other = nn.Conv2d(4, 4, 1)
+            self.other.bias = self.conv.bias
+        if what == "in a list":
+            self.trained = [self.conv.weight]
+        if what == "by another name":
+            self.kernel = self.conv.weight
         if what == "hook":
             self.conv.register_forward_hook(lambda module, args, out: None)
         if what == "hook of the norm":
@@ -153,6 +161,9 @@ LEFT = {
     "weight norm": "a weight of 'conv', a ParametrizedConv2d, is shared, or computed from others",
     "statistics": "it takes the statistics of each batch",
     "tied": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "tied, not run": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "in a list": "a weight of 'conv', a Conv2d, is shared, or computed from others",
+    "by another name": "a weight of 'conv', a Conv2d, is shared, or computed from others",
     "bias": "a weight of 'conv', a Conv2d, is shared, or computed from others",
     "hook": "'conv' has hooks, which would see something else",
     "hook of the norm": "'norm' has hooks, which would see something else",
@@ -557,3 +568,161 @@ def test_layers_are_inserted_in_known_networks(name: str) -> None:
     make, size, places = PLACES[name]
     model = lived_in(make())
     check(model, inputs(2, 3, size, size), *[InsertLayer(path, kind) for path, kind in places], tolerance=1e-12)
+
+
+# Modules that torch's fused encoder layer reads without running them
+
+
+class Fused(nn.Module):
+    """A fused encoder, a layer that is not fused, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        self.other = nn.TransformerEncoderLayer(8, 2, 16)
+        self.own = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.other(self.encoder(x)))
+
+
+def test_layers_of_a_fused_encoder_are_left_and_named() -> None:
+    model, x = lived_in(Fused()), inputs(2, 4, 8)
+    edit = netsurgery.plan(model, [Factorise(rank=8, always=True)], x)
+    new = netsurgery.rewrite(model, edit)
+    changed = [path for path, module in new.named_modules() if type(module) is nn.Sequential]
+    assert changed == ["other.linear1", "other.linear2", "own"]
+    short = edit.outcomes[0].short
+    assert list(short) == [f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
+    assert short["encoder.layers.1.linear2"] == (
+        "in eval mode torch's fast path of 'encoder.layers.1', a TransformerEncoderLayer, reads "
+        "'encoder.layers.1.linear2' without running it"
+    )
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.allclose(new(x), model(x), rtol=1e-12, atol=1e-13)
+
+
+@dataclasses.dataclass(frozen=True)
+class Become(netsurgery.ModuleRewrite):
+    """A module of another class."""
+
+    kind: type[nn.Module]
+    args: tuple[int, ...] = ()
+    exact = False
+
+    def build(self, module: nn.Module) -> nn.Module:
+        return self.kind(*self.args)
+
+
+@pytest.mark.parametrize(
+    ("part", "become"), [("norm1", Become(nn.BatchNorm1d, (8,))), ("activation", Become(nn.Tanh))], ids=str
+)
+def test_modules_of_a_fused_encoder_keep_their_class(part: str, become: Become) -> None:
+    model = lived_in(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True)))
+    network = netsurgery.trace(model, inputs(2, 8, 8))
+    with pytest.raises(RewriteError, match=rf"'0.{part}' of Sequential cannot become a \w+: in eval mode torch's fast"):
+        netsurgery.rewrite(model, netsurgery.Edit(network, {}, modules={f"0.{part}": become}))
+    for kind in ("identity", "shortcut", "dense"):
+        with pytest.raises((RewriteError, InputError), match="fast path of '0'"):
+            netsurgery.apply(model, [InsertLayer("0.linear1", kind)], inputs(2, 4, 8))
+    eager = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ELU(), batch_first=True))
+    netsurgery.apply(lived_in(eager), [InsertLayer("0.linear1", "shortcut")], inputs(2, 4, 8), verify=True)
+
+
+def test_a_tied_layer_that_does_not_run_is_left_by_every_pass() -> None:
+    model, x = lived_in(Own("tied, not run")), inputs(2, 3, 2, 2)
+    edit = netsurgery.plan(model, [Factorise(rank=1)], x)
+    assert list(edit.modules) == ["free"] and "is shared" in edit.outcomes[0].short["conv"]
+    for one in (BranchConv("conv", parts=2), InsertLayer("conv", "dense")):
+        with pytest.raises(InputError, match="a weight of 'conv', a Conv2d, is shared"):
+            netsurgery.plan(model, [one], x)
+
+
+class Looked(nn.Module):
+    """Layers of which the code reads attributes."""
+
+    def __init__(self, looks: tuple[str, ...]) -> None:
+        super().__init__()
+        self.looks = looks
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(8, 8) for _ in range(5))
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in "abcde":
+            layer = getattr(self, name)
+            if f"{name}.dtype" in self.looks:
+                x = x.to(layer.weight.dtype)
+            if f"{name}.size in training" in self.looks and self.training:
+                x = 2 * x[..., : layer.out_features]
+            if f"{name}.size" in self.looks:
+                x = x[..., : layer.out_features]
+            if f"{name}.kind" in self.looks and not isinstance(layer, nn.Linear):
+                raise ValueError("no linear layer")
+            x = layer(x).relu()
+        if "last.padding" in self.looks and self.last.padding[0]:
+            return x
+        return self.last(x[..., None, None])
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        ("a.dtype",),
+        ("e.size",),
+        ("b.kind", "d.size"),
+        ("last.padding", "a.dtype", "b.size"),
+        ("c.size in training",),
+        tuple("abcde"),
+    ],
+    ids=str,
+)
+def test_layers_of_which_the_code_reads_attributes_are_left_and_named(looks: tuple[str, ...]) -> None:
+    looks = tuple(f"{one}.size" if len(one) == 1 else one for one in looks)
+    model, x = lived_in(Looked(looks)), inputs(2, 8)
+    edit = netsurgery.plan(model, [Factorise(rank=2)], x)
+    left = [one.partition(".")[0] for one in looks]
+    assert sorted(edit.outcomes[0].short) == sorted(left)
+    assert sorted(edit.modules) == sorted({*"abcde", "last"} - {*left}) == sorted(edit.outcomes[0].notes)
+    assert all("the model's code needs it as it is: " in why for why in edit.outcomes[0].short.values())
+    assert netsurgery.rewrite(model, edit)(x).shape == (2, 8, 1, 1)
+    with pytest.raises(InputError, match=rf"has no layer that can be factorised: {left[0]}: the model's code needs it"):
+        netsurgery.plan(model, [Factorise(rank=2, include=left[0])], x)
+
+
+class TwoModes(nn.Module):
+    """What a layer gives is read once in eval mode."""
+
+    def __init__(self, training: str, norm: bool) -> None:
+        super().__init__()
+        self.layer, self.head, self.aux = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
+        self.mode = training
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.norm(self.layer(x))
+        if not self.training or self.mode == "the same":
+            return self.head(y.relu())
+        if self.mode == "read twice":
+            return self.head(y.relu()), self.aux(y)
+        if self.mode == "another activation":
+            return self.head(torch.tanh(y)), y.sum()
+        if self.mode == "returned":
+            return self.head(y.relu()), y
+        return self.head(y.relu()), self.aux(x.new_ones(3, 6))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("mode", ["read twice", "another activation", "returned", "the same", "read once"])
+def test_an_identity_is_one_in_training_too(mode: str, norm: bool) -> None:
+    model, x = lived_in(TwoModes(mode, norm)), inputs(3, 4)
+    new = netsurgery.apply(model, [InsertLayer("layer")], x, verify=True)
+    clamped = any(isinstance(module, nn.ReLU) for module in new.modules())
+    assert clamped == (mode in ("the same", "read once"))
+    for one in (model, new):
+        one.train()
+        for module in one.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+    for wanted, found in zip(model(x), new(x), strict=True):
+        assert torch.allclose(wanted, found, rtol=1e-10, atol=1e-12)

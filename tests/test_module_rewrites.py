@@ -1,6 +1,7 @@
 """Modules that an edit replaces or wraps: stages, names, hooks, optimizers, JSON, and what is refused."""
 
 import copy
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -480,6 +481,50 @@ def test_blocks_and_modules(first: str) -> None:
     again = read(both.to_json(), short.network)
     for one in (both, again):
         assert torch.allclose(netsurgery.rewrite(model, one)(X), wanted, rtol=1e-12)
+
+
+class Counted(nn.Module):
+    """Blocks that know their places, or a configuration that knows how many there are."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Residual() for _ in range(3))
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        if what == "config":
+            self.config = types.SimpleNamespace(num_hidden_layers=3)
+        for index, layer in enumerate(self.layers):
+            if what == "index":
+                layer.layer_idx = index
+            if what == "index of a part":
+                layer.layer.layer_idx = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("what", ["config", "index", "index of a part", "neither"])
+@pytest.mark.parametrize("between", [(), HALF])
+def test_blocks_that_are_counted_go_after_modules_are_rewritten(
+    what: str, between: tuple[netsurgery.Pass, ...]
+) -> None:
+    model = Counted(what).double()
+    blocks, modules = RemoveBlocks(blocks=["layers.1"]), Rewrite(nn.Linear, Followed())
+    if what == "neither":
+        netsurgery.apply(model, [blocks, *between, modules], X)
+    else:
+        why = (
+            "the config says how many layers 'layers' has" if what == "config" else "layers of 'layers' know their pla"
+        )
+        with pytest.raises(PassError, match=f"after layers.1 of this model goes in the same plan, since {why}"):
+            netsurgery.plan(model, [blocks, *between, modules], X)
+    last = netsurgery.apply(model, [modules, *between, blocks], X)
+    assert len(last.layers) == 2 and (what != "config" or last.config.num_hidden_layers == 2)
+    assert what != "index" or [layer.layer_idx for layer in last.layers] == [0, 1]
+    two = netsurgery.apply(netsurgery.apply(model, [blocks], X), [modules], X)
+    assert torch.allclose(two(X), model.head(model.layers[2](model.layers[0](model.first(X)))), rtol=1e-12)
 
 
 def test_patterns_name_modules_before_and_after() -> None:

@@ -15,7 +15,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import fx
 
 from netsurgery.analysis.network import Network
 from netsurgery.arguments import near_names
-from netsurgery.capture.program import Program
+from netsurgery.capture.paths import is_within
+from netsurgery.capture.program import Call, Program
 from netsurgery.errors import InputError
 from netsurgery.notation import Operation
 
@@ -45,6 +46,7 @@ ROLES: dict[str, frozenset[str]] = {
 }  # fmt: skip
 _INPUTS = {"addmm": (1,), "add": (0, 1), "mul": (0, 1), "sub": (0, 1), "cat": (0,), "matmul": (0, 1), "bmm": (0, 1)}
 _VIEWS = ("view", "_unsafe_view", "alias", "detach", "expand")
+_AROUND = (*_VIEWS, "clone")
 _STEP = re.compile(r"([A-Za-z_][\w:]*(?:\|[A-Za-z_][\w:]*)*)(?:\.(\w+))?(\?)?")
 
 
@@ -62,13 +64,17 @@ class Match:
 
     Attributes:
         nodes: the operation of each step, None where a step is missing.
-        modules: the paths of the modules that ran them, likewise.
+        modules: by step the path of a module that runs this operation and nothing else, so that it can be replaced;
+            None where a step is missing, or stands in the code of a module that does more, such as ``F.silu`` in the
+            ``forward`` of a block.
     """
 
     nodes: tuple[fx.Node | None, ...]
+    modules: tuple[str | None, ...]
 
     @property
-    def modules(self) -> tuple[str | None, ...]:
+    def forwards(self) -> tuple[str | None, ...]:
+        """By step the path of the module in whose ``forward`` it stands, whatever else that does."""
         return tuple(None if node is None else str(node.meta["module"]) for node in self.nodes)
 
 
@@ -124,13 +130,22 @@ class Pattern:
 
     def find(self, network: Network) -> list[Match]:
         """The places in the run in eval mode, in order."""
-        return self.find_in(network.programs[0])
+        return self._found(network.programs[0], network.programs)
 
     def find_in(self, program: Program) -> list[Match]:
         """The places in one recorded run."""
+        return self._found(program, [program])
+
+    def _found(self, program: Program, programs: Sequence[Program]) -> list[Match]:
+        """The places in one recorded run; a module is named where it does the same in all."""
         first, *rest = self._steps
         starts = [node for node in program.operations if _name(node) in first.names]
-        return [Match((node, *others)) for node in starts for others in _go_on(node, node, tuple(rest))]
+        series = [(node, *others) for node in starts for others in _go_on(node, node, tuple(rest))]
+        own = {
+            node: str(node.meta["module"]) if all(_runs_alone(one, node) for one in programs) else None
+            for node in dict.fromkeys(node for nodes in series for node in nodes if node is not None)
+        }
+        return [Match(nodes, tuple(None if node is None else own[node] for node in nodes)) for nodes in series]
 
 
 def _go_on(node: fx.Node, last: fx.Node, steps: tuple[_Step, ...]) -> Iterator[tuple[fx.Node | None, ...]]:
@@ -166,6 +181,51 @@ def _readers(node: fx.Node, step: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield reader, user
         else:
             yield user, node
+
+
+def _runs_alone(program: Program, step: fx.Node) -> bool:
+    """True if the module that runs an operation of this name does nothing else in a run, whenever it is called."""
+    path = step.meta["module"]
+    for index, call in enumerate(program.calls):
+        if call.path != path:
+            continue
+        inside = program.calls[index + 1 : call.next if call.next > 0 else None]
+        if any(not is_within(one.path, f"{path}.parametrizations" if path else "parametrizations") for one in inside):
+            return False
+        work = _on_inputs(program.operations[call.begin : call.end])
+        steps = [node for node in work if _name(node) == _name(step)]
+        if len(steps) != 1 or not _is_all(steps[0], [node for node in work if node is not steps[0]], call):
+            return False
+    return True
+
+
+def _is_all(step: fx.Node, others: Sequence[fx.Node], call: Call) -> bool:
+    """True if a call gives what an operation does, and its other operations are views, copies, paddings and a bias."""
+    given: Any = call.out
+    while isinstance(given, fx.Node) and given is not step:
+        whole = given.target is operator.getitem and given.args[1] == 0
+        if not (whole or (given in others and (_name(given) in _AROUND or _is_bias(given, step)))):
+            return False
+        given = next((one for one in given.all_input_nodes if one.op != "get_attr"), None)
+    if given is not step or not all(_name(one) in _AROUND or _pads(one) or _is_bias(one, step) for one in others):
+        return False
+    if not any(_name(one) in _VIEWS for one in others):
+        return True
+    taken = [one for one in (*call.args, *call.kwargs.values()) if isinstance(one, fx.Node)]
+    return len(taken) == 1 and taken[0].meta["shape"][:-1] == call.out.meta["shape"][:-1]
+
+
+def _pads(node: fx.Node) -> bool:
+    return "_pad" in _name(node)
+
+
+def _on_inputs(operations: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of a module's operations that read something else than parameters, buffers and constants."""
+    fixed: set[fx.Node] = set()
+    for node in operations:
+        if all(one.op == "get_attr" or one in fixed for one in node.all_input_nodes):
+            fixed.update([node, *(user for user in node.users if user.target is operator.getitem)])
+    return [node for node in operations if node not in fixed]
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from netsurgery.capture.inputs import Tree
 from netsurgery.errors import TraceError
 
-__all__ = ["copy_with", "like", "named_modules", "named_tensors", "on_meta"]
+__all__ = ["copy_with", "held_tensors", "like", "named_modules", "named_tensors", "on_meta"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -47,6 +47,14 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     A tensor in a dictionary or list that is an attribute is called ``path.attribute[key]``.
     """
     seen: set[int] = set()
+    for name, tensor in held_tensors(model):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The same, each as often as modules hold it, by all of its names."""
     for path, module in named_modules(model).items():
         for store in (module._parameters, module._buffers, module.__dict__):
             for key, value in store.items():
@@ -57,9 +65,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 else:
                     continue
                 for name, tensor in found:
-                    if id(tensor) not in seen:
-                        seen.add(id(tensor))
-                        yield (f"{path}.{name}" if path else name), tensor
+                    yield (f"{path}.{name}" if path else name), tensor
 
 
 # Raised by objects that cannot be copied: locks, modules and files cannot be pickled, others raise their own errors.

@@ -7,7 +7,7 @@ the operations of the original but those of the blocks, on the same tensors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from netsurgery.capture.recorder import record
 from netsurgery.edit import Edit
 from netsurgery.errors import NetsurgeryError, RewriteError
 
-__all__ = ["Dropping", "Skipped", "dropping_for"]
+__all__ = ["Dropping", "Skipped", "depth_known", "dropping_for"]
 
 
 @dataclass(frozen=True)
@@ -130,23 +130,50 @@ def _follow(model: nn.Module, path: str, container: nn.Module, gone: Collection[
     """Update layers that hold their place in a list, and configurations that hold its length."""
     names = list(container._modules)
     left = [name for name in names if name not in gone]
-    for new, name in enumerate(left):
-        layer = container._modules[name]
+    for part, key, new in _indices(container, gone):
+        part.__dict__[key] = new
+    _follow_config(model, path, names, [names.index(name) for name in left])
+
+
+def _indices(container: nn.Module, gone: Collection[str]) -> Iterator[tuple[nn.Module, str, int]]:
+    """The modules in a list that hold their place in it, the attribute, and the place that they get."""
+    left = [(old, layer) for old, (name, layer) in enumerate(container._modules.items()) if name not in gone]
+    for new, (old, layer) in enumerate(left):
         for part in layer.modules() if layer is not None else ():
             for key in _INDICES:
-                if type(part.__dict__.get(key)) is int and part.__dict__[key] == names.index(name):
-                    part.__dict__[key] = new
-    _follow_config(model, path, names, [names.index(name) for name in left])
+                if type(part.__dict__.get(key)) is int and part.__dict__[key] == old:
+                    yield part, key, new
+
+
+def depth_known(model: nn.Module, edit: Edit) -> str | None:
+    """What a model knows of the lists that would close the gaps of an edit: an index, or their length; else None.
+
+    Such a model is another one where names stay and a ``Skipped`` is in the gap.
+    """
+    dropping, modules = dropping_for(model, edit), named_modules(model)
+    for path in sorted(dropping.lists):
+        names = list(modules[path]._modules)
+        if _configs(modules, path, len(names)):
+            return f"the config says how many layers '{path}' has"
+        gone = {block.path.rpartition(".")[2] for block in dropping.blocks if block.path.rpartition(".")[0] == path}
+        for part, key, new in _indices(modules[path], gone):
+            if part.__dict__[key] != new:
+                return f"layers of '{path}' know their places ({key})"
+    return None
+
+
+def _configs(modules: Mapping[str, nn.Module], path: str, length: int) -> list[Any]:
+    """The configurations that say how long a list is, and speak of no other one."""
+    parts = path.split(".")
+    around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]
+    configs = [c for one in around if _layers(c := one.__dict__.get("config")) == length]
+    return [] if not configs or _other_lists(modules, path, length, configs[-1]) else configs
 
 
 def _follow_config(model: nn.Module, path: str, names: Sequence[str], left: Sequence[int]) -> None:
     """Give modules a configuration with as many layers as a list has, where it describes this list alone."""
     modules = named_modules(model)
-    parts = path.split(".")
-    around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]
-    configs = [c for one in around if _layers(c := one.__dict__.get("config")) == len(names)]
-    if not configs or _other_lists(modules, path, len(names), configs[-1]):
-        return
+    configs = _configs(modules, path, len(names))
     new = {id(config): _fewer(config, len(names), left) for config in configs}
     for module in modules.values():
         config = module.__dict__.get("config")

@@ -72,7 +72,8 @@ def rewrite(
         block's place and all keys stay. Training mode, hooks, requires_grad, dtype, device, memory format and shared
         weights stay. The entries that stay of a computed weight keep their values: the length of a weight norm is
         scaled so that they do (the norms of other computations lock the units that they are taken over).
-        Where the edit rewrites modules after blocks are dropped, in one plan, lists keep a ``Skipped`` in their gaps.
+        Where the edit rewrites modules after blocks are dropped, in one plan, lists keep a ``Skipped`` in their gaps;
+        ``plan`` refuses this order where layers know their places, or ``config.num_hidden_layers`` their number.
         Where it rewrites modules, paths stay, and keys are those of the new modules: of one that is wrapped in an
         ``nn.Sequential``, ``conv.weight`` becomes ``conv.0.weight`` (``edit.diff()`` lists them). A new module has the
         mode, device and dtype of the old one and, where it does not hold it, its hooks; its new parameters join the
