@@ -70,8 +70,8 @@ RecipeFile = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A .toml or .yaml file, or digits, cifar10, cifar100, stl10, tinyimagenet; digits-planting, mnist-planting, "
-        "stl10-planting grow a network.",
+        help="A .toml or .yaml file, or digits, cifar10, cifar100, stl10, tinyimagenet; "
+        "digits-planting, mnist-planting, stl10-planting grow a network.",
     ),
 ]
 Out = Annotated[Path | None, Option(metavar="DIR", help="Folder for all results; runs/NAME by default.")]
