@@ -68,13 +68,20 @@ Small = Annotated[Path | None, Option(metavar="DIR", help="Folder for weights.pt
 Results = Annotated[Path | None, Option(metavar="DIR", help="Folder for the table (JSON) and a plot.")]
 RecipeFile = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A .toml or .yaml file, or digits, cifar10, cifar100, stl10, tinyimagenet."),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A .toml or .yaml file, or digits, cifar10, cifar100, stl10, tinyimagenet; digits-planting, "
+        "mnist-planting, stl10-planting grow a network.",
+    ),
 ]
 Out = Annotated[Path | None, Option(metavar="DIR", help="Folder for all results; runs/NAME by default.")]
 DataFolder = Annotated[Path | None, Option("--data", metavar="DIR", help="Where the data set is; ./data by default.")]
 Download = Annotated[bool, Option("--download", help="Fetch the data set where it is missing.")]
 Seeds = Annotated[str | None, Option(metavar="N,N", help="Seeds instead of the recipe's.")]
-Changes = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="As in train.epochs=3; repeatable.")]
+Changes = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="As in train.epochs=3, or variants.planted.growth.epochs=1; repeatable."),
+]
 
 
 def version(wanted: bool) -> None:

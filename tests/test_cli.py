@@ -15,6 +15,7 @@ import netsurgery
 from netsurgery.cli import app
 from netsurgery.outputs import check_writable
 from netsurgery.passes import HGSRScore, MagnitudeScore, PruneChannels, RandomScore
+from netsurgery.training.recipe import shipped
 
 TINY = """
 import torch
@@ -118,6 +119,11 @@ def stays(output: str) -> dict[str, int]:
 
 def test_help_names_the_commands() -> None:
     assert all(command in passed("--help") for command in ("demo", "inspect", "prune", "rules", "train"))
+
+
+def test_help_of_train_names_every_recipe() -> None:
+    said = re.findall(r"[\w-]+", passed("train", "--help"))
+    assert set(shipped()) <= set(said)
 
 
 def test_version() -> None:
