@@ -38,7 +38,7 @@ def fingerprint(what: str, value: Any) -> str:
     """
     try:
         return _Walk().of(value)
-    except (TypeError, AttributeError, pickle.PicklingError, RecursionError) as error:
+    except (TypeError, AttributeError, pickle.PickleError, RuntimeError) as error:  # as objects refuse to be pickled
         raise InputError(
             f"{what} cannot be told from another for the log ({error}): pass one that can be pickled, or log=None"
         ) from error
