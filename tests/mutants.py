@@ -156,8 +156,8 @@ MUTANTS = (
     Mutant(
         "products lose the bias",
         "passes/factorise.py",
-        "        if own.bias is not None:\n            second.bias",
-        "        if False:\n            second.bias",
+        "if own.bias is not None:\n            second.bias = nn.Parameter(own",
+        "if False:\n            second.bias = nn.Parameter(own",
     ),
     Mutant(
         "an inserted batch norm does not undo itself",
@@ -345,8 +345,8 @@ MUTANTS = (
     Mutant(
         "planting leaves parameters without new entries in reach of optimizers that nobody speaks of",
         "passes/split_tensors.py",
-        "one.data = held[id(one)].new_empty(0) if at is None else",
-        "one.data = held[id(one)] if at is None else",
+        "set_data(one, held[id(one)].new_empty(0) if at is None else",
+        "set_data(one, held[id(one)] if at is None else",
     ),
     Mutant(
         "planting takes what reads new units for old",

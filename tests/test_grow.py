@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -579,6 +580,22 @@ def test_a_loss_whose_state_cannot_be_told_is_refused_with_a_log(tmp_path: Path)
     ):
         grow(loss=loss, log=tmp_path / "growth.jsonl")
     assert not list(tmp_path.iterdir()) and len(grow(loss=loss).history) > 1
+
+
+class Unwilling:
+    """Refuses to be pickled in a way of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("value", [pickle.PickleError("no"), RuntimeError("no"), NotImplementedError("no")], ids=repr)
+def test_every_way_to_refuse_pickling_is_said(value: Exception) -> None:
+    with pytest.raises(InputError, match=r"^loss=f cannot be told from another for the log \(no\): pass one that"):
+        identity.fingerprint("loss=f", Unwilling(value))
 
 
 def fingerprints() -> str:

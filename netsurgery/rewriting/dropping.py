@@ -146,7 +146,7 @@ def _indices(container: nn.Module, gone: Collection[str]) -> Iterator[tuple[nn.M
 
 
 def depth_known(model: nn.Module, edit: Edit) -> str | None:
-    """What a model knows of the lists that would close the gaps of an edit: an index, or their length; else None.
+    """The number by which a model knows lists that would close the gaps of an edit: an index, or their length; or None.
 
     Such a model is another one where names stay and a ``Skipped`` is in the gap.
     """

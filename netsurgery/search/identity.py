@@ -38,7 +38,7 @@ def fingerprint(what: str, value: Any) -> str:
     """
     try:
         return _Walk().of(value)
-    except (TypeError, AttributeError, pickle.PicklingError, RecursionError) as error:
+    except (TypeError, AttributeError, pickle.PickleError, RuntimeError) as error:  # as objects refuse to be pickled
         raise InputError(
             f"{what} cannot be told from another for the log ({error}): pass one that can be pickled, or log=None"
         ) from error
@@ -171,7 +171,7 @@ def is_plain(value: Any) -> bool:
 
 
 def _is_of_a_library(value: Any) -> bool:
-    """Whether it lies at the top of a module that was installed, where its name says all but the version."""
+    """True if it lies at the top of a module that was installed, where its name says all but the version."""
     module = getattr(value, "__module__", None) or "builtins"
     if "<" in value.__qualname__ or module == "__main__":
         return False

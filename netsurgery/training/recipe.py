@@ -273,7 +273,7 @@ def paths(nested: Table) -> Iterator[tuple[str, ...]]:
 
 
 def value_at(table: object, path: Sequence[str]) -> object:
-    """What lies there; None where nothing does."""
+    """The value at a path of keys; None where there is none."""
     for key in path:
         table = table.get(key) if isinstance(table, Mapping) else None
     return table
