@@ -76,8 +76,7 @@ class _Tried(ModuleRewrite):
     def build(self, module: nn.Module) -> nn.Module:
         own: Any = module
         first, second = _pair(own, self.rank)
-        if own.bias is not None:
-            second.bias = nn.Parameter(torch.empty(own.bias.shape, device="meta"))
+        second.bias = None if own.bias is None else nn.Parameter(torch.empty(own.bias.shape, device="meta"))
         series = nn.Sequential(first, second).to_empty(device=own.weight.device)
         for parameter in series.parameters():
             nn.init.zeros_(parameter)

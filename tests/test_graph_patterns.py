@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import netsurgery
 from netsurgery import Pattern
+from netsurgery.analysis.graph_patterns import _recorded
 from netsurgery.errors import InputError
 
 
@@ -60,6 +61,35 @@ FOUND: dict[str, list[tuple[str | None, ...]]] = {
 @pytest.mark.parametrize("text", FOUND)
 def test_matches(text: str) -> None:
     assert [match.modules for match in Pattern(text).find(NET)] == FOUND[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("aten.convolution", "convolution"),
+        ("aten::convolution", "convolution"),
+        ("aten.convolution.default -> aten.native_batch_norm.default", "convolution -> batch_norm"),
+        ("aten.relu_ => aten.add.Tensor", "relu => add"),
+        ("linear -> aten.gelu|aten.silu?", "linear -> gelu|silu?"),
+        ("aten._softmax.default -> aten.bmm.self", "_softmax -> bmm.self"),
+    ],
+)
+def test_operations_as_nodes_print_them(text: str, same: str) -> None:
+    assert [match.nodes for match in Pattern(text).find(NET)] == [match.nodes for match in Pattern(same).find(NET)]
+    assert Pattern(text).find(NET)
+
+
+def test_what_patterns_suggest_can_be_recorded() -> None:
+    names = {
+        node.target.name().removeprefix("aten::").partition(".")[0].rstrip("_") for node in NET.programs[0].operations
+    }
+    assert names <= _recorded()
+    assert not {"conv2d", "gelu_backward", "softmax", "name"} & _recorded()
+
+
+def test_patterns_are_sought_in_networks() -> None:
+    with pytest.raises(InputError, match=r"Pattern\('relu'\).find takes a Network, got ReLU: netsurgery.trace"):
+        Pattern("relu").find(nn.ReLU())  # type: ignore[arg-type]
 
 
 def test_nodes_of_a_match() -> None:
@@ -183,6 +213,11 @@ def test_operations_of_other_libraries() -> None:
         ("convolution relu", "'convolution relu' is no step"),
         ("relu? -> gelu", "the first step is an operation, neither optional nor read"),
         ("add.other -> gelu", "the first step is an operation"),
+        ("lineer", r"'lineer' is no operation; did you mean linear"),
+        ("relu7", r"'relu7' is no operation; did you mean relu or rrelu or relu6\?"),
+        ("softmaxx", r"did you mean _softmax or _log_softmax"),
+        ("sigmiod", r"did you mean sigmoid"),
+        ("aten.batchnorm", r"'batchnorm' is no operation; did you mean batch_norm"),
         (3, r"Pattern\(3\): a text, such as"),
     ],
 )

@@ -3,10 +3,11 @@
     convolution -> batch_norm           a batch norm that alone reads what a convolution gives
     convolution|linear -> batch_norm?   one of several operations; a step that may be missing
     relu => convolution                 others may read what the ReLU gives as well
-    softmax -> matmul.self              read through the argument of this name
+    _softmax -> bmm.self                read through the argument of this name
 
-An operation is a name of ATen (``gelu``; in place, ``relu_``, is the same), another library's (``mylib::scale``), or a
-role, see ``ROLES``. A result is read through the inputs of an operation, not as a weight, unless an argument is named.
+An operation is a name of ATen (``gelu``, or ``aten.gelu``; in place, ``relu_``, is the same), another library's
+(``mylib::scale``), or a role, see ``ROLES``. A result is read through the inputs of an operation, not as a weight,
+unless an argument is named.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import fx
 
 from netsurgery.analysis.network import Network
+from netsurgery.analysis.rules import RULES
 from netsurgery.arguments import near_names
 from netsurgery.capture.paths import is_within
 from netsurgery.capture.program import Call, Program
@@ -47,6 +49,7 @@ ROLES: dict[str, frozenset[str]] = {
 _INPUTS = {"addmm": (1,), "add": (0, 1), "mul": (0, 1), "sub": (0, 1), "cat": (0,), "matmul": (0, 1), "bmm": (0, 1)}
 _VIEWS = ("view", "_unsafe_view", "alias", "detach", "expand")
 _AROUND = (*_VIEWS, "clone")
+_ATEN = re.compile(r"\baten(?:\.|::)(\w+)(?:\.(\w+))?")
 _STEP = re.compile(r"([A-Za-z_][\w:]*(?:\|[A-Za-z_][\w:]*)*)(?:\.(\w+))?(\?)?")
 
 
@@ -109,7 +112,7 @@ class Pattern:
         parts = [part.strip() for part in re.split(r"(->|=>)", self.text)]
         found = []
         for arrow, part in zip(["->", *parts[1::2]], parts[::2], strict=True):
-            read = _STEP.fullmatch(part)
+            read = _STEP.fullmatch(_ATEN.sub(_without_library, part))
             if read is None:
                 raise InputError(
                     f"Pattern({self.text!r}): '{part}' is no step: an operation, or several (a|b), with the argument "
@@ -124,12 +127,21 @@ class Pattern:
         if name in ROLES:
             return ROLES[name]
         if "::" not in name and not hasattr(torch.ops.aten, name):
-            near = near_names(name, [*ROLES, *dir(torch.ops.aten)])
+            near = near_names(name, [*ROLES, *sorted(_recorded())])
             raise InputError(f"Pattern({self.text!r}): '{name}' is no operation{near or ' of ATen, nor a role'}")
-        return frozenset([name])
+        return frozenset([name.rstrip("_")])
 
     def find(self, network: Network) -> list[Match]:
-        """The places in the run in eval mode, in order."""
+        """The places in the run in eval mode, in order.
+
+        Raises:
+            InputError: it is no network, but a model.
+        """
+        if not isinstance(network, Network):
+            raise InputError(
+                f"Pattern({self.text!r}).find takes a Network, got {type(network).__name__}: "
+                "netsurgery.trace(model, example_inputs) makes one of a model"
+            )
         return self._found(network.programs[0], network.programs)
 
     def find_in(self, program: Program) -> list[Match]:
@@ -146,6 +158,27 @@ class Pattern:
             for node in dict.fromkeys(node for nodes in series for node in nodes if node is not None)
         }
         return [Match(nodes, tuple(None if node is None else own[node] for node in nodes)) for nodes in series]
+
+
+def _without_library(found: re.Match[str]) -> str:
+    """The name of an ATen operation as its nodes print it (``aten.add.Tensor``) without library and overload."""
+    name, more = found[1], found[2]
+    packet = getattr(torch.ops.aten, name, None)
+    return f"{name}.{more}" if more and (packet is None or more not in packet.overloads()) else name
+
+
+@functools.cache
+def _recorded() -> frozenset[str]:
+    """The operations that recorded graphs can hold: those with rules, those of roles, and those of single elements."""
+    named = [one if isinstance(one, str) else str(getattr(one, "_qualified_op_name", one)) for one in RULES]
+    ruled = {name.removeprefix("aten::").partition(".")[0].rstrip("_") for name in named if "::" in name}
+    return frozenset(ruled.union(*ROLES.values(), filter(_is_elementwise, dir(torch))))
+
+
+def _is_elementwise(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None) if name[0] != "_" and name[-1] != "_" else None
+    overloads = [getattr(packet, one) for one in packet.overloads()] if packet is not None else []
+    return any(torch.Tag.pointwise in one.tags for one in overloads)
 
 
 def _go_on(node: fx.Node, last: fx.Node, steps: tuple[_Step, ...]) -> Iterator[tuple[fx.Node | None, ...]]:
