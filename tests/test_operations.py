@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -460,3 +462,27 @@ def test_products_of_blocks_of_rows_work_without_data(dtype: torch.dtype) -> Non
     ends = torch.empty(2, dtype=torch.int32, device="meta")
     out = infer(OpCall(torch.ops.aten._grouped_mm.default, (rows, weights, ends), {}))
     assert out.shape == (8, 6) and out.dtype == dtype
+
+
+ACTIVATIONS = (
+    nn.CELU(), nn.ELU(), nn.GELU(), nn.Hardshrink(), nn.Hardsigmoid(), nn.Hardswish(), nn.Hardtanh(), nn.LeakyReLU(),
+    nn.LeakyReLU(inplace=True), nn.LogSigmoid(), nn.Mish(), nn.PReLU(), nn.ReLU6(), nn.SELU(), nn.SiLU(), nn.Softplus(),
+    nn.Softshrink(), nn.Softsign(), nn.Tanhshrink(), nn.Threshold(0.1, 0.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations_leave_units_open(activation: nn.Module) -> None:
+    """On older torch, too, where some are not tagged pointwise."""
+    network = netsurgery.trace(nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 2)), torch.randn(2, 4))
+    assert network["0"].locked is None
+
+
+def test_the_first_model_of_a_process_may_have_any_activation() -> None:
+    """An operation on meta tensors may import much of torch when it first runs, which older torch does not do then."""
+    code = (
+        "import torch, netsurgery; model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LeakyReLU());"
+        "print(netsurgery.trace(model, torch.zeros(1, 4)).model_name)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "Sequential\n"), ran.stderr

@@ -270,6 +270,7 @@ def pointwise(op: Op) -> Results:
     aten.copy, aten.masked_fill, aten.fill, aten.rsub, aten._prelu_kernel, aten.hardswish, aten.log_sigmoid_forward,
     aten.rrelu_with_noise, aten.polar, aten.complex, aten._conj, aten._weight_norm_interface, aten.bernoulli,
     aten.uniform, aten.normal, aten.random, aten.exponential, aten.cauchy, aten.geometric, aten.log_normal,
+    aten.leaky_relu,
 )  # fmt: skip
 def broadcasting(op: Op) -> Results:
     """like pointwise, though not tagged so"""

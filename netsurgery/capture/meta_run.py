@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 
@@ -94,9 +95,17 @@ def track(meta: nn.Module, observer: OpObserver) -> None:
         module.__dict__["forward"] = _tracked(getattr(forward, "untracked", forward), path, observer)
 
 
+@functools.cache
+def _import_dynamo() -> None:
+    """Import what operations on meta tensors import when they first run: before torch 2.9 that fails under a mode."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        importlib.import_module("torch._dynamo")
+
+
 def run_meta_copy(meta: nn.Module, observer: OpObserver, inputs: Inputs, device: torch.device) -> Tree:
     """Run a copy on meta under an observer, with tensors without data that say they are on ``device``."""
     track(meta, observer)
+    _import_dynamo()
     with torch.no_grad(), caches_kept(meta), without_fast_path(), contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0, device))
         if "torch._dynamo" in sys.modules:  # functions under @torch.compile by their own operations
