@@ -252,13 +252,17 @@ class InsertLayer(Pass):
                 f"{found}{near_names(str(self.path), names)}"
             )
         seed = zlib.crc32(f"{self.seed} {self.path}".encode())  # else equal layers get equal weights
+        notes: dict[str, str] = {}
         if self.kind == "dense":
             edit = self._dense(network, module, seed)
         else:
             place, rewrite = _placed(network, layers, self.path, self.kind, seed)
             edit = Edit(network, {}, modules={place: rewrite})
+            if self.kind == "identity" and rewrite.clamp is None:
+                notes[self.path] = "no activation is beside the new layer, since it would change outputs"
         added = edit.after.params - edit.before.params
-        outcome = Outcome(f"a layer behind '{self.path}' ({self.kind})", f"{added:,} parameters", does="insert")
+        asked, got = f"a layer behind '{self.path}' ({self.kind})", f"{added:,} parameters"
+        outcome = Outcome(asked, got, does="insert", notes=notes)
         return dataclasses.replace(edit, outcomes=(outcome,))
 
     def _dense(self, network: Network, module: Layer, seed: int) -> Edit:

@@ -306,6 +306,14 @@ def test_new_channels_are_made_of_the_old_ones(path: str) -> None:
     assert after.numel() > before.numel() and after.count_nonzero() == before.count_nonzero()
 
 
+def test_an_identity_without_an_activation_is_said() -> None:
+    x = torch.randn(2, 4)
+    for activation, said in ((nn.GELU(), True), (nn.ReLU(), False)):
+        model = nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 2))
+        summary = netsurgery.plan(model, [InsertLayer("0")], x).summary()
+        assert ("no activation is beside the new layer" in summary) == said
+
+
 def test_inserted_layers_learn() -> None:
     for kind in ("identity", "shortcut", "dense"):
         torch.manual_seed(0)
