@@ -19,7 +19,7 @@ from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.outcome import Outcome
 from netsurgery.passes.bundles import brief, call_of
-from netsurgery.passes.patterns import Chosen, Modules, as_patterns
+from netsurgery.passes.patterns import Chosen, Modules, Pattern, as_patterns
 from netsurgery.passes.selection import (
     belongs,
     channels_beside,
@@ -71,9 +71,10 @@ class _Growth(Pass):
         }
         locked = [group for group in network.groups if group.locked is not None]
         still = stands_still(network, self._meant(network, locked), keep)
-        for group in (*still, *self._named_in_vain(network, keep)):
+        named = [(patterns, Chosen(network, patterns)) for patterns in map(as_patterns, self._named())]
+        for group in (*still, *_named_in_vain(network, keep, named)):
             short[group.name] = f"0 of {group.size} (locked: {group.locked})"
-        short.update(self._made_elsewhere(network, keep))
+        short.update(_made_elsewhere(network, keep, named, self._excluded(network)))
         if not keep:
             listed = "; ".join(f"{name}: {why}" for name, why in short.items())[:500]
             listed = listed or (_FEW if self._meant(network, network.prunable) else _NONE)
@@ -86,25 +87,6 @@ class _Growth(Pass):
     def _named(self) -> list[Modules]:
         """The patterns that are to match something that grows, each."""
         return [*as_patterns(self.include)]
-
-    def _named_in_vain(self, network: Network, keep: Iterable[str]) -> Iterator[Group]:
-        """The locked groups, such as the network's outputs, that a pattern names which matches nothing that grows."""
-        for patterns in map(as_patterns, self._named()):
-            chosen = Chosen(network, patterns)
-            if not any(belongs(network[name], chosen, patterns) for name in keep):
-                yield from (one for one in network.groups if one.locked and belongs(one, chosen, patterns))
-
-    def _made_elsewhere(self, network: Network, keep: Iterable[str]) -> dict[str, str]:
-        """The groups that stay since modules which are not named produce their units, too; and which do."""
-        found: dict[str, str] = {}
-        for patterns in map(as_patterns, self._named()):
-            chosen = Chosen(network, patterns)
-            for group in [one for one in network.prunable if one.name not in keep]:
-                made = any(chosen.holds(member.parameter) for member in group.members if member.role == "produces")
-                if made and not belongs(group, chosen, patterns) and not is_touched(group, self._excluded(network)):
-                    others = f"also produced by {others_made_by(group, chosen)}: include '{group.name}' to grow it"
-                    found[group.name] = f"0 of {group.size} ({others})"
-        return found
 
     def _excluded(self, network: Network) -> Chosen:
         return Chosen(network, as_patterns(self.exclude))
@@ -150,6 +132,29 @@ class _Growth(Pass):
     def asked(self) -> str:
         """The growth that is asked for, in words."""
         raise NotImplementedError
+
+
+_Named = Sequence[tuple[Sequence[Pattern], Chosen]]  # patterns, and the modules that they match
+
+
+def _named_in_vain(network: Network, keep: Iterable[str], named: _Named) -> Iterator[Group]:
+    """The locked groups, such as the network's outputs, that a pattern names which matches nothing that grows."""
+    for patterns, chosen in named:
+        if not any(belongs(network[name], chosen, patterns) for name in keep):
+            yield from (one for one in network.groups if one.locked and belongs(one, chosen, patterns))
+
+
+def _made_elsewhere(network: Network, keep: Iterable[str], named: _Named, excluded: Chosen) -> dict[str, str]:
+    """The groups that stay since modules which are not named produce their units, too; and which do."""
+    found: dict[str, str] = {}
+    still = [group for group in network.prunable if group.name not in keep and not is_touched(group, excluded)]
+    for patterns, chosen in named:
+        for group in still:
+            made = any(chosen.holds(member.parameter) for member in group.members if member.role == "produces")
+            if made and not belongs(group, chosen, patterns):
+                others = f"also produced by {others_made_by(group, chosen)}: include '{group.name}' to grow it"
+                found[group.name] = f"0 of {group.size} ({others})"
+    return found
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,7 +257,7 @@ class PlantChannels(_Growth):
     def __post_init__(self) -> None:
         super().__post_init__()
         amounts = list(self.amount.values()) if isinstance(self.amount, Mapping) else [self.amount]
-        if not amounts or not all(is_count(one) and one >= 1 for one in amounts):
+        if not amounts or not all(is_count(one, 1) for one in amounts):
             raise InputError(f"PlantChannels(amount={self.amount!r}): a whole number of at least 1, or one by modules")
         if isinstance(self.amount, Mapping):
             as_patterns(tuple(self.amount))
