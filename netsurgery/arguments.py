@@ -36,9 +36,9 @@ def expect(call: str, what: str, *given: tuple[object, type | tuple[type, ...]])
         raise InputError(f"{call} takes {what}, got {found}")
 
 
-def is_count(value: object) -> TypeGuard[int]:
-    """True if a value is a whole number; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def is_count(value: object, least: int | None = None) -> TypeGuard[int]:
+    """True if a value is a whole number, of at least ``least`` where that is given; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or int(value) >= least)
 
 
 def is_real(value: object) -> TypeGuard[float]:
@@ -59,7 +59,7 @@ def require_counts(owner: object, *names: str, least: int = 1) -> None:
     """
     for name in names:
         value = getattr(owner, name)
-        if value is not None and (not is_count(value) or value < least):
+        if value is not None and not is_count(value, least):
             raise InputError(f"{type(owner).__name__}({name}={value!r}): a whole number of at least {least}")
 
 

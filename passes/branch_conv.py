@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from netsurgery.analysis.network import Network
-from netsurgery.arguments import is_count, near_names
+from netsurgery.arguments import near_names, require_counts
 from netsurgery.edit import Edit
 from netsurgery.errors import InputError
 from netsurgery.module_rewrites import ModuleRewrite, register_rewrite
@@ -108,8 +108,7 @@ class BranchConv(Pass):
         return call_of(self)
 
     def __post_init__(self) -> None:
-        if isinstance(self.parts, bool) or not is_count(self.parts) or self.parts < 2:
-            raise InputError(f"BranchConv(parts={self.parts!r}): a whole number of at least 2")
+        require_counts(self, "parts", least=2)
 
     def run(self, network: Network) -> Edit:
         """Deal the filters out."""

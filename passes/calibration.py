@@ -149,7 +149,7 @@ class _Drawing:
     ignored: int | None
 
     def __post_init__(self) -> None:
-        if not is_count(self.count) or self.count < 1:
+        if not is_count(self.count, 1):
             raise InputError(f"samples={self.count!r}: the number of samples to draw must be at least 1")
         self.generator = torch.Generator().manual_seed(self.seed)
 

@@ -154,7 +154,7 @@ class Factorise(Pass):
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.ratio is None):
             raise InputError("Factorise takes a rank or a ratio, one of both")
-        if self.rank is not None and (isinstance(self.rank, bool) or not is_count(self.rank) or self.rank < 1):
+        if self.rank is not None and not is_count(self.rank, 1):
             raise InputError(f"Factorise(rank={self.rank!r}): a whole number of at least 1; a share is ratio=")
         if self.ratio is not None and not (is_real(self.ratio) and 0 <= self.ratio < 1):
             raise InputError(f"Factorise(ratio={self.ratio!r}): the share of the rank that goes is in [0, 1)")

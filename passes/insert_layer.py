@@ -236,7 +236,7 @@ class InsertLayer(Pass):
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise InputError(f"InsertLayer(kind={self.kind!r}): one of {', '.join(map(repr, _KINDS))}")
-        if self.channels is not None and (self.kind != "dense" or not is_count(self.channels) or self.channels < 1):
+        if self.channels is not None and (self.kind != "dense" or not is_count(self.channels, 1)):
             raise InputError(f"InsertLayer(channels={self.channels!r}): of kind 'dense', a whole number of at least 1")
 
     def run(self, network: Network) -> Edit:

@@ -435,7 +435,7 @@ def _check(
         raise InputError(f"SoftPruning(grouping={grouping!r}): 'layer' or 'coupled'")
     if not (is_real(ratio) and 0 <= ratio < 1):
         raise InputError(f"SoftPruning(ratio={ratio!r}): the share of filters that goes must be a number in [0, 1)")
-    if not (is_count(epochs) and epochs >= 1):
+    if not is_count(epochs, 1):
         raise InputError(f"SoftPruning(epochs={epochs!r}): expected a whole number of at least 1")
     if not (is_real(settle) and 0 <= settle <= 1):
         raise InputError(f"SoftPruning(settle={settle!r}): the share of epochs must be a number in [0, 1]")

@@ -12,9 +12,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from types import SimpleNamespace
-from typing import TypeGuard
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -22,6 +20,7 @@ from torch.utils import _pytree as pytree
 from netsurgery.adaptation.attributes import settled
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Network
+from netsurgery.arguments import is_count
 from netsurgery.axes import Axis, find
 from netsurgery.capture.copies import named_modules
 from netsurgery.capture.inputs import Kwargs, Tree
@@ -132,7 +131,7 @@ def repeats(
     made: dict[tuple[int | str, str], tuple[object, tuple[tuple[str, str], ...]]] = {}
     found = []
     for path, name, value in held:
-        shared = not _is_number(value)
+        shared = not is_count(value)
         around = _common(holders[id(value)]) if shared else path
         key: tuple[int | str, str] = (id(value), "") if shared else (path, name)
         if key not in made:
@@ -153,14 +152,9 @@ def _fields(value: object) -> Kwargs | None:
     return dict(vars(value)) if type(value) is SimpleNamespace else None
 
 
-def _is_number(value: object) -> TypeGuard[int]:
-    """True if a value is an integer, also one of numpy."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _numbers(value: Tree) -> Iterator[int]:
     """The integers in an attribute."""
-    if _is_number(value):
+    if is_count(value):
         yield int(value)
     elif type(value) is list or isinstance(value, tuple):
         for item in value:
@@ -183,7 +177,7 @@ class _Follower:
 
     def new(self, value: Tree, word: str, label: str) -> Tree:
         """The value with new numbers; the same object if all stay. ``word`` is the innermost name that it has."""
-        if _is_number(value):
+        if is_count(value):
             become = self.number(int(value), word, label)
             return value if become == value else type(value)(become)
         if type(value) is list or isinstance(value, tuple):

@@ -52,7 +52,7 @@ class Budget:
         for key, value in given.items():
             if key not in _COSTS:
                 raise InputError(f"budget has no key {key!r}: there are params and macs{near_names(str(key), _COSTS)}")
-            if not is_count(value) or isinstance(value, bool) or value < 1:
+            if not is_count(value, 1):
                 raise InputError(f"budget={given!r}: {key} is a whole number of at least 1")
         return cls({key: int(given[key]) for key in _COSTS if key in given})
 

@@ -59,7 +59,7 @@ class Fitting:
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if not is_count(value) or value < 1:
+            if not is_count(value, 1):
                 raise InputError(f"{name}={value!r}: a whole number of at least 1")
         if not is_real(self.lr) or not 0 < self.lr < math.inf:
             raise InputError(f"lr={self.lr!r}: a number above 0")

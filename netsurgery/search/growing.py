@@ -155,7 +155,7 @@ def _plants(amount: Any, include: Modules, exclude: Modules, net: nn.Module) -> 
     """The pass that plants in every group, by its seed; modules are named, so that it holds for copies."""
     if isinstance(amount, Mapping):
         amount = {(as_names(net, key) if isinstance(key, nn.Module) else key): count for key, count in amount.items()}
-    elif not is_count(amount) or amount < 1:
+    elif not is_count(amount, 1):
         raise InputError(f"amount={amount!r}: a whole number of at least 1, or one by modules")
     return functools.partial(_planting, amount, as_names(net, include), as_names(net, exclude))
 

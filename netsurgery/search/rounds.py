@@ -132,7 +132,7 @@ def check_settings(search: Search) -> None:
     if search.candidates is not None:
         counts["candidates"] = search.candidates
     for name, value in counts.items():
-        if not is_count(value) or isinstance(value, bool) or value < 1:
+        if not is_count(value, 1):
             raise InputError(f"{name}={value!r}: a whole number of at least 1")
     if search.by not in ("loss", "gain"):
         raise InputError(f"by={search.by!r}: 'loss', or 'gain' for each added parameter")

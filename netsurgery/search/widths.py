@@ -172,7 +172,7 @@ class WidthSearch:
         progress: bool = True,
     ):
         fitting = Fitting(epochs, batch_size, optimizer, lr, loss)
-        if not is_count(retrain) or retrain < 1:
+        if not is_count(retrain, 1):
             raise InputError(f"retrain={retrain!r}: a whole number of at least 1")
         self._longer = Fitting(retrain, batch_size, optimizer, lr, loss)
         self._reset = reset_all if reset is None else reset
