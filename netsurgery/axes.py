@@ -27,6 +27,7 @@ __all__ = [
     "find",
     "inner",
     "leaves",
+    "leaves_in",
     "lock",
     "product",
     "resolve",
@@ -115,6 +116,11 @@ def leaves(axis: Axis) -> Iterator[Axis]:
 def axes_in(dims: Dims | Sequence[Dims | None] | Axis | None) -> list[Axis]:
     """All axes in the dimensions of one tensor, or of several."""
     return [dims] if isinstance(dims, Axis) else [axis for item in dims or () for axis in axes_in(item)]
+
+
+def leaves_in(dims: Dims | Sequence[Dims | None] | None) -> list[Axis]:
+    """The channels in the dimensions of one tensor, or of several, each as often as it occurs."""
+    return [leaf for axis in axes_in(dims) for leaf in leaves(axis)]
 
 
 def inner(leaf: Axis) -> bool:

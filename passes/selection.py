@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from netsurgery.analysis.groups import Group
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.units import Unit
-from netsurgery.axes import Axis, Fixed, leaves
+from netsurgery.axes import Axis, Fixed, leaves, leaves_in
 from netsurgery.errors import InputError
 from netsurgery.passes.patterns import Chosen, Pattern
 from netsurgery.tables import first_of
@@ -75,7 +75,7 @@ def protected(network: Network, modules: Chosen) -> set[str]:
     found = {g.name for g in network.groups if any(modules.holds(member.parameter) for member in g.members)}
     for call in [call for program in network.programs for call in program.calls if call.path in modules]:
         given = [node for node in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(node, fx.Node)]
-        channels = {leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)}
+        channels = {leaf for node in given for leaf in leaves_in(node.meta["dims"])}
         found.update(group.name for group in network.groups if group.channel in channels)
     return found
 

@@ -13,7 +13,6 @@ from torch.nn.modules.conv import _ConvNd
 from netsurgery.analysis.network import Network
 from netsurgery.capture.copies import held_tensors, named_modules
 from netsurgery.capture.fast_path import fused
-from netsurgery.capture.program import Program
 
 __all__ = ["Layer", "Layers", "has_hooks", "shell"]
 
@@ -32,12 +31,12 @@ class Layers:
         self.network, self.modules = network, named_modules(network.model)
         self.held = Counter(id(tensor) for _, tensor in held_tensors(network.model))
         self.fused = fused(network.model)
-        self.counts = [_count(program) for program in network.programs]
+        self.counts = [Counter(call.path for call in program.calls) for program in network.programs]
         self.weights = [[n for n in program.graph.nodes if n.op == "get_attr"] for program in network.programs]
 
     def ran(self, path: str) -> int:
         """The number of runs of a module, in the mode in which it runs most often."""
-        return max(count.get(path, 0) for count in self.counts)
+        return max(count[path] for count in self.counts)
 
     def obstacle(self, path: str) -> str | None:
         """Why a layer cannot be replaced by one with other weights, None if it can.
@@ -81,14 +80,6 @@ def _readers(weight: fx.Node) -> int:
 
 def _is_turned(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "t.default"
-
-
-def _count(program: Program) -> dict[str, int]:
-    """The number of runs of each module."""
-    found: dict[str, int] = {}
-    for call in program.calls:
-        found[call.path] = found.get(call.path, 0) + 1
-    return found
 
 
 def shell(module: Kind) -> Kind:

@@ -25,7 +25,7 @@ from netsurgery.adaptation.input_guards import expect_tensor
 from netsurgery.adaptation.traced_numbers import SizeEvaluator, TracedInt
 from netsurgery.analysis.costs import Sizes
 from netsurgery.analysis.network import Network
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import Axis, leaves_in
 from netsurgery.capture.caches import caches_kept, caches_passed_by
 from netsurgery.capture.copies import named_modules, named_tensors, on_meta
 from netsurgery.capture.custom_modules import CUSTOM_MODULES
@@ -143,7 +143,7 @@ def trace_module(module: nn.Module, program: Program, call: Call, network: Netwo
     if found.written and not _stores_again(original[0], found, record):
         found.doubts.append(f"sets its attribute {next(iter(found.written))}")
     given = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
-    free = [leaf for node in given for axis in node.meta["dims"] for leaf in leaves(axis)]
+    free = [leaf for node in given for leaf in leaves_in(node.meta["dims"])]
     free = list(dict.fromkeys(leaf for leaf in free if leaf not in network.by_channel))
     code = frozenset(found.effects.ran if found.effects else ())
     return ModuleTrace(found.graph, found.doubts, record, free, dict(module.__dict__), code)

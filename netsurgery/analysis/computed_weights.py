@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from netsurgery.axes import Axis, axes_in, find, leaves, lock
+from netsurgery.axes import Axis, find, leaves, leaves_in, lock
 from netsurgery.capture.inputs import Tree
 from netsurgery.capture.operations import aliased
 from netsurgery.capture.program import Program
@@ -176,7 +176,7 @@ Mixed = dict[Axis, _Across]  # by channel
 
 def _counts(dims: Tree) -> dict[Axis, int]:
     """The number of times that each channel of more than one unit occurs in dimensions."""
-    return Counter(leaf for axis in axes_in(dims) for leaf in leaves(axis) if leaf.size > 1)
+    return Counter(leaf for leaf in leaves_in(dims) if leaf.size > 1)
 
 
 def _normalised(node: fx.Node) -> tuple[Axis, ...] | None:

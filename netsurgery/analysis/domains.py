@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, fx
 
 from netsurgery.analysis.computed_weights import writers
-from netsurgery.axes import Axis, axes_in, leaves
+from netsurgery.axes import Axis, leaves_in
 from netsurgery.capture.operations import schema_of
 from netsurgery.notation import Operation
 
@@ -56,7 +56,7 @@ def undefined(node: fx.Node, tensors: Mapping[str, Tensor]) -> set[Axis]:
         need = "zero" if least >= 0 else "above"
     if not isinstance(value, fx.Node) or (need is not None and _Sign(tensors)(value, need == "above")):
         return set()
-    return {leaf for axis in axes_in(value.meta["dims"]) for leaf in leaves(axis)}
+    return set(leaves_in(value.meta["dims"]))
 
 
 def _name(node: fx.Node) -> str:

@@ -19,7 +19,7 @@ from netsurgery.analysis.inner_products import hiding, is_inner_product
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay_without import is_view
 from netsurgery.analysis.weights import is_computed
-from netsurgery.axes import Axis, axes_in, leaves
+from netsurgery.axes import Axis, axes_in, leaves, leaves_in
 from netsurgery.notation import Operation
 from netsurgery.positions import Positions
 from netsurgery.units import Planned
@@ -82,7 +82,7 @@ def _across(node: fx.Node, network: Network, names: Mapping[Axis, str], at: Posi
     across = set(worked_across(node)) if packet not in _APART else set()
     if packet is aten.native_batch_norm:  # in training, whatever the mode is now
         dims = node.all_input_nodes[0].meta["dims"]
-        across.update(leaf for axis in (dims[0], *dims[2:]) for leaf in leaves(axis))
+        across.update(leaves_in((dims[0], *dims[2:])))
     if packet is aten.native_group_norm:  # statistics are of each group of channels
         across -= set(leaves(node.meta["names"]["g"]))
     for leaf in across & names.keys():

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from netsurgery.analysis.computed_weights import packet_of, peeled, worked_across, writers
 from netsurgery.analysis.network import Network
 from netsurgery.analysis.replay_without import is_view
-from netsurgery.axes import Axis, leaves
+from netsurgery.axes import Axis, leaves, leaves_in
 from netsurgery.capture.known_values import any_layout
 from netsurgery.notation import Operation
 from netsurgery.positions import positions, units_at
@@ -58,8 +58,8 @@ def is_inner_product(node: fx.Node, leaf: Axis) -> bool:
     """True if an operation multiplies two activations and sums over a channel's units."""
     if packet_of(node) not in _SIDES:
         return False
-    weights = [one for one in _sides(node) if one.meta.get("params")]
-    return not weights and all(leaf in _leaves(one) for one in _sides(node)) and leaf in worked_across(node)
+    activations = all(not one.meta.get("params") and leaf in leaves_in(one.meta["dims"]) for one in _sides(node))
+    return activations and leaf in worked_across(node)
 
 
 def hiding(network: Network, leaf: Axis) -> Hidden | None:
@@ -209,7 +209,3 @@ def _passed_on(node: fx.Node) -> bool:
 def _sides(node: fx.Node) -> list[fx.Node]:
     given = Operation(node).arguments
     return [one for name in _SIDES[packet_of(node)] if isinstance(one := given[name], fx.Node)]
-
-
-def _leaves(node: fx.Node) -> set[Axis]:
-    return {leaf for axis in node.meta["dims"] for leaf in leaves(axis)}

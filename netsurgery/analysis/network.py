@@ -26,7 +26,20 @@ from netsurgery.analysis.costs import Cost, Sizes, Term, total
 from netsurgery.analysis.groups import Group, Member, group_rows
 from netsurgery.analysis.rules import apply_rule
 from netsurgery.analysis.units import Unit, units_of, units_of_products
-from netsurgery.axes import Axis, Edge, Fixed, axes_in, channel, equate, find, inner, leaves, lock, resolve, share_with
+from netsurgery.axes import (
+    Axis,
+    Edge,
+    Fixed,
+    channel,
+    equate,
+    find,
+    inner,
+    leaves,
+    leaves_in,
+    lock,
+    resolve,
+    share_with,
+)
 from netsurgery.capture.copies import named_tensors
 from netsurgery.capture.inputs import Inputs
 from netsurgery.capture.paths import is_within
@@ -383,7 +396,7 @@ def _lock_what_is_cut_off(analysis: Analysis, programs: tuple[Program, ...]) -> 
     for program in programs:
         for node in program.graph.nodes:
             if node.op == "get_attr" and node.target in analysis.axes:
-                for leaf in set(_leaves_of(node)) - working - read:
+                for leaf in set(leaves_in(node.meta["dims"])) - working - read:
                     if leaf.locked is None:
                         (read if _reads(node, leaf) else idle).add(leaf)
     for leaf in idle - read:
@@ -400,17 +413,13 @@ def _reads(node: fx.Node, leaf: Axis) -> bool:
         for user in left.pop().users:
             if user.op == "output":
                 return True
-            if leaf not in _leaves_of(user):
+            if leaf not in leaves_in(user.meta["dims"]):
                 if user.target not in _CUTS:
                     return True
             elif user not in seen:
                 seen.add(user)
                 left.append(user)
     return False
-
-
-def _leaves_of(node: fx.Node) -> list[Axis]:
-    return [leaf for axis in axes_in(node.meta["dims"]) for leaf in leaves(axis)]
 
 
 Roles = dict[tuple[str, int, Axis], str]  # by tensor, axis and channel, where an operation has said
